@@ -1,0 +1,100 @@
+"""What decides a training run, as frozen data. Imports no torch, so sweeps expand in milliseconds."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
+
+DType = Literal["float64", "float32", "bfloat16"]
+LabelMask = Literal["none", "prefix", "rank", "border", "imbalance", "all"]
+
+
+class Frozen(BaseModel):
+    """Base of every configuration and record: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Spec(Frozen):
+    """A plug-in by name with its options; written `name` or `{name: ..., option: value}`."""
+
+    name: str
+    """File name of the plug-in, without `.py`."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Fields of the plug-in's class."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def options_stand_beside_the_name(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"name": value}
+        if isinstance(value, dict) and "name" in value and "options" not in value:
+            return {"name": value["name"], "options": {k: v for k, v in value.items() if k != "name"}}
+        return value
+
+    @model_serializer
+    def as_written(self) -> dict[str, Any]:
+        return {"name": self.name, **self.options}
+
+
+class DataConfig(Frozen):
+    """Which tokens a run sees; with `TrainConfig.seed`, the content of every sample is fixed."""
+
+    corpus: str = "python-stdlib"
+    """`python-stdlib` (sources of Python's own library) or a path to a text file or folder."""
+    tokenizer: str = "bytes"
+    """`bytes` (token = byte) or a local folder of a Hugging Face tokenizer."""
+    documents: int = Field(default=1, ge=1)
+    """Documents packed into one sample, with positions that restart; 1 is one unpacked document."""
+    mask: LabelMask = "none"
+    """Which labels are ignored: see `alst_impl.data.LABEL_MASKS`."""
+
+
+class OptimizerConfig(Frozen):
+    """The AdamW every engine runs."""
+
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Constant learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    max_grad_norm: float | None = Field(default=None, gt=0)
+    """Clip the global L2 norm of the gradient to this; `None` leaves gradients alone."""
+
+
+class TrainConfig(Frozen):
+    """All that decides a training run."""
+
+    model: str
+    """Name of a published configuration in `alst_impl/models/`, or a path to a `config.json` or to
+    a local folder with real weights."""
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    """Fields of the model's configuration to change, such as `num_hidden_layers`."""
+    method: Spec
+    """File in `alst_impl/methods/` and its options."""
+    engine: Spec = Spec(name="zero")
+    """File in `alst_impl/engines/` and its options."""
+    seqlen: int = Field(gt=0)
+    """Tokens of one sample, before sharding."""
+    batch_size: int = Field(default=1, gt=0)
+    """Samples per data-parallel rank and micro-batch."""
+    accumulation: int = Field(default=1, gt=0)
+    """Micro-batches per optimizer step; with a `data.mask` they hold unequal numbers of labels."""
+    world_size: int = Field(default=1, gt=0)
+    """Ranks."""
+    dtype: DType = "float32"
+    """Parameters and activations."""
+    attention: str = "sdpa"
+    """Core attention, a key of `alst_impl.ops.attention.BACKENDS`."""
+    checkpoint: bool = True
+    """Activation checkpointing of every decoder layer."""
+    data: DataConfig = DataConfig()
+    """The tokens."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """The update."""
+    seed: int = 0
+    """Of the initial weights and of the data."""

@@ -1,0 +1,222 @@
+"""Samples as a pure function of (seed, global sample id), and their sharding along the sequence.
+
+Legend: B batch, S sequence, P sequence-parallel degree.
+"""
+
+from __future__ import annotations
+
+import sysconfig
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from alst_impl.config import DataConfig
+
+IGNORE_INDEX = -100
+"""Label that carries no loss, as in `torch.nn.functional.cross_entropy`."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tokens of one micro-batch, whole or one rank's shard; all int64 [B, S] or [B, S/P]."""
+
+    input_ids: Tensor
+    shift_labels: Tensor
+    """Label of each position, already shifted: no rank needs its neighbour's first token."""
+    position_ids: Tensor
+    documents: tuple[tuple[int, ...], ...] | None = None
+    """Lengths of each sample's packed documents over the *whole* sequence; None if unpacked."""
+
+    def model_inputs(self) -> dict[str, object]:
+        """Keyword arguments of a Hugging Face causal model's `forward` that lead to a loss."""
+        inputs: dict[str, object] = {
+            "input_ids": self.input_ids,
+            "position_ids": self.position_ids,
+            "labels": self.shift_labels,  # asks for a loss; `shift_labels` is what it reads
+            "shift_labels": self.shift_labels,
+        }
+        if self.documents is not None:
+            inputs["documents"] = self.documents
+        return inputs
+
+    def num_valid(self) -> Tensor:
+        """Labels that carry loss, int64 scalar."""
+        return (self.shift_labels != IGNORE_INDEX).sum()
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device`."""
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            shift_labels=self.shift_labels.to(device),
+            position_ids=self.position_ids.to(device),
+        )
+
+
+def shard_sequence(batch: Batch, degree: int, index: int) -> Batch:
+    """Shard `index` of `degree` contiguous shards: [B, S] -> [B, ceil(S/P)].
+
+    Pads right with ignored labels first. Right padding is exact under causal attention: no real
+    token can see it. In a packed batch the padding is a document of its own.
+    """
+    length = batch.input_ids.shape[1]
+    local = -(-length // degree)
+    pad = local * degree - length
+
+    def cut(x: Tensor, fill: int) -> Tensor:
+        x = torch.nn.functional.pad(x, (0, pad), value=fill)
+        return x[:, index * local : (index + 1) * local].contiguous()
+
+    positions = batch.position_ids
+    if pad:
+        tail = torch.arange(pad) if batch.documents else torch.arange(length, length + pad)
+        positions = torch.cat([positions, tail.expand(positions.shape[0], pad)], dim=1)
+    documents = batch.documents
+    if pad and documents is not None:
+        documents = tuple((*lengths, pad) for lengths in documents)
+    return Batch(
+        input_ids=cut(batch.input_ids, 0),
+        shift_labels=cut(batch.shift_labels, IGNORE_INDEX),
+        position_ids=positions[:, index * local : (index + 1) * local].contiguous(),
+        documents=documents,
+    )
+
+
+def _all(valid: np.ndarray) -> None:
+    """Every label carries loss."""
+
+
+def _suffix(valid: np.ndarray) -> None:
+    """A prompt longer than one shard carries no loss."""
+    valid[: int(len(valid) * 0.6)] = False
+
+
+def _first_half(valid: np.ndarray) -> None:
+    """The last rank has not a single label, at every degree."""
+    valid[len(valid) // 2 :] = False
+
+
+def _border(valid: np.ndarray) -> None:
+    """Only labels around the middle: the border of two shards at every even degree."""
+    middle = len(valid) // 2
+    valid[: max(middle - 2, 0)] = False
+    valid[middle + 2 :] = False
+
+
+def _imbalance(valid: np.ndarray) -> None:
+    """One label in a hundred in the first half, all in the second."""
+    half = len(valid) // 2
+    valid[:half] &= np.arange(half) % 100 == 50
+
+
+def _none(valid: np.ndarray) -> None:
+    """No label at all."""
+    valid[:] = False
+
+
+LABEL_MASKS: dict[str, Callable[[np.ndarray], None]] = {
+    "none": _all,
+    "prefix": _suffix,
+    "rank": _first_half,
+    "border": _border,
+    "imbalance": _imbalance,
+    "all": _none,
+}
+"""What is masked, by name: clears entries of a bool array over positions of the shifted labels."""
+
+UNEVEN_FRACTIONS = (1.0, 0.1, 0.5)
+"""Labels that sample i keeps in an accumulated step, by i modulo 3."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A deterministic source of samples: sample `i` depends on (`seed`, `i`) alone."""
+
+    config: DataConfig
+    seqlen: int
+    seed: int
+    vocab_size: int
+    uneven: bool = False
+    """Give samples unequal numbers of labels, for accumulated steps."""
+
+    @cached_property
+    def files(self) -> list[Path]:
+        """The corpus as a sorted list of files."""
+        if self.config.corpus == "python-stdlib":
+            root = Path(sysconfig.get_paths()["stdlib"])
+            # Some distributions ship without the tests and installed packages differ by machine.
+            skip = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
+            found = [p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts)]
+        else:
+            root = Path(self.config.corpus)
+            if not root.exists():
+                raise ValueError(
+                    f"corpus '{root}' does not exist; use 'python-stdlib' or a text file or folder"
+                )
+            found = [root] if root.is_file() else [p for p in root.rglob("*") if p.is_file()]
+        found = sorted(p for p in found if p.stat().st_size > 0)
+        if not found:
+            raise ValueError(f"corpus '{self.config.corpus}' holds no text; name a file or folder with some")
+        return found
+
+    @cached_property
+    def _encode(self) -> Callable[[bytes], list[int]]:
+        if self.config.tokenizer == "bytes":
+            return list
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self.config.tokenizer, local_files_only=True)
+        return lambda text: tokenizer.encode(text.decode("utf-8", "replace"), add_special_tokens=False)
+
+    def _document(self, length: int, rng: np.random.Generator) -> np.ndarray:
+        """`length` tokens from consecutive files, from a random place in a random file."""
+        index = int(rng.integers(len(self.files)))
+        text = self.files[index].read_bytes()
+        tokens = self._encode(text[int(rng.integers(max(len(text) // 2, 1))) :])
+        while len(tokens) < length:
+            index = (index + 1) % len(self.files)
+            tokens = tokens + self._encode(self.files[index].read_bytes())
+        document = np.asarray(tokens[:length], dtype=np.int64)
+        if document.max(initial=0) >= self.vocab_size:
+            raise ValueError(
+                f"token {document.max()} of tokenizer '{self.config.tokenizer}' is outside the model's "
+                f"vocabulary of {self.vocab_size}; use the model's own tokenizer"
+            )
+        return document
+
+    def lengths(self, rng: np.random.Generator) -> tuple[int, ...]:
+        """Unequal document lengths that add up to `seqlen`."""
+        count = min(self.config.documents, self.seqlen)
+        cuts = np.sort(rng.choice(np.arange(1, self.seqlen), count - 1, replace=False)) if count > 1 else []
+        return tuple(int(n) for n in np.diff([0, *cuts, self.seqlen]))
+
+    def sample(self, index: int) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
+        """Sample `index`: (input_ids, labels *unshifted*, position_ids), int64 [S], and document lengths."""
+        rng = np.random.default_rng([self.seed, index])
+        lengths = self.lengths(rng)
+        tokens = np.concatenate([self._document(n, rng) for n in lengths])
+        positions = np.concatenate([np.arange(n) for n in lengths])
+        valid = np.ones(self.seqlen, dtype=bool)  # over positions of the shifted labels
+        LABEL_MASKS[self.config.mask](valid)
+        if self.uneven:
+            kept = max(int(self.seqlen * UNEVEN_FRACTIONS[index % 3]), 2)
+            valid[: self.seqlen - kept] = False
+        labels = np.where(np.roll(valid, 1), tokens, IGNORE_INDEX)
+        labels[positions == 0] = IGNORE_INDEX  # a document's first token has nothing to predict it
+        return torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(positions), lengths
+
+    def batch(self, indices: Iterable[int]) -> Batch:
+        """The whole, unsharded batch of samples `indices`, on the CPU."""
+        ids, labels, positions, lengths = zip(*(self.sample(i) for i in indices), strict=True)
+        shifted = torch.nn.functional.pad(torch.stack(labels), (0, 1), value=IGNORE_INDEX)[:, 1:]
+        return Batch(
+            input_ids=torch.stack(ids),
+            shift_labels=shifted.contiguous(),
+            position_ids=torch.stack(positions),
+            documents=lengths if self.config.documents > 1 else None,
+        )

@@ -1,0 +1,1 @@
+"""Who owns parameters, gradients and the optimizer; one file each, selected by its name."""

@@ -1,0 +1,91 @@
+"""PyTorch's fully_shard: parameters, gradients and optimizer sharded over all ranks."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import DeviceMesh
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from alst_impl import hf
+from alst_impl.config import TrainConfig
+from alst_impl.engines.base import Engine, Runtime, adamw
+from alst_impl.models import Initializer
+from alst_impl.placement import Placement
+
+
+class FSDP2Runtime(Runtime):
+    """A sharded model; gradients are summed, not averaged."""
+
+    def __init__(self, model: PreTrainedModel, config: TrainConfig, placement: Placement) -> None:
+        self.module = model
+        self.placement = placement
+        self._optimizer = adamw([p for p in model.parameters() if p.requires_grad], config)
+        self._max_norm = config.optimizer.max_grad_norm
+        self._left = 0
+
+    def start_step(self, num_micro_batches: int) -> None:
+        self._left = num_micro_batches
+
+    def _backward(self, loss: Tensor) -> None:
+        self._left -= 1
+        cast(FSDPModule, self.module).set_requires_gradient_sync(self._left == 0)
+        torch.autograd.backward(loss)
+
+    def _update(self) -> Tensor:
+        parameters = [p for p in self.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        if self._max_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self._max_norm, norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return norm
+
+    def gradients(self) -> dict[str, Tensor]:
+        return {
+            name: cast(DTensor, p.grad).full_tensor().cpu()
+            for name, p in self.module.named_parameters()
+            if p.grad is not None
+        }
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {
+            name: cast(DTensor, p.detach()).full_tensor().cpu()
+            for name, p in self.module.named_parameters()
+        }
+
+
+class FSDP2(Engine):
+    """One unit per decoder layer, one for an untied head, one for the rest."""
+
+    def start(
+        self,
+        model: PreTrainedModel,
+        initializer: Initializer,
+        config: TrainConfig,
+        mesh: DeviceMesh,
+        placement: Placement,
+        mpu: ModuleType | None = None,
+    ) -> Runtime:
+        ranks = init_device_mesh(placement.device.type, (mesh.size(),), mesh_dim_names=("fsdp",))
+        units: list[nn.Module] = [*hf.decoder_layers(model)]
+        head = model.get_output_embeddings()
+        if head is not None and head.weight is not model.get_input_embeddings().weight:
+            units.append(head)
+        for unit in [*units, model]:
+            # Filled and sharded one by one: a process holds its shards and one whole unit.
+            initializer.fill(model, unit, placement.device)
+            fully_shard(unit, mesh=ranks)
+            sharded = cast(FSDPModule, unit)
+            # Losses are addends already: the sum over ranks is the gradient.
+            sharded.set_gradient_divide_factor(1.0)
+            sharded.set_force_sum_reduction_for_comms(True)
+        return FSDP2Runtime(model, config, placement)

@@ -1,0 +1,74 @@
+"""PyTorch alone: every rank holds everything, gradients are summed over all ranks."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import DeviceMesh
+from transformers import PreTrainedModel
+
+from alst_impl.config import TrainConfig
+from alst_impl.engines.base import Engine, Runtime, adamw
+from alst_impl.models import Initializer
+from alst_impl.placement import Placement
+
+
+class PlainRuntime(Runtime):
+    """Replicated parameters, one all-reduce per gradient after the last micro-batch."""
+
+    def __init__(self, model: PreTrainedModel, config: TrainConfig, placement: Placement) -> None:
+        self.module = model
+        self.placement = placement
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._optimizer = adamw(self._parameters, config)
+        self._max_norm = config.optimizer.max_grad_norm
+        self._left = 0
+
+    def start_step(self, num_micro_batches: int) -> None:
+        self._left = num_micro_batches
+
+    def _backward(self, loss: Tensor) -> None:
+        torch.autograd.backward(loss)
+        self._left -= 1
+        if self._left == 0:
+            for parameter in self._parameters:
+                if parameter.grad is None:  # unused here, perhaps not on another rank
+                    parameter.grad = torch.zeros_like(parameter)
+                dist.all_reduce(parameter.grad)
+
+    def _update(self) -> Tensor:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        if self._max_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, self._max_norm, norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return norm
+
+    def gradients(self) -> dict[str, Tensor]:
+        return {
+            name: p.grad.detach().cpu()
+            for name, p in self.module.named_parameters()
+            if p.grad is not None
+        }
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: p.detach().cpu() for name, p in self.module.named_parameters()}
+
+
+class Plain(Engine):
+    """No options: the reference of the other engines."""
+
+    def start(
+        self,
+        model: PreTrainedModel,
+        initializer: Initializer,
+        config: TrainConfig,
+        mesh: DeviceMesh,
+        placement: Placement,
+        mpu: ModuleType | None = None,
+    ) -> Runtime:
+        initializer.fill(model, model, placement.device)
+        return PlainRuntime(model, config, placement)

@@ -1,0 +1,139 @@
+"""DeepSpeed ZeRO stages 1 to 3 over all ranks."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any, Literal
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_grad, set_z3_leaf_module
+from torch import Tensor
+from torch.distributed import DeviceMesh
+from transformers import PreTrainedModel
+
+from alst_impl.config import TrainConfig
+from alst_impl.engines.base import Engine, Runtime, adamw
+from alst_impl.models import Initializer
+from alst_impl.placement import Placement
+
+
+class ZeroRuntime(Runtime):
+    """A DeepSpeed engine; its average over ranks is undone, so that losses are addends."""
+
+    def __init__(self, engine: Any, placement: Placement, accumulation: int) -> None:
+        self.module = engine
+        self.placement = placement
+        self.accumulation = accumulation
+        self._left = 0
+
+    def start_step(self, num_micro_batches: int) -> None:
+        self._left = num_micro_batches
+
+    def _backward(self, loss: Tensor) -> None:
+        self._left -= 1
+        self.module.set_gradient_accumulation_boundary(self._left == 0)
+        # DeepSpeed averages gradients over its data-parallel ranks, which here are all ranks.
+        self.module.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
+
+    def _update(self) -> Tensor:
+        self.module.step()
+        return torch.as_tensor(self.module.get_global_grad_norm(), device=self.placement.device)
+
+    def _named(self) -> list[tuple[str, torch.nn.Parameter]]:
+        return list(self.module.module.named_parameters())
+
+    def gradients(self) -> dict[str, Tensor]:
+        gradients = {name: safe_get_full_grad(p) for name, p in self._named() if p.requires_grad}
+        return {name: g.detach().cpu() for name, g in gradients.items() if g is not None}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = {}
+        for name, parameter in self._named():
+            with deepspeed.zero.GatheredParameters([parameter]):
+                state[name] = parameter.detach().cpu().clone()
+        return state
+
+
+class Zero(Engine):
+    """DeepSpeed, with the project's AdamW so that no optimizer is compiled on first use."""
+
+    stage: Literal[1, 2, 3] = 3
+    """What is sharded: optimizer states (1), gradients too (2), parameters too (3)."""
+    offload_optimizer: bool = False
+    """Keep optimizer states in host memory."""
+    offload_param: bool = False
+    """Keep parameter shards in host memory (stage 3 only)."""
+    reduce_scatter: bool = True
+    """Reduce gradients to their owner instead of to all ranks."""
+
+    def check(self, config: TrainConfig) -> None:
+        if config.dtype == "float64":
+            raise ValueError(
+                "engine 'zero' has no float64 (dtype=float64): DeepSpeed hands out fp32 gradients; "
+                "use engine 'plain' or 'fsdp2'"
+            )
+        if self.offload_param and self.stage != 3:
+            raise ValueError(
+                f"offload_param needs sharded parameters, but stage is {self.stage}; use stage 3"
+            )
+
+    def start(
+        self,
+        model: PreTrainedModel,
+        initializer: Initializer,
+        config: TrainConfig,
+        mesh: DeviceMesh,
+        placement: Placement,
+        mpu: ModuleType | None = None,
+    ) -> Runtime:
+        settings = self._settings(config)
+        if self.stage == 3:
+            self._shard(model, initializer, settings, placement)
+        else:
+            initializer.fill(model, model, placement.device)
+        optimizer = adamw([p for p in model.parameters() if p.requires_grad], config)
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=settings, mpu=mpu, dist_init_required=False
+        )
+        return ZeroRuntime(engine, placement, config.accumulation)
+
+    @staticmethod
+    def _shard(
+        model: PreTrainedModel, initializer: Initializer, settings: dict[str, Any], placement: Placement
+    ) -> None:
+        """Fill and partition module by module: a process holds its shards and one whole module."""
+        for module in model.modules():
+            if next(module.parameters(recurse=False), None) is None:
+                continue
+            initializer.fill(model, module, placement.device)
+            deepspeed.zero.Init(module=module, config_dict_or_path=settings, dtype=model.dtype)
+        initializer.fill(model, model, placement.device)  # buffers of modules without parameters
+        for module in model.modules():
+            # A tiled module calls its children many times per pass: gather around the whole of it.
+            if "forward" in vars(module) and next(module.children(), None) and module is not model:
+                set_z3_leaf_module(module, True)
+
+    def _settings(self, config: TrainConfig) -> dict[str, Any]:
+        zero: dict[str, Any] = {
+            "stage": self.stage,
+            "reduce_scatter": self.reduce_scatter,
+            "stage3_param_persistence_threshold": 0,
+        }
+        if self.offload_optimizer:
+            zero["offload_optimizer"] = {"device": "cpu"}
+        if self.offload_param:
+            zero["offload_param"] = {"device": "cpu"}
+        return {
+            "train_micro_batch_size_per_gpu": config.batch_size,
+            "gradient_accumulation_steps": config.accumulation,
+            # DeepSpeed clips at 1.0 unless told otherwise.
+            "gradient_clipping": config.optimizer.max_grad_norm or 0.0,
+            "bf16": {"enabled": config.dtype == "bfloat16"},
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 2**31,
+            "wall_clock_breakdown": False,
+        }

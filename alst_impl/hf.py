@@ -1,0 +1,241 @@
+"""The only file that knows the inside of a Hugging Face model.
+
+Nothing here edits modelling code or a class: changes are made on instances, so other models of the
+process are untouched. Structure is found by what modules are, not by which model they belong to.
+Legend: B batch, S sequence, P sequence-parallel degree, H heads, D head dim, E hidden size.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from alst_impl.ops.loss import tiled_loss
+from alst_impl.ops.offload import HostOffload, checkpoint
+from alst_impl.ops.tiling import tiled
+from alst_impl.ops.ulysses import UlyssesAttention
+from alst_impl.placement import Evidence
+
+ATTENTION = "alst"
+"""Name of our attention in transformers' registry. Transformers builds no mask for a name it does not
+know one for, which is what keeps S x S masks away."""
+
+# -- structure ------------------------------------------------------------------------------------
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The repeated decoder layers, in order."""
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no layers that transformers can checkpoint")
+    return layers
+
+
+def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules that call transformers' attention interface."""
+    found = [
+        child
+        for layer in decoder_layers(model)
+        for child in layer.modules()
+        if hasattr(child, "is_causal") and hasattr(child, "scaling")
+    ]
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no module that uses transformers' attention interface")
+    return found
+
+
+def token_wise_modules(model: PreTrainedModel) -> tuple[list[nn.Module], list[nn.Module]]:
+    """(MLPs, norms): what a decoder layer consists of beside attention, and the final norm.
+
+    Raises `ValueError` for a layer without an MLP.
+    """
+    attention = set(attention_modules(model))
+    mlps, norms = [], []
+    for layer in decoder_layers(model):
+        children = [
+            m for m in layer.children() if m not in attention and next(m.parameters(), None) is not None
+        ]
+        of_layer = [m for m in children if "Norm" not in type(m).__name__]
+        if not of_layer:
+            raise ValueError(f"{type(layer).__name__} has no MLP beside its attention: nothing to tile")
+        mlps += of_layer
+        norms += [m for m in children if "Norm" in type(m).__name__]
+    norms += [m for m in model.base_model.children() if "Norm" in type(m).__name__]
+    return mlps, norms
+
+
+def head_name(model: PreTrainedModel) -> str:
+    """Attribute of `model` that holds the projection to the vocabulary."""
+    head = model.get_output_embeddings()
+    for name, child in model.named_children():
+        if child is head:
+            return name
+    raise ValueError(f"{type(model).__name__} has no output embedding among its children: no loss to tile")
+
+
+# -- attention ------------------------------------------------------------------------------------
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    documents: tuple[tuple[int, ...], ...] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: [B, H, S/P, D] in, [B, S/P, H, D] out."""
+    attend: UlyssesAttention | None = getattr(module, "alst_attention", None)
+    if attend is None:  # a model that merely shares a configuration object with a wrapped one
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    if attention_mask is not None:
+        raise ValueError(
+            "attention_mask is not supported under sequence parallelism; pad right, mask the labels"
+        )
+    for name in ("s_aux", "softcap", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"attention with '{name}' is not supported under sequence parallelism; use sp=1 with 'baseline'"
+            )
+    out = attend(
+        query,
+        key,
+        value,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=sliding_window,
+        documents=documents,
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION, _attention)
+
+
+def use_attention(model: PreTrainedModel, attention: UlyssesAttention) -> None:
+    """Route every attention module of `model`, and of no other model, through `attention`."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None:  # its own copy: two models may have been built from one object
+            module.config = copy.deepcopy(config, memo)
+    model.config._attn_implementation = ATTENTION
+    for module in attention_modules(model):
+        module.config._attn_implementation = ATTENTION
+        module.alst_attention = attention
+
+
+# -- tiling ---------------------------------------------------------------------------------------
+
+Tiles = Callable[[int], int]
+"""Number of tiles for a given number of rows."""
+
+
+def tile_module(module: nn.Module, tiles: Tiles, evidence: Evidence) -> None:
+    """Make `module`'s forward run in tiles of the sequence. For modules that map [B, S, E] token-wise."""
+    stock = module.forward
+
+    def forward(hidden_states: Tensor) -> Tensor:
+        count = min(tiles(hidden_states.shape[1]), hidden_states.shape[1])
+        evidence.tiles += count
+        return tiled(stock, hidden_states, count)
+
+    module.forward = forward  # type: ignore[method-assign]
+
+
+class _Given(nn.Module):
+    """Stands for a decoder whose output is already there."""
+
+    def forward(self, inputs_embeds: Tensor, **_: Any) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+
+
+class _Projection(nn.Module):
+    """The head's own projection, without the hooks that engines hang on the head."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self._head = [head]  # in a list, so that the head stays registered in one place only
+        self._stock = type(head).forward
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self._stock(self._head[0], hidden)  # type: ignore[no-any-return]
+
+
+def tile_loss(model: PreTrainedModel, tiles: Tiles, evidence: Evidence) -> None:
+    """Make `model(..., shift_labels=, num_items_in_batch=)` compute logits and loss in tiles.
+
+    What follows the decoder (head, logit scale, soft-cap, loss) is the model's own code: each tile goes
+    through the class's forward, with the decoder's output given. Without labels the model returns
+    logits as always. The loss is computed inside the head's call, so that an engine that gathers
+    parameters around a module's call gathers the head's once for all tiles.
+    """
+    name = head_name(model)
+    head = getattr(model, name)
+    stock_model, stock_head = type(model).forward, head.forward
+    epilogue = copy.copy(model)  # shallow: shares configuration and loss function, owns no parameter
+    epilogue.__dict__["_modules"] = {model.base_model_prefix: _Given(), name: _Projection(head)}
+
+    def token_loss(hidden: Tensor, labels: Tensor, count: Tensor) -> Tensor:
+        output = stock_model(
+            epilogue,
+            inputs_embeds=hidden,
+            labels=labels,
+            shift_labels=labels,
+            num_items_in_batch=count,
+            use_cache=False,
+        )
+        loss: Tensor = output.loss
+        return loss
+
+    loss_of = partial(_reach, token_loss, head)
+
+    def head_forward(hidden: Tensor, labels: Tensor | None = None, count: Tensor | None = None) -> Tensor:
+        if labels is None or count is None:
+            return stock_head(hidden)  # type: ignore[no-any-return]
+        num_tiles = min(tiles(hidden.shape[1]), hidden.shape[1])
+        evidence.tiles += num_tiles
+        return tiled_loss(loss_of, hidden, labels, count, num_tiles)
+
+    def model_forward(*args: Any, **kwargs: Any) -> CausalLMOutputWithPast:
+        shift_labels, count = kwargs.get("shift_labels"), kwargs.get("num_items_in_batch")
+        if shift_labels is None or count is None:
+            return stock_model(model, *args, **kwargs)  # type: ignore[no-any-return]
+        for key in ("labels", "shift_labels", "num_items_in_batch"):
+            kwargs.pop(key, None)
+        hidden = model.base_model(*args, **kwargs).last_hidden_state
+        return CausalLMOutputWithPast(loss=head(hidden, shift_labels, count))
+
+    head.forward = head_forward
+    model.forward = model_forward  # type: ignore[method-assign]
+
+
+def _reach(fn: Callable[..., Tensor], _: nn.Module, *args: Tensor) -> Tensor:
+    """`fn(*args)`; the module beside it is there for its parameters to be discovered."""
+    return fn(*args)
+
+
+# -- checkpointing --------------------------------------------------------------------------------
+
+
+def checkpoint_layers(model: PreTrainedModel, offload: HostOffload | None) -> None:
+    """Checkpoint every decoder layer with ours in place of PyTorch's, through transformers' own switch."""
+
+    def run_checkpointed(layer: Callable[..., Any], hidden_states: Tensor, *args: Any) -> Tensor:
+        return checkpoint(lambda x: layer(x, *args), hidden_states, offload)
+
+    model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=run_checkpointed)

@@ -1,0 +1,97 @@
+"""The interface of a method. Torch is imported inside functions: `check` runs while sweeps expand."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from alst_impl.config import Frozen, Spec, TrainConfig
+from alst_impl.models import published, unsupported
+from alst_impl.plugin import load
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.distributed import DeviceMesh
+    from transformers import PreTrainedModel
+
+    from alst_impl.data import Batch
+    from alst_impl.engines.base import Runtime
+    from alst_impl.placement import Placement
+
+
+class Method(Frozen):
+    """A way to train; its options are its fields."""
+
+    def check(self, config: TrainConfig) -> None:
+        """Raise `ValueError` for settings that cannot work: the values, the rule, the way out."""
+
+    def axes(self, world_size: int) -> dict[str, int]:
+        """Mesh axes of `world_size` ranks, outermost first: always `dp` and `sp`."""
+        return {"dp": world_size, "sp": 1}
+
+    def shard(self, batch: Batch, mesh: DeviceMesh) -> Batch:
+        """This rank's part of `batch`: padded right to a multiple of sp, cut along the sequence."""
+        from alst_impl.data import shard_sequence
+
+        sp = mesh["sp"]
+        return shard_sequence(batch, sp.size(), sp.get_local_rank())
+
+    def apply(
+        self, model: PreTrainedModel, config: TrainConfig, mesh: DeviceMesh, placement: Placement
+    ) -> None:
+        """Change `model` in place, before checkpointing and the engine's sharding."""
+
+    def checkpoint(self, model: PreTrainedModel, placement: Placement) -> None:
+        """Turn on activation checkpointing of the decoder layers."""
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def promises(self, config: TrainConfig) -> set[str]:
+        """Counters of `Evidence` that must be non-zero after a step, or the method did nothing."""
+        return set()
+
+    def mpu(self) -> ModuleType | None:
+        """Parallel state for engines that take one (Megatron's protocol); usually none."""
+        return None
+
+    def forward_backward(self, runtime: Runtime, batch: Batch, num_valid: Tensor) -> Tensor:
+        """Gradients of one micro-batch into the engine.
+
+        `batch` is local. `num_valid` (int64 scalar) counts valid labels over all ranks and
+        micro-batches of the step. Returns this rank's addend to the global mean loss: the sum over
+        ranks and micro-batches is the loss. Collective.
+        """
+        loss = runtime.forward(batch, num_valid)
+        runtime.backward(loss)
+        return loss.detach()
+
+
+def divisors(n: int) -> list[int]:
+    """All divisors of `n`, ascending."""
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def check_sharded(config: TrainConfig, sp: int, method: str) -> None:
+    """Raise `ValueError` unless heads and ranks split over `sp` and sharding is exact for the model."""
+    fields = published(config.model, config.overrides)
+    heads = fields["num_attention_heads"]
+    if config.world_size % sp:
+        raise ValueError(
+            f"sp ({sp}) must divide world_size ({config.world_size}) for method '{method}'; "
+            f"use sp in {divisors(config.world_size)}"
+        )
+    if heads % sp:
+        raise ValueError(
+            f"num_attention_heads ({heads}) must be divisible by sp ({sp}) for method '{method}'; "
+            f"use sp in {divisors(heads)}"
+        )
+    reason = unsupported(fields)
+    if reason:
+        raise ValueError(
+            f"model '{config.model}' has {reason}, which method '{method}' cannot shard exactly; "
+            "use method 'baseline'"
+        )
+
+
+def load_method(spec: Spec) -> Method:
+    """The method that `spec` names."""
+    return load("alst_impl.methods", Method, spec)

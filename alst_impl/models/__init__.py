@@ -1,0 +1,218 @@
+"""Unmodified transformers models from published configurations, and their initial weights.
+
+The configurations are data beside this file, copied from the models' published `config.json`. Models
+are built on the meta device; an engine fills them module by module, so no process ever holds more
+than its shard and one module.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alst_impl.config import TrainConfig
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def names() -> list[str]:
+    """The published configurations."""
+    return sorted(path.stem for path in Path(__file__).parent.glob("*.json"))
+
+
+def published(model: str, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The configuration of `model` as plain data, without importing torch.
+
+    `model` is a name in this folder, a path to a `config.json`, or a folder that holds one. Raises
+    `ValueError` for an unknown model or an override of a key that the configuration does not have.
+    """
+    path = Path(__file__).parent / f"{model}.json"
+    if not path.is_file():
+        path = Path(model)
+        path = path / "config.json" if path.is_dir() else path
+        if not path.is_file():
+            raise ValueError(
+                f"unknown model '{model}'; use one of {', '.join(names())}, or a path to a config.json"
+            )
+    try:
+        config = json.loads(path.read_text())
+        model_type = config["model_type"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is not a model configuration: no JSON object with a 'model_type'") from None
+    for key in overrides or {}:
+        if key not in config:
+            raise ValueError(
+                f"override '{key}' is not a field of model '{model}' ({model_type}); "
+                f"its fields are {', '.join(sorted(config))}"
+            )
+    return {**config, **(overrides or {})}
+
+
+UNSUPPORTED = {
+    "attn_logit_softcapping": "soft-capped attention logits",
+    "use_bidirectional_attention": "bidirectional attention",
+    "attention_chunk_size": "chunked attention",
+    "attention_dropout": "attention dropout",
+    "linear_conv_kernel_dim": "linear attention layers",
+    "mamba_d_state": "state-space layers",
+    "output_router_logits": "a router loss, which shards would each compute alone",
+}
+"""Fields of a configuration that, when set, ask for what sharding or tiling would silently change."""
+
+
+def unsupported(fields: dict[str, Any]) -> str | None:
+    """Why a model with this configuration cannot be sharded along the sequence; None if it can."""
+    for key, meaning in UNSUPPORTED.items():
+        if fields.get(key):
+            return f"{meaning} ({key}={fields[key]!r})"
+    if fields["model_type"] == "gpt_oss":
+        return "attention sinks (model_type=gpt_oss)"
+    for index, kind in enumerate(fields.get("layer_types") or []):
+        if kind not in ("full_attention", "sliding_attention"):
+            return f"{kind} in layer {index} (layer_types)"
+    return None
+
+
+def has_weights(model: str) -> bool:
+    """Whether `model` is a folder with real weights."""
+    return Path(model).is_dir() and any(Path(model).glob("*.safetensors"))
+
+
+def hf_config(config: TrainConfig) -> PreTrainedConfig:
+    """The transformers configuration of a run. No code that came with a model is ever executed."""
+    from transformers import AutoConfig
+
+    fields = published(config.model, config.overrides)
+    fields.pop("auto_map", None)
+    return AutoConfig.for_model(fields.pop("model_type"), **fields)
+
+
+def build(config: TrainConfig) -> tuple[PreTrainedModel, Initializer]:
+    """The stock model on the meta device, and what fills it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            hf_config(config), attn_implementation="sdpa", dtype=getattr(torch, config.dtype)
+        )
+    return model, Initializer(config.seed, config.model if has_weights(config.model) else None)
+
+
+def materialize(config: TrainConfig) -> PreTrainedModel:
+    """The stock model with its initial weights, whole, on the CPU."""
+    import torch
+
+    model, initializer = build(config)
+    initializer.fill(model, model, torch.device("cpu"))
+    return model
+
+
+@dataclass(frozen=True)
+class Initializer:
+    """Initial weights, a function of (seed, module path) only: the same under every sharding."""
+
+    seed: int
+    weights: str | None = None
+    """Folder with real weights; None draws them as transformers would."""
+
+    def values(self, model: PreTrainedModel, path: str, module: nn.Module) -> dict[str, Tensor]:
+        """Real CPU values of the parameters and buffers that `module` itself holds, by name.
+
+        Draws in fp32 and rounds to each tensor's dtype, so that all dtypes start from one model.
+        """
+        import torch
+
+        if self.weights is not None:
+            source = self._loaded.get_submodule(path)
+            stored = {**source._parameters, **source._buffers}
+            wanted = {**module._parameters, **module._buffers}
+            return {
+                name: value.detach().to(wanted[name].dtype)
+                for name, value in stored.items()
+                if value is not None
+            }
+        # The model's own rule for one module, run on a shell of that module with real tensors.
+        shell = copy.copy(module)
+        shell.__dict__["_parameters"] = {
+            name: None if p is None else torch.nn.Parameter(torch.full(p.shape, torch.nan))
+            for name, p in module._parameters.items()
+        }
+        shell.__dict__["_buffers"] = {
+            name: None if b is None else torch.full(b.shape, torch.nan)
+            for name, b in module._buffers.items()
+        }
+        digest = hashlib.sha256(f"{self.seed}/{path}".encode()).digest()
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+            _owner(model, path)._init_weights(shell)
+        drawn = {k: v.detach() for k, v in {**shell._parameters, **shell._buffers}.items() if v is not None}
+        for name, value in drawn.items():
+            # NaN means that the model's own rule left the tensor alone.
+            if value.isnan().any():
+                raise ValueError(f"{type(model).__name__} does not initialise '{path}.{name}'")
+        originals = {**module._parameters, **module._buffers}
+        return {name: value.to(originals[name].dtype) for name, value in drawn.items()}
+
+    def fill(self, model: PreTrainedModel, part: nn.Module, device: torch.device) -> None:
+        """Replace meta tensors of `part` and below by real ones on `device`, keeping ties."""
+        import torch
+
+        inside = set(part.modules())
+        for path, module in model.named_modules():
+            if module not in inside or not _has_meta(module):
+                continue
+            values = self.values(model, path, module)
+            for name, parameter in list(module._parameters.items()):
+                if parameter is not None and parameter.is_meta:
+                    real = torch.nn.Parameter(values[name].to(device), parameter.requires_grad)
+                    for holder, key in _holders(model, parameter):
+                        holder._parameters[key] = real
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.is_meta:
+                    module._buffers[name] = values[name].to(device)
+
+    @cached_property
+    def _loaded(self) -> PreTrainedModel:
+        from transformers import AutoModelForCausalLM
+
+        # Weights are read from safetensors, which maps the file: pages of other shards stay on disk.
+        return AutoModelForCausalLM.from_pretrained(
+            self.weights, local_files_only=True, use_safetensors=True
+        )
+
+
+def _has_meta(module: nn.Module) -> bool:
+    tensors = [*module._parameters.values(), *module._buffers.values()]
+    return any(t is not None and t.is_meta for t in tensors)
+
+
+def _holders(model: nn.Module, parameter: nn.Parameter) -> list[tuple[nn.Module, str]]:
+    """Every (module, name) that holds `parameter`: more than one where weights are tied."""
+    return [
+        (module, name)
+        for module in model.modules()
+        for name, held in module._parameters.items()
+        if held is parameter
+    ]
+
+
+def _owner(model: PreTrainedModel, path: str) -> Any:
+    """The innermost transformers model around `path`: its `_init_weights` applies there."""
+    from transformers import PreTrainedModel
+
+    owner: nn.Module = model
+    module: nn.Module = model
+    for name in path.split(".") if path else []:
+        module = getattr(module, name)
+        if isinstance(module, PreTrainedModel):
+            owner = module
+    return owner

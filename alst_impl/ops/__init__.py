@@ -1,0 +1,1 @@
+"""Functions and autograd Functions on tensors and process groups, usable alone."""

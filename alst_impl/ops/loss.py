@@ -1,0 +1,77 @@
+"""Logits and loss tile by tile: the whole logits tensor never exists.
+
+Source: ALST (arXiv:2506.13996, section 3.1.2). The loss is a sum over tokens divided by a count
+given from outside, so tiles, ranks and micro-batches simply add up.
+Legend: B batch, S sequence, E features, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alst_impl.ops.tiling import GradientSum, parameters_of, tile_bounds
+
+TokenLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(hidden [B, s, E], labels [B, s] int64, count) -> sum of token losses / count, scalar."""
+
+
+class _TiledLoss(torch.autograd.Function):
+    """Gradients are formed in forward, where a tile's logits are at hand, and scaled in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        fn: TokenLoss,
+        num_tiles: int,
+        hidden: Tensor,
+        labels: Tensor,
+        count: Tensor,
+        *parameters: nn.Parameter,
+    ) -> Tensor:
+        needs_hidden = ctx.needs_input_grad[2]
+        needs_grad = any(ctx.needs_input_grad)
+        sums = GradientSum(list(parameters))
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        loss: Tensor | None = None
+        for start, stop in tile_bounds(hidden.shape[1], num_tiles):
+            tile = hidden[:, start:stop].detach().requires_grad_(needs_hidden)
+            with torch.set_grad_enabled(needs_grad):
+                tile_loss = fn(tile, labels[:, start:stop], count)
+            if needs_grad:
+                inputs = [tile, *parameters] if needs_hidden else list(parameters)
+                gradients = torch.autograd.grad(tile_loss, inputs, allow_unused=True)
+                if grad_hidden is not None:
+                    grad_hidden[:, start:stop] = gradients[0]
+                    gradients = gradients[1:]
+                sums.add(gradients)
+                del gradients
+            tile_loss = tile_loss.detach()
+            loss = tile_loss if loss is None else loss + tile_loss
+        ctx.grad_hidden, ctx.sums = grad_hidden, sums
+        assert loss is not None
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        if ctx.sums is None:
+            raise RuntimeError("tiled loss: backward a second time; its gradients are used up")
+        grad_hidden, sums = ctx.grad_hidden, ctx.sums
+        ctx.grad_hidden = ctx.sums = None
+        if grad_hidden is not None:
+            grad_hidden.mul_(grad)
+        return None, None, grad_hidden, None, None, *sums.take(grad)
+
+
+def tiled_loss(fn: TokenLoss, hidden: Tensor, labels: Tensor, count: Tensor, num_tiles: int) -> Tensor:
+    """`fn(hidden, labels, count)` in `num_tiles` pieces of the sequence, forward and backward.
+
+    hidden [B, S, E], labels int64 [B, S], count a scalar; returns a scalar in `fn`'s dtype. Gradients
+    reach `hidden` and every parameter that `fn` can reach, once, summed in fp32 (or wider), whatever
+    gradient comes from above. Local.
+    """
+    return _TiledLoss.apply(fn, num_tiles, hidden, labels, count, *parameters_of(fn))  # type: ignore[no-any-return]

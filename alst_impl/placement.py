@@ -1,0 +1,42 @@
+"""Where a step runs and who watches it: handed in by the caller, never asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Evidence:
+    """What long-sequence machinery really did, counted while it ran."""
+
+    local_seqlen: int = 0
+    """Tokens of one sample that this rank's decoder saw, after padding."""
+    tiles: int = 0
+    """Tiles computed in forward passes (MLP, norm and loss)."""
+    exchanges: int = 0
+    """Sequence <-> heads all-to-alls issued."""
+    offloaded_bytes: int = 0
+    """Checkpointed layer inputs copied to the host."""
+
+
+def _ignore(_: Any) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The devices of a run. `device` computes, `host` holds what is offloaded."""
+
+    device: torch.device
+    host: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    on_host: Callable[[Tensor], None] = _ignore
+    """Told each tensor that is allocated to hold offloaded data, before it is filled."""
+    on_phase: Callable[[str], None] = _ignore
+    """Told `forward`, `backward` and `update` when each begins."""
+    evidence: Evidence = field(default_factory=Evidence)
+    """Filled in as the step runs."""

@@ -1,0 +1,52 @@
+"""Plug-ins by file name: the name in a YAML is the file, so there is no registry to keep."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from alst_impl.config import Frozen, Spec
+
+T = TypeVar("T", bound=Frozen)
+
+
+def names(package: str) -> list[str]:
+    """The plug-ins of `package`: its modules but `base`."""
+    paths = importlib.import_module(package).__path__
+    return sorted(m.name for m in pkgutil.iter_modules(paths) if m.name != "base")
+
+
+def load(package: str, base: type[T], spec: Spec) -> T:
+    """The one subclass of `base` in module `package.<spec.name>`, made from `spec.options`.
+
+    Raises `ValueError` for an unknown name or option, naming the known ones.
+    """
+    if spec.name not in names(package):
+        kind = package.rsplit(".", 1)[-1].removesuffix("s")
+        raise ValueError(f"unknown {kind} '{spec.name}'; use one of {', '.join(names(package))}")
+    module = importlib.import_module(f"{package}.{spec.name}")
+    (cls,) = (
+        c
+        for _, c in inspect.getmembers(module, inspect.isclass)
+        if issubclass(c, base) and c.__module__ == module.__name__
+    )
+    try:
+        return cls(**spec.options)
+    except ValidationError as error:
+        raise ValueError(explain(error, f"'{spec.name}'", sorted(cls.model_fields))) from None
+
+
+def explain(error: ValidationError, where: str, known: list[str]) -> str:
+    """One line for a failed validation: each key with its value and rule, then the known keys."""
+    parts = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"]) or "(whole)"
+        value = item["input"]
+        shown = f" = {value!r}" if isinstance(value, str | int | float | bool) else ""
+        parts.append(f"{key}{shown}: {item['msg']}")
+    listing = f" (known keys: {', '.join(known)})" if known else ""
+    return f"{where}: {'; '.join(parts)}{listing}"

@@ -1,0 +1,87 @@
+"""The only training step of the repository, and what has to stand before it can run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import DeviceMesh
+
+from alst_impl.config import TrainConfig
+from alst_impl.data import Batch, Corpus
+from alst_impl.engines.base import Runtime, load_engine
+from alst_impl.methods.base import Method, load_method
+from alst_impl.models import Initializer, build
+from alst_impl.placement import Placement
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Scalars on the compute device, equal on every rank."""
+
+    loss: Tensor
+    """Mean loss over all valid labels of the step, fp32 or wider."""
+    grad_norm: Tensor
+    """Global L2 norm of the gradient before clipping."""
+
+
+def check(config: TrainConfig) -> None:
+    """Raise `ValueError` if method or engine cannot run `config`."""
+    load_method(config.method).check(config)
+    load_engine(config.engine).check(config)
+
+
+def start(
+    config: TrainConfig,
+    mesh: DeviceMesh,
+    placement: Placement,
+    initializer: Initializer | None = None,
+) -> tuple[Method, Runtime]:
+    """Model, then the method's changes, then checkpointing, then the engine's sharding. Collective.
+
+    `initializer` replaces the one that `config.seed` gives.
+    """
+    method, engine = load_method(config.method), load_engine(config.engine)
+    model, seeded = build(config)
+    initializer = initializer or seeded
+    method.apply(model, config, mesh, placement)
+    if config.checkpoint:
+        method.checkpoint(model, placement)
+    model.train()
+    return method, engine.start(model, initializer, config, mesh, placement, method.mpu())
+
+
+def micro_batches(
+    config: TrainConfig, corpus: Corpus, method: Method, mesh: DeviceMesh, step: int, device: torch.device
+) -> list[Batch]:
+    """This rank's micro-batches of `step`. Sample ids count over steps, micro-batches, dp ranks."""
+    dp, rank = mesh["dp"].size(), mesh["dp"].get_local_rank()
+    size = config.batch_size
+    batches = []
+    for micro in range(config.accumulation):
+        first = ((step * config.accumulation + micro) * dp + rank) * size
+        batch = corpus.batch(range(first, first + size))
+        batches.append(method.shard(batch, mesh).to(device))
+    return batches
+
+
+def accumulate_gradients(method: Method, runtime: Runtime, batches: list[Batch]) -> Tensor:
+    """Forward and backward of all micro-batches of a step. Returns the global mean loss. Collective."""
+    valid = torch.stack([batch.num_valid() for batch in batches]).sum()
+    dist.all_reduce(valid)
+    # A step without a single valid label has loss and gradients of zero, not 0/0.
+    valid = valid.clamp(min=1)
+    runtime.start_step(len(batches))
+    runtime.placement.evidence.local_seqlen = batches[0].input_ids.shape[1]
+    losses = [method.forward_backward(runtime, batch, valid) for batch in batches]
+    loss = torch.stack(losses).sum()
+    dist.all_reduce(loss)
+    return loss
+
+
+def train_step(method: Method, runtime: Runtime, batches: list[Batch]) -> StepResult:
+    """One optimizer step over `batches` (this rank's shards). Reads no tensor's value. Collective."""
+    loss = accumulate_gradients(method, runtime, batches)
+    return StepResult(loss=loss, grad_norm=runtime.update())
