@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast, MoeModelOutputWithPast
 
 from alst_impl.ops.loss import tiled_loss
 from alst_impl.ops.offload import HostOffload, checkpoint
@@ -141,8 +141,8 @@ def use_attention(model: PreTrainedModel, attention: UlyssesAttention) -> None:
 
 # -- tiling ---------------------------------------------------------------------------------------
 
-Tiles = Callable[[int], int]
-"""Number of tiles for a given number of rows."""
+Tiles = Callable[[Tensor], int]
+"""Number of tiles for hidden states [B, S, E]."""
 
 
 def tile_module(module: nn.Module, tiles: Tiles, evidence: Evidence) -> None:
@@ -150,18 +150,19 @@ def tile_module(module: nn.Module, tiles: Tiles, evidence: Evidence) -> None:
     stock = module.forward
 
     def forward(hidden_states: Tensor) -> Tensor:
-        count = min(tiles(hidden_states.shape[1]), hidden_states.shape[1])
+        count = min(tiles(hidden_states), hidden_states.shape[1])
         evidence.tiles += count
         return tiled(stock, hidden_states, count)
 
     module.forward = forward  # type: ignore[method-assign]
+    module.is_tiled = True
 
 
 class _Given(nn.Module):
-    """Stands for a decoder whose output is already there."""
+    """Stands for a decoder whose output is already there; the widest of transformers' outputs."""
 
-    def forward(self, inputs_embeds: Tensor, **_: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+    def forward(self, inputs_embeds: Tensor, **_: Any) -> MoeModelOutputWithPast:
+        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
 
 
 class _Projection(nn.Module):
@@ -207,7 +208,7 @@ def tile_loss(model: PreTrainedModel, tiles: Tiles, evidence: Evidence) -> None:
     def head_forward(hidden: Tensor, labels: Tensor | None = None, count: Tensor | None = None) -> Tensor:
         if labels is None or count is None:
             return stock_head(hidden)  # type: ignore[no-any-return]
-        num_tiles = min(tiles(hidden.shape[1]), hidden.shape[1])
+        num_tiles = min(tiles(hidden), hidden.shape[1])
         evidence.tiles += num_tiles
         return tiled_loss(loss_of, hidden, labels, count, num_tiles)
 

@@ -89,6 +89,8 @@ class Zero(Engine):
         mpu: ModuleType | None = None,
     ) -> Runtime:
         settings = self._settings(config)
+        if mpu is not None:
+            settings["sequence_parallel_size"] = mpu.get_sequence_parallel_world_size()
         if self.stage == 3:
             self._shard(model, initializer, settings, placement)
         else:
@@ -112,7 +114,7 @@ class Zero(Engine):
         initializer.fill(model, model, placement.device)  # buffers of modules without parameters
         for module in model.modules():
             # A tiled module calls its children many times per pass: gather around the whole of it.
-            if "forward" in vars(module) and next(module.children(), None) and module is not model:
+            if getattr(module, "is_tiled", False):
                 set_z3_leaf_module(module, True)
 
     def _settings(self, config: TrainConfig) -> dict[str, Any]:

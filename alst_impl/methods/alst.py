@@ -10,6 +10,7 @@ from alst_impl.config import TrainConfig
 from alst_impl.methods.base import Method, check_sharded
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.distributed import DeviceMesh
     from transformers import PreTrainedModel
 
@@ -59,19 +60,24 @@ class Alst(Method):
     def apply(
         self, model: PreTrainedModel, config: TrainConfig, mesh: DeviceMesh, placement: Placement
     ) -> None:
+        self.attach(model, mesh, placement, config.attention)
+
+    def attach(
+        self, model: PreTrainedModel, mesh: DeviceMesh, placement: Placement, attention: str
+    ) -> None:
+        """Sequence parallelism and tiling, in place; `attention` names the core attention."""
         from alst_impl import hf
         from alst_impl.ops.ulysses import UlyssesAttention
 
         group = mesh["sp"].get_group() if self.sp > 1 else None
-        hf.use_attention(model, UlyssesAttention(group, config.attention, placement.evidence))
-        hidden, vocab = model.config.hidden_size, model.config.vocab_size
-        tiles, evidence = self.tiles, placement.evidence
+        hf.use_attention(model, UlyssesAttention(group, attention, placement.evidence))
+        tiles, evidence, vocab = self.tiles, placement.evidence, model.config.vocab_size
 
-        def rows_of_hidden(rows: int) -> int:
-            return tiles or -(-rows // hidden)
+        def rows_of_hidden(x: Tensor) -> int:
+            return tiles or -(-x.shape[1] // x.shape[2])
 
-        def rows_of_logits(rows: int) -> int:
-            return tiles or -(-rows * config.batch_size * vocab * 4 // LOGITS_TILE_BYTES)
+        def rows_of_logits(x: Tensor) -> int:
+            return tiles or -(-x.shape[0] * x.shape[1] * vocab * 4 // LOGITS_TILE_BYTES)
 
         mlps, norms = hf.token_wise_modules(model)
         for module in (mlps if self.tile_mlp else []) + (norms if self.tile_norm else []):

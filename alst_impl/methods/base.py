@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from alst_impl.config import Frozen, Spec, TrainConfig
 from alst_impl.models import published, unsupported
@@ -71,14 +71,18 @@ def divisors(n: int) -> list[int]:
 
 
 def check_sharded(config: TrainConfig, sp: int, method: str) -> None:
-    """Raise `ValueError` unless heads and ranks split over `sp` and sharding is exact for the model."""
-    fields = published(config.model, config.overrides)
-    heads = fields["num_attention_heads"]
+    """Raise `ValueError` unless ranks and heads split over `sp` and sharding is exact for the model."""
     if config.world_size % sp:
         raise ValueError(
             f"sp ({sp}) must divide world_size ({config.world_size}) for method '{method}'; "
             f"use sp in {divisors(config.world_size)}"
         )
+    check_shardable(published(config.model, config.overrides), sp, method, config.model)
+
+
+def check_shardable(fields: dict[str, Any], sp: int, method: str, model: str) -> None:
+    """Raise `ValueError` unless a model with configuration `fields` can be sharded exactly over `sp`."""
+    heads = fields["num_attention_heads"]
     if heads % sp:
         raise ValueError(
             f"num_attention_heads ({heads}) must be divisible by sp ({sp}) for method '{method}'; "
@@ -87,7 +91,7 @@ def check_sharded(config: TrainConfig, sp: int, method: str) -> None:
     reason = unsupported(fields)
     if reason:
         raise ValueError(
-            f"model '{config.model}' has {reason}, which method '{method}' cannot shard exactly; "
+            f"model '{model}' has {reason}, which method '{method}' cannot shard exactly; "
             "use method 'baseline'"
         )
 

@@ -100,9 +100,11 @@ def build(config: TrainConfig) -> tuple[PreTrainedModel, Initializer]:
     import torch
     from transformers import AutoModelForCausalLM
 
+    # transformers' grouped experts have no fp64 kernel; its plain loop has.
+    experts = {"experts_implementation": "eager"} if config.dtype == "float64" else {}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            hf_config(config), attn_implementation="sdpa", dtype=getattr(torch, config.dtype)
+            hf_config(config), attn_implementation="sdpa", dtype=getattr(torch, config.dtype), **experts
         )
     return model, Initializer(config.seed, config.model if has_weights(config.model) else None)
 

@@ -38,9 +38,9 @@ class _TiledLoss(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         loss: Tensor | None = None
         for start, stop in tile_bounds(hidden.shape[1], num_tiles):
-            tile = hidden[:, start:stop].detach().requires_grad_(needs_hidden)
+            tile = hidden[:, start:stop].contiguous().detach().requires_grad_(needs_hidden)
             with torch.set_grad_enabled(needs_grad):
-                tile_loss = fn(tile, labels[:, start:stop], count)
+                tile_loss = fn(tile, labels[:, start:stop].contiguous(), count)
             if needs_grad:
                 inputs = [tile, *parameters] if needs_hidden else list(parameters)
                 gradients = torch.autograd.grad(tile_loss, inputs, allow_unused=True)

@@ -92,7 +92,7 @@ class _Tiled(torch.autograd.Function):
         ctx.save_for_backward(x)
         out: Tensor | None = None
         for start, stop in tile_bounds(x.shape[1], num_tiles):
-            tile = fn(x[:, start:stop])
+            tile = fn(x[:, start:stop].contiguous())
             if out is None:
                 out = tile.new_empty(x.shape[0], x.shape[1], *tile.shape[2:])
             out[:, start:stop] = tile
@@ -109,7 +109,7 @@ class _Tiled(torch.autograd.Function):
         needs_x = ctx.needs_input_grad[2]
         grad_x = torch.empty_like(x) if needs_x else None
         for start, stop in tile_bounds(x.shape[1], ctx.num_tiles):
-            tile = x[:, start:stop].detach().requires_grad_(needs_x)
+            tile = x[:, start:stop].contiguous().detach().requires_grad_(needs_x)
             inputs = [tile, *parameters] if needs_x else parameters
             with torch.enable_grad():
                 out = ctx.fn(tile)

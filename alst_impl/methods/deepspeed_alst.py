@@ -1,0 +1,184 @@
+"""The peer: ALST through DeepSpeed's own classes, unmodified, called as its tutorial does.
+
+Source: deepspeed/runtime/sequence_parallel/ulysses_sp.py and the tutorial "Arctic Long Sequence
+Training (ALST) for HF Transformers integration". What it computes is measured, not assumed.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from alst_impl.config import TrainConfig
+from alst_impl.methods.base import Method, check_sharded
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.distributed import DeviceMesh
+    from transformers import PreTrainedModel
+
+    from alst_impl.data import Batch
+    from alst_impl.engines.base import Runtime
+    from alst_impl.placement import Evidence, Placement
+
+
+class DeepspeedAlst(Method):
+    """UlyssesSPAttentionHF, UlyssesSPDataLoaderAdapter, TiledMLP and sequence_tiled_compute."""
+
+    sp: int = Field(default=1, ge=1)
+    """Sequence-parallel degree."""
+    tile_mlp: bool = True
+    """Compute MLPs with TiledMLP."""
+    tile_loss: bool = True
+    """Compute logits and loss with sequence_tiled_compute, summed, as the tutorial shows."""
+    tiles: int | None = Field(default=None, ge=1)
+    """Tiles of everything tiled; None follows the tutorial: `hidden_size` rows each."""
+
+    def check(self, config: TrainConfig) -> None:
+        check_sharded(config, self.sp, "deepspeed_alst")
+        if config.engine.name != "zero":
+            raise ValueError(
+                f"method 'deepspeed_alst' runs under DeepSpeed only, not engine '{config.engine.name}'; "
+                "use engine 'zero'"
+            )
+        if config.seqlen % self.sp:
+            raise ValueError(
+                f"seqlen ({config.seqlen}) must be divisible by sp ({self.sp}) for method "
+                f"'deepspeed_alst', which does not pad; use {config.seqlen // self.sp * self.sp}"
+            )
+
+    def axes(self, world_size: int) -> dict[str, int]:
+        return {"dp": world_size // self.sp, "sp": self.sp}
+
+    def promises(self, config: TrainConfig) -> set[str]:
+        return {"tiles"} if self.tile_mlp or self.tile_loss else set()
+
+    def mpu(self) -> ModuleType | None:
+        if self.sp == 1:
+            return None
+        from deepspeed.runtime.sequence_parallel import parallel_state_sp
+
+        return parallel_state_sp  # type: ignore[no-any-return]
+
+    def shard(self, batch: Batch, mesh: DeviceMesh) -> Batch:
+        if self.sp == 1:
+            return batch
+        import torch
+        from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPDataLoaderAdapter
+
+        from alst_impl.data import IGNORE_INDEX
+        from alst_impl.data import Batch as Shard
+
+        labels = torch.nn.functional.pad(batch.shift_labels[:, :-1], (1, 0), value=IGNORE_INDEX)
+        whole = {"input_ids": batch.input_ids, "labels": labels, "position_ids": batch.position_ids}
+        group = mesh["sp"].get_group()
+        loader = UlyssesSPDataLoaderAdapter(
+            [whole], mesh["sp"].get_local_rank(), group, self.sp, batch.input_ids.device
+        )
+        # All ranks of the group brought the same sample; the adapter yields it once per rank.
+        shard = next(loader)
+        return Shard(shard["input_ids"], shard["shift_labels"], shard["position_ids"])
+
+    def apply(
+        self, model: PreTrainedModel, config: TrainConfig, mesh: DeviceMesh, placement: Placement
+    ) -> None:
+        from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+
+        from alst_impl import hf
+
+        UlyssesSPAttentionHF.register_with_transformers(
+            model_name_or_path=model,
+            core_attn_implementation="sdpa",
+            sequence_parallel_size=self.sp,
+            micro_batch_size=config.batch_size,
+            seq_length_is_variable=True,
+        )
+        if self.tile_mlp:
+            for mlp in hf.token_wise_modules(model)[0]:
+                self._tile_mlp(mlp, placement.evidence)
+        if self.tile_loss:
+            self._tile_loss(model, placement.evidence)
+
+    def checkpoint(self, model: PreTrainedModel, placement: Placement) -> None:
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+
+    def forward_backward(self, runtime: Runtime, batch: Batch, num_valid: Tensor) -> Tensor:
+        import torch
+        import torch.distributed.nn.functional as functional
+        from deepspeed.utils import groups
+
+        engine: Any = runtime.module
+        inputs = batch.model_inputs()
+        shift_labels = inputs.pop("shift_labels")
+        del inputs["labels"]
+        good_tokens = (shift_labels != -100).view(-1).sum()
+        runtime.placement.on_phase("forward")
+        if self.tile_loss:
+            total = engine(**inputs, shift_labels=shift_labels, use_cache=False).loss
+            loss = total / max(good_tokens, 1)
+        else:
+            outputs = engine(**inputs, use_cache=False)
+            loss = engine.module.loss_function(
+                logits=outputs.logits,
+                labels=None,
+                shift_labels=shift_labels,
+                vocab_size=engine.module.config.vocab_size,
+            )
+            del outputs
+        if self.sp > 1:
+            group = groups._get_sequence_parallel_group()
+            losses = functional.all_gather(loss, group=group)
+            tokens = functional.all_gather(good_tokens, group=group)
+            total = sum(losses[rank] * tokens[rank] for rank in range(self.sp))
+            loss = total / max(sum(tokens), 1)
+        runtime.placement.on_phase("backward")
+        engine.backward(loss)
+        # The step adds up over ranks and micro-batches; every rank of this method holds the mean.
+        world_size = torch.distributed.get_world_size()
+        micro_batches = engine.gradient_accumulation_steps()
+        return loss.detach() / world_size / micro_batches  # type: ignore[no-any-return]
+
+    def _tile_mlp(self, mlp: Any, evidence: Evidence) -> None:
+        from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledMLP
+
+        stock = type(mlp).forward
+
+        def forward(x: Tensor) -> Tensor:
+            shards = self.tiles or -(-x.shape[1] // x.shape[2])
+            evidence.tiles += shards
+            return TiledMLP.apply(stock, mlp, x, shards, list(mlp.parameters()))  # type: ignore[no-any-return]
+
+        mlp.forward = forward
+
+    def _tile_loss(self, model: PreTrainedModel, evidence: Evidence) -> None:
+        from deepspeed.runtime.sequence_parallel.ulysses_sp import sequence_tiled_compute
+        from torch.nn.functional import cross_entropy
+        from transformers.modeling_outputs import CausalLMOutputWithPast
+
+        head: Any = model.get_output_embeddings()
+
+        def token_loss(hidden_states: Tensor, shift_labels: Tensor) -> Tensor:
+            logits = head(hidden_states).float().flatten(0, 1)
+            return cross_entropy(logits, shift_labels.flatten(), reduction="sum", ignore_index=-100)
+
+        def forward(shift_labels: Tensor, **inputs: Any) -> CausalLMOutputWithPast:
+            hidden = model.base_model(**inputs).last_hidden_state
+            seqlen = hidden.shape[1]
+            shards = self.tiles or -(-seqlen // hidden.shape[2])
+            evidence.tiles += shards
+            loss = sequence_tiled_compute(
+                token_loss,
+                seqlen,
+                shards,
+                {"hidden_states": hidden, "shift_labels": shift_labels},
+                {},
+                "hidden_states",
+                [head.weight],
+                output_unshard_dimension=0,
+                output_reduction="sum",
+            )
+            return CausalLMOutputWithPast(loss=loss)
+
+        model.forward = forward  # type: ignore[method-assign]
