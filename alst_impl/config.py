@@ -88,7 +88,7 @@ class TrainConfig(Frozen):
     """Ranks."""
     dtype: DType = "float32"
     """Parameters and activations."""
-    attention: str = "sdpa"
+    attention: Literal["sdpa"] = "sdpa"
     """Core attention, a key of `alst_impl.ops.attention.BACKENDS`."""
     checkpoint: bool = True
     """Activation checkpointing of every decoder layer."""

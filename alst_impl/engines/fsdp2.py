@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-import torch
-from torch import Tensor, nn
-from torch.distributed import DeviceMesh
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
-
-from alst_impl import hf
 from alst_impl.config import TrainConfig
 from alst_impl.engines.base import Engine, Runtime, adamw
-from alst_impl.models import Initializer
-from alst_impl.placement import Placement
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.distributed import DeviceMesh
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+    from transformers import PreTrainedModel
+
+    from alst_impl.models import Initializer
+    from alst_impl.placement import Placement
 
 
 class FSDP2Runtime(Runtime):
@@ -34,11 +33,16 @@ class FSDP2Runtime(Runtime):
         self._left = num_micro_batches
 
     def _backward(self, loss: Tensor) -> None:
+        import torch
+
         self._left -= 1
-        cast(FSDPModule, self.module).set_requires_gradient_sync(self._left == 0)
+        cast("FSDPModule", self.module).set_requires_gradient_sync(self._left == 0)
         torch.autograd.backward(loss)
 
     def _update(self) -> Tensor:
+        import torch
+        from torch.distributed.tensor import DTensor
+
         parameters = [p for p in self.module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if isinstance(norm, DTensor):
@@ -51,14 +55,14 @@ class FSDP2Runtime(Runtime):
 
     def gradients(self) -> dict[str, Tensor]:
         return {
-            name: cast(DTensor, p.grad).full_tensor().cpu()
+            name: cast("DTensor", p.grad).full_tensor().cpu()
             for name, p in self.module.named_parameters()
             if p.grad is not None
         }
 
     def state_dict(self) -> dict[str, Tensor]:
         return {
-            name: cast(DTensor, p.detach()).full_tensor().cpu()
+            name: cast("DTensor", p.detach()).full_tensor().cpu()
             for name, p in self.module.named_parameters()
         }
 
@@ -75,6 +79,11 @@ class FSDP2(Engine):
         placement: Placement,
         mpu: ModuleType | None = None,
     ) -> Runtime:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        from alst_impl import hf
+
         ranks = init_device_mesh(placement.device.type, (mesh.size(),), mesh_dim_names=("fsdp",))
         units: list[nn.Module] = [*hf.decoder_layers(model)]
         head = model.get_output_embeddings()
@@ -84,7 +93,7 @@ class FSDP2(Engine):
             # Filled and sharded one by one: a process holds its shards and one whole unit.
             initializer.fill(model, unit, placement.device)
             fully_shard(unit, mesh=ranks)
-            sharded = cast(FSDPModule, unit)
+            sharded = cast("FSDPModule", unit)
             # Losses are addends already: the sum over ranks is the gradient.
             sharded.set_gradient_divide_factor(1.0)
             sharded.set_force_sum_reduction_for_comms(True)

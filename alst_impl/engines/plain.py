@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from types import ModuleType
-
-import torch
-import torch.distributed as dist
-from torch import Tensor
-from torch.distributed import DeviceMesh
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING
 
 from alst_impl.config import TrainConfig
 from alst_impl.engines.base import Engine, Runtime, adamw
-from alst_impl.models import Initializer
-from alst_impl.placement import Placement
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.distributed import DeviceMesh
+    from transformers import PreTrainedModel
+
+    from alst_impl.models import Initializer
+    from alst_impl.placement import Placement
 
 
 class PlainRuntime(Runtime):
@@ -31,6 +32,9 @@ class PlainRuntime(Runtime):
         self._left = num_micro_batches
 
     def _backward(self, loss: Tensor) -> None:
+        import torch
+        import torch.distributed as dist
+
         torch.autograd.backward(loss)
         self._left -= 1
         if self._left == 0:
@@ -40,6 +44,8 @@ class PlainRuntime(Runtime):
                 dist.all_reduce(parameter.grad)
 
     def _update(self) -> Tensor:
+        import torch
+
         norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         if self._max_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self._parameters, self._max_norm, norm)

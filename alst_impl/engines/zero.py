@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import deepspeed
-import torch
-import torch.distributed as dist
-from deepspeed.utils import safe_get_full_grad, set_z3_leaf_module
-from torch import Tensor
-from torch.distributed import DeviceMesh
-from transformers import PreTrainedModel
+from pydantic import Field
 
 from alst_impl.config import TrainConfig
 from alst_impl.engines.base import Engine, Runtime, adamw
-from alst_impl.models import Initializer
-from alst_impl.placement import Placement
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from torch.distributed import DeviceMesh
+    from transformers import PreTrainedModel
+
+    from alst_impl.models import Initializer
+    from alst_impl.placement import Placement
 
 
 class ZeroRuntime(Runtime):
@@ -32,12 +33,16 @@ class ZeroRuntime(Runtime):
         self._left = num_micro_batches
 
     def _backward(self, loss: Tensor) -> None:
+        import torch.distributed as dist
+
         self._left -= 1
         self.module.set_gradient_accumulation_boundary(self._left == 0)
         # DeepSpeed averages gradients over its data-parallel ranks, which here are all ranks.
         self.module.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
 
     def _update(self) -> Tensor:
+        import torch
+
         self.module.step()
         return torch.as_tensor(self.module.get_global_grad_norm(), device=self.placement.device)
 
@@ -45,10 +50,14 @@ class ZeroRuntime(Runtime):
         return list(self.module.module.named_parameters())
 
     def gradients(self) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_grad
+
         gradients = {name: safe_get_full_grad(p) for name, p in self._named() if p.requires_grad}
         return {name: g.detach().cpu() for name, g in gradients.items() if g is not None}
 
     def state_dict(self) -> dict[str, Tensor]:
+        import deepspeed
+
         state = {}
         for name, parameter in self._named():
             with deepspeed.zero.GatheredParameters([parameter]):
@@ -67,6 +76,10 @@ class Zero(Engine):
     """Keep parameter shards in host memory (stage 3 only)."""
     reduce_scatter: bool = True
     """Reduce gradients to their owner instead of to all ranks."""
+
+    reduce_bucket_size: int = Field(default=500_000_000, ge=1)
+    """Elements of the bucket that gradients are reduced in; the default is DeepSpeed's own, 2 GB in
+    fp32, which would hide everything else of a small model."""
 
     def check(self, config: TrainConfig) -> None:
         if config.dtype == "float64":
@@ -88,6 +101,8 @@ class Zero(Engine):
         placement: Placement,
         mpu: ModuleType | None = None,
     ) -> Runtime:
+        import deepspeed
+
         settings = self._settings(config)
         if mpu is not None:
             settings["sequence_parallel_size"] = mpu.get_sequence_parallel_world_size()
@@ -106,6 +121,9 @@ class Zero(Engine):
         model: PreTrainedModel, initializer: Initializer, settings: dict[str, Any], placement: Placement
     ) -> None:
         """Fill and partition module by module: a process holds its shards and one whole module."""
+        import deepspeed
+        from deepspeed.utils import set_z3_leaf_module
+
         for module in model.modules():
             if next(module.parameters(recurse=False), None) is None:
                 continue
@@ -121,6 +139,7 @@ class Zero(Engine):
         zero: dict[str, Any] = {
             "stage": self.stage,
             "reduce_scatter": self.reduce_scatter,
+            "reduce_bucket_size": self.reduce_bucket_size,
             "stage3_param_persistence_threshold": 0,
         }
         if self.offload_optimizer:
