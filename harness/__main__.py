@@ -1,0 +1,45 @@
+"""The command line: `alst`, or `python -m harness`."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from harness.commands import present, run, verify
+
+app = typer.Typer(
+    name="alst",
+    help="Reference implementation of Arctic Long Sequence Training, and the suite that tests it.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+)
+app.command("run")(run.run)
+app.command("cell")(run.cell)
+app.command("cells")(run.cells)
+app.command("verify")(verify.verify)
+app.command("table")(present.table)
+app.command("figures")(present.figures)
+app.command("report")(present.report)
+app.command("summary")(present.summary)
+app.command("reference")(present.reference)
+
+
+def main() -> None:
+    """Run a command. What a user wrote wrong becomes one line on stderr and exit code 2."""
+    try:
+        code = app(standalone_mode=False)
+    except (typer.TyperException, ValueError) as error:
+        # Of the command line's own errors, `str` leaves out the option's name.
+        message = getattr(error, "format_message", error.__str__)()
+        print(f"alst: {' '.join(message.split())}", file=sys.stderr)
+        code = 2
+    except (typer.Abort, KeyboardInterrupt):
+        print("alst: interrupted; finished cells are kept, the next run resumes", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""`alst table`, `figures`, `report`, `summary`, `reference`: records to what a reader sees."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from harness import paths
+
+if TYPE_CHECKING:
+    from harness.table import Results
+
+Name = Annotated[str, typer.Argument(help="An experiment: the name of a file in experiments/.")]
+Names = Annotated[
+    list[str] | None,
+    typer.Argument(help="Experiments; by default all that have records.", show_default=False),
+]
+
+
+def table(name: Name) -> None:
+    """Write results/tables/NAME.csv: a row per cell and metric.
+
+    Example: alst table cpu_sweep
+    """
+    from harness.record import write_text
+    from harness.table import fresh, tidy
+
+    write_text(paths.table(name), tidy(fresh(paths.experiment(name))).to_csv(index=False))
+
+
+def figures(
+    name: Name,
+    figure: Annotated[
+        str | None,
+        typer.Argument(
+            help="A file in harness/figures/; by default all that the experiment names."
+        ),
+    ] = None,
+) -> None:
+    """Draw figures to results/figures/NAME/ as PNG and SVG.
+
+    Example: alst figures cpu_sweep peak_memory
+    """
+    from harness.table import fresh
+
+    results = fresh(paths.experiment(name))
+    for each in [figure] if figure else results.figures:
+        _draw(results, each, paths.figures(name))
+
+
+def _draw(results: Results, figure: str, folder: Path) -> None:
+    from harness import drawing
+    from harness.figures.base import draw
+
+    drawn = draw(figure, results)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{figure}.svg").write_text(drawing.svg(drawn))
+    (folder / f"{figure}.png").write_bytes(drawing.png(drawn))
+
+
+def report(
+    names: Names = None,
+    readme: Annotated[
+        bool, typer.Option("--readme", help="Write the README's generated blocks instead.")
+    ] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Exit with 1 if the README's blocks are not up to date.")
+    ] = False,
+) -> int:
+    """Write results/report.html, one self-contained page, from records and drawn figures.
+
+    README blocks come from the committed records in results/reference/.
+
+    Example: alst report cpu_sweep
+    """
+    if readme or check:
+        return _readme(write=readme)
+    from harness.record import write_text
+    from harness.report import page
+
+    write_text(paths.REPORT, page(_with_records(names)))
+    return 0
+
+
+def _readme(write: bool) -> int:
+    from harness.record import write_text
+    from harness.report import readme_blocks, with_blocks
+
+    text = paths.README.read_text()
+    current = with_blocks(text, readme_blocks(_references()))
+    if text == current:
+        return 0
+    if write:
+        write_text(paths.README, current)
+        return 0
+    print(
+        f"alst: {paths.README} differs from results/reference/; run `alst report --readme`",
+        file=sys.stderr,
+    )
+    return 1
+
+
+def _references() -> list[Results]:
+    from harness.table import reference as load_reference
+
+    return [load_reference(folder) for folder in sorted(paths.REFERENCE.glob("*/*/"))]
+
+
+def _with_records(names: list[str] | None) -> list[Results]:
+    from harness.table import fresh
+
+    if not names:
+        names = sorted(folder.name for folder in paths.cells("").glob("*/"))
+    if not names:
+        raise ValueError(
+            "no records in results/cells; run `make` or `alst run experiments/smoke.yaml`"
+        )
+    return [fresh(paths.experiment(name)) for name in names]
+
+
+def summary(names: Names = None) -> None:
+    """Print the headline table of each experiment and where report and figures are."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from harness.report import headline_grid, headline_title
+    from harness.report import summary as in_words
+
+    console = Console()
+    for results in _with_records(names):
+        grid = headline_grid(results)
+        shown = Table(title=f"{results.name}: {headline_title(results)}", title_justify="left")
+        for i, heading in enumerate(grid.headings):
+            shown.add_column(heading, justify="right" if i else "left")
+        for row in grid.rows:
+            shown.add_row(*row)
+        console.print(shown)
+        console.print(in_words(results), highlight=False)
+        console.print(f"figures: {paths.figures(results.name)}/", highlight=False)
+    console.print(f"report:  {paths.REPORT.absolute().as_uri()}", highlight=False, soft_wrap=True)
+
+
+def reference(
+    name: Name,
+    dirty: Annotated[
+        bool, typer.Option("--dirty", help="Accept records of a tree with uncommitted changes.")
+    ] = False,
+) -> None:
+    """Replace the committed records of an experiment with the fresh ones and renew the README.
+
+    Refuses when a cell is not measured, or was measured on a tree with uncommitted changes.
+
+    Example: alst reference cpu_sweep
+    """
+    from harness.table import fresh
+
+    results = fresh(paths.experiment(name))
+    missing = sorted(set(results.cells) - set(results.measurements))
+    if missing:
+        raise ValueError(
+            f"{name}: no record of {missing[0]} and {len(missing) - 1} more; run `make`"
+        )
+    unclean = [key for key, m in results.measurements.items() if m.provenance.dirty is not False]
+    if unclean and not dirty:
+        raise ValueError(
+            f"{name}: {len(unclean)} records come from a tree with uncommitted changes, such as "
+            f"{unclean[0]}; commit and measure again, or pass --dirty"
+        )
+    for hardware in {cell.hardware for cell in results.cells.values()}:
+        _promote(results, hardware)
+    _readme(write=True)
+
+
+def _promote(results: Results, hardware: str) -> None:
+    folder = paths.REFERENCE / hardware / results.name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for key, cell in results.cells.items():
+        if cell.hardware == hardware:
+            shutil.copyfile(paths.cells(results.name) / f"{key}.json", folder / f"{key}.json")
+    from harness import drawing
+    from harness.figures.base import draw
+
+    (folder / "headline.png").write_bytes(drawing.png(draw("headline", results)))

@@ -1,0 +1,115 @@
+"""`alst run`, `alst cell`, `alst cells`: experiments to records."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from harness.cell import Cell, Experiment, load_experiment
+from harness.commands.live import CellLine
+from harness.record import Measurement
+from harness.run import measure_to
+
+ExperimentPath = Annotated[
+    Path, typer.Argument(help="An experiment, such as experiments/smoke.yaml.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Measure again what has a record.")]
+Results = Annotated[Path, typer.Option("--results", help="Folder of records and caches.")]
+DEFAULT_RESULTS = Path("results")
+
+
+def record_path(results: Path, experiment: Experiment, key: str) -> Path:
+    """Where the record of a cell lies."""
+    return results / "cells" / experiment.name / f"{key}.json"
+
+
+def truth_cache(results: Path) -> Path:
+    """Where truths of the gradient comparison are kept."""
+    return results / ".cache" / "truth"
+
+
+def run(
+    experiment: ExperimentPath, force: Force = False, results: Results = DEFAULT_RESULTS
+) -> None:
+    """Measure all cells of an experiment that have no final record yet.
+
+    Every outcome is a record: out of memory, a hang, a crash, a wrong gradient. A cell that was
+    killed from outside is measured again by the next run.
+
+    Example: alst run experiments/smoke.yaml
+    """
+    loaded = load_experiment(experiment)
+    cells = loaded.cells()
+    console = Console()
+    measured = [
+        _run_one(console, loaded, key, cell, number, len(cells), force, results)
+        for number, (key, cell) in enumerate(cells.items(), start=1)
+    ]
+    console.print(_summary(loaded, measured))
+
+
+def cell(
+    experiment: ExperimentPath,
+    key: Annotated[str, typer.Argument(help="Key of the cell, as `alst cells` lists it.")],
+    force: Force = False,
+    results: Results = DEFAULT_RESULTS,
+) -> None:
+    """Measure one cell of an experiment and write RESULTS/cells/EXPERIMENT/KEY.json."""
+    loaded = load_experiment(experiment)
+    cells = loaded.cells()
+    if key not in cells:
+        raise ValueError(f"{experiment} has no cell '{key}'; `alst cells {experiment}` lists them")
+    number = list(cells).index(key) + 1
+    _run_one(Console(), loaded, key, cells[key], number, len(cells), force, results)
+
+
+def cells(experiment: ExperimentPath) -> None:
+    """List the keys of an experiment's cells."""
+    for key in load_experiment(experiment).cells():
+        print(key)
+
+
+def _run_one(
+    console: Console,
+    experiment: Experiment,
+    key: str,
+    cell: Cell,
+    number: int,
+    total: int,
+    force: bool,
+    results: Path,
+) -> Measurement:
+    path = record_path(results, experiment, key)
+    with CellLine(console, cell, number, total) as line:
+        measurement, fresh = measure_to(path, cell, truth_cache(results), force, line.hear)
+    line.done(measurement, fresh)
+    return measurement
+
+
+def _summary(experiment: Experiment, measured: list[Measurement]) -> Table:
+    """One row per cell; the numbers that a sweep is watched for."""
+    table = Table(title=experiment.question)
+    for heading in ("cell", "outcome", "gradients", "step [s]", "peak [MiB]", "last loss"):
+        table.add_column(heading, justify="left" if heading == "cell" else "right")
+    for m in measured:
+        readings = m.readings
+        if readings is None:
+            table.add_row(m.cell.label, m.outcome, *["-"] * 4)
+            continue
+        steps = [max(ranks) for ranks in readings.step_s]
+        peaks = [rank.peak_bytes for rank in readings.memory]
+        gate = "-" if readings.gate is None else ("ok" if readings.gate.passed else "wrong")
+        table.add_row(
+            m.cell.label,
+            m.outcome,
+            gate,
+            f"{statistics.median(steps):.3f}" if steps else "-",
+            f"{max(peaks) / 2**20:.1f}" if peaks else "-",
+            f"{readings.loss[-1]:.5f}",
+        )
+    return table

@@ -1,0 +1,115 @@
+"""Loss with and without sequence parallelism on the same data, and the difference below."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from harness import drawing
+from harness.cell import Cell
+from harness.plain import length_text
+from harness.record import Measurement
+from harness.table import Results, tidy, wide
+
+
+class Pairing(NamedTuple):
+    """One unsharded run and the sharded runs that saw the same tokens from the same weights."""
+
+    whole: Measurement
+    sharded: dict[str, list[Measurement]]
+    """By series."""
+
+
+def same_training(cell: Cell, dp: int) -> str:
+    """Equal for cells whose losses must be equal: same model, tokens, batch and update."""
+    t = cell.train
+    how = {"method", "engine", "world_size", "attention", "checkpoint"}
+    what = t.model_dump(mode="json", exclude=how)
+    text = json.dumps({**what, "dp": dp}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def pairings(results: Results) -> Iterator[tuple[str, Pairing]]:
+    """For each model, the longest length that was run both ways."""
+    cells = wide(tidy(results))
+    cells["training"] = [
+        same_training(results.cells[key], dp)
+        for key, dp in zip(cells["key"], cells["dp"], strict=True)
+    ]
+    cells = cells[cells["loss"].notna()].sort_values("seqlen", ascending=False)
+    for model in dict.fromkeys(results.cells[k].train.model for k in results.cells):
+        for _, group in cells[cells["model"] == model].groupby("training", sort=False):
+            pairing = _pair(results, group)
+            if pairing:
+                yield str(model), pairing
+                break
+
+
+def _pair(results: Results, group: pd.DataFrame) -> Pairing | None:
+    whole = group[(group["sp"] == 1) & (group["method"] == "baseline")]
+    sharded = group[group["sp"] > 1].sort_values(
+        ["method", "sp"],
+        key=lambda column: column.map(drawing.rank) if column.name == "method" else column,
+    )
+    if whole.empty or sharded.empty:
+        return None
+    by_series: dict[str, list[Measurement]] = {}
+    for _, row in sharded.iterrows():
+        by_series.setdefault(str(row["series"]), []).append(results.measurements[row["key"]])
+    return Pairing(results.measurements[whole.iloc[0]["key"]], by_series)
+
+
+def _losses(m: Measurement) -> list[float]:
+    return m.readings.loss if m.readings else []
+
+
+def _draw_pair(upper: Axes, lower: Axes, pairing: Pairing, colours: dict[str, str]) -> None:
+    truth = _losses(pairing.whole)
+    steps = range(1, len(truth) + 1)
+    upper.plot(steps, truth, color=colours["baseline"], linewidth=8, alpha=0.3)
+    # Lines that coincide stay visible: each next one is thinner.
+    for width, (name, runs) in zip((3.2, 1.4, 0.8, 0.5), pairing.sharded.items(), strict=False):
+        for run, style in zip(runs, ("-", "--", ":", "-."), strict=False):
+            loss = _losses(run)[: len(truth)]
+            common = steps[: len(loss)]
+            gap = [ours - theirs for ours, theirs in zip(loss, truth, strict=False)]
+            look: dict[str, Any] = {"color": colours[name], "linestyle": style, "linewidth": width}
+            upper.plot(common, loss, **look)
+            lower.plot(common, gap, **look)
+    lower.axhline(0, color=drawing.FAINT, linewidth=0.8)
+    lower.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    lower.xaxis.set_major_locator(MaxNLocator(integer=True))
+    lower.set_xlabel("step")
+
+
+def draw(results: Results) -> Figure:
+    """Per model, losses of all runs on the same data, and each one less the unsharded baseline."""
+    pairs = list(pairings(results))
+    cells = wide(tidy(results))
+    colours = drawing.palette(["baseline", *cells["series"]])
+    columns = max(len(pairs), 1)
+    figure = Figure(figsize=(max(3.3 * columns + 0.8, 5.6), 5.2), layout="constrained")
+    grid = figure.subplots(
+        2, columns, sharex="col", sharey="row", squeeze=False, height_ratios=[2, 1.2]
+    )
+    if not pairs:
+        grid[0][0].text(0.5, 0.5, "no length was run both ways", ha="center", va="center")
+    for (model, pairing), upper, lower in zip(pairs, grid[0], grid[1], strict=False):
+        _draw_pair(upper, lower, pairing, colours)
+        upper.set_title(f"{model}, {length_text(pairing.whole.cell.train.seqlen)} tokens")
+    grid[0][0].set_ylabel("loss [nats/token]")
+    grid[1][0].set_ylabel("difference\nto unsharded")
+    note = (
+        "Wide grey line: stock model, unsharded. Below: each run less that one. "
+        "Solid, dashed, dotted: sequence-parallel degree in rising order."
+    )
+    title = "Loss with and without sequence parallelism"
+    cells = cells.assign(gate="passed")  # the losses are the comparison here
+    return drawing.finish(figure, results, title, colours, cells, note)

@@ -1,0 +1,69 @@
+"""FLOPs of one training step by two definitions, and what a model's shape says about them.
+
+A multiply and an add count as two. Legend: N parameters, S tokens of a sequence, L layers,
+H query heads, D head dim, E hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from alst_impl.config import Frozen
+
+
+class Shape(Frozen):
+    """What the formulas need to know of a model."""
+
+    num_parameters: int
+    """All of them, tied ones once."""
+    num_lookup_parameters: int
+    """Of the input embedding, which is read and not multiplied; 0 if the head shares it."""
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    head_dim: int
+
+
+def shape_of(fields: dict[str, Any], num_parameters: int) -> Shape:
+    """The shape of a model from its Hugging Face configuration and its number of parameters."""
+    hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
+    tied = bool(fields.get("tie_word_embeddings"))
+    return Shape(
+        num_parameters=num_parameters,
+        num_lookup_parameters=0 if tied else fields["vocab_size"] * hidden,
+        num_layers=fields["num_hidden_layers"],
+        hidden_size=hidden,
+        num_heads=heads,
+        head_dim=fields.get("head_dim") or hidden // heads,
+    )
+
+
+def paper_formula(shape: Shape, seqlen: int) -> float:
+    """FLOPs of one sequence as the paper counts them: 2 c N S + 4 c L E S^2 with c = 4.
+
+    c is forward, recomputed forward and a backward of two; attention is not halved for causality.
+    Source: arctic_training/metrics.py at 9d33fd2 in snowflakedb/ArcticTraining.
+    """
+    passes = 4
+    linear = 2 * passes * shape.num_parameters * seqlen
+    return float(linear + 4 * passes * shape.num_layers * shape.hidden_size * seqlen**2)
+
+
+def model_causal(shape: Shape, seqlen: int) -> float:
+    """FLOPs that training on one sequence needs: no recomputation, no masked attention score.
+
+    6 (N - lookup) S + 12 L H D S (S + 1) / 2: three passes of two matrix products over the pairs of
+    a query and a key that it sees.
+    """
+    return float(linear_forward(shape, seqlen) * 3 + attention_forward(shape, seqlen) * 3)
+
+
+def linear_forward(shape: Shape, seqlen: int) -> int:
+    """FLOPs of the parameters' matrix products in one forward pass."""
+    return 2 * (shape.num_parameters - shape.num_lookup_parameters) * seqlen
+
+
+def attention_forward(shape: Shape, seqlen: int) -> int:
+    """FLOPs of causal attention in one forward pass: q k^T and p v over visible pairs."""
+    pairs = seqlen * (seqlen + 1) // 2
+    return 4 * shape.num_layers * shape.num_heads * shape.head_dim * pairs

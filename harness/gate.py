@@ -1,0 +1,91 @@
+"""The verdict on a gradient comparison: what is close enough, and what a wrong ratio tells.
+
+Imports no torch; `harness.gradients` computes what is judged here.
+"""
+
+from __future__ import annotations
+
+import math
+
+from alst_impl.config import DType, Frozen, TrainConfig
+from alst_impl.methods.base import load_method
+from harness.record import Gate, ParameterGate, RankEvidence
+
+
+class Tolerance(Frozen):
+    """How far a correct computation in some dtype may be from the truth in fp64."""
+
+    ratio: float
+    """Largest |ratio - 1|."""
+    cosine: float
+    """Largest 1 - cosine."""
+
+
+TOLERANCES: dict[DType, Tolerance] = {
+    # Transformers itself computes norms and rotary positions in fp32 whatever the model's dtype.
+    "float64": Tolerance(ratio=1e-6, cosine=1e-9),
+    "float32": Tolerance(ratio=1e-5, cosine=1e-6),
+    # 8 bits of mantissa, accumulated over layers; a wrong factor or a lost tile is far outside.
+    "bfloat16": Tolerance(ratio=5e-2, cosine=1e-2),
+}
+
+
+def excess(parameter: ParameterGate, tolerance: Tolerance) -> float:
+    """How many times the worse of both bounds is used up; above 1 fails. Zero for a zero gradient."""
+    if parameter.ratio is None or parameter.cosine is None:
+        return 0.0
+    return max(
+        abs(parameter.ratio - 1) / tolerance.ratio, (1 - parameter.cosine) / tolerance.cosine
+    )
+
+
+def broken_promises(train: TrainConfig, evidence: list[RankEvidence]) -> list[str]:
+    """What the method's options promise and no counter shows, one phrase each."""
+    method = load_method(train.method)
+    promised = method.promises(train)
+    problems = []
+    sp = method.axes(train.world_size)["sp"]
+    expected = math.ceil(train.seqlen / sp)
+    for rank, counters in enumerate(evidence):
+        for name in sorted(promised):
+            value = getattr(counters, name)
+            if value == 0:
+                problems.append(
+                    f"rank {rank}: method '{train.method.name}' promises {name}, counted 0"
+                )
+            elif name == "local_seqlen" and value != expected:
+                problems.append(f"rank {rank}: local_seqlen {value}, but seqlen / sp is {expected}")
+    return problems
+
+
+def known_factor(ratio: float, train: TrainConfig) -> str | None:
+    """The quantity that `ratio` equals, if it is one that wrong code multiplies or divides by."""
+    axes = load_method(train.method).axes(train.world_size)
+    tokens = train.seqlen * train.batch_size * train.accumulation * axes["dp"]
+    quantities = {
+        "sp": axes["sp"],
+        "dp": axes["dp"],
+        "world_size": train.world_size,
+        "accumulation": train.accumulation,
+        "the number of tokens": tokens,
+        "the number of local tokens": math.ceil(train.seqlen / axes["sp"]),
+    }
+    for name, value in quantities.items():
+        for text, factor in ((f"{name} ({value})", value), (f"1 / {name} (1/{value})", 1 / value)):
+            if value > 1 and math.isclose(ratio, factor, rel_tol=1e-3):
+                return text
+    return None
+
+
+def explain_failure(gate: Gate, train: TrainConfig) -> str:
+    """One line: the worst parameter, and what its ratio looks like."""
+    worst = gate.worst
+    if worst.ratio is None or worst.cosine is None:
+        if not math.isclose(gate.loss, gate.truth_loss, rel_tol=TOLERANCES[train.dtype].ratio):
+            return f"loss {gate.loss!r} instead of {gate.truth_loss!r}"
+        return f"gradient of {worst.parameter} must be zero and is not, or is not finite"
+    factor = known_factor(worst.ratio, train)
+    hint = f", which is {factor}" if factor else ""
+    return (
+        f"gradient of {worst.parameter}: ratio {worst.ratio:.9g}{hint}, cosine {worst.cosine:.9g}"
+    )

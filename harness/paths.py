@@ -1,0 +1,32 @@
+"""Where a checkout keeps what runs read and write, relative to its root."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+EXPERIMENTS = Path("experiments")
+RESULTS = Path("results")
+REFERENCE = RESULTS / "reference"
+"""Committed records, one folder per hardware and experiment."""
+REPORT = RESULTS / "report.html"
+README = Path("README.md")
+
+
+def experiment(name: str) -> Path:
+    """The YAML of an experiment."""
+    return EXPERIMENTS / f"{name}.yaml"
+
+
+def cells(name: str) -> Path:
+    """Folder of an experiment's fresh records, `<key>.json` each."""
+    return RESULTS / "cells" / name
+
+
+def table(name: str) -> Path:
+    """An experiment's table."""
+    return RESULTS / "tables" / f"{name}.csv"
+
+
+def figures(name: str) -> Path:
+    """Folder of an experiment's figures, `<figure>.png` and `<figure>.svg`."""
+    return RESULTS / "figures" / name

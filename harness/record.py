@@ -1,0 +1,160 @@
+"""What a run leaves behind: raw readings, the outcome and where they come from. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from enum import StrEnum
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ValidationError
+
+from alst_impl.config import Frozen
+from alst_impl.plugin import explain
+from harness.cell import Cell
+
+
+class Outcome(StrEnum):
+    """How a cell ended. A closed set: whatever happens is one of these."""
+
+    OK = "ok"
+    GPU_OOM = "gpu_oom"
+    HOST_OOM = "host_oom"
+    ILLEGAL_ACCESS = "illegal_access"
+    COMM_TIMEOUT = "comm_timeout"
+    TIMEOUT = "timeout"
+    NAN_LOSS = "nan_loss"
+    WRONG_GRADIENT = "wrong_gradient"
+    FOREIGN_PROCESS = "foreign_process"
+    KILLED = "killed"
+    SETUP_ERROR = "setup_error"
+
+
+class ParameterGate(Frozen):
+    """One parameter's gradient beside the truth; null where the true gradient is zero."""
+
+    parameter: str
+    """Name in the Hugging Face model."""
+    ratio: float | None
+    """Norm of ours over norm of the truth."""
+    cosine: float | None
+    """Cosine of the angle between them."""
+
+
+class Gate(Frozen):
+    """Every gradient of one step against stock transformers, whole, in one process, in fp64."""
+
+    passed: bool
+    """All parameters within tolerance, and the method did what it claims."""
+    loss: float
+    """Ours."""
+    truth_loss: float
+    """The stock model's."""
+    worst: ParameterGate
+    """The parameter furthest beyond either bound."""
+    parameters: list[ParameterGate]
+    """All of them."""
+
+
+class RankEvidence(Frozen):
+    """`alst_impl.placement.Evidence` of one rank and one step."""
+
+    local_seqlen: int
+    tiles: int
+    exchanges: int
+    offloaded_bytes: int
+
+
+class RankMemory(Frozen):
+    """Bytes of live tensors of one rank over one tracked step."""
+
+    peak_bytes: int
+    """Largest sum of live storages on the compute device."""
+    host_peak_bytes: int
+    """Largest sum of live storages that hold offloaded data."""
+    phase_peak_bytes: dict[str, int]
+    """`peak_bytes` by phase: forward, backward, update."""
+    resting_bytes: int
+    """Live on the compute device after the step: parameters, optimizer, what an engine keeps."""
+    rss_bytes: int
+    """Largest resident set of the process, from the operating system."""
+
+
+class Readings(Frozen):
+    """Raw readings in SI base units; outer lists run over timed steps, inner ones over ranks."""
+
+    step_s: list[list[float]]
+    """Wall time of each timed step on each rank."""
+    loss: list[float]
+    """Global mean loss of every step, warm-up included."""
+    grad_norm: list[float]
+    """Global gradient norm of every step, before clipping."""
+    memory: list[RankMemory]
+    """Per rank, from the tracked step."""
+    evidence: list[RankEvidence]
+    """Per rank, of the tracked step."""
+    gate: Gate | None
+    """The gradient comparison, where the cell asked for one."""
+
+
+class Provenance(Frozen):
+    """Where a record comes from."""
+
+    commit: str | None
+    """Git commit of the code, where it is a checkout."""
+    dirty: bool | None
+    """Whether the checkout had uncommitted changes."""
+    device: str
+    """Processor or accelerator, as it names itself."""
+    cores: int
+    """Processor cores available."""
+    python: str
+    """Interpreter version."""
+    versions: dict[str, str]
+    """Versions of the libraries that decide a result."""
+    utc: str
+    """When the run ended, ISO 8601."""
+    wall_s: float
+    """Wall time of the whole cell."""
+
+
+class Measurement(Frozen):
+    """One record: a cell, how it ended, what was read."""
+
+    schema_version: Literal[1] = 1
+    """Of this file's format."""
+    cell: Cell
+    outcome: Outcome
+    detail: str | None = None
+    """One line: the error, the signal, the step it came at."""
+    readings: Readings | None
+    """None where nothing could be read."""
+    provenance: Provenance
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write atomically: a reader sees the old file or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def write(path: Path, measurement: Measurement) -> None:
+    """Write one record atomically."""
+    write_text(path, measurement.model_dump_json(indent=1) + "\n")
+
+
+def read(path: Path) -> Measurement:
+    """Read one record. Raises `ValueError` naming the file if it is not one."""
+    try:
+        return Measurement.model_validate_json(path.read_text())
+    except ValidationError as error:
+        raise ValueError(explain(error, f"{path} is not a record", [])) from None

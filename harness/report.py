@@ -1,0 +1,365 @@
+"""Records to documents: one self-contained HTML page, and the generated blocks of the README."""
+
+from __future__ import annotations
+
+import base64
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+
+from harness import paths
+from harness.drawing import rank
+from harness.figures.headline import longest_series
+from harness.plain import error_text, length_text, metric_text, ratio_text
+from harness.record import Measurement, ParameterGate
+from harness.table import (
+    NOT_MEASURED,
+    Results,
+    commit_name,
+    duels,
+    series,
+    tidy,
+    units,
+    wide,
+)
+
+OURS, PEERS = "alst", ("deepspeed_alst", "baseline")
+
+MISSING = "–"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table ready to print."""
+
+    headings: list[str]
+    rows: list[list[str]]
+
+    def markdown(self) -> str:
+        """As a Markdown table; the first column is text, the others are numbers."""
+        align = ["---", *["---:"] * (len(self.headings) - 1)]
+        lines = [self.headings, align, *self.rows]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+@dataclass(frozen=True)
+class GateView:
+    """The gradient comparison of one cell."""
+
+    title: str
+    verdict: str
+    summary: str
+    parameters: Grid
+
+
+@dataclass(frozen=True)
+class Section:
+    """One experiment, as the page shows it."""
+
+    name: str
+    question: str
+    source: str
+    progress: str
+    summary: str
+    verdicts: Grid
+    figures: list[tuple[str, str]]
+    """Title and data URI."""
+    cells: Grid
+    gates: list[GateView]
+    environments: Grid
+    command: str
+
+
+def cell_grid(results: Results) -> Grid:
+    """Every cell with what was read, one row each; a cell not measured is a row that says so."""
+    cells = wide(tidy(results))
+    shown = {
+        "step_s": "step",
+        "tokens_per_s": "tokens/s",
+        "peak_bytes": "peak per rank",
+        "host_peak_bytes": "host peak",
+        "rss_bytes": "RSS",
+        "loss": "last loss",
+        "gate_ratio_error": "worst |ratio - 1|",
+        "gate_cosine_error": "worst 1 - cosine",
+    }
+    unit = units()
+    rows = []
+    for row in _rows(cells):
+        values = [_metric(row[metric], unit[metric]) for metric in shown]
+        place = [str(row["world_size"]), str(row["sp"]), length_text(row["seqlen"])]
+        rows.append(
+            [f"{row['model']} {row['series']}", *place, row["outcome"], row["gate"], *values]
+        )
+    return Grid(["cell", "ranks", "sp", "length", "outcome", "gradients", *shown.values()], rows)
+
+
+def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(k): v for k, v in row.items()} for row in table.to_dict("records")]
+
+
+def _metric(value: float, unit: str) -> str:
+    return metric_text(value, unit).removesuffix(" tokens/s").removesuffix(" nats/token")
+
+
+def time_verdict(pair: dict[str, Any]) -> str:
+    """`faster` or `slower` where the spreads of the steps do not overlap, else `within spread`."""
+    tokens = {
+        side: pair[f"tokens_per_s_{side}"] * pair[f"step_s_{side}"] for side in ("ours", "peer")
+    }
+    low = {side: pair[f"step_min_s_{side}"] / tokens[side] for side in tokens}
+    high = {side: pair[f"step_max_s_{side}"] / tokens[side] for side in tokens}
+    if math.isnan(pair["time_ratio"]):
+        return NOT_MEASURED
+    if high["ours"] < low["peer"]:
+        return "faster"
+    return "slower" if low["ours"] > high["peer"] else "within spread"
+
+
+def memory_verdict(pair: dict[str, Any]) -> str:
+    """How the peak of ours compares."""
+    ratio = pair["peak_ratio"]
+    if math.isnan(ratio):
+        return NOT_MEASURED
+    return "lower" if ratio < 1 else "higher" if ratio > 1 else "equal"
+
+
+def verdict_grid(results: Results) -> Grid:
+    """Our method beside each peer in the same run, wherever only the method differs."""
+    cells = wide(tidy(results))
+    rows = []
+    for peer in PEERS:
+        for pair in _rows(duels(cells, OURS, peer)):
+            gates = f"{pair['gate_ours']} / {pair['gate_peer']}"
+            rows.append(
+                [
+                    f"{pair['model']}, {pair['series_ours']} : {pair['series_peer']}",
+                    str(pair["world_size"]),
+                    length_text(pair["seqlen"]),
+                    _ratio(pair["peak_ratio"]),
+                    memory_verdict(pair),
+                    _ratio(pair["time_ratio"]),
+                    time_verdict(pair),
+                    gates,
+                ]
+            )
+    return Grid(
+        [
+            "ours : theirs",
+            "ranks",
+            "length",
+            "peak ratio",
+            "peak",
+            "time per token ratio",
+            "time",
+            "gradients ours / theirs",
+        ],
+        rows,
+    )
+
+
+def _ratio(value: float) -> str:
+    return MISSING if math.isnan(value) else ratio_text(value)
+
+
+def summary(results: Results) -> str:
+    """How often our method is better, in a sentence per peer."""
+    cells = wide(tidy(results))
+    sentences = []
+    for peer in PEERS:
+        pairs = _rows(duels(cells, OURS, peer))
+        measured = [p for p in pairs if not math.isnan(p["peak_ratio"])]
+        timed = [p for p in measured if not math.isnan(p["time_ratio"])]
+        if not measured:
+            continue
+        lower = sum(memory_verdict(p) == "lower" for p in measured)
+        slower = sum(time_verdict(p) == "slower" for p in timed)
+        peak = pd.Series([p["peak_ratio"] for p in measured]).median()
+        time = pd.Series([p["time_ratio"] for p in timed], dtype=float).median()
+        sentences.append(
+            f"Against {peer}: peak lower in {lower} of {len(measured)} comparisons "
+            f"(median ratio {_ratio(peak)}), step slower beyond the spread in {slower} of {len(timed)} "
+            f"(median ratio of time per token {_ratio(time)})."
+        )
+    return " ".join(sentences)
+
+
+def gate_view(name: str, m: Measurement) -> GateView | None:
+    """The gradient comparison of a record, parameters furthest from the truth first."""
+    if m.readings is None or m.readings.gate is None:
+        return None
+    gate = m.readings.gate
+    rows = [
+        [p.parameter, _signed(p.ratio), _cosine_error(p.cosine)]
+        for p in sorted(gate.parameters, key=_distance, reverse=True)
+    ]
+    loss = f"loss {gate.loss:.8f}, truth {gate.truth_loss:.8f}; {len(rows)} parameters"
+    t = m.cell.train
+    return GateView(
+        title=f"{t.model} {name}, {t.world_size} ranks, {length_text(t.seqlen)} tokens",
+        verdict="passed" if gate.passed else "failed",
+        summary=f"worst: {gate.worst.parameter}; {loss}",
+        parameters=Grid(["parameter", "ratio - 1", "1 - cosine"], rows),
+    )
+
+
+def _signed(ratio: float | None) -> str:
+    return "zero in truth" if ratio is None else f"{ratio - 1:+.1e}"
+
+
+def _cosine_error(cosine: float | None) -> str:
+    return MISSING if cosine is None else error_text(1 - cosine)
+
+
+def _distance(p: ParameterGate) -> float:
+    ratio = 0.0 if p.ratio is None else abs(p.ratio - 1)
+    return max(ratio, 0.0 if p.cosine is None else 1 - p.cosine)
+
+
+def environment_grid(results: Results) -> Grid:
+    """Each distinct origin of the records: code, machine and library versions."""
+    counts: dict[tuple[str, ...], int] = {}
+    for p in results.provenances():
+        libraries = ", ".join(f"{name} {version}" for name, version in sorted(p.versions.items()))
+        row = (
+            commit_name(p),
+            f"{p.device}, {p.cores} cores",
+            f"Python {p.python}",
+            libraries,
+            p.utc[:10],
+        )
+        counts[row] = counts.get(row, 0) + 1
+    return Grid(
+        ["commit", "hardware", "interpreter", "libraries", "date", "records"],
+        [[*row, str(count)] for row, count in counts.items()],
+    )
+
+
+def section(results: Results, figures: Path) -> Section:
+    """The part of the page on one experiment; `figures` holds its drawn SVG files."""
+    named = series(results.cells)
+    views = (gate_view(named[key], m) for key, m in results.measurements.items())
+    drawn = [(name, figures / f"{name}.svg") for name in results.figures]
+    outcomes = pd.Series([m.outcome.value for m in results.measurements.values()], dtype=str)
+    counted = ", ".join(f"{n} {outcome}" for outcome, n in outcomes.value_counts().items())
+    progress = f"{len(results.measurements)} of {len(results.cells)} cells measured"
+    return Section(
+        name=results.name,
+        question=results.question,
+        source=results.source,
+        progress=f"{progress}: {counted}" if counted else progress,
+        summary=summary(results),
+        verdicts=verdict_grid(results),
+        figures=[
+            (name.replace("_", " "), _data_uri(file)) for name, file in drawn if file.is_file()
+        ],
+        cells=cell_grid(results),
+        gates=[view for view in views if view],
+        environments=environment_grid(results),
+        command=f"snakemake --cores all --config experiments={results.name}",
+    )
+
+
+def _data_uri(file: Path) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(file.read_bytes()).decode()
+
+
+def page(all_results: Sequence[Results]) -> str:
+    """The whole report: HTML that loads nothing from anywhere else."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("harness"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    sections = [section(results, paths.figures(results.name)) for results in all_results]
+    return environment.get_template("report.html").render(sections=sections)
+
+
+def headline_grid(results: Results) -> Grid:
+    """The longest series of an experiment: a row per length and method, beside ours."""
+    cells = longest_series(wide(tidy(results)))
+    order = sorted(set(cells["series"]), key=lambda name: (rank(name.split()[0]), name))
+    rows = []
+    for _, group in cells.groupby("seqlen"):
+        by_series = {row["series"]: row for row in _rows(group)}
+        rows += [_headline_row(by_series[s], by_series.get(OURS)) for s in order if s in by_series]
+    return Grid(
+        ["length", "method", "peak per rank", f": {OURS}", "step", f": {OURS}", "gradients"], rows
+    )
+
+
+def _headline_row(row: dict[str, Any], ours: dict[str, Any] | None) -> list[str]:
+    copies = f", {row['dp']} samples" if row["dp"] > 1 else ""
+    state = row["gate"] if row["outcome"] in ("ok", "wrong_gradient") else row["outcome"]
+    return [
+        length_text(row["seqlen"]),
+        row["series"] + copies,
+        metric_text(row["peak_bytes"], "B"),
+        _beside(row, ours, "peak_bytes"),
+        metric_text(row["step_s"], "s"),
+        _beside(row, ours, "step_s"),
+        state,
+    ]
+
+
+def _beside(row: dict[str, Any], ours: dict[str, Any] | None, metric: str) -> str:
+    return MISSING if ours is None or ours is row else _ratio(row[metric] / ours[metric])
+
+
+def headline_title(results: Results) -> str:
+    """What `headline_grid` shows."""
+    cells = longest_series(wide(tidy(results)))
+    first = cells.iloc[0]
+    return f"{first['model']} on {first['world_size']} ranks, {first['engine']}, {first['dtype']}"
+
+
+def readme_blocks(references: Sequence[Results]) -> dict[str, str]:
+    """Content of the README's generated blocks, from committed records."""
+    if not references:
+        nothing = "No committed records yet; `make` writes its own to `results/`."
+        return {"headline": nothing, "results": nothing}
+    headline, results = [], []
+    for r in references:
+        hardware = next(iter(r.cells.values())).hardware
+        image = paths.REFERENCE / hardware / r.name / "headline.png"
+        headline.append(f"![{headline_title(r)}: peak memory and step time by length]({image})")
+        environments = environment_grid(r)
+        origin = "; ".join(f"commit {row[0]} on {row[1]}, {row[4]}" for row in environments.rows)
+        results.append(
+            f"`{r.name}`, {headline_title(r)}; measured at {origin}. "
+            f"{headline_grid_note()}\n\n{headline_grid(r).markdown()}\n\n{summary(r)}"
+        )
+    return {"headline": "\n".join(headline), "results": "\n\n".join(results)}
+
+
+def headline_grid_note() -> str:
+    """What the columns of `headline_grid` mean."""
+    return (
+        "Peak: live tensors on the compute device, largest over ranks. "
+        "Step: slowest rank, median over steps. "
+        f"`: {OURS}`: the method's value over {OURS}'s. "
+        "Gradients: every parameter's against the stock model run whole in fp64."
+    )
+
+
+def with_blocks(text: str, blocks: dict[str, str]) -> str:
+    """`text` with what is between each pair of markers replaced.
+
+    Raises `ValueError` where a block has no markers.
+    """
+    for name, content in blocks.items():
+        begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
+        if not re.search(f"{begin}.*{end}", text, re.DOTALL):
+            raise ValueError(f"{paths.README}: no '{begin}' followed by '{end}'")
+        before, _, rest = text.partition(begin)
+        after = rest.partition(end)[2]
+        text = f"{before}{begin}\n{content}\n{end}{after}"
+    return text

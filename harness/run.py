@@ -1,0 +1,134 @@
+"""One cell in a process tree of its own; whatever happens becomes a record. Imports no torch."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from harness import client
+from harness.cell import Cell
+from harness.client import Listener
+from harness.gate import broken_promises, explain_failure
+from harness.processes import Ending
+from harness.provenance import provenance
+from harness.record import Measurement, Outcome, Readings, read, write
+
+RETRIED = {Outcome.KILLED}
+"""Outcomes that say nothing about the cell: the next run measures it again."""
+
+CRASHES = {"SIGSEGV": Outcome.ILLEGAL_ACCESS, "SIGBUS": Outcome.ILLEGAL_ACCESS}
+DEFECTS = ("SIGABRT", "SIGILL", "SIGFPE")
+"""Signals a program sends itself; every other one comes from outside."""
+
+HOST_OOM = ("can't allocate memory", "cannot allocate memory", "std::bad_alloc")
+COMM_TIMEOUT = ("timed out waiting", "timeout waiting", "wait timeout", "timed out after")
+
+
+def measure(cell: Cell, cache: Path, listener: Listener = client._ignore) -> Measurement:
+    """Run `cell`, with truths kept in the folder `cache`. Never raises for what a cell does."""
+    begin = time.monotonic()
+    ending, results = _execute(cell, cache, listener)
+    readings = _readings(results) if ending.how == "finished" else None
+    outcome, detail = classify(ending)
+    if readings is not None and readings.gate is not None:
+        readings, problem = _judge(cell, readings)
+        if problem:
+            outcome, detail = Outcome.WRONG_GRADIENT, problem
+    return Measurement(
+        cell=cell,
+        outcome=outcome,
+        detail=detail,
+        readings=readings,
+        provenance=provenance(time.monotonic() - begin),
+    )
+
+
+def measure_to(
+    path: Path, cell: Cell, cache: Path, force: bool, listener: Listener = client._ignore
+) -> tuple[Measurement, bool]:
+    """The record at `path`, and whether it was measured now because there was no final one."""
+    if path.exists() and not force:
+        existing = read(path)
+        if existing.outcome not in RETRIED and existing.cell == cell:
+            return existing, False
+    measurement = measure(cell, cache, listener)
+    write(path, measurement)
+    return measurement, True
+
+
+def _execute(cell: Cell, cache: Path, listener: Listener) -> tuple[Ending, list[dict[str, Any]]]:
+    """The truth, if the cell wants one, then the cell."""
+    payload: dict[str, Any] = {"cell": cell.model_dump(mode="json"), "truth": None}
+    if cell.gate:
+        wanted = {"train": cell.train.model_dump(mode="json"), "cache": str(cache.resolve())}
+        ending = client.submit(
+            "harness.gradients:prepare_truth", wanted, 1, cell.timeout_s, listener
+        )
+        if ending.how != "finished":
+            return ending, []
+        (payload["truth"],) = ending.results
+    ending = client.submit(
+        "harness.worlds.base:execute", payload, cell.num_processes, cell.timeout_s, listener
+    )
+    return ending, ending.results
+
+
+def _readings(ranks: list[dict[str, Any]]) -> Readings:
+    """The readings of all ranks, with ranks innermost."""
+    return Readings(
+        step_s=[list(step) for step in zip(*(rank["step_s"] for rank in ranks), strict=True)],
+        loss=ranks[0]["loss"],
+        grad_norm=ranks[0]["grad_norm"],
+        memory=[rank["memory"] for rank in ranks if rank["memory"] is not None],
+        evidence=[rank["evidence"] for rank in ranks],
+        gate=ranks[0]["gate"],
+    )
+
+
+def _judge(cell: Cell, readings: Readings) -> tuple[Readings, str | None]:
+    """The gate's verdict with the method's promises taken in, and why it failed."""
+    gate = readings.gate
+    assert gate is not None
+    if not gate.passed:
+        return readings, explain_failure(gate, cell.train)
+    broken = broken_promises(cell.train, readings.evidence)
+    if not broken:
+        return readings, None
+    gate = gate.model_copy(update={"passed": False})
+    return readings.model_copy(update={"gate": gate}), broken[0]
+
+
+def classify(ending: Ending) -> tuple[Outcome, str | None]:
+    """The outcome of an ending, and one line on it."""
+    if ending.how == "finished":
+        return Outcome.OK, None
+    where = f"rank {ending.rank} during {ending.during}" if ending.rank is not None else "the run"
+    said = f": {ending.message}" if ending.message else ""
+    if ending.how == "timeout":
+        return Outcome.TIMEOUT, f"{where} did not end in time"
+    if ending.how == "lost":
+        if ending.error:
+            return Outcome.SETUP_ERROR, f"the fork server does not start: {ending.error}{said}"
+        return Outcome.KILLED, ending.message
+    line = f"{where}: {ending.error}{said}"
+    if ending.how == "signal":
+        return _signal_outcome(ending), line
+    text = f"{ending.error} {ending.message} {ending.trace}".lower()
+    if ending.error == "MemoryError" or any(sign in text for sign in HOST_OOM):
+        return Outcome.HOST_OOM, line
+    if ending.error == "NanLoss":
+        return Outcome.NAN_LOSS, line
+    if any(sign in text for sign in COMM_TIMEOUT):
+        return Outcome.COMM_TIMEOUT, line
+    return Outcome.SETUP_ERROR, line
+
+
+def _signal_outcome(ending: Ending) -> Outcome:
+    name = ending.error or ""
+    if name == "SIGKILL" and ending.out_of_memory:
+        return Outcome.HOST_OOM
+    if name in DEFECTS:
+        bad_alloc = any(sign in (ending.message or "").lower() for sign in HOST_OOM)
+        return Outcome.HOST_OOM if bad_alloc else Outcome.SETUP_ERROR
+    return CRASHES.get(name, Outcome.KILLED)

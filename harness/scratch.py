@@ -1,0 +1,74 @@
+"""Bytes that CUDA kernels allocate and free inside one operator call, invisible to fake tensors.
+
+A table operator -> bytes, read from the kernels' sources. Operators that are not listed work in
+registers and shared memory, or in a few kilobytes.
+Legend: B batch, H query heads, K kv heads, S queries, T keys, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+FP32 = 4
+"""Bytes of one fp32 element."""
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def flash2_backward(query: Tensor, key: Tensor) -> int:
+    """FlashAttention-2 backward; query [B, H, S, D], key [B, K, T, D].
+
+    Source: `mha_bwd` in Dao-AILab/flash-attention v2.7.4, csrc/flash_attn/flash_api.cpp: `dq_accum`
+    fp32 [B, S', H, D'], `softmax_d` fp32 [B, H, S'], and where K < H `dk_expanded` and `dv_expanded`
+    [B, T, H, D] in the dtype of the gradients. S' rounds up to 128, D' to 32.
+    """
+    batch, heads, seqlen, dim = query.shape
+    rows = _round_up(seqlen, 128)
+    accumulator = batch * heads * rows * _round_up(dim, 32) * FP32
+    softmax_d = batch * heads * rows * FP32
+    expanded = 0
+    if key.shape[1] != heads:
+        expanded = 2 * batch * heads * key.shape[2] * dim * key.element_size()
+    return accumulator + softmax_d + expanded
+
+
+def flash3_backward(query: Tensor, key: Tensor) -> int:
+    """FlashAttention-3 backward; query [B, H, S, D], key [B, K, T, D].
+
+    Source: `mha_bwd` in Dao-AILab/flash-attention, hopper/flash_api.cpp: `dq_accum` fp32
+    [B, H, S' x D'], `softmax_d` and `softmax_lse_log2` fp32 [B, H, S'], and where K < H `dk_accum`
+    and `dv_accum` fp32 [B, K, T' x D']. S' and T' round up to 128, D' to 32.
+    """
+    batch, heads, seqlen, dim = query.shape
+    rows, columns, width = _round_up(seqlen, 128), _round_up(key.shape[2], 128), _round_up(dim, 32)
+    accumulator = batch * heads * rows * width * FP32
+    statistics = 2 * batch * heads * rows * FP32
+    gradients = 0
+    if key.shape[1] != heads:
+        gradients = 2 * batch * key.shape[1] * columns * width * FP32
+    return accumulator + statistics + gradients
+
+
+ATTENTION_BACKWARD: dict[str, Callable[[Tensor, Tensor], int]] = {
+    "flash_attention_2": flash2_backward,
+    "flash_attention_3": flash3_backward,
+}
+"""Scratch of an attention backward by the kernel's name; PyTorch's own flash kernel is version 2."""
+
+
+def cuda_scratch(kernel: str) -> Callable[[Any, tuple[Any, ...], Mapping[str, Any]], int]:
+    """The table, with core attention done by `kernel`, as `harness.tracker.Tracker` takes it."""
+    backward = ATTENTION_BACKWARD[kernel]
+
+    def scratch(operator: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+        if operator._name == "aten::_scaled_dot_product_flash_attention_backward":
+            _, query, key, *_ = args
+            return backward(query, key)
+        return 0
+
+    return scratch

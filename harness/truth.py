@@ -1,0 +1,64 @@
+"""The truth: gradients of a stock transformers model, run whole, in one process, in fp64.
+
+    python truth.py MODEL_FOLDER SAMPLES.safetensors GRADIENTS.safetensors
+
+Stands alone on purpose: whatever it shared with the code it judges could be wrong in both. The
+folder was written by `save_pretrained`. Samples hold `input_ids`, `labels` (not shifted, -100 is
+ignored) and `position_ids`, int64 [N, S], of every micro-batch of one optimizer step on all ranks.
+Writes the gradient of each parameter, tied ones once, and `loss`: the sum of all token losses over
+the number of labels.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+
+def gradients(folder: str, samples: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """fp64 gradients by parameter name, and `loss`."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.float64,
+        attn_implementation="sdpa",
+        experts_implementation="eager",  # grouped matrix products know no fp64
+        local_files_only=True,
+    )
+    model.train()
+    count = max(int((samples["labels"][:, 1:] != -100).sum()), 1)
+    total = torch.zeros((), dtype=torch.float64)
+    for ids, labels, positions in zip(
+        samples["input_ids"], samples["labels"], samples["position_ids"], strict=True
+    ):
+        # Without an attention mask, transformers finds packed documents by their positions.
+        logits = model(
+            input_ids=ids[None], position_ids=positions[None], attention_mask=None, use_cache=False
+        ).logits
+        assert logits.dtype == torch.float64
+        losses = torch.nn.functional.cross_entropy(
+            logits[0, :-1], labels[1:], ignore_index=-100, reduction="sum"
+        )
+        loss = losses / count
+        loss.backward()
+        total += loss.detach()
+    found = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad
+        for name, p in model.named_parameters()
+    }
+    return {**found, "loss": total}
+
+
+def main(folder: str, samples: str, output: str) -> None:
+    """Compute, and write `output` in one piece."""
+    found = gradients(folder, load_file(samples))
+    partial = f"{output}.{os.getpid()}"
+    save_file({name: tensor.contiguous() for name, tensor in found.items()}, partial)
+    os.replace(partial, output)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

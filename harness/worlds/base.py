@@ -1,0 +1,184 @@
+"""One cell on one rank: the same sequence of steps in every world."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import resource
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import DeviceMesh
+
+from alst_impl.config import Frozen
+from alst_impl.engines.base import Runtime
+from alst_impl.methods.base import Method
+from alst_impl.placement import Evidence, Placement
+from alst_impl.step import StepResult, accumulate_gradients, micro_batches, start, train_step
+from harness.cell import Cell
+from harness.gradients import compare, corpus_of
+from harness.processes import Rank
+from harness.record import Gate, RankEvidence, RankMemory
+
+
+class World(ABC):
+    """How a cell is executed: which process group, which tensors, which clock, which meter."""
+
+    device: torch.device
+    """Where a rank computes."""
+
+    @abstractmethod
+    def group(self, rank: Rank, cell: Cell) -> AbstractContextManager[DeviceMesh]:
+        """The ranks, joined, as the mesh of the cell's method. Collective."""
+
+    @abstractmethod
+    def clock(self) -> float:
+        """Seconds, read when all work issued so far is done."""
+
+    @abstractmethod
+    def track(self, step: Callable[[], StepResult], runtime: Runtime) -> RankMemory:
+        """Run `step`, watching what lives."""
+
+    def on_host(self, tensor: Tensor) -> None:
+        """`tensor` is about to hold offloaded data."""
+
+    def on_phase(self, name: str) -> None:
+        """`forward`, `backward` or `update` begins."""
+
+
+class NanLoss(ArithmeticError):
+    """A loss is not finite."""
+
+
+class RankReadings(Frozen):
+    """What one rank read."""
+
+    step_s: list[float]
+    """Wall time of each timed step."""
+    loss: list[float]
+    """Global mean loss of every step."""
+    grad_norm: list[float]
+    """Global gradient norm of every step."""
+    memory: RankMemory | None
+    """Of the tracked step."""
+    evidence: RankEvidence
+    """Of the last step."""
+    gate: Gate | None
+    """On rank 0, where the cell asked for it."""
+
+
+def load_world(name: str) -> World:
+    """The world in `harness/worlds/<name>.py`."""
+    module = importlib.import_module(f"harness.worlds.{name}")
+    world = module.world()
+    assert isinstance(world, World)
+    return world
+
+
+def execute(rank: Rank, payload: dict[str, Any]) -> dict[str, Any]:
+    """Run `payload["cell"]` on this rank; `payload["truth"]` is the truth's path. Collective."""
+    cell = Cell(**payload["cell"])
+    world = load_world(cell.world)
+    rank.progress("joining the group")
+    with world.group(rank, cell) as mesh:
+        return _Run(rank, cell, world, mesh, payload["truth"]).readings().model_dump(mode="json")
+
+
+class _Run:
+    """The steps of one cell: gradients, warm-up, timed steps, one tracked step."""
+
+    def __init__(
+        self, rank: Rank, cell: Cell, world: World, mesh: DeviceMesh, truth: str | None
+    ) -> None:
+        self.rank, self.cell, self.world, self.mesh, self.truth = rank, cell, world, mesh, truth
+        rank.progress("building the model")
+        self.placement = Placement(
+            device=world.device, on_host=world.on_host, on_phase=world.on_phase
+        )
+        self.method: Method
+        self.method, self.runtime = start(cell.train, mesh, self.placement)
+        self.corpus = corpus_of(cell.train)
+        self.step = 0
+        self.loss: list[float] = []
+        self.grad_norm: list[float] = []
+
+    def readings(self) -> RankReadings:
+        """Run everything."""
+        cell = self.cell
+        gate = self._gate() if cell.gate else None
+        for i in range(cell.warmup):
+            self._timed(f"warm-up step {i + 1}/{cell.warmup}")
+        step_s = [self._timed(f"step {i + 1}/{cell.steps}") for i in range(cell.steps)]
+        memory = self._tracked() if cell.steps else None
+        return RankReadings(
+            step_s=step_s,
+            loss=self.loss,
+            grad_norm=self.grad_norm,
+            memory=memory,
+            evidence=RankEvidence(**asdict(self.placement.evidence)),
+            gate=gate,
+        )
+
+    def _batches(self, doing: str) -> list[Any]:
+        """This rank's shards of the next step."""
+        self.rank.progress(doing)
+        vars(self.placement.evidence).update(vars(Evidence()))
+        batches = micro_batches(
+            self.cell.train, self.corpus, self.method, self.mesh, self.step, self.world.device
+        )
+        self.step += 1
+        return batches
+
+    def _note(self, result: StepResult) -> None:
+        loss, norm = float(result.loss), float(result.grad_norm)
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise NanLoss(f"loss {loss}, gradient norm {norm} in step {self.step}")
+        self.loss.append(loss)
+        self.grad_norm.append(norm)
+
+    def _gate(self) -> Gate | None:
+        """Compare all gradients of the first step, then let the step go on to its update."""
+        batches = self._batches("comparing gradients")
+        loss = accumulate_gradients(self.method, self.runtime, batches)
+        if not math.isfinite(float(loss)):
+            raise NanLoss(f"loss {float(loss)} in step {self.step}")
+        gradients = self.runtime.gradients()
+        gate = None
+        if self.rank.index == 0:
+            assert self.truth is not None
+            gate = compare(gradients, float(loss), self.truth, self.cell.train)
+        del gradients
+        self._note(StepResult(loss=loss, grad_norm=self.runtime.update()))
+        return gate
+
+    def _timed(self, doing: str) -> float:
+        batches = self._batches(doing)
+        dist.barrier()
+        begin = self.world.clock()
+        result = train_step(self.method, self.runtime, batches)
+        seconds = self.world.clock() - begin
+        self._note(result)
+        return seconds
+
+    def _tracked(self) -> RankMemory:
+        batches = self._batches("memory step")
+        return self.world.track(self._noted(batches), self.runtime)
+
+    def _noted(self, batches: list[Any]) -> Callable[[], StepResult]:
+        def step() -> StepResult:
+            result = train_step(self.method, self.runtime, batches)
+            self._note(result)
+            return result
+
+        return step
+
+
+def rss_bytes() -> int:
+    """Largest resident set of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

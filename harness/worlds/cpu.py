@@ -1,0 +1,83 @@
+"""Real processes on a machine without an accelerator: gloo, real tensors, exact live bytes."""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import DeviceMesh, init_device_mesh
+
+import harness.preload  # noqa: F401  prepares DeepSpeed for a machine without an accelerator
+from alst_impl.engines.base import Runtime
+from alst_impl.methods.base import load_method
+from alst_impl.step import StepResult
+from harness.cell import Cell
+from harness.processes import Rank
+from harness.record import RankMemory
+from harness.tracker import Tracker
+from harness.worlds.base import World, rss_bytes
+
+
+class Cpu(World):
+    """Every rank is a process with one thread."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+        self._tracker: Tracker | None = None
+
+    @contextmanager
+    def group(self, rank: Rank, cell: Cell) -> Iterator[DeviceMesh]:
+        dist.init_process_group(
+            "gloo",
+            store=dist.FileStore(str(rank.scratch / "store"), rank.world_size),
+            rank=rank.index,
+            world_size=rank.world_size,
+            # Before the cell's own limit, so that ranks that wait for each other say so.
+            timeout=datetime.timedelta(seconds=cell.timeout_s / 2),
+        )
+        try:
+            axes = load_method(cell.train.method).axes(cell.train.world_size)
+            yield init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
+        finally:
+            dist.destroy_process_group()  # gloo aborts at exit without it, now and then
+
+    def clock(self) -> float:
+        return time.perf_counter()
+
+    def track(self, step: Callable[[], StepResult], runtime: Runtime) -> RankMemory:
+        gc.collect()
+        tracker = Tracker()
+        tracker.adopt(runtime.module.parameters(), "parameters")
+        tracker.adopt_rest()
+        self._tracker = tracker
+        try:
+            with tracker:
+                step()
+        finally:
+            self._tracker = None
+        return RankMemory(
+            peak_bytes=tracker.peak_bytes,
+            host_peak_bytes=tracker.host_peak_bytes,
+            phase_peak_bytes=tracker.phase_peaks,
+            resting_bytes=tracker.live_bytes,
+            rss_bytes=rss_bytes(),
+        )
+
+    def on_host(self, tensor: Tensor) -> None:
+        if self._tracker is not None:
+            self._tracker.mark_host(tensor)
+
+    def on_phase(self, name: str) -> None:
+        if self._tracker is not None:
+            self._tracker.phase(name)
+
+
+def world() -> World:
+    """What `harness.worlds.base.load_world` loads."""
+    return Cpu()

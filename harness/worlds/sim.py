@@ -1,0 +1,333 @@
+"""World `sim`: the training step on fake tensors and a fake process group of any size.
+
+Fake `cpu` tensors stand for the accelerator and fake `lazy` ones for host memory: nothing has to be
+compiled, fused operators stay fused, and it is the path the CPU world takes with real tensors. Core
+attention of GPU hardware is called by operator name, so that nothing S x S is made.
+
+Two shortcuts keep one point within seconds at any length and size; tests hold both against the
+whole run. Layers: bytes are affine in the number of equal layers, so two small depths give all.
+Tiles: the first two and the last run at true size, the others leave their slice of the output as
+it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import transformers.masking_utils
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import _disable_current_modes
+from transformers import PreTrainedModel
+
+from alst_impl import hf
+from alst_impl.config import TrainConfig
+from alst_impl.data import Batch
+from alst_impl.methods.base import load_method
+from alst_impl.models import Initializer, published
+from alst_impl.ops import loss, tiling
+from alst_impl.placement import Placement
+from alst_impl.step import accumulate_gradients, start
+from harness.allocator import reserved_bytes
+from harness.repeat import DEPTH, MIDDLE, Recording, repeated
+from harness.scratch import cuda_scratch
+from harness.tracker import Allocation, Tracker
+
+DEVICE, HOST = torch.device("cpu"), torch.device("lazy")
+"""What stands for the accelerator and for host memory."""
+CUDA_ROUNDING = 512
+"""Bytes; the caching allocator's smallest unit (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize)."""
+PHASES = ("forward", "backward")
+"""Those that run on the accelerator when the optimizer is offloaded."""
+
+
+@dataclass(frozen=True)
+class Instant:
+    """Bytes by category at the peak of one phase."""
+
+    by_category: Mapping[str, int]
+    """On the accelerator; `scratch` is what a kernel held inside."""
+    host_bytes: int
+    """Largest sum in host memory during the phase."""
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Live tensors and kernel scratch."""
+        return sum(self.by_category.values())
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Inside the kernel that runs."""
+        return self.by_category.get("scratch", 0)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one simulated step did."""
+
+    phases: Mapping[str, Instant]
+    """By phase."""
+    live: Mapping[str, list[Allocation]]
+    """What was alive at each phase's peak, largest first."""
+    operators: frozenset[str]
+    """Every operator that ran on the accelerator."""
+    reserved_bytes: int
+    """What a model of the caching allocator holds after two such steps."""
+
+    @property
+    def peak(self) -> str:
+        """The phase with the highest peak."""
+        return max(self.phases, key=lambda phase: self.phases[phase].allocated_bytes)
+
+
+@dataclass(frozen=True)
+class Offload:
+    """What the engine keeps in host memory; replayed onto the traced events."""
+
+    gradients: bool = True
+    """Sharded gradients leave for the host as they are made (optimizer offload)."""
+    parameters: bool = False
+    """Parameter shards live in host memory."""
+
+    def takes(self, allocation: Allocation) -> bool:
+        """Whether `allocation` lies in host memory."""
+        return (self.gradients and allocation.category == "gradients") or (
+            self.parameters and allocation.category == "parameters"
+        )
+
+
+class Unfilled(Initializer):
+    """Weights of the right shape and dtype with no values."""
+
+    def values(self, model: PreTrainedModel, path: str, module: nn.Module) -> dict[str, Tensor]:
+        """Tensors for all parameters and buffers that `module` itself holds, by name."""
+        held = {**module._parameters, **module._buffers}
+        return {k: torch.empty(t.shape, dtype=t.dtype) for k, t in held.items() if t is not None}
+
+
+def flash_by_name(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`scaled_dot_product_attention` as CUDA's flash kernel does it, on any device.
+
+    query [B, H, S, D], key and value [B, K, S, D] with K dividing H; the kernel takes them as they are.
+    """
+    assert attn_mask is None, "a mask of S x S at simulated lengths is a bug of the step"
+    flash = torch.ops.aten._scaled_dot_product_flash_attention
+    out: Tensor = flash(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
+    return out
+
+
+TileBounds = Callable[[int, int], list[tuple[int, int]]]
+
+
+def _capped(bounds: TileBounds) -> TileBounds:
+    """`bounds` with the first two tiles and the last one alone."""
+
+    def capped(rows: int, num_tiles: int) -> list[tuple[int, int]]:
+        tiles = bounds(rows, num_tiles)
+        return tiles if len(tiles) <= 3 else [*tiles[:2], tiles[-1]]
+
+    return capped
+
+
+def _mesh_outside_modes(*args: Any, **kwargs: Any) -> Any:
+    """`init_device_mesh`, which reads values of the tensor of its ranks."""
+    with _disable_current_modes():
+        return init_device_mesh(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _replaced(*seams: tuple[Any, str, Any]) -> Iterator[None]:
+    """Attributes replaced while the block runs."""
+    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in seams]
+    try:
+        for owner, name, value in seams:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, name, value in originals:
+            setattr(owner, name, value)
+
+
+@contextlib.contextmanager
+def _fake_world(config: TrainConfig, *, gpu: bool, cap_tiles: bool) -> Iterator[Any]:
+    """Fake tensors, a fake process group with this process as rank 0, and the mesh of the method."""
+    seams: list[tuple[Any, str, Any]] = [
+        (torch.distributed.device_mesh, "init_device_mesh", _mesh_outside_modes),
+        # Positions have no values to find documents in, and the documents of a sample are explicit.
+        (transformers.masking_utils, "find_packed_sequence_indices", lambda _: None),
+    ]
+    if gpu:
+        seams.append((F, "scaled_dot_product_attention", flash_by_name))
+    if cap_tiles:
+        capped = _capped(tiling.tile_bounds)
+        seams += [(module, "tile_bounds", capped) for module in (tiling, loss)]
+    dist.init_process_group("fake", rank=0, world_size=config.world_size, store=FakeStore())
+    try:
+        axes = load_method(config.method).axes(config.world_size)
+        mesh = init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
+        with _replaced(*seams), FakeTensorMode(allow_non_fake_inputs=True):
+            yield mesh
+    finally:
+        dist.destroy_process_group()
+
+
+def simulate(
+    config: TrainConfig,
+    *,
+    gpu: bool = True,
+    kernel: str = "flash_attention_2",
+    offload: Offload | None = None,
+    cap_tiles: bool = True,
+    explain: bool = False,
+    num_layers: int | None = None,
+) -> Trace:
+    """Forward and backward of one step of `config` on rank 0.
+
+    With `num_layers` the step is run at 5 layers and stretched to that many. `gpu` calls CUDA's attention by name and rounds as its allocator does; otherwise the CPU world is
+    simulated, which has one kind of memory for both. `kernel` names the attention whose scratch counts.
+    """
+    tracker = Tracker(
+        rounding=CUDA_ROUNDING if gpu else 1,
+        host=HOST.type,
+        scratch=cuda_scratch(kernel) if gpu else None,
+        events=True,
+        explain=explain,
+    )
+    placement = Placement(device=DEVICE, host=HOST, on_phase=tracker.phase)
+    with _fake_world(config, gpu=gpu, cap_tiles=cap_tiles) as mesh:
+        method = load_method(config.method)
+        batches = [method.shard(_blank_batch(config), mesh) for _ in range(config.accumulation)]
+        with tracker:
+            tracker.phase("setup")
+            method, runtime = start(config, mesh, placement, Unfilled(0))
+            calls = _watch_layers(runtime.module, tracker)
+            residents = _residents(runtime.module, tracker) if num_layers else set()
+            tracker.adopt(runtime.module.parameters(), "parameters")
+            tracker.adopt(
+                (t for b in batches for t in vars(b).values() if isinstance(t, Tensor)), "batch"
+            )
+            accumulate_gradients(method, runtime, batches)
+            tracker.adopt((p.grad for p in runtime.module.parameters()), "gradients")
+    recording = Recording(tracker.allocations, tracker.events)
+    if num_layers is not None:
+        recording = repeated(recording, calls, residents, num_layers)
+    return _replay(recording, frozenset(tracker.operators), offload or Offload(gradients=False))
+
+
+def _watch_layers(model: nn.Module, tracker: Tracker) -> list[int]:
+    """Filled with the number of events before each pass through a decoder layer's attention.
+
+    Attention, because hooks of the layer itself do not see its recomputation.
+    """
+    calls: list[int] = []
+    for attention in hf.attention_modules(model):
+        attention.register_forward_pre_hook(lambda *_: calls.append(len(tracker.events)))
+    return calls
+
+
+def _residents(model: nn.Module, tracker: Tracker) -> set[int]:
+    """Numbers of the allocations that hold the middle layer's parameters."""
+    mark = "parameters of the middle layer"
+    tracker.adopt(hf.decoder_layers(model)[MIDDLE].parameters(), mark)
+    return {n for n, a in enumerate(tracker.allocations) if a.category == mark}
+
+
+def _blank_batch(config: TrainConfig) -> Batch:
+    """One micro-batch of unpacked samples without values."""
+    ids = torch.zeros(config.batch_size, config.seqlen, dtype=torch.int64)
+    return Batch(ids, ids.clone(), torch.arange(config.seqlen).expand_as(ids))
+
+
+def _replay(recording: Recording, operators: frozenset[str], offload: Offload) -> Trace:
+    """Peaks of each phase from the recorded events, with `offload` applied."""
+    peaks: dict[str, tuple[int, int, int]] = {}  # phase -> (device bytes, event, host bytes)
+    sizes: dict[int, int] = {}
+    device = host = 0
+    for index, event in enumerate(recording.events):
+        change = event.nbytes - sizes.get(event.allocation, 0)
+        sizes[event.allocation] = event.nbytes
+        allocation = recording.allocations[event.allocation]
+        if not event.host and not offload.takes(allocation):
+            device += change
+        elif allocation.category != "gradients":
+            host += change  # offloaded gradients are part of the optimizer states' bytes
+        best, at, best_host = peaks.get(event.phase, (-1, 0, 0))
+        if device > best:
+            best, at = device, index + 1
+        peaks[event.phase] = best, at, max(best_host, host)
+    live = {phase: _live_at(recording, at, offload) for phase, (_, at, _) in peaks.items()}
+    phases = {}
+    for phase in PHASES:
+        by_category: dict[str, int] = {}
+        for allocation, nbytes in live[phase]:
+            by_category[allocation.category] = by_category.get(allocation.category, 0) + nbytes
+        phases[phase] = Instant(by_category=by_category, host_bytes=peaks[phase][2])
+    return Trace(
+        phases=phases,
+        live={phase: [a for a, _ in live[phase]] for phase in PHASES},
+        operators=operators,
+        reserved_bytes=reserved_bytes(_two_steps(recording, offload)),
+    )
+
+
+def _two_steps(recording: Recording, offload: Offload) -> Iterator[tuple[int, int]]:
+    """(allocation, new size) on the accelerator over two steps; the second starts where the first ended."""
+    sizes: dict[int, int] = {}
+    step: list[tuple[int, int]] = []
+    for number, nbytes, host, phase in recording.events:
+        if host or offload.takes(recording.allocations[number]):
+            continue
+        yield number, nbytes
+        sizes[number] = nbytes
+        if phase in PHASES:
+            step.append((number, nbytes))
+    count = len(recording.allocations)
+    made = {number for number, _ in step}
+    # What the first step left behind (gradients) is gone before the second makes it again.
+    yield from ((number, 0) for number in made if sizes[number])
+    yield from ((number + count, nbytes) for number, nbytes in step)
+
+
+def _live_at(recording: Recording, event: int, offload: Offload) -> list[tuple[Allocation, int]]:
+    """(allocation, bytes) on the accelerator after the first `event` events, largest first."""
+    sizes: dict[int, int] = {}
+    for number, nbytes, host, _ in recording.events[:event]:
+        sizes[number] = 0 if host else nbytes
+    allocations = recording.allocations
+    found = [
+        (allocations[n], b) for n, b in sizes.items() if b and not offload.takes(allocations[n])
+    ]
+    return sorted(found, key=lambda pair: -pair[1])
+
+
+def stretched(config: TrainConfig, **options: Any) -> Trace:
+    """`simulate` at the full depth of the model, from 5 layers where all layers are alike."""
+    fields = published(config.model, config.overrides)
+    num_layers = fields["num_hidden_layers"]
+    alike = len(set(fields.get("layer_types") or ["full_attention"])) == 1
+    if not alike or num_layers <= DEPTH or not config.checkpoint or config.accumulation > 1:
+        return simulate(config, **options)
+    return simulate(at_depth(config, DEPTH), num_layers=num_layers, **options)
+
+
+def at_depth(config: TrainConfig, num_layers: int) -> TrainConfig:
+    """The same run of a model with `num_layers` layers."""
+    overrides = {**config.overrides, "num_hidden_layers": num_layers}
+    return config.model_copy(update={"overrides": overrides})
