@@ -5,6 +5,7 @@ Legend: B batch, S sequence, P sequence-parallel degree.
 
 from __future__ import annotations
 
+import os
 import sysconfig
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -133,6 +134,19 @@ UNEVEN_FRACTIONS = (1.0, 0.1, 0.5)
 """Labels that sample i keeps in an accumulated step, by i modulo 3."""
 
 
+# Some distributions ship without the tests and installed packages differ by machine.
+_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
+
+
+def _sources(root: Path) -> list[Path]:
+    """Python sources below `root`; what is skipped is not even listed: it may be huge."""
+    found: list[Path] = []
+    for folder, inner, names in os.walk(root):
+        inner[:] = [name for name in inner if name not in _SKIPPED]
+        found += [Path(folder, name) for name in names if name.endswith(".py")]
+    return found
+
+
 @dataclass(frozen=True)
 class Corpus:
     """A deterministic source of samples: sample `i` depends on (`seed`, `i`) alone."""
@@ -148,10 +162,7 @@ class Corpus:
     def files(self) -> list[Path]:
         """The corpus as a sorted list of files."""
         if self.config.corpus == "python-stdlib":
-            root = Path(sysconfig.get_paths()["stdlib"])
-            # Some distributions ship without the tests and installed packages differ by machine.
-            skip = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
-            found = [p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts)]
+            found = _sources(Path(sysconfig.get_paths()["stdlib"]))
         else:
             root = Path(self.config.corpus)
             if not root.exists():

@@ -85,6 +85,14 @@ def head_name(model: PreTrainedModel) -> str:
 # -- attention ------------------------------------------------------------------------------------
 
 
+def _refuse_mask(attention_mask: Tensor | None) -> None:
+    if attention_mask is not None:
+        raise ValueError(
+            "attention_mask is not supported under sequence parallelism; pad right, mask the labels, "
+            "and pass no attention_mask"
+        )
+
+
 def _attention(
     module: nn.Module,
     query: Tensor,
@@ -103,10 +111,7 @@ def _attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    if attention_mask is not None:
-        raise ValueError(
-            "attention_mask is not supported under sequence parallelism; pad right, mask the labels"
-        )
+    _refuse_mask(attention_mask)
     for name in ("s_aux", "softcap", "position_bias"):
         if kwargs.get(name) is not None:
             raise ValueError(
@@ -137,6 +142,12 @@ def use_attention(model: PreTrainedModel, attention: UlyssesAttention) -> None:
     for module in attention_modules(model):
         module.config._attn_implementation = ATTENTION
         module.alst_attention = attention
+
+    def refuse_mask(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # Transformers builds no mask for our attention, so a padding mask would be lost in silence.
+        _refuse_mask(kwargs.get("attention_mask", args[1] if len(args) > 1 else None))
+
+    model.base_model.register_forward_pre_hook(refuse_mask, with_kwargs=True)
 
 
 # -- tiling ---------------------------------------------------------------------------------------

@@ -9,17 +9,21 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from harness.processes import Ending, Job, fingerprint, runtime_folder
 
-START_S = 120
 ATTEMPTS = 3
+SOCKET_PATH_BYTES = 103
+"""What the smallest system takes."""
 
 Listener = Callable[[dict[str, Any]], None]
+
+
+class ServerError(RuntimeError):
+    """The fork server does not start."""
 
 
 def _ignore(_: dict[str, Any]) -> None:
@@ -49,7 +53,11 @@ def submit(
     )
     for _ in range(ATTEMPTS):
         started = False
-        with _connect() as connection:
+        try:
+            connection = _connect()
+        except ServerError as error:
+            return Ending(how="lost", error=type(error).__name__, message=str(error))
+        with connection:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 connection.sendall(job.model_dump_json().encode() + b"\n")
             for event in _events(connection):
@@ -70,7 +78,10 @@ def _events(connection: socket.socket) -> Iterator[dict[str, Any]]:
 
 
 def _socket_path() -> Path:
-    return runtime_folder() / f"{fingerprint()}.sock"
+    path = runtime_folder() / f"{fingerprint()}.sock"
+    if len(str(path).encode()) > SOCKET_PATH_BYTES:
+        raise ValueError(f"{path} is too long for a socket; set TMPDIR to a shorter path")
+    return path
 
 
 def _connect() -> socket.socket:
@@ -81,13 +92,8 @@ def _connect() -> socket.socket:
         with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
             return _open(path)
         path.unlink(missing_ok=True)
-        server = _start(path)
-        deadline = time.monotonic() + START_S
-        while server.poll() is None and time.monotonic() < deadline:
-            with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
-                return _open(path)
-            time.sleep(0.02)
-    raise RuntimeError(f"the fork server did not start; see {path.with_suffix('.log')}")
+        _start(path)
+        return _open(path)
 
 
 def _open(path: Path) -> socket.socket:
@@ -100,17 +106,21 @@ def _open(path: Path) -> socket.socket:
     return connection
 
 
-def _start(path: Path) -> subprocess.Popen[bytes]:
-    """Start a server that outlives us and has nothing of our terminal."""
+def _start(path: Path) -> None:
+    """Start a server that outlives us and has nothing of our terminal; it listens on return."""
     root = str(Path(__file__).parents[1])
     search = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    with path.with_suffix(".log").open("wb") as log:
-        return subprocess.Popen(
+    log = path.with_suffix(".log")
+    with log.open("wb") as output:
+        done = subprocess.run(
             [sys.executable, "-m", "harness.server", str(path)],
             cwd=root,
             env={**os.environ, "PYTHONPATH": search},
             stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
+            stdout=output,
+            stderr=output,
             start_new_session=True,
+            check=False,
         )
+    if done.returncode:
+        raise ServerError(f"it exited with {done.returncode}; see {log}")

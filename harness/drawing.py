@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from io import BytesIO, StringIO
+from textwrap import wrap
 from typing import Any, Literal, NamedTuple
 
 import matplotlib as mpl
@@ -99,6 +100,18 @@ def panels(rows: list[Any], columns: list[Any], width: float = 3.3, height: floa
     return Panels(figure, axes)
 
 
+def label_edges(panels: Panels, xlabel: str) -> None:
+    """Label the first visible panel of each row and the last visible one of each column."""
+    visible = {place: axes for place, axes in panels.axes.items() if axes.get_visible()}
+    leftmost = {row: axes for (row, _), axes in reversed(visible.items())}
+    lowest = {column: axes for (_, column), axes in visible.items()}
+    for axes in leftmost.values():
+        axes.tick_params(labelleft=True)
+    for axes in lowest.values():
+        axes.tick_params(labelbottom=True)
+        axes.set_xlabel(xlabel)
+
+
 def line(axes: Axes, points: pd.DataFrame, metric: str, colour: str, kind: Kind) -> None:
     """Draw `metric` against length with the marks of `kind`; a failed gate shows as a crossed ring."""
     points = points.dropna(subset=[metric]).sort_values("seqlen")
@@ -155,10 +168,11 @@ def length_axis(axes: Axes, lengths: Iterable[int]) -> None:
 
 def log_axis(axes: Axes, values: pd.Series, text: Any) -> None:
     """Logarithmic axis in powers of two with steps between them where the range is small."""
-    axes.set_yscale("log", base=2)
     finite = values[np.isfinite(values) & (values > 0)]
     if finite.empty:
+        axes.set_yticks([])
         return
+    axes.set_yscale("log", base=2)
     low, high = finite.min() / 1.25, finite.max() * 1.25
     axes.set_ylim(low, high)
     subs = (1.0,) if math.log2(high / low) > 3 else (1.0, 1.25, 1.5, 1.75)
@@ -205,7 +219,9 @@ def finish(
         borderaxespad=0.2,
     )
     legend.get_title().set_color(INK)
-    foot = "\n".join(filter(None, [note, source_line(results)]))
+    columns = int(figure.get_figwidth() * 18)
+    lines = [part for text in (note, source_line(results)) for part in wrap(text, columns)]
+    foot = "\n".join(lines)
     figure.supxlabel(foot, x=0.01, ha="left", fontsize=7.5, color=FAINT)
     return figure
 

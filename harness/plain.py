@@ -39,16 +39,16 @@ def ratio_text(value: float) -> str:
 
 
 def metric_text(value: float, unit: str) -> str:
-    """A metric's value in its unit; a dash where there is none."""
+    """A metric's value; bytes and seconds with their unit, a dash where there is none."""
     if math.isnan(value):
         return "–"
     if unit == "B":
         return bytes_text(value)
     if unit == "s":
         return seconds_text(value)
-    if 0 < abs(value) < 1e-3:
-        return error_text(value)
-    return f"{value:,.0f} {unit}" if value >= 1000 else f"{value:.4f}"
+    if unit.startswith("tokens"):
+        return f"{value:,.0f}"
+    return error_text(value) if abs(value) < 1e-3 else f"{value:.4f}"
 
 
 def _digits(value: float) -> str:

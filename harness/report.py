@@ -42,8 +42,8 @@ class Grid:
     rows: list[list[str]]
 
     def markdown(self) -> str:
-        """As a Markdown table; the first column is text, the others are numbers."""
-        align = ["---", *["---:"] * (len(self.headings) - 1)]
+        """As a Markdown table; the first two columns are text, the others numbers."""
+        align = ["---"] * 2 + ["---:"] * (len(self.headings) - 2)
         lines = [self.headings, align, *self.rows]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -92,7 +92,7 @@ def cell_grid(results: Results) -> Grid:
     unit = units()
     rows = []
     for row in _rows(cells):
-        values = [_metric(row[metric], unit[metric]) for metric in shown]
+        values = [metric_text(row[metric], unit[metric]) for metric in shown]
         place = [str(row["world_size"]), str(row["sp"]), length_text(row["seqlen"])]
         rows.append(
             [f"{row['model']} {row['series']}", *place, row["outcome"], row["gate"], *values]
@@ -102,10 +102,6 @@ def cell_grid(results: Results) -> Grid:
 
 def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
     return [{str(k): v for k, v in row.items()} for row in table.to_dict("records")]
-
-
-def _metric(value: float, unit: str) -> str:
-    return metric_text(value, unit).removesuffix(" tokens/s").removesuffix(" nats/token")
 
 
 def time_verdict(pair: dict[str, Any]) -> str:
@@ -291,13 +287,11 @@ def headline_grid(results: Results) -> Grid:
     for _, group in cells.groupby("seqlen"):
         by_series = {row["series"]: row for row in _rows(group)}
         rows += [_headline_row(by_series[s], by_series.get(OURS)) for s in order if s in by_series]
-    return Grid(
-        ["length", "method", "peak per rank", f": {OURS}", "step", f": {OURS}", "gradients"], rows
-    )
+    return Grid(["length", "method", "peak", f"to {OURS}", "step", f"to {OURS}", "gradients"], rows)
 
 
 def _headline_row(row: dict[str, Any], ours: dict[str, Any] | None) -> list[str]:
-    copies = f", {row['dp']} samples" if row["dp"] > 1 else ""
+    copies = f" ({row['dp']} samples)" if row["dp"] > 1 else ""
     state = row["gate"] if row["outcome"] in ("ok", "wrong_gradient") else row["outcome"]
     return [
         length_text(row["seqlen"]),
@@ -343,9 +337,9 @@ def readme_blocks(references: Sequence[Results]) -> dict[str, str]:
 def headline_grid_note() -> str:
     """What the columns of `headline_grid` mean."""
     return (
-        "Peak: live tensors on the compute device, largest over ranks. "
+        "Peak: live tensors on the compute device of one rank, largest over ranks. "
         "Step: slowest rank, median over steps. "
-        f"`: {OURS}`: the method's value over {OURS}'s. "
+        f"To {OURS}: the method's value over {OURS}'s. "
         "Gradients: every parameter's against the stock model run whole in fp64."
     )
 

@@ -266,7 +266,9 @@ def serve(path: Path) -> None:
     """Serve jobs on a new socket at `path` until there is no reason to."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(str(path))
-    listener.listen(64)  # clients queue while we import
+    listener.listen(64)
+    if os.fork():
+        os._exit(0)  # tells the client that it can connect; clients queue while we import
     inode = path.stat().st_ino
     problem = _preload()
     supervisors: set[int] = set()

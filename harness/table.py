@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -26,19 +27,7 @@ WHERE = ["model", "world_size", "sp", "dp", "seqlen"]
 """Columns that place a cell; the rest of what differs between cells is in `series`."""
 
 
-SAME = [
-    "model",
-    "world_size",
-    "seqlen",
-    "engine",
-    "world",
-    "hardware",
-    "batch_size",
-    "accumulation",
-    "dtype",
-    "attention",
-    "checkpoint",
-]
+SAME = ["model", "world_size", "seqlen", "setting"]
 """What two cells must have in common for their methods to be compared."""
 
 
@@ -148,6 +137,14 @@ def series(cells: dict[str, Cell]) -> dict[str, str]:
     return named
 
 
+def setting(cell: Cell) -> str:
+    """Equal for cells that differ in the method, and in whether it is compared or timed, only."""
+    no_setting = {"gate", "timed", "timeout_s", "train"}
+    outer = cell.model_dump_json(exclude=no_setting)
+    inner = cell.train.model_dump_json(exclude={"method"})
+    return hashlib.sha256((outer + inner).encode()).hexdigest()[:8]
+
+
 def _description(cell: Cell) -> dict[str, Any]:
     t = cell.train
     axes = load_method(t.method).axes(t.world_size)
@@ -166,6 +163,7 @@ def _description(cell: Cell) -> dict[str, Any]:
         "dtype": t.dtype,
         "attention": t.attention,
         "checkpoint": t.checkpoint,
+        "setting": setting(cell),
     }
 
 

@@ -84,10 +84,14 @@ class DeepspeedAlst(Method):
     def apply(
         self, model: PreTrainedModel, config: TrainConfig, mesh: DeviceMesh, placement: Placement
     ) -> None:
+        import deepspeed
+        import torch.distributed as dist
         from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 
         from alst_impl import hf
 
+        # Takes over the group that stands; its classes ask for it.
+        deepspeed.init_distributed(dist.get_backend(), auto_mpi_discovery=False, verbose=False)
         UlyssesSPAttentionHF.register_with_transformers(
             model_name_or_path=model,
             core_attn_implementation="sdpa",

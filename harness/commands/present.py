@@ -131,11 +131,12 @@ def summary(names: Names = None) -> None:
     from harness.report import summary as in_words
 
     console = Console()
+    console.width = max(console.width, 100)  # a narrower terminal wraps rather than hides
     for results in _with_records(names):
         grid = headline_grid(results)
         shown = Table(title=f"{results.name}: {headline_title(results)}", title_justify="left")
         for i, heading in enumerate(grid.headings):
-            shown.add_column(heading, justify="right" if i else "left")
+            shown.add_column(heading, justify="right" if i > 1 else "left", no_wrap=True)
         for row in grid.rows:
             shown.add_row(*row)
         console.print(shown)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from alst_impl.plugin import names
 from harness import drawing
-from harness.table import Results, tidy, wide
+from harness.table import NOT_MEASURED, Results, tidy, wide
 
 
 def draw(name: str, results: Results) -> Figure:
@@ -36,10 +36,15 @@ def draw_panel(
         drawing.line(axes, points, metric, colour, "measured")
     drawing.failures(axes, cells, colours)
     drawing.length_axis(axes, lengths)
+    if cells[metric].isna().all():
+        axes.text(0.5, 0.5, NOT_MEASURED, transform=axes.transAxes, ha="center", va="center")
 
 
 def draw_grid(results: Results, metric: str, title: str, note: str = "") -> Figure:
-    """`metric` against length: a row of panels per model, a column per number of ranks."""
+    """`metric` against length: a row of panels per model, a column per number of ranks.
+
+    A pair of model and ranks that the sweep does not have leaves its place empty.
+    """
     cells = wide(tidy(results))
     models, sizes = list(dict.fromkeys(cells["model"])), sorted(set(cells["world_size"]))
     colours = drawing.palette(cells["series"])
@@ -47,12 +52,10 @@ def draw_grid(results: Results, metric: str, title: str, note: str = "") -> Figu
     panels = drawing.panels(models, sizes)
     for (model, size), axes in panels.axes.items():
         inside = cells[(cells["model"] == model) & (cells["world_size"] == size)]
+        axes.set_visible(not inside.empty)
         draw_panel(axes, inside, metric, colours, lengths)
         axes.set_title(f"{model}, {size} rank{'s' if size > 1 else ''}")
-        if inside[metric].isna().all():
-            axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center")
-        if model == models[-1]:
-            axes.set_xlabel("sequence length [tokens]")
     axis = drawing.seconds_axis if metric == "step_s" else drawing.bytes_axis
     axis(next(iter(panels.axes.values())), cells[metric])
+    drawing.label_edges(panels, "sequence length [tokens]")
     return drawing.finish(panels.figure, results, title, colours, cells, note)

@@ -32,7 +32,7 @@ from alst_impl import hf
 from alst_impl.config import TrainConfig
 from alst_impl.data import Batch
 from alst_impl.methods.base import load_method
-from alst_impl.models import Initializer, published
+from alst_impl.models import Initializer, build, published
 from alst_impl.ops import loss, tiling
 from alst_impl.placement import Placement
 from alst_impl.step import accumulate_gradients, start
@@ -331,3 +331,9 @@ def at_depth(config: TrainConfig, num_layers: int) -> TrainConfig:
     """The same run of a model with `num_layers` layers."""
     overrides = {**config.overrides, "num_hidden_layers": num_layers}
     return config.model_copy(update={"overrides": overrides})
+
+
+def parameter_counts(config: TrainConfig) -> int:
+    """Parameters of the model, tied ones once."""
+    model, _ = build(config)
+    return sum(p.numel() for p in model.parameters())

@@ -1,0 +1,133 @@
+"""Cells -> records -> tables -> figures -> report. `snakemake -n` lists every run."""
+
+# Advice of `snakemake --lint` that is answered, not followed: "Specify a conda environment or
+# container for each rule". One Python environment, declared in pyproject.toml, serves every rule.
+
+import sys
+from pathlib import Path
+
+from harness.cell import load_experiment
+
+# Sweeps to run: `--config experiments=smoke`, several with commas between. By default all that
+# this machine can run, but for smoke, which is a subset for tests.
+asked = str(config.get("experiments", ""))
+loaded = [load_experiment(path) for path in sorted(Path("experiments").glob("*.yaml"))]
+by_name = {experiment.name: experiment for experiment in loaded}
+if asked:
+    EXPERIMENTS = {name: by_name[name] for name in asked.split(",")}
+else:
+    EXPERIMENTS = {name: e for name, e in by_name.items() if name != "smoke"}
+CELLS = {name: experiment.cells() for name, experiment in EXPERIMENTS.items()}
+ALST = f"'{sys.executable}' -m harness"
+CODE = [str(path) for path in Path("harness").glob("*.py")]
+METRICS = [str(path) for path in Path("harness/metrics").glob("*.py")]
+
+
+def records(wildcards):
+    return [
+        f"results/cells/{wildcards.name}/{key}.json" for key in CELLS[wildcards.name]
+    ]
+
+
+def drawn(name):
+    return [
+        f"results/figures/{name}/{figure}.svg" for figure in EXPERIMENTS[name].figures
+    ]
+
+
+def threads(wildcards):
+    """A timed cell has the machine for itself; others share it."""
+    cell = CELLS[wildcards.name][wildcards.key]
+    return workflow.cores if cell.timed else cell.train.world_size
+
+
+wildcard_constraints:
+    name="|".join(EXPERIMENTS),
+    key="[^/]+",
+    figure="[^/]+",
+
+
+localrules:
+    all,
+
+
+rule all:
+    input:
+        # Named one by one, so that a record that was removed is measured again.
+        [f"results/cells/{name}/{key}.json" for name in CELLS for key in CELLS[name]],
+        [drawn(name) for name in EXPERIMENTS],
+        expand("results/tables/{name}.csv", name=EXPERIMENTS),
+        "results/report.html",
+
+
+rule cell:
+    output:
+        "results/cells/{name}/{key}.json",
+    log:
+        "results/logs/{name}/{key}.log",
+    threads: threads
+    resources:
+        timed=lambda w: int(CELLS[w.name][w.key].timed),
+    params:
+        alst=ALST,
+    message:
+        "{wildcards.name}: {wildcards.key}"
+    shell:
+        "{params.alst} cell experiments/{wildcards.name}.yaml {wildcards.key} 2> {log}"
+
+
+rule table:
+    input:
+        records,
+        METRICS,
+        "harness/table.py",
+    output:
+        "results/tables/{name}.csv",
+    log:
+        "results/logs/{name}/table.log",
+    params:
+        alst=ALST,
+    message:
+        "{wildcards.name}: table"
+    shell:
+        "{params.alst} table {wildcards.name} > {log} 2>&1"
+
+
+rule figure:
+    input:
+        records,
+        METRICS,
+        "harness/figures/{figure}.py",
+        "harness/figures/base.py",
+        "harness/drawing.py",
+        "harness/table.py",
+    output:
+        "results/figures/{name}/{figure}.svg",
+        "results/figures/{name}/{figure}.png",
+    log:
+        "results/logs/{name}/{figure}.log",
+    params:
+        alst=ALST,
+    message:
+        "{wildcards.name}: figure {wildcards.figure}"
+    shell:
+        "{params.alst} figures {wildcards.name} {wildcards.figure} > {log} 2>&1"
+
+
+rule report:
+    input:
+        [drawn(name) for name in EXPERIMENTS],
+        expand("results/tables/{name}.csv", name=EXPERIMENTS),
+        "harness/report.py",
+        "harness/templates/report.html",
+    output:
+        "results/report.html",
+    log:
+        "results/logs/report.log",
+    params:
+        alst=ALST,
+        names=" ".join(EXPERIMENTS),
+    message:
+        "report"
+    shell:
+        "{params.alst} report {params.names} > {log} 2>&1"

@@ -1,0 +1,232 @@
+"""Will it fit, and by which limit: one simulated step, the limits of a machine, and the search for
+the longest sequence.
+
+The numbers stay apart: live tensors and kernel scratch are counted, at the instant where their sum is
+largest; what the allocator reserves is a model of the allocator replayed on the counted events; what
+the device holds outside the allocator is fitted on readings named in `OUTSIDE_READINGS`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from alst_impl.config import Frozen, TrainConfig
+from alst_impl.methods.base import load_method
+from alst_impl.models import published
+from harness import flops, roofline
+from harness.hardware import Hardware
+from harness.worlds.sim import Offload, Trace, parameter_counts, stretched
+
+Limit = Literal["gpu_memory", "host_memory", "index_range", "heads", "none"]
+
+GIB = 2**30
+OPTIMIZER_BYTES = 16
+"""Host bytes per parameter under optimizer offload: fp32 master weight, two Adam moments and fp32
+gradient (arXiv:2506.13996, section 2.1; DeepSpeed's ZeRO-Offload)."""
+OUTSIDE_READINGS = {
+    "ArcticTraining run-h100-sp1-llama-8b-baseline.yml, 32,000 tokens": (71.91, 65.18),
+    "ArcticTraining run-h200-sp1-llama-8b-liger.yml, 300,000 tokens": (134.96, 128.44),
+}
+"""(GiB that NVML read, GiB that our allocator model reserves for the same run)."""
+OUTSIDE_BYTES = int(
+    sum(nvml - reserved for nvml, reserved in OUTSIDE_READINGS.values()) / len(OUTSIDE_READINGS) * GIB
+)
+"""On the device but not in PyTorch's allocator: context, communication buffers, other libraries."""
+INDEX_RANGE = 2**31
+"""Elements that a kernel with 32-bit indices can address."""
+STEP = 256
+"""Lengths are searched in multiples of this many tokens per rank (the recipes' own advice)."""
+PRECISION = 0.004
+"""Relative width of the bracket at which a search ends."""
+
+
+class Setting(Frozen):
+    """A training run on a machine."""
+
+    train: TrainConfig
+    hardware: Hardware
+    host_memory_bytes: int | None = None
+    """Of one node; None takes the hardware's."""
+    offload_parameters: bool = False
+    """Parameter shards in host memory."""
+    kernel: str = "flash_attention_2"
+    """Core attention whose scratch counts: a key of `harness.scratch.ATTENTION_BACKWARD`."""
+
+
+class Flops(Frozen):
+    """Of one step, over all ranks."""
+
+    paper_formula: float
+    model_causal: float
+
+
+class Prediction(Frozen):
+    """What a step holds, per GPU unless said, and whether it fits."""
+
+    live_bytes: int
+    """Live tensors at the instant of the peak."""
+    scratch_bytes: int
+    """Inside the kernel that runs at that instant."""
+    allocated_bytes: int
+    """Their sum: what `max_memory_allocated` reads."""
+    overhead_bytes: int
+    """Reserved but free, and outside the allocator: modelled."""
+    total_bytes: int
+    """What NVML reads: modelled."""
+    host_bytes: int
+    """Host memory of one node."""
+    bytes_per_local_token: float | None
+    """Slope of `allocated_bytes` over the tokens of one rank; None where it was not asked for."""
+    by_category: Mapping[str, int]
+    """`allocated_bytes`, taken apart."""
+    fits: bool
+    limit: Limit
+    """What it exceeds, or `none`."""
+    flops: Flops
+    step_seconds_modelled: float
+
+
+class SearchResult(Frozen):
+    """The longest sequence that fits."""
+
+    longest_tokens: int
+    """0 if nothing does."""
+    shortest_failing_tokens: int
+    limit: Limit
+    """What the shortest failing length exceeds."""
+    evaluations: int
+    """Simulated steps."""
+
+
+def predict(setting: Setting, *, slope: bool = True) -> Prediction:
+    """The step of `setting`."""
+    return explained(setting, slope=slope, explain=False)[0]
+
+
+def explained(
+    setting: Setting, *, slope: bool = True, explain: bool = True
+) -> tuple[Prediction, Trace]:
+    """The step of `setting`, and the trace with what was alive at its peak."""
+    config, hardware = setting.train, setting.hardware
+    trace = _trace(setting, config, explain)
+    instant = trace.phases[trace.peak]
+    total = trace.reserved_bytes + OUTSIDE_BYTES
+    host = _host_bytes(setting, trace)
+    limit: Limit = "none"
+    if _exceeds_index_range(config):
+        limit = "index_range"
+    elif total > hardware.memory_bytes:
+        limit = "gpu_memory"
+    elif host > (setting.host_memory_bytes or hardware.host_memory_bytes or math.inf):
+        limit = "host_memory"
+    sequences = config.batch_size * config.accumulation * _data_parallel(config)
+    shape = flops.shape_of(published(config.model, config.overrides), parameter_counts(config))
+    prediction = Prediction(
+        live_bytes=instant.allocated_bytes - instant.scratch_bytes,
+        scratch_bytes=instant.scratch_bytes,
+        allocated_bytes=instant.allocated_bytes,
+        overhead_bytes=total - instant.allocated_bytes,
+        total_bytes=total,
+        host_bytes=host,
+        bytes_per_local_token=_slope(setting, instant.allocated_bytes) if slope else None,
+        by_category=dict(instant.by_category),
+        fits=limit == "none",
+        limit=limit,
+        flops=Flops(
+            paper_formula=sequences * flops.paper_formula(shape, config.seqlen),
+            model_causal=sequences * flops.model_causal(shape, config.seqlen),
+        ),
+        step_seconds_modelled=sequences
+        * roofline.seconds(shape, config.seqlen, hardware)
+        / config.world_size,
+    )
+    return prediction, trace
+
+
+def search(setting: Setting) -> SearchResult:
+    """The longest sequence of `setting` (its own length is the first guess), by bracket and bisection."""
+    ranks = setting.train.world_size // _data_parallel(setting.train)
+    step = STEP * ranks
+    seen: dict[int, Prediction] = {}
+
+    def at(units: int) -> Prediction:
+        if units not in seen:
+            train = setting.train.model_copy(update={"seqlen": units * step})
+            seen[units] = predict(setting.model_copy(update={"train": train}), slope=False)
+        return seen[units]
+
+    low, high = 0, max(setting.train.seqlen // step, 1)
+    while at(high).fits:
+        low, high = high, high * 2
+    while high - low > max(1, int(PRECISION * high)):
+        middle = _next_guess(low, high, seen, setting)
+        if at(middle).fits:
+            low = middle
+        else:
+            high = middle
+    return SearchResult(
+        longest_tokens=low * step,
+        shortest_failing_tokens=high * step,
+        limit=at(high).limit,
+        evaluations=len(seen),
+    )
+
+
+def _next_guess(low: int, high: int, seen: Mapping[int, Prediction], setting: Setting) -> int:
+    """Where a line through both ends meets the limit, kept inside the bracket; else the middle."""
+    if low == 0 or seen[high].limit != "gpu_memory":
+        return (low + high) // 2
+    below, above = seen[low].total_bytes, seen[high].total_bytes
+    share = (setting.hardware.memory_bytes - below) / max(above - below, 1)
+    margin = max(1, int(PRECISION * high / 2), (high - low) // 20)
+    guess = low + int(share * (high - low))
+    # Alternate sides, so that the bracket shrinks from both.
+    guess += margin if len(seen) % 2 else -margin
+    return min(max(guess, low + 1), high - 1)
+
+
+def _trace(setting: Setting, config: TrainConfig, explain: bool) -> Trace:
+    offload = Offload(gradients=True, parameters=setting.offload_parameters)
+    return stretched(config, offload=offload, kernel=setting.kernel, explain=explain)
+
+
+def _slope(setting: Setting, allocated: int) -> float:
+    """Bytes that one more token on every rank costs, over the next two per cent of the length."""
+    config = setting.train
+    ranks = config.world_size // _data_parallel(config)
+    more = max(config.seqlen // ranks // 50, 1)
+    longer = config.model_copy(update={"seqlen": config.seqlen + more * ranks})
+    trace = _trace(setting, longer, explain=False)
+    return (trace.phases[trace.peak].allocated_bytes - allocated) / more
+
+
+def _data_parallel(config: TrainConfig) -> int:
+    return load_method(config.method).axes(config.world_size)["dp"]
+
+
+def _host_bytes(setting: Setting, trace: Trace) -> int:
+    """Checkpoints and offloaded shards of a node's ranks, and their part of the optimizer states."""
+    ranks = min(setting.train.world_size, setting.hardware.devices_per_node)
+    held = max(instant.host_bytes for instant in trace.phases.values())
+    states = OPTIMIZER_BYTES * parameter_counts(setting.train) // setting.train.world_size
+    return ranks * (held + states)
+
+
+def _exceeds_index_range(config: TrainConfig) -> bool:
+    """Whether a kernel of the stack would index past 2^31: Liger before 0.6.1 did with [tokens, E].
+
+    Source: ArcticTraining asks for Liger >= 0.6.1 for its 64-bit indices; the 1-GPU recipe remarks that
+    555,000 tokens end in an illegal access of a Triton kernel.
+    """
+    if config.method.name != "alst_recipe" or config.method.options.get("liger") is False:
+        return False
+    local = config.seqlen * _data_parallel(config) // config.world_size
+    hidden: int = published(config.model, config.overrides)["hidden_size"]
+    return local * hidden >= INDEX_RANGE
+
+
+def as_json(prediction: Prediction) -> dict[str, Any]:
+    """The keys of `alst predict --json`."""
+    return prediction.model_dump(mode="json")

@@ -1,0 +1,210 @@
+"""Hugging Face models are changed from outside, one instance at a time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from training import config_of
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from alst_impl import hf, models
+from alst_impl.ops.attention import attend
+from alst_impl.ops.ulysses import UlyssesAttention
+from alst_impl.placement import Evidence
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+MODELS = ["tiny-gemma3", "tiny-llama", "tiny-mistral", "tiny-qwen3", "tiny-qwen3-moe"]
+IDS = torch.randint(260, (2, 11), generator=torch.Generator().manual_seed(1))
+
+
+def build(name: str = "tiny-llama") -> PreTrainedModel:
+    """A tiny model in fp64."""
+    return models.materialize(config_of(model=name, dtype="float64"))
+
+
+def wrap(model: PreTrainedModel, tiles: int = 3) -> Evidence:
+    """Everything that ALST does to a model, without ranks."""
+    evidence = Evidence()
+    hf.use_attention(model, UlyssesAttention(None, "sdpa", evidence))
+    mlps, norms = hf.token_wise_modules(model)
+    for module in mlps + norms:
+        hf.tile_module(module, lambda _: tiles, evidence)
+    hf.tile_loss(model, lambda _: tiles, evidence)
+    hf.checkpoint_layers(model, None)
+    return evidence
+
+
+def logits_of(model: PreTrainedModel) -> Tensor:
+    """Logits of `IDS`."""
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=IDS, use_cache=False).logits
+    return logits
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_wrapped_model_without_labels_returns_the_stock_logits(name: str) -> None:
+    """Generation and evaluation go on as before."""
+    model = build(name)
+    stock = logits_of(model)
+    evidence = wrap(model)
+    torch.testing.assert_close(logits_of(model), stock, rtol=1e-10, atol=1e-12)
+    assert evidence.tiles > 0
+
+
+def test_a_second_model_of_the_same_configuration_object_stays_as_it_was() -> None:
+    """Its logits are the same to the bit, its attention is transformers' own, its modules are untiled."""
+    config = LlamaConfig(
+        vocab_size=260,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+    )
+    torch.manual_seed(1)
+    first, second = LlamaForCausalLM(config), LlamaForCausalLM(config)
+    assert first.config is second.config
+    before, attention = logits_of(second), second.config._attn_implementation
+    wrap(first)
+    assert torch.equal(logits_of(second), before)
+    assert second.config._attn_implementation == attention == "sdpa"
+    assert first.config._attn_implementation == hf.ATTENTION
+    assert not any(hasattr(m, "is_tiled") for m in second.modules())
+    assert torch.equal(logits_of(LlamaForCausalLM(config).eval()).isfinite(), before.isfinite())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_attention_gets_no_mask(name: str) -> None:
+    """No S x S tensor is ever built, in forward or backward, nor for a sliding window."""
+    model = build(name)
+    evidence = Evidence()
+    seen: list[tuple[Any, Any]] = []
+
+    def record(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        seen.append((tuple(query.shape), options))
+        return attend(query, key, value, **options)
+
+    class Recording(UlyssesAttention):
+        __call__ = staticmethod(record)  # type: ignore[assignment]
+
+    hf.use_attention(model, Recording(None, "sdpa", evidence))
+    masks: list[Any] = []
+    for module in hf.attention_modules(model):
+        module.register_forward_pre_hook(
+            lambda _, __, kwargs: masks.append(kwargs.get("attention_mask")), with_kwargs=True
+        )
+    positions = torch.arange(5).repeat(3)[None, :11].expand(2, 11)  # restart, as in packed samples
+    model(input_ids=IDS, position_ids=positions, documents=((5, 5, 1),) * 2, use_cache=False)
+    assert masks == [None, None]
+    assert [shape for shape, _ in seen] == [(2, 8, 11, 16)] * 2
+    assert all(options["documents"] == ((5, 5, 1),) * 2 for _, options in seen)
+    windows = [options["window"] for _, options in seen]
+    expected = {"tiny-gemma3": [96, None], "tiny-mistral": [96, 96]}
+    assert windows == expected.get(name, [None, None])
+
+
+def test_an_attention_mask_is_refused() -> None:
+    """A padding mask would be dropped silently otherwise."""
+    model = build()
+    wrap(model)
+    hook = hf.attention_modules(model)[0].register_forward_pre_hook(
+        lambda _, args, kwargs: (args, {**kwargs, "attention_mask": torch.ones(2, 1, 11, 11)}),
+        with_kwargs=True,
+    )
+    with pytest.raises(ValueError, match="attention_mask is not supported"):
+        logits_of(model)
+    hook.remove()
+
+
+def test_a_padding_mask_given_to_the_model_is_refused() -> None:
+    """It holds zeros that attention would not honour."""
+    model = build()
+    wrap(model)
+    mask = torch.ones_like(IDS)
+    mask[:, -2:] = 0
+    with pytest.raises(ValueError, match="attention_mask is not supported"):
+        model(input_ids=IDS, attention_mask=mask, use_cache=False)
+
+
+@pytest.mark.parametrize("name", ["s_aux", "softcap", "position_bias"])
+def test_attention_that_sharding_would_change_is_refused(name: str) -> None:
+    """Sinks, soft caps and biases belong to heads or positions of the whole."""
+    model = build()
+    wrap(model)
+    with pytest.raises(ValueError, match=f"'{name}' is not supported"):
+        model(input_ids=IDS, use_cache=False, **{name: torch.ones(8)})
+
+
+@pytest.mark.parametrize(
+    ("name", "num_mlps", "num_norms"),
+    [
+        ("tiny-llama", 2, 5),
+        ("tiny-mistral", 2, 5),
+        ("tiny-qwen3", 2, 5),
+        ("tiny-qwen3-moe", 2, 5),
+        ("tiny-gemma3", 2, 9),  # four norms a layer
+    ],
+)
+def test_token_wise_modules_are_found_by_structure(
+    name: str, num_mlps: int, num_norms: int
+) -> None:
+    """One MLP a layer, the norms around it and the last one; those inside attention stay."""
+    model = build(name)
+    mlps, norms = hf.token_wise_modules(model)
+    assert (len(mlps), len(norms)) == (num_mlps, num_norms)
+    assert len(hf.decoder_layers(model)) == len(hf.attention_modules(model)) == 2
+    inside = {id(m) for a in hf.attention_modules(model) for m in a.modules()}
+    assert not inside & {id(m) for m in mlps + norms}
+    assert hf.head_name(model) == "lm_head"
+
+
+def without_mlp(model: Any) -> None:
+    for layer in model.model.layers:
+        layer.mlp = nn.Identity()
+
+
+def without_attention(model: Any) -> None:
+    for layer in model.model.layers:
+        layer.self_attn = nn.Identity()
+
+
+def without_layers(model: Any) -> None:
+    model.model.layers = nn.ModuleList()
+
+
+def without_head(model: Any) -> None:
+    model.lm_head = None
+
+
+@pytest.mark.parametrize(
+    ("remove", "find", "message"),
+    [
+        (without_mlp, hf.token_wise_modules, "LlamaDecoderLayer has no MLP"),
+        (without_attention, hf.attention_modules, "LlamaForCausalLM has no module that uses"),
+        (without_layers, hf.decoder_layers, "LlamaForCausalLM has no layers"),
+        (without_head, hf.head_name, "LlamaForCausalLM has no output embedding"),
+    ],
+)
+def test_a_model_that_lacks_a_part_is_refused_by_name(
+    remove: Callable[[Any], None], find: Callable[[Any], Any], message: str
+) -> None:
+    """Nothing is skipped silently."""
+    model = build()
+    remove(model)
+    with pytest.raises(ValueError, match=message):
+        find(model)
+
+
+def test_tiles_are_counted_as_they_run() -> None:
+    """Two MLPs and five norms of three tiles, and three of the loss; more tiles than rows are rows."""
+    for asked, used in ((3, 3), (50, 11)):
+        model = build()
+        evidence = wrap(model, asked)
+        with torch.no_grad():
+            model(input_ids=IDS, shift_labels=IDS, num_items_in_batch=torch.tensor(22))
+        assert evidence.tiles == 8 * used

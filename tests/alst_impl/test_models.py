@@ -1,0 +1,178 @@
+"""Published configurations become stock models with reproducible weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from training import config_of
+
+from alst_impl import models, step
+from alst_impl.config import TrainConfig
+from alst_impl.placement import Placement
+
+if TYPE_CHECKING:
+    from conftest import Ranks
+
+PARAMETERS = {
+    "llama3.1-8b": 8_030_261_248,
+    "llama3.1-70b": 70_553_706_496,
+    "qwen3-32b": 32_762_123_264,
+    "tiny-gemma3": 632_000,
+    "tiny-llama": 918_144,
+    "tiny-mistral": 918_144,
+    "tiny-qwen3": 901_824,
+    "tiny-qwen3-moe": 1_017_536,
+}
+"""As published, or counted by hand from the configuration."""
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_a_published_configuration_has_its_number_of_parameters(name: str) -> None:
+    """Built on the meta device, so that 70B take no memory."""
+    model, _ = models.build(TrainConfig(model=name, method="baseline", seqlen=8))
+    assert all(p.is_meta for p in model.parameters())
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", [name for name in models.names() if name.startswith("tiny-")])
+def test_tiny_models_have_two_layers_and_eight_heads(name: str) -> None:
+    """Defects of stacking and of head sharding show only then."""
+    fields = models.published(name)
+    assert fields["num_hidden_layers"] >= 2
+    assert fields["num_attention_heads"] == 8
+
+
+def weights(**settings: object) -> dict[str, Tensor]:
+    """Initial weights of a tiny model."""
+    model = models.materialize(config_of(**settings))
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", [name for name in models.names() if name.startswith("tiny-")])
+def test_weights_are_a_function_of_the_seed(name: str) -> None:
+    """Twice the same to the bit; another seed gives others; no matrix is left at a constant."""
+    first, again, other = weights(model=name), weights(model=name), weights(model=name, seed=1)
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    matrices = [key for key in first if first[key].dim() > 1]
+    assert all(not torch.equal(first[key], other[key]) for key in matrices)
+    assert all(float(first[key].std()) > 0 for key in matrices)
+
+
+def test_making_weights_leaves_the_global_generator_alone() -> None:
+    """A library does not reseed its caller."""
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    weights()
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_all_dtypes_start_from_one_model() -> None:
+    """Weights are drawn in fp32 and rounded or widened."""
+    single = weights()
+    for dtype in ("float64", "bfloat16"):
+        other = weights(dtype=dtype)
+        assert all(torch.equal(other[k], single[k].to(getattr(torch, dtype))) for k in single)
+
+
+def test_tied_weights_stay_tied() -> None:
+    """One parameter with two names."""
+    model = models.materialize(config_of(model="tiny-gemma3"))
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def initial_state(rank: int, world_size: int, config: TrainConfig) -> dict[str, Tensor] | None:
+    """Body of a rank: whole parameters before any step."""
+    mesh = init_device_mesh("cpu", (world_size, 1), mesh_dim_names=("dp", "sp"))
+    _, runtime = step.start(config, mesh, Placement(torch.device("cpu")))
+    state = {name: value.clone() for name, value in runtime.state_dict().items()}
+    return state if rank == 0 else None
+
+
+def assert_starts_from(state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """The same names and, to the bit, the same values."""
+    assert state.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(state[name], expected[name])] == []
+
+
+@pytest.mark.parametrize("engine", ["plain", "fsdp2", "zero"])
+def test_initial_weights_are_the_same_under_every_engine(ranks: Ranks, engine: str) -> None:
+    """However parameters are sharded; tied weights included."""
+    config = config_of(model="tiny-gemma3", engine=engine, world_size=2)
+    state = ranks(2)(initial_state, config)[0]
+    assert_starts_from(state, weights(model="tiny-gemma3"))
+
+
+@pytest.mark.parametrize("engine", ["plain", "zero"])
+def test_a_folder_with_weights_is_trained_from_them(
+    ranks: Ranks, engine: str, tmp_path: Path
+) -> None:
+    """As `save_pretrained` writes it."""
+    saved = models.materialize(config_of(seed=7))
+    saved.save_pretrained(tmp_path / "model")
+    config = config_of(model=str(tmp_path / "model"), engine=engine, world_size=2)
+    state = ranks(2)(initial_state, config)[0]
+    assert_starts_from(state, {name: p.detach() for name, p in saved.named_parameters()})
+
+
+def test_a_path_to_a_configuration_is_a_model(tmp_path: Path) -> None:
+    """The file, or its folder; without weights they are drawn as for a published one."""
+    published = Path(models.__file__).parent / "tiny-llama.json"
+    path = tmp_path / "config.json"
+    path.write_text(published.read_text())
+    by_name = weights()
+    for model in (path, tmp_path):
+        found = weights(model=str(model))
+        assert all(torch.equal(found[name], by_name[name]) for name in by_name)
+
+
+def test_an_unknown_model_is_refused_with_the_known_ones() -> None:
+    """A typo costs one look."""
+    with pytest.raises(
+        ValueError, match=r"unknown model 'lama'; use one of llama3.1-70b, .*tiny-qwen3"
+    ):
+        models.published("lama")
+
+
+def test_an_unknown_override_is_refused_with_the_known_ones() -> None:
+    """It would do nothing, silently."""
+    with pytest.raises(ValueError, match=r"override 'layers' is not a field .* num_hidden_layers"):
+        models.published("tiny-llama", {"layers": 3})
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "no json"])
+def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str) -> None:
+    """By its path."""
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="is not a model configuration"):
+        models.published(str(path))
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"attn_logit_softcapping": 50.0}, "soft-capped attention logits"),
+        ({"attention_dropout": 0.1}, "attention dropout"),
+        ({"output_router_logits": True}, "a router loss"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "linear_attention in layer 1"),
+        ({"model_type": "gpt_oss"}, "attention sinks"),
+    ],
+)
+def test_what_sharding_would_change_has_a_name(fields: dict[str, object], reason: str) -> None:
+    """So that a method can refuse it in words."""
+    found = models.unsupported({"model_type": "llama", **fields})
+    assert found is not None
+    assert reason in found
+
+
+def test_published_models_can_be_sharded() -> None:
+    """None of them asks for what is refused."""
+    assert [models.unsupported(models.published(name)) for name in models.names()] == [None] * len(
+        models.names()
+    )

@@ -1,0 +1,136 @@
+"""Checkpointed layers whose inputs wait on the host."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+from alst_impl.ops.offload import HostOffload, checkpoint
+from alst_impl.placement import Evidence, Placement
+
+
+def placed() -> tuple[Placement, list[Tensor]]:
+    """A placement, and the list of what it is told to be on the host."""
+    on_host: list[Tensor] = []
+    return Placement(torch.device("cpu"), on_host=on_host.append, evidence=Evidence()), on_host
+
+
+def layers() -> nn.ModuleList:
+    """Three layers, in fp64."""
+    torch.manual_seed(1)
+    return nn.ModuleList(nn.Linear(5, 5, dtype=torch.float64) for _ in range(3))
+
+
+def gradients(
+    stack: nn.ModuleList, x: Tensor, offload: HostOffload | None, plain: bool
+) -> list[Tensor]:
+    """Output, input gradient (if any) and parameter gradients, layers checkpointed unless `plain`."""
+    stack.zero_grad()
+    x = x.detach().clone().requires_grad_(x.requires_grad)
+    value = x
+    for layer in stack:
+        run = nn.Sequential(layer, nn.Tanh())
+        value = run(value) if plain else checkpoint(run, value, offload)
+    value.square().sum().backward()
+    found = [value.detach(), *([] if x.grad is None else [x.grad])]
+    return found + [p.grad.clone() for p in stack.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("frozen_input", [False, True])
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_checkpointed_layers_have_the_gradients_of_plain_ones(
+    offloaded: bool, frozen_input: bool
+) -> None:
+    """To the bit, also behind frozen embeddings, also in the second step."""
+    stack = layers()
+    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=not frozen_input)
+    offload = HostOffload(placed()[0]) if offloaded else None
+    expected = gradients(stack, x, None, plain=True)
+    for _ in range(2):
+        found = gradients(stack, x, offload, plain=False)
+        assert len(found) == len(expected) == 8 - frozen_input
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_every_layer_input_goes_to_the_host_and_is_counted() -> None:
+    """Three inputs of 2 x 3 x 5 doubles: told one by one, counted in bytes."""
+    placement, on_host = placed()
+    gradients(
+        layers(), torch.ones(2, 3, 5, dtype=torch.float64), HostOffload(placement), plain=False
+    )
+    assert [tuple(x.shape) for x in on_host] == [(2, 3, 5)] * 3
+    assert placement.evidence.offloaded_bytes == 3 * 2 * 3 * 5 * 8
+
+
+def test_the_device_copy_of_a_layer_input_is_free_until_backward() -> None:
+    """Nothing but the host's copy survives the forward."""
+    layer, offload = layers()[0], HostOffload(placed()[0])
+    x = torch.ones(1, 3, 5, dtype=torch.float64).requires_grad_()
+    inner = x * 2
+    alive = weakref.ref(inner.untyped_storage())
+    out = checkpoint(layer, inner, offload)
+    del inner
+    assert alive() is None
+    out.sum().backward()
+    assert x.grad is not None
+
+
+class Spy(torch.autograd.Function):
+    """The identity, whose backward asks whether the recomputed output of its layer still lives."""
+
+    alive: list[bool]
+
+    @staticmethod
+    def forward(
+        ctx: object, x: Tensor, outputs: list[weakref.ref[object]], seen: list[bool]
+    ) -> Tensor:
+        ctx.outputs, ctx.seen = outputs, seen  # type: ignore[attr-defined]
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, *grads: Tensor) -> tuple[Tensor, None, None]:
+        ctx.seen.append(ctx.outputs[-1]() is not None)  # type: ignore[attr-defined]
+        return grads[0], None, None
+
+
+def spied(run: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]) -> list[bool]:
+    """Whether the recomputed output lives while backward runs through its layer."""
+    outputs: list[weakref.ref[object]] = []
+    seen: list[bool] = []
+
+    def layer(x: Tensor) -> Tensor:
+        out = Spy.apply(x, outputs, seen) + 1  # an addition saves nothing
+        outputs.append(weakref.ref(out.untyped_storage()))
+        return out
+
+    x = torch.ones(2, 3, requires_grad=True)
+    run(layer, x).sum().backward()
+    assert len(outputs) == 2  # forward and recomputation
+    return seen
+
+
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_the_recomputed_output_is_freed_before_the_layers_backward(offloaded: bool) -> None:
+    """Backward needs the graph, not the value."""
+    offload = HostOffload(placed()[0]) if offloaded else None
+    assert spied(lambda layer, x: checkpoint(layer, x, offload)) == [False]
+
+
+def test_the_spy_sees_that_pytorchs_own_checkpoint_holds_the_output() -> None:
+    """The test above could not fail otherwise."""
+    stock = partial(torch.utils.checkpoint.checkpoint, use_reentrant=True)
+    assert spied(lambda layer, x: stock(layer, x)) == [True]
+
+
+def test_without_gradients_nothing_is_required_of_the_input() -> None:
+    """Evaluation passes through."""
+    layer = layers()[0]
+    x = torch.ones(1, 3, 5, dtype=torch.float64)
+    with torch.no_grad():
+        assert torch.equal(checkpoint(layer, x), layer(x))

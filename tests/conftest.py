@@ -1,0 +1,123 @@
+"""Fixtures shared by all tests: ranks of a process group, forked from a preloaded server."""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import multiprocessing
+import os
+import pickle
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A process that the server made (tests of the tests) is as good a server: it forks its own ranks.
+CONTEXT = multiprocessing.get_context("fork" if multiprocessing.parent_process() else "forkserver")
+CONTEXT.set_forkserver_preload(["harness.preload"])
+PR_SET_PDEATHSIG = 1
+
+
+class Ranks(Protocol):
+    """Starts `world_size` ranks; see `ranks`."""
+
+    def __call__(self, world_size: int, timeout_s: float = 120) -> Callable[..., list[Any]]: ...
+
+
+def _rank(
+    rank: int, world_size: int, store: str, timeout_s: float, results: Connection, fn: Any, args: Any
+) -> None:
+    """Body of one rank: joins the group, calls `fn`, always leaves the group."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    # What any launcher tells its ranks; DeepSpeed reads it.
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    import harness.preload  # noqa: F401
+    import torch.distributed as dist
+
+    try:
+        dist.init_process_group(
+            "gloo",
+            store=dist.FileStore(store, world_size),
+            rank=rank,
+            world_size=world_size,
+            timeout=datetime.timedelta(seconds=timeout_s),
+        )
+        # Plain pickle: multiprocessing's own would share a tensor's memory, which ends with us.
+        results.send_bytes(pickle.dumps((True, fn(rank, world_size, *args))))
+    except BaseException:
+        results.send_bytes(pickle.dumps((False, traceback.format_exc())))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _collect(processes: list[Any], pipes: list[Connection], timeout_s: float) -> list[Any]:
+    """Result of every rank; the first failing rank's traceback as an `AssertionError`."""
+    deadline = time.monotonic() + timeout_s
+    values: dict[int, Any] = {}
+    failures: dict[int, str] = {}
+    open_pipes = dict(zip(pipes, range(len(pipes)), strict=True))
+    while open_pipes and time.monotonic() < deadline:
+        for pipe in wait(list(open_pipes), timeout=deadline - time.monotonic()):
+            assert isinstance(pipe, Connection)
+            rank = open_pipes.pop(pipe)
+            try:
+                succeeded, value = pickle.loads(pipe.recv_bytes())
+                (values if succeeded else failures)[rank] = value
+            except EOFError:
+                processes[rank].join(5)
+                # A dead rank is the cause; what its peers say about lost connections is not.
+                failures = {rank: f"died with exit code {processes[rank].exitcode}", **failures}
+        if failures:
+            # One moment for a rank whose death broke the others' connections to be noticed.
+            deadline = min(deadline, time.monotonic() + 0.3)
+    if failures:
+        rank, text = next(iter(failures.items()))
+        raise AssertionError(f"rank {rank} of {len(processes)}: {text}")
+    if open_pipes:
+        raise AssertionError(f"ranks {sorted(open_pipes.values())} not done after {timeout_s} s")
+    return [values[rank] for rank in range(len(processes))]
+
+
+@pytest.fixture
+def ranks(tmp_path: Path) -> Ranks:
+    """`ranks(world_size)(fn, *args)` calls `fn(rank, world_size, *args)` on every rank of a gloo group.
+
+    `fn` is a module-level function. Returns the results by rank; the first rank that fails ends
+    all of them and its traceback is raised here.
+    """
+    count = iter(range(1_000_000))
+
+    def start(world_size: int, timeout_s: float = 120) -> Callable[..., list[Any]]:
+        def call(fn: Callable[..., Any], *args: Any) -> list[Any]:
+            store = str(tmp_path / f"store{next(count)}")
+            readers, processes = [], []
+            for rank in range(world_size):
+                reader, writer = CONTEXT.Pipe(duplex=False)
+                process = CONTEXT.Process(
+                    target=_rank, args=(rank, world_size, store, timeout_s, writer, fn, args)
+                )
+                process.start()
+                writer.close()
+                readers.append(reader)
+                processes.append(process)
+            try:
+                values = _collect(processes, readers, timeout_s)
+                for process in processes:
+                    process.join(10)  # leaves the group
+                return values
+            finally:
+                for process in processes:
+                    process.kill()
+                    process.join()
+
+        return call
+
+    return start

@@ -1,0 +1,81 @@
+"""Every method under every engine trains exactly as stock transformers do, because its file exists."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from training import assert_trains_as, config_of, run_steps, truth_of
+
+from alst_impl.config import OptimizerConfig, Spec, TrainConfig
+from alst_impl.methods.base import Method, load_method
+from alst_impl.plugin import names
+
+if TYPE_CHECKING:
+    from conftest import Ranks
+
+MEASURED = {"deepspeed_alst"}
+"""Peers: what they compute is measured (tests/alst_impl/test_deepspeed_alst.py), not promised."""
+VARIANTS: dict[str, list[dict[str, Any]]] = {"zero": [{"stage": stage} for stage in (1, 2, 3)]}
+"""Options under which an engine is another engine."""
+OPTIONS = {"sp": 2, "tiles": 3}
+"""Given to methods that have such a field."""
+
+
+def methods() -> list[Method]:
+    """Every method that trains on real tensors and promises the gradients of the baseline."""
+    found = [
+        load_method(Spec(name=name)) for name in names("alst_impl.methods") if name not in MEASURED
+    ]
+    return [method for method in found if not getattr(method, "simulation_only", False)]
+
+
+def cells() -> list[Any]:
+    """Two data-parallel groups, accumulation of unequal micro-batches, a mask, an awkward length."""
+    found = []
+    for method in methods():
+        fields = type(method).model_fields
+        options = {name: value for name, value in OPTIONS.items() if name in fields}
+        name = type(method).__module__.rsplit(".", 1)[-1]
+        for engine in names("alst_impl.engines"):
+            for variant in VARIANTS.get(engine, [{}]):
+                config = config_of(
+                    method={"name": name, **options},
+                    engine={"name": engine, **variant},
+                    world_size=2 * options.get("sp", 1),
+                    accumulation=2,
+                    data={"mask": "prefix"},
+                    # A large eps keeps the update in proportion to the gradient: Adam forgives scale.
+                    optimizer=OptimizerConfig(learning_rate=0.1, eps=1.0, max_grad_norm=0.5),
+                )
+                label = "-".join([name, engine, *(f"{k}{v}" for k, v in variant.items())])
+                found.append(pytest.param(config, id=label))
+    return found
+
+
+@pytest.mark.parametrize("config", cells())
+def test_a_method_trains_as_the_stock_model_does(ranks: Ranks, config: TrainConfig) -> None:
+    """Gradients, losses, gradient norms and two clipped updates equal those of one process in fp64."""
+    run = ranks(config.world_size)(run_steps, config, 2)[0]
+    assert run.grad_norms[0] > 0.5  # so clipping did something
+    assert_trains_as(run, truth_of(config, 2))
+
+
+@pytest.mark.parametrize("name", names("alst_impl.methods"))
+def test_a_method_names_ranks_of_a_mesh_with_dp_and_sp(name: str) -> None:
+    """Data and sharding rely on both axes."""
+    method = load_method(Spec(name=name))
+    axes = method.axes(4)
+    assert {"dp", "sp"} <= axes.keys()
+    product = 1
+    for size in axes.values():
+        product *= size
+    assert product == 4
+
+
+@pytest.mark.parametrize("kind", ["alst_impl.methods", "alst_impl.engines"])
+def test_plug_ins_are_found_by_file_name(kind: str) -> None:
+    """No registry has to be kept."""
+    found = names(kind)
+    assert "base" not in found
+    assert {"baseline", "alst"} <= set(found) or {"plain", "zero", "fsdp2"} <= set(found)

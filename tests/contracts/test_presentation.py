@@ -1,0 +1,76 @@
+"""Every metric, figure and experiment holds its contract because its file exists."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+from samples import measurement, sweep
+
+from alst_impl.plugin import names
+from harness import drawing, record
+from harness.cell import load_experiment
+from harness.figures.base import draw
+from harness.table import metrics
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests" / "golden" / "record.json"
+EXPERIMENTS = sorted((ROOT / "experiments").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("metric", metrics())
+def test_metric_gives_a_value_on_the_stored_record(metric: str) -> None:
+    """A metric reads a record with every reading, as an earlier version wrote it."""
+    module = importlib.import_module(f"harness.metrics.{metric}")
+    assert isinstance(module.UNIT, str)
+    assert isinstance(module.value(record.read(GOLDEN)), float | int)
+
+
+@pytest.mark.parametrize("metric", metrics())
+def test_metric_gives_nothing_without_readings(metric: str) -> None:
+    """A record of a failure has no numbers."""
+    module = importlib.import_module(f"harness.metrics.{metric}")
+    assert module.value(measurement().model_copy(update={"readings": None})) is None
+
+
+@pytest.mark.parametrize("figure", names("harness.figures"))
+def test_figure_draws_the_sample_sweep(figure: str) -> None:
+    """A figure copes with failed, wrong and missing cells, and is the same when drawn again."""
+    results = sweep()
+    assert drawing.png(draw(figure, results)).startswith(b"\x89PNG")
+    assert drawing.svg(draw(figure, results)) == drawing.svg(draw(figure, results))
+
+
+@pytest.mark.parametrize("figure", names("harness.figures"))
+def test_figure_draws_a_sweep_that_was_not_run(figure: str) -> None:
+    """A figure of no records says so and does not fail."""
+    results = sweep(models=("tiny-llama",))
+    results.measurements.clear()
+    assert "not measured" in drawing.source_line(results)
+    assert drawing.png(draw(figure, results)).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_experiment_expands(path: Path) -> None:
+    """An experiment has cells, distinct keys fit for file names, and figures that exist."""
+    experiment = load_experiment(path)
+    cells = experiment.cells()
+    assert cells
+    assert [cell.key for cell in cells.values()] == list(cells)
+    assert all(len(key) < 200 for key in cells)
+    assert set(experiment.figures) <= set(names("harness.figures"))
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_experiment_backs_performance_with_a_gate(path: Path) -> None:
+    """A timed cell without a gradient comparison has one at another length, all else equal."""
+    cells = load_experiment(path).cells().values()
+
+    def kind(cell: object) -> str:
+        dumped = cell.model_dump(mode="json")  # type: ignore[attr-defined]
+        dumped["train"].pop("seqlen")
+        return str({**dumped, "gate": None, "timed": None, "timeout_s": None})
+
+    gated = {kind(cell) for cell in cells if cell.gate}
+    assert {kind(cell) for cell in cells if cell.timed} <= gated

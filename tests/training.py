@@ -1,0 +1,177 @@
+"""Training runs on the ranks of a test, and the truth they are held against."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+from alst_impl import models, step
+from alst_impl.config import TrainConfig
+from alst_impl.data import Corpus
+from alst_impl.methods.base import load_method
+from alst_impl.placement import Evidence, Placement
+
+
+@dataclass(frozen=True)
+class Run:
+    """What rank 0 saw of a run: gradients of the first step, then losses and norms of every step."""
+
+    gradients: dict[str, Tensor]
+    losses: list[float]
+    grad_norms: list[float]
+    initial: dict[str, Tensor]
+    """Parameters before the first step."""
+    final: dict[str, Tensor]
+    """Parameters after the last step."""
+    evidence: Evidence
+
+
+def config_of(**settings: Any) -> TrainConfig:
+    """A run that takes a moment: two layers, a vocabulary of bytes, float32."""
+    overrides = {"vocab_size": 260, **settings.pop("overrides", {})}
+    defaults = {"model": "tiny-llama", "method": "baseline", "engine": "plain", "seqlen": 67}
+    return TrainConfig(**{**defaults, **settings, "overrides": overrides})
+
+
+def corpus_of(config: TrainConfig) -> Corpus:
+    """The samples of a run."""
+    vocab_size = models.published(config.model, config.overrides)["vocab_size"]
+    return Corpus(config.data, config.seqlen, config.seed, vocab_size, config.accumulation > 1)
+
+
+def run_steps(rank: int, world_size: int, config: TrainConfig, steps: int = 1) -> Run | None:
+    """Body of a rank: `steps` optimizer steps of `config`; rank 0 tells."""
+    step.check(config)
+    axes = load_method(config.method).axes(world_size)
+    mesh = init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
+    placement = Placement(torch.device("cpu"))
+    method, runtime = step.start(config, mesh, placement)
+    initial = {name: value.clone() for name, value in runtime.state_dict().items()}
+    corpus = corpus_of(config)
+    gradients: dict[str, Tensor] = {}
+    losses, norms = [], []
+    for index in range(steps):
+        batches = step.micro_batches(config, corpus, method, mesh, index, placement.device)
+        losses.append(float(step.accumulate_gradients(method, runtime, batches)))
+        if index == 0:
+            gradients = {name: value.clone() for name, value in runtime.gradients().items()}
+        norms.append(float(runtime.update()))
+    final = {name: value.clone() for name, value in runtime.state_dict().items()}
+    return Run(gradients, losses, norms, initial, final, placement.evidence) if rank == 0 else None
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What the stock model does in fp64, whole, in one process, under PyTorch's AdamW."""
+
+    gradients: dict[str, Tensor]
+    """Of the first step."""
+    losses: list[float]
+    grad_norms: list[float]
+    initial: dict[str, Tensor]
+    final: dict[str, Tensor]
+
+
+def truth_of(config: TrainConfig, steps: int = 1) -> Truth:
+    """The truth for `steps` of `config`; its method and engine do not matter."""
+    samples = load_method(config.method).axes(config.world_size)["dp"]
+    samples *= config.batch_size * config.accumulation
+    key = config.model_dump_json(exclude={"method", "engine", "world_size", "batch_size"})
+    return _truth(key, samples, steps)
+
+
+@functools.cache
+def _truth(key: str, num_samples: int, steps: int) -> Truth:
+    config = TrainConfig.model_validate_json(key[:-1] + ', "method": "baseline"}')
+    model = models.materialize(config.model_copy(update={"dtype": "float64"})).train()
+    with torch.no_grad():
+        for p in model.parameters():  # start where the run starts
+            p.copy_(p.to(getattr(torch, config.dtype)))
+    o = config.optimizer
+    optimizer = torch.optim.AdamW(
+        model.parameters(), o.learning_rate, o.betas, o.eps, o.weight_decay
+    )
+    initial = {name: p.detach().clone() for name, p in model.named_parameters()}
+    corpus = corpus_of(config)
+    first: dict[str, Tensor] = {}
+    losses, norms = [], []
+    for index in range(steps):
+        samples = [corpus.sample(index * num_samples + i) for i in range(num_samples)]
+        losses.append(_stock_gradients(model, samples))
+        if index == 0:
+            first = {name: _gradient(p).clone() for name, p in model.named_parameters()}
+        limit = o.max_grad_norm or float("inf")
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit)))
+        optimizer.step()
+        optimizer.zero_grad()
+    final = {name: p.detach() for name, p in model.named_parameters()}
+    return Truth(first, losses, norms, initial, final)
+
+
+def _stock_gradients(model: Any, samples: list[Any]) -> float:
+    """Loss over all labels of `samples`, and its gradients, by the model's own forward."""
+    valid = max(sum(int((labels[1:] != -100).sum()) for _, labels, _, _ in samples), 1)
+    total = 0.0
+    for ids, labels, positions, _ in samples:
+        loss = model(
+            input_ids=ids[None],
+            position_ids=positions[None],
+            labels=labels[None],
+            num_items_in_batch=torch.tensor(valid),
+            use_cache=False,
+        ).loss
+        loss.backward()
+        total += float(loss.detach())
+    return total
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def assert_trains_as(run: Run, truth: Truth) -> None:
+    """Gradients of the first step, losses, norms and the change of the parameters all agree."""
+    assert_same_gradients(run.gradients, truth.gradients)
+    for ours, expected in zip(run.losses, truth.losses, strict=True):
+        assert abs(ours - expected) <= 1e-5 * expected
+    for ours, expected in zip(run.grad_norms, truth.grad_norms, strict=True):
+        assert abs(ours - expected) <= 1e-4 * expected
+    change = {name: run.final[name].double() - run.initial[name] for name in run.final}
+    expected_change = {name: truth.final[name] - truth.initial[name] for name in truth.final}
+    assert change.keys() == expected_change.keys()
+    assert relative_error(change, expected_change) < 1e-4
+
+
+def ratio_and_cosine(ours: Tensor, truth: Tensor) -> tuple[float, float]:
+    """Norm of `ours` over norm of `truth`, and their cosine, in fp64."""
+    mine, norm = ours.double(), truth.norm()
+    return float(mine.norm() / norm), float((mine * truth).sum() / (mine.norm() * norm))
+
+
+def assert_same_gradients(
+    ours: dict[str, Tensor], truth: dict[str, Tensor], ratio: float = 1e-5, cosine: float = 1e-6
+) -> None:
+    """Every gradient has the truth's length and direction; a true zero is exactly zero."""
+    assert set(ours) == set(truth)
+    wrong = []
+    for name, expected in truth.items():
+        if not expected.any():
+            if ours[name].any():
+                wrong.append(f"{name} should be zero")
+            continue
+        r, c = ratio_and_cosine(ours[name], expected)
+        # Written so that NaN is wrong.
+        if not (abs(r - 1) <= ratio and 1 - c <= cosine):
+            wrong.append(f"{name}: ratio {r:.7f}, cosine {c:.9f}")
+    assert not wrong, "\n".join(wrong)
+
+
+def relative_error(ours: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
+    """Norm of all differences over the norm of all of `truth`."""
+    difference = sum(float((ours[name].double() - truth[name]).square().sum()) for name in truth)
+    return float((difference / sum(float(t.square().sum()) for t in truth.values())) ** 0.5)
