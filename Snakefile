@@ -65,6 +65,8 @@ rule cell:
         "results/cells/{name}/{key}.json",
     log:
         "results/logs/{name}/{key}.log",
+    # In the order of the YAML, so that cells that are compared run one after the other.
+    priority: lambda w: -list(CELLS[w.name]).index(w.key)
     threads: threads
     resources:
         timed=lambda w: int(CELLS[w.name][w.key].timed),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 
 import typer
@@ -30,15 +31,21 @@ def main() -> None:
     """Run a command. What a user wrote wrong becomes one line on stderr and exit code 2."""
     try:
         code = app(standalone_mode=False)
-    except (typer.TyperException, ValueError) as error:
-        # Of the command line's own errors, `str` leaves out the option's name.
+    except typer.TyperException as error:
+        # Its own `str` leaves out the option, and its message leaves out the value.
         message = getattr(error, "format_message", error.__str__)()
-        print(f"alst: {' '.join(message.split())}", file=sys.stderr)
-        code = 2
+        code = _refuse(f"{message} (asked: alst {shlex.join(sys.argv[1:])})")
+    except ValueError as error:
+        code = _refuse(str(error))
     except (typer.Abort, KeyboardInterrupt):
         print("alst: interrupted; finished cells are kept, the next run resumes", file=sys.stderr)
         code = 130
     sys.exit(code)
+
+
+def _refuse(message: str) -> int:
+    print(f"alst: {' '.join(message.split())}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

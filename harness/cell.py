@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,29 @@ from alst_impl.plugin import explain, names
 from harness.hardware import load_hardware
 
 World = Literal["cuda", "cpu", "sim"]
+Quantity = Literal["longest_tokens", "step_seconds", "device_bytes", "peak_bytes"]
+"""What papers publish of a run: the longest sequence, time of a step, what NVML reads, live bytes."""
+
+NOTHING_TIMED = {"gate": False, "timed": False, "warmup": 0, "steps": 0}
+"""Fields of a simulated cell: fake tensors have no values to compare and no time."""
+
+
+class Simulation(Frozen):
+    """What decides a simulated cell besides its training run."""
+
+    part: Literal["step", "mlp", "loss"] = "step"
+    """What runs: a whole step, or forward and backward of one decoder layer's MLP or of head and
+    loss, on their own."""
+    offload_parameters: bool = False
+    """Parameter shards lie in host memory between uses."""
+    host_memory_bytes: int | None = Field(default=None, gt=0)
+    """Of one node; None takes the hardware's."""
+    kernel: str = "flash_attention_2"
+    """Core attention whose scratch counts: a key of `harness.scratch.ATTENTION_BACKWARD`."""
+    search: bool = True
+    """Look for the longest sequence that fits, too."""
+    timeline: bool = False
+    """Keep live bytes over the course of the step."""
 
 
 class Cell(Frozen):
@@ -42,6 +66,8 @@ class Cell(Frozen):
     """Whether step times are read; timed cells never run side by side."""
     timeout_s: int = Field(default=600, gt=0)
     """Wall time after which the cell's processes are ended."""
+    simulation: Simulation | None = None
+    """Of a cell in world `sim`; None in every other."""
 
     @property
     def key(self) -> str:
@@ -50,7 +76,8 @@ class Cell(Frozen):
         options = "".join(f"-{k}{v}" for k, v in sorted(t.method.options.items()))
         model = Path(t.model).parent.name if t.model.endswith(".json") else Path(t.model).name
         slug = f"{model}_{t.method.name}{options}_{t.engine.name}_w{t.world_size}_s{t.seqlen}_{self.world}"
-        digest = hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:8]
+        text = self.model_dump_json(exclude=None if self.simulation else {"simulation"})
+        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         return re.sub(r"[^A-Za-z0-9._-]", "", slug) + f"-{digest}"
 
     @property
@@ -65,13 +92,29 @@ class Cell(Frozen):
         return f"{t.model} {t.method.name} x{t.world_size} @ {t.seqlen:,}"
 
 
+class Claim(Frozen):
+    """Which published numbers a cell stands for."""
+
+    id: str
+    """Short and unique; the number's quantity is added to it."""
+    table: str
+    """A file of `experiments/published/`, without `.csv`."""
+    row: dict[str, Any]
+    """Column -> value; exactly one row of the table has them all."""
+    columns: dict[Quantity, str]
+    """Quantity -> the column with its published value."""
+    used_for_fit: list[Quantity] = []
+    """Quantities that constants of the models were fitted on: no evidence."""
+
+
 class Sweep(Frozen):
     """A grid of cells: every combination of `axes` on top of the experiment's base and `base`."""
 
     base: dict[str, Any] = {}
     """Fields of `Cell` and `TrainConfig` shared by the grid."""
     axes: dict[str, list[Any]] = {}
-    """Field -> values. A value that is a mapping under the name `_` sets several fields at once."""
+    """Field -> values. A value that is a mapping under a name with `_` sets several fields at once;
+    `claim` among them is a `Claim`."""
 
 
 class Experiment(Frozen):
@@ -92,19 +135,41 @@ class Experiment(Frozen):
 
     def cells(self) -> dict[str, Cell]:
         """All cells by key, checked. Raises `ValueError` naming the value, the rule and the way out."""
-        cells = {}
+        cells = (make_cell(settings) for settings, _ in self._points())
+        return {cell.key: cell for cell in cells}
+
+    def claims(self) -> list[tuple[str, Claim]]:
+        """(key of a cell, what it stands for) in the order of the file."""
+        points = ((make_cell(settings).key, claim) for settings, claim in self._points())
+        found = [(key, claim) for key, claim in points if claim is not None]
+        ids = [claim.id for _, claim in found]
+        twice = sorted({name for name in ids if ids.count(name) > 1})
+        if twice:
+            raise ValueError(f"claim '{twice[0]}' is made by two cells; give each an id of its own")
+        return found
+
+    def _points(self) -> Iterator[tuple[dict[str, Any], Claim | None]]:
+        """Settings of every point of every grid, and the claim that it carries."""
         for sweep in self.sweeps:
             for values in itertools.product(*sweep.axes.values()):
                 settings = {**self.base, **sweep.base}
                 for field, value in zip(sweep.axes, values, strict=True):
                     settings.update(value if field.startswith("_") else {field: value})
-                cell = make_cell(settings)
-                cells[cell.key] = cell
-        return cells
+                claim = settings.pop("claim", None)
+                yield settings, None if claim is None else _claim(claim)
+
+
+def _claim(raw: Any) -> Claim:
+    try:
+        return Claim.model_validate(raw)
+    except ValidationError as error:
+        raise ValueError(explain(error, "claim", sorted(Claim.model_fields))) from None
 
 
 def make_cell(settings: dict[str, Any]) -> Cell:
     """A checked cell from flat settings: fields of `TrainConfig` and of `Cell` side by side."""
+    if settings.get("world") == "sim":
+        settings = {**NOTHING_TIMED, "simulation": {}, **settings}
     outer = {k: v for k, v in settings.items() if k in Cell.model_fields and k != "train"}
     inner = {k: v for k, v in settings.items() if k not in outer}
     known = sorted({*Cell.model_fields, *TrainConfig.model_fields} - {"train"})
@@ -118,6 +183,7 @@ def make_cell(settings: dict[str, Any]) -> Cell:
         raise ValueError(
             f"world '{cell.world}' cannot execute cells yet; use {' or '.join(worlds)}"
         )
+    _check_simulation(cell)
     load_hardware(cell.hardware)
     published(train.model, train.overrides)
     corpus = train.data.corpus
@@ -128,6 +194,25 @@ def make_cell(settings: dict[str, Any]) -> Cell:
     load_method(train.method).check(train)
     load_engine(train.engine).check(train)
     return cell
+
+
+def _check_simulation(cell: Cell) -> None:
+    """Raise `ValueError` for settings that belong to the other kind of world."""
+    if cell.world == "sim":
+        for field, value in NOTHING_TIMED.items():
+            if getattr(cell, field) != value:
+                raise ValueError(
+                    f"{field} is {getattr(cell, field)}, but world 'sim' has no values to compare and no "
+                    f"time to measure; leave it out or set it to {value}"
+                )
+        return
+    if cell.simulation is not None:
+        raise ValueError(f"'simulation' says how world 'sim' runs, not '{cell.world}'; leave it out")
+    if getattr(load_method(cell.train.method), "simulation_only", False):
+        raise ValueError(
+            f"method '{cell.train.method.name}' computes nothing and runs in world 'sim' only, "
+            f"not '{cell.world}'"
+        )
 
 
 def load_experiment(path: Path) -> Experiment:
@@ -143,6 +228,7 @@ def load_experiment(path: Path) -> Experiment:
     try:
         experiment = Experiment(name=path.stem, **raw)
         experiment.cells()
+        experiment.claims()
     except ValidationError as error:
         raise ValueError(explain(error, str(path), sorted(Experiment.model_fields))) from None
     except (ValueError, TypeError) as error:

@@ -129,8 +129,9 @@ def untrusted(cells: pd.DataFrame) -> pd.Series[bool]:
 
 
 def spread(axes: Axes, points: pd.DataFrame, low: str, high: str, colour: str) -> None:
-    """Shade from `low` to `high` behind a line."""
+    """Shade from `low` to `high` behind a line, with a bar at each point."""
     points = points.dropna(subset=[low, high]).sort_values("seqlen")
+    axes.vlines(points["seqlen"], points[low], points[high], color=colour, alpha=0.45, linewidth=3)
     axes.fill_between(
         points["seqlen"], points[low], points[high], color=colour, alpha=0.18, linewidth=0
     )

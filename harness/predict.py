@@ -31,7 +31,9 @@ OUTSIDE_READINGS = {
 }
 """(GiB that NVML read, GiB that our allocator model reserves for the same run)."""
 OUTSIDE_BYTES = int(
-    sum(nvml - reserved for nvml, reserved in OUTSIDE_READINGS.values()) / len(OUTSIDE_READINGS) * GIB
+    sum(nvml - reserved for nvml, reserved in OUTSIDE_READINGS.values())
+    / len(OUTSIDE_READINGS)
+    * GIB
 )
 """On the device but not in PyTorch's allocator: context, communication buffers, other libraries."""
 INDEX_RANGE = 2**31

@@ -17,17 +17,17 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 # DeepSpeed's default is shared by all environments of a user, which rebuild each other's operators.
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
 
-import deepspeed  # noqa: E402
-import deepspeed.ops  # noqa: E402
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402  brings TorchInductor, on first use
-import torch  # noqa: E402
-import torch.distributed.fsdp  # noqa: E402
-import transformers.models.auto.modeling_auto  # noqa: E402
-import transformers.models.gemma3.modeling_gemma3  # noqa: E402
-import transformers.models.llama.modeling_llama  # noqa: E402
-import transformers.models.mistral.modeling_mistral  # noqa: E402
-import transformers.models.qwen3.modeling_qwen3  # noqa: E402
-import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: E402, F401
+import deepspeed
+import deepspeed.ops
+import deepspeed.runtime.zero.muon.muon_optimizer
+import torch
+import torch.distributed.fsdp
+import transformers.models.auto.modeling_auto
+import transformers.models.gemma3.modeling_gemma3
+import transformers.models.llama.modeling_llama
+import transformers.models.mistral.modeling_mistral
+import transformers.models.qwen3.modeling_qwen3
+import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
 
 # Compiling it takes a minute or more; without it DeepSpeed's collectives go through gloo.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

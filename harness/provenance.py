@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import os
 import platform
 import subprocess
@@ -26,7 +26,7 @@ def provenance(wall_s: float) -> Provenance:
         cores=len(os.sched_getaffinity(0)),
         python=platform.python_version(),
         versions=_versions(),
-        utc=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        utc=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         wall_s=wall_s,
     )
 

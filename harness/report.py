@@ -170,7 +170,8 @@ def summary(results: Results) -> str:
     sentences = []
     for peer in PEERS:
         pairs = _rows(duels(cells, OURS, peer))
-        measured = [p for p in pairs if not math.isnan(p["peak_ratio"])]
+        read = [p for p in pairs if not math.isnan(p["peak_ratio"])]
+        measured = [p for p in read if _both_right(p)]
         timed = [p for p in measured if not math.isnan(p["time_ratio"])]
         if not measured:
             continue
@@ -183,7 +184,14 @@ def summary(results: Results) -> str:
             f"(median ratio {_ratio(peak)}), step slower beyond the spread in {slower} of {len(timed)} "
             f"(median ratio of time per token {_ratio(time)})."
         )
+        if len(read) > len(measured):
+            uncounted = len(read) - len(measured)
+            sentences.append(f"Not counted: {uncounted} with gradients wrong or not compared.")
     return " ".join(sentences)
+
+
+def _both_right(pair: dict[str, Any]) -> bool:
+    return all(pair[side].startswith("passed") for side in ("gate_ours", "gate_peer"))
 
 
 def gate_view(name: str, m: Measurement) -> GateView | None:

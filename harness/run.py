@@ -113,7 +113,9 @@ def classify(ending: Ending) -> tuple[Outcome, str | None]:
         return Outcome.KILLED, ending.message
     line = f"{where}: {ending.error}{said}"
     if ending.how == "signal":
-        return _signal_outcome(ending), line
+        outcome = _signal_outcome(ending)
+        # What a rank wrote before it was killed has nothing to do with its death.
+        return outcome, f"{where}: {ending.error}" if outcome is Outcome.KILLED else line
     text = f"{ending.error} {ending.message} {ending.trace}".lower()
     if ending.error == "MemoryError" or any(sign in text for sign in HOST_OOM):
         return Outcome.HOST_OOM, line

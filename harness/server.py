@@ -10,7 +10,6 @@ and the server ends what is left of a dead supervisor's session.
 from __future__ import annotations
 
 import contextlib
-import gc
 import importlib
 import json
 import multiprocessing
@@ -26,6 +25,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from harness.processes import (
     Ending,
@@ -257,13 +258,26 @@ def _preload() -> Ending | None:
     except Exception as error:
         trace = traceback.format_exc()
         return Ending(how="lost", error=type(error).__name__, message=str(error), trace=trace)
-    gc.collect()
-    gc.freeze()  # keeps the imported objects on pages that ranks share
     return None
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what servers and supervisors that were killed have left in `folder`."""
+    for scratch in folder.glob("job-*"):
+        if not psutil.pid_exists(int(scratch.name.removeprefix("job-"))):
+            shutil.rmtree(scratch, ignore_errors=True)
+    for path in folder.glob("*.sock"):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            try:
+                probe.connect(str(path))
+            except ConnectionRefusedError:
+                path.unlink(missing_ok=True)
+                path.with_suffix(".log").unlink(missing_ok=True)
 
 
 def serve(path: Path) -> None:
     """Serve jobs on a new socket at `path` until there is no reason to."""
+    _sweep(path.parent)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(str(path))
     listener.listen(64)

@@ -380,7 +380,7 @@ class Tracker:
         return here if node is None else self._lines.get(node._sequence_nr(), here)
 
 
-class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Mode(TorchDispatchMode):
     """Shows every operator to a tracker."""
 
     def __init__(self, tracker: Tracker) -> None:

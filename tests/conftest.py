@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import datetime
+import datetime as dt
 import multiprocessing
 import os
 import pickle
@@ -32,14 +32,21 @@ class Ranks(Protocol):
 
 
 def _rank(
-    rank: int, world_size: int, store: str, timeout_s: float, results: Connection, fn: Any, args: Any
+    rank: int,
+    world_size: int,
+    store: str,
+    timeout_s: float,
+    results: Connection,
+    fn: Any,
+    args: Any,
 ) -> None:
     """Body of one rank: joins the group, calls `fn`, always leaves the group."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     # What any launcher tells its ranks; DeepSpeed reads it.
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
-    import harness.preload  # noqa: F401
     import torch.distributed as dist
+
+    import harness.preload  # noqa: F401
 
     try:
         dist.init_process_group(
@@ -47,7 +54,7 @@ def _rank(
             store=dist.FileStore(store, world_size),
             rank=rank,
             world_size=world_size,
-            timeout=datetime.timedelta(seconds=timeout_s),
+            timeout=dt.timedelta(seconds=timeout_s),
         )
         # Plain pickle: multiprocessing's own would share a tensor's memory, which ends with us.
         results.send_bytes(pickle.dumps((True, fn(rank, world_size, *args))))

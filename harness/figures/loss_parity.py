@@ -96,9 +96,7 @@ def draw(results: Results) -> Figure:
     colours = drawing.palette(["baseline", *cells["series"]])
     columns = max(len(pairs), 1)
     figure = Figure(figsize=(max(3.3 * columns + 0.8, 5.6), 5.2), layout="constrained")
-    grid = figure.subplots(
-        2, columns, sharex="col", sharey="row", squeeze=False, height_ratios=[2, 1.2]
-    )
+    grid = figure.subplots(2, columns, sharex="col", squeeze=False, height_ratios=[2, 1.2])
     if not pairs:
         grid[0][0].text(0.5, 0.5, "no length was run both ways", ha="center", va="center")
     for (model, pairing), upper, lower in zip(pairs, grid[0], grid[1], strict=False):

@@ -14,5 +14,5 @@ def draw(results: Results) -> Figure:
         results,
         "step_s",
         "Time of one training step",
-        note="Line: median over steps of the slowest rank. Shade: fastest to slowest step.",
+        note="Line: median over steps of the slowest rank. Bars and shade: fastest to slowest step.",
     )

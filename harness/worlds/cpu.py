@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import gc
 import time
 from collections.abc import Callable, Iterator
@@ -39,7 +39,7 @@ class Cpu(World):
             rank=rank.index,
             world_size=rank.world_size,
             # Before the cell's own limit, so that ranks that wait for each other say so.
-            timeout=datetime.timedelta(seconds=cell.timeout_s / 2),
+            timeout=dt.timedelta(seconds=cell.timeout_s / 2),
         )
         try:
             axes = load_method(cell.train.method).axes(cell.train.world_size)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -217,8 +217,9 @@ def simulate(
         with tracker:
             tracker.phase("setup")
             method, runtime = start(config, mesh, placement, Unfilled(0))
-            calls = _watch_layers(runtime.module, tracker)
-            residents = _residents(runtime.module, tracker) if num_layers else set()
+            model = cast("PreTrainedModel", runtime.module)
+            calls = _watch_layers(model, tracker)
+            residents = _residents(model, tracker) if num_layers else set()
             tracker.adopt(runtime.module.parameters(), "parameters")
             tracker.adopt(
                 (t for b in batches for t in vars(b).values() if isinstance(t, Tensor)), "batch"
@@ -231,7 +232,7 @@ def simulate(
     return _replay(recording, frozenset(tracker.operators), offload or Offload(gradients=False))
 
 
-def _watch_layers(model: nn.Module, tracker: Tracker) -> list[int]:
+def _watch_layers(model: PreTrainedModel, tracker: Tracker) -> list[int]:
     """Filled with the number of events before each pass through a decoder layer's attention.
 
     Attention, because hooks of the layer itself do not see its recomputation.
@@ -242,7 +243,7 @@ def _watch_layers(model: nn.Module, tracker: Tracker) -> list[int]:
     return calls
 
 
-def _residents(model: nn.Module, tracker: Tracker) -> set[int]:
+def _residents(model: PreTrainedModel, tracker: Tracker) -> set[int]:
     """Numbers of the allocations that hold the middle layer's parameters."""
     mark = "parameters of the middle layer"
     tracker.adopt(hf.decoder_layers(model)[MIDDLE].parameters(), mark)

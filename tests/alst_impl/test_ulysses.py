@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -73,7 +73,7 @@ def attention_over_ranks(
         tensors = [whole(HEADS, 1), whole(num_kv_heads, 2), whole(num_kv_heads, 3)]
         upstream = whole(HEADS, 4)
         full = [x.clone().requires_grad_() for x in tensors]
-        options = {"scale": 0.3, "window": window, "documents": documents}
+        options: dict[str, Any] = {"scale": 0.3, "window": window, "documents": documents}
         expected = attend(*full, **options)
         (expected * upstream).sum().backward()
 

@@ -10,7 +10,12 @@ import pytest
 
 from harness.cell import load_experiment, make_cell
 
-SETTINGS = {"model": "tiny-llama", "method": {"name": "alst", "sp": 2}, "world_size": 2, "seqlen": 64}
+SETTINGS = {
+    "model": "tiny-llama",
+    "method": {"name": "alst", "sp": 2},
+    "world_size": 2,
+    "seqlen": 64,
+}
 
 YAML = """
 question: Which?
@@ -43,7 +48,9 @@ def test_key_is_readable_and_stable() -> None:
     """The key names what matters and does not change between processes or versions."""
     assert make_cell(SETTINGS).key.startswith("tiny-llama_alst-sp2_zero_w2_s64_cpu-")
     program = f"from harness.cell import make_cell; print(make_cell({SETTINGS!r}).key)"
-    other = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    other = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     assert other.stdout.strip() == make_cell(SETTINGS).key
 
 

@@ -58,7 +58,9 @@ def test_step_time_model_is_fitted_on_its_named_rows_and_holds_on_the_long_other
     """0.5 % on the two rows of the fit; 6 % on every other row beyond 100,000 tokens."""
     for row in published():
         seqlen, gpus = int(row["recipe_max_length_tokens"]), int(row["num_gpus"])
-        modelled = seconds(LLAMA_8B, seqlen, load_hardware("h100-80gb")) * int(row["dp_degree"]) / gpus
+        modelled = (
+            seconds(LLAMA_8B, seqlen, load_hardware("h100-80gb")) * int(row["dp_degree"]) / gpus
+        )
         error = modelled / (int(row["iteration_time_s_truncated"]) + 0.5) - 1
         if row["case"] in FITTED_ON:
             assert abs(error) < 0.005, row["case"]

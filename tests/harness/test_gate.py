@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
 from alst_impl.config import TrainConfig
 from harness.gate import broken_promises, explain_failure, known_factor
 from harness.gradients import compare
 from harness.record import RankEvidence
-from safetensors.torch import save_file
-from torch import Tensor
 
 TRAIN = TrainConfig(
     model="tiny-llama", method={"name": "alst", "sp": 4}, seqlen=100, world_size=8, dtype="float32"
@@ -84,7 +85,13 @@ def test_wrong_loss_fails(truth: Path) -> None:
 
 @pytest.mark.parametrize(
     ("ratio", "said"),
-    [(4.0, r"sp \(4\)"), (0.25, r"1 / sp"), (2.0, r"dp \(2\)"), (8.0, "world_size"), (200.0, "tokens")],
+    [
+        (4.0, r"sp \(4\)"),
+        (0.25, r"1 / sp"),
+        (2.0, r"dp \(2\)"),
+        (8.0, "world_size"),
+        (200.0, "tokens"),
+    ],
 )
 def test_ratio_that_is_a_known_quantity_is_named(ratio: float, said: str) -> None:
     """Factors that wrong code multiplies by are told by name."""

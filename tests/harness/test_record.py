@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from harness import record
 from harness.cell import make_cell
 from harness.provenance import provenance
 from harness.record import Measurement, Outcome
 
 MEASUREMENT = Measurement(
-    cell=make_cell({"model": "tiny-llama", "method": {"name": "alst", "sp": 2}, "world_size": 2, "seqlen": 64}),
+    cell=make_cell(
+        {"model": "tiny-llama", "method": {"name": "alst", "sp": 2}, "world_size": 2, "seqlen": 64}
+    ),
     outcome=Outcome.KILLED,
     detail="rank 1: SIGKILL",
     readings=None,
@@ -26,7 +29,9 @@ def test_record_reads_back_equal(tmp_path: Path) -> None:
     assert record.read(path) == MEASUREMENT
 
 
-def test_failed_write_leaves_the_old_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_write_leaves_the_old_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A write that is interrupted leaves the previous file and nothing beside it."""
     path = tmp_path / "record.json"
     record.write(path, MEASUREMENT)
@@ -44,7 +49,9 @@ def test_failed_write_leaves_the_old_record(tmp_path: Path, monkeypatch: pytest.
 def test_file_that_is_no_record_is_named(tmp_path: Path) -> None:
     """A file that is not a record of this version fails with its name."""
     path = tmp_path / "record.json"
-    path.write_text(MEASUREMENT.model_dump_json().replace('"schema_version":1', '"schema_version":99'))
+    path.write_text(
+        MEASUREMENT.model_dump_json().replace('"schema_version":1', '"schema_version":99')
+    )
     with pytest.raises(ValueError, match=r"record\.json is not a record: schema_version"):
         record.read(path)
 

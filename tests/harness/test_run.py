@@ -70,7 +70,9 @@ def test_cell_is_measured(tmp_path: Path) -> None:
     assert readings is not None
     assert [len(ranks) for ranks in readings.step_s] == [2, 2]
     assert len(readings.loss) == len(readings.grad_norm) == 5  # compared, warm-up, 2 timed, tracked
-    assert [memory.peak_bytes > memory.resting_bytes > 0 for memory in readings.memory] == [True] * 2
+    assert [memory.peak_bytes > memory.resting_bytes > 0 for memory in readings.memory] == [
+        True
+    ] * 2
     assert {"forward", "backward", "update"} <= readings.memory[0].phase_peak_bytes.keys()
     assert readings.memory[0].host_peak_bytes > 0
     assert readings.evidence[0].exchanges > 0
@@ -107,7 +109,7 @@ def test_killed_worker_leaves_a_record_and_the_sweep_goes_on(
     assert command(monkeypatch, "run", str(experiment), "--results", str(results)) == 0
     records = {r.cell.train.method.name: r for r in records_in(results)}
     assert records["baseline"].outcome is Outcome.KILLED
-    assert "rank 1 during step 1/2: SIGKILL" in str(records["baseline"].detail)
+    assert records["baseline"].detail == "rank 1 during step 1/2: SIGKILL"
     assert records["alst"].outcome is Outcome.OK
     assert not [pid for pid in pids if pid and Path(f"/proc/{pid}").exists()]
 
@@ -160,7 +162,7 @@ def use_too_much(rank: Rank, payload: dict[str, Any]) -> None:
 
 def hang_together(rank: Rank, payload: dict[str, Any]) -> None:
     """Rank 0 waits for a collective that rank 1 never joins."""
-    import datetime
+    import datetime as dt
     import time
 
     import torch.distributed as dist
@@ -171,7 +173,7 @@ def hang_together(rank: Rank, payload: dict[str, Any]) -> None:
         store=store,
         rank=rank.index,
         world_size=rank.world_size,
-        timeout=datetime.timedelta(seconds=1),
+        timeout=dt.timedelta(seconds=1),
     )
     if rank.index == 1:
         time.sleep(60)

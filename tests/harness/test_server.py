@@ -58,7 +58,7 @@ def fail_alone(rank: Rank, payload: Payload) -> None:
 
 def sleep(rank: Rank, payload: Payload) -> None:
     """Start a process, as a compiler would be, and sleep with it."""
-    subprocess.Popen(["sleep", "600"])  # noqa: S607
+    subprocess.Popen(["sleep", "600"])
     rank.progress("asleep")
     time.sleep(600)
 
@@ -180,7 +180,9 @@ def test_client_that_leaves_ends_the_tree(end: signal.Signals) -> None:
         text=True,
     ) as client:
         assert client.stdout is not None
-        ranks = [psutil.Process(int(pid)) for pid in client.stdout.readline().strip("[]\n").split(",")]
+        ranks = [
+            psutil.Process(int(pid)) for pid in client.stdout.readline().strip("[]\n").split(",")
+        ]
         client.stdout.readline()  # one of them is asleep
         client.send_signal(end)
     assert all_gone(ranks)

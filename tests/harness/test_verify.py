@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from samples import measurement
+
 from alst_impl.config import TrainConfig
 from alst_impl.models import materialize
 from harness import truth
@@ -14,7 +16,6 @@ from harness.__main__ import main
 from harness.cell import Cell
 from harness.commands import verify
 from harness.record import Measurement
-from samples import measurement
 
 TRAIN = TrainConfig(model="tiny-llama", method={"name": "baseline"}, seqlen=64)
 
@@ -32,7 +33,18 @@ def test_right_method_passes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The whole way: truth in its own process, ranks, comparison; JSON as documented, exit code 0."""
-    arguments = "--sp 2 --engine plain --seqlen 65 --kv-heads 2 --json --results".split()
+    arguments = [
+        "--sp",
+        "2",
+        "--engine",
+        "plain",
+        "--seqlen",
+        "65",
+        "--kv-heads",
+        "2",
+        "--json",
+        "--results",
+    ]
     assert run_verify(monkeypatch, *arguments, str(tmp_path)) == 0
     answer = json.loads(capsys.readouterr().out)
     assert list(answer) == ["passed", "cell", "loss", "worst", "parameters", "evidence"]
@@ -100,10 +112,28 @@ def test_help_shows_every_default(
     monkeypatch.setenv("COLUMNS", "200")
     assert run_verify(monkeypatch, "--help") == 0
     text = capsys.readouterr().out
-    options = (
-        "model heads kv-heads method engine zero-stage sp dp seqlen batch accumulation tiles "
-        "offload no-offload mask dtype seed world option json"
-    ).split()
+    options = [
+        "model",
+        "heads",
+        "kv-heads",
+        "method",
+        "engine",
+        "zero-stage",
+        "sp",
+        "dp",
+        "seqlen",
+        "batch",
+        "accumulation",
+        "tiles",
+        "offload",
+        "no-offload",
+        "mask",
+        "dtype",
+        "seed",
+        "world",
+        "option",
+        "json",
+    ]
     assert all(f"--{name}" in text for name in options)
     assert text.count("default:") >= len(options) - 2
     assert "Example" in text

@@ -37,7 +37,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "alst": {"name": "alst", "sp": 4},
     "alst without offload": {"name": "alst", "sp": 4, "offload": False},
     "alst_recipe": {"name": "alst_recipe", "sp": 4},
-    "alst_recipe without tiles": {"name": "alst_recipe", "sp": 4, "tile_mlp": False, "offload": False},
+    "alst_recipe without tiles": {
+        "name": "alst_recipe",
+        "sp": 4,
+        "tile_mlp": False,
+        "offload": False,
+    },
 }
 
 
@@ -64,13 +69,15 @@ def test_capped_tiles_equal_all_tiles() -> None:
     assert summary(capped) == summary(whole)
 
 
-@pytest.mark.parametrize("gpus", [1, 8, 64])
+@pytest.mark.parametrize("gpus", [1, 8, 16])
 def test_any_number_of_ranks(gpus: int) -> None:
     """A process group of any size is played by this process, and shards shrink with it."""
     trace = simulate(at_depth(config({"name": "baseline"}, seqlen=512, gpus=gpus), 2))
     one = simulate(at_depth(config({"name": "baseline"}, seqlen=512, gpus=1), 2))
     parameters = trace.phases["forward"].by_category["parameters"]
-    assert parameters == pytest.approx(one.phases["forward"].by_category["parameters"] / gpus, rel=0.05)
+    assert parameters == pytest.approx(
+        one.phases["forward"].by_category["parameters"] / gpus, rel=0.05
+    )
 
 
 def test_attention_is_called_by_name_and_makes_nothing_quadratic() -> None:

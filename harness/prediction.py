@@ -1,0 +1,97 @@
+"""What a simulated run leaves behind: bytes, limits, the longest sequence. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from alst_impl.config import Frozen
+
+Limit = Literal["gpu_memory", "host_memory", "index_range", "heads", "none"]
+
+
+class Flops(Frozen):
+    """Of one step, over all ranks."""
+
+    paper_formula: float
+    model_causal: float
+
+
+class Prediction(Frozen):
+    """What a step holds, per GPU unless said, and whether it fits."""
+
+    live_bytes: int
+    """Live tensors at the instant of the peak."""
+    scratch_bytes: int
+    """Inside the kernel that runs at that instant."""
+    allocated_bytes: int
+    """Their sum: what `max_memory_allocated` reads."""
+    overhead_bytes: int
+    """Reserved but free, and outside the allocator: modelled."""
+    total_bytes: int
+    """What NVML reads: modelled."""
+    host_bytes: int
+    """Host memory of one node."""
+    bytes_per_local_token: float | None
+    """Slope of `allocated_bytes` over the tokens of one rank; None where it was not asked for."""
+    by_category: Mapping[str, int]
+    """`allocated_bytes`, taken apart."""
+    fits: bool
+    limit: Limit
+    """What it exceeds, or `none`."""
+    flops: Flops
+    step_seconds_modelled: float
+
+
+class SearchResult(Frozen):
+    """The longest sequence that fits."""
+
+    longest_tokens: int
+    """0 if nothing does."""
+    shortest_failing_tokens: int
+    limit: Limit
+    """What the shortest failing length exceeds."""
+    evaluations: int
+    """Simulated steps."""
+
+
+class Holding(Frozen):
+    """What one operator at one source line holds at the instant of the peak."""
+
+    category: str
+    operator: str
+    location: str | None
+    """`file:line`."""
+    nbytes: int
+    count: int
+    """Allocations."""
+
+
+class Timeline(Frozen):
+    """Live bytes over the events of a step, thinned to the largest of each stretch."""
+
+    phases: list[str]
+    """Of each stretch."""
+    device_bytes: list[int]
+    """On the accelerator."""
+    host_bytes: list[int]
+    """In host memory, per rank."""
+
+
+class Simulated(Frozen):
+    """The readings of a simulated cell."""
+
+    code: str
+    """Fingerprint of all code that decides the numbers: a record of other code is stale."""
+    prediction: Prediction | None
+    """At the cell's length; None for a part of a step."""
+    peak_bytes: int
+    """Live tensors and kernel scratch at their largest."""
+    checkpoint_bytes: int
+    """Host memory of one rank that checkpoints, and parameters that live there, fill."""
+    holdings: list[Holding]
+    """What was alive at the peak, largest first."""
+    search: SearchResult | None
+    """Where the cell asks for it."""
+    timeline: Timeline | None
+    """Where the cell asks for it."""
