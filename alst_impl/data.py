@@ -112,7 +112,7 @@ def _border(valid: np.ndarray) -> None:
 def _imbalance(valid: np.ndarray) -> None:
     """One label in a hundred in the first half, all in the second."""
     half = len(valid) // 2
-    valid[:half] &= np.arange(half) % 100 == 50
+    valid[:half] &= np.arange(half) % 100 == min(50, half // 2)
 
 
 def _none(valid: np.ndarray) -> None:

@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
-from importlib.metadata import version
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from harness import predict
 from harness.cell import Cell
 from harness.hardware import load_hardware
 from harness.prediction import Holding, Simulated, Timeline
-from harness.processes import SOURCES, Rank
+from harness.processes import Rank
+from harness.sources import fingerprint
 from harness.tracker import Allocation
 from harness.worlds.parts import simulate_part
 from harness.worlds.sim import Instant, Moment, Trace
 
-CODE = (
-    "allocator",
-    "flops",
-    "forecast",
-    "hardware",
-    "predict",
-    "repeat",
-    "roofline",
-    "scratch",
-    "tracker",
-    "worlds/parts",
-    "worlds/sim",
-)
-"""Modules of the harness that decide the numbers; of the implementation, all do."""
 HOLDINGS = 40
 """Rows kept of what is alive at the peak."""
 STRETCHES = 400
@@ -116,20 +100,3 @@ def thinned(moments: Sequence[Moment]) -> Timeline:
         device_bytes=[max(m.device_bytes for m in stretch) for stretch in stretches],
         host_bytes=[max(m.host_bytes for m in stretch) for stretch in stretches],
     )
-
-
-def fingerprint() -> str:
-    """Equal for code, and libraries, that simulate the same."""
-    implementation, harness = SOURCES
-    files = [*implementation.rglob("*.py"), *implementation.rglob("*.json")]
-    files += [harness / f"{name}.py" for name in CODE]
-    libraries = f"torch {version('torch')}, transformers {version('transformers')}"
-    digest = hashlib.sha256(libraries.encode())
-    for path in sorted(files):
-        digest.update(path.relative_to(path.parents[len(path.parents) - 2]).as_posix().encode())
-        digest.update(_content(path))
-    return digest.hexdigest()[:16]
-
-
-def _content(path: Path) -> bytes:
-    return path.read_bytes()

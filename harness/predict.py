@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from alst_impl.config import Frozen, TrainConfig
 from alst_impl.methods.base import load_method
 from alst_impl.models import published
 from harness import flops, roofline
 from harness.hardware import Hardware
+from harness.prediction import Flops, Limit, Prediction, SearchResult
 from harness.worlds.sim import Offload, Trace, parameter_counts, stretched
-
-Limit = Literal["gpu_memory", "host_memory", "index_range", "heads", "none"]
 
 GIB = 2**30
 OPTIMIZER_BYTES = 16
@@ -55,51 +54,6 @@ class Setting(Frozen):
     """Parameter shards in host memory."""
     kernel: str = "flash_attention_2"
     """Core attention whose scratch counts: a key of `harness.scratch.ATTENTION_BACKWARD`."""
-
-
-class Flops(Frozen):
-    """Of one step, over all ranks."""
-
-    paper_formula: float
-    model_causal: float
-
-
-class Prediction(Frozen):
-    """What a step holds, per GPU unless said, and whether it fits."""
-
-    live_bytes: int
-    """Live tensors at the instant of the peak."""
-    scratch_bytes: int
-    """Inside the kernel that runs at that instant."""
-    allocated_bytes: int
-    """Their sum: what `max_memory_allocated` reads."""
-    overhead_bytes: int
-    """Reserved but free, and outside the allocator: modelled."""
-    total_bytes: int
-    """What NVML reads: modelled."""
-    host_bytes: int
-    """Host memory of one node."""
-    bytes_per_local_token: float | None
-    """Slope of `allocated_bytes` over the tokens of one rank; None where it was not asked for."""
-    by_category: Mapping[str, int]
-    """`allocated_bytes`, taken apart."""
-    fits: bool
-    limit: Limit
-    """What it exceeds, or `none`."""
-    flops: Flops
-    step_seconds_modelled: float
-
-
-class SearchResult(Frozen):
-    """The longest sequence that fits."""
-
-    longest_tokens: int
-    """0 if nothing does."""
-    shortest_failing_tokens: int
-    limit: Limit
-    """What the shortest failing length exceeds."""
-    evaluations: int
-    """Simulated steps."""
 
 
 def predict(setting: Setting, *, slope: bool = True) -> Prediction:

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from alst_impl.config import Frozen
 from alst_impl.plugin import explain
 from harness.cell import Cell
+from harness.prediction import Simulated
 
 
 class Outcome(StrEnum):
@@ -130,6 +131,8 @@ class Measurement(Frozen):
     """One line: the error, the signal, the step it came at."""
     readings: Readings | None
     """None where nothing could be read."""
+    simulated: Simulated | None = None
+    """In place of readings, of a cell in world `sim`."""
     provenance: Provenance
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -69,6 +69,14 @@ class Instant:
         return self.by_category.get("scratch", 0)
 
 
+class Moment(NamedTuple):
+    """Bytes held after one event."""
+
+    phase: str
+    device_bytes: int
+    host_bytes: int
+
+
 @dataclass(frozen=True)
 class Trace:
     """What one simulated step did."""
@@ -81,6 +89,8 @@ class Trace:
     """Every operator that ran on the accelerator."""
     reserved_bytes: int
     """What a model of the caching allocator holds after two such steps."""
+    moments: list[Moment]
+    """Every event of the step."""
 
     @property
     def peak(self) -> str:
@@ -166,7 +176,7 @@ def _replaced(*seams: tuple[Any, str, Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _fake_world(config: TrainConfig, *, gpu: bool, cap_tiles: bool) -> Iterator[Any]:
+def fake_world(config: TrainConfig, *, gpu: bool, cap_tiles: bool) -> Iterator[Any]:
     """Fake tensors, a fake process group with this process as rank 0, and the mesh of the method."""
     seams: list[tuple[Any, str, Any]] = [
         (torch.distributed.device_mesh, "init_device_mesh", _mesh_outside_modes),
@@ -211,7 +221,7 @@ def simulate(
         explain=explain,
     )
     placement = Placement(device=DEVICE, host=HOST, on_phase=tracker.phase)
-    with _fake_world(config, gpu=gpu, cap_tiles=cap_tiles) as mesh:
+    with fake_world(config, gpu=gpu, cap_tiles=cap_tiles) as mesh:
         method = load_method(config.method)
         batches = [method.shard(_blank_batch(config), mesh) for _ in range(config.accumulation)]
         with tracker:
@@ -229,7 +239,7 @@ def simulate(
     recording = Recording(tracker.allocations, tracker.events)
     if num_layers is not None:
         recording = repeated(recording, calls, residents, num_layers)
-    return _replay(recording, frozenset(tracker.operators), offload or Offload(gradients=False))
+    return replay(recording, frozenset(tracker.operators), offload or Offload(gradients=False))
 
 
 def _watch_layers(model: PreTrainedModel, tracker: Tracker) -> list[int]:
@@ -256,10 +266,11 @@ def _blank_batch(config: TrainConfig) -> Batch:
     return Batch(ids, ids.clone(), torch.arange(config.seqlen).expand_as(ids))
 
 
-def _replay(recording: Recording, operators: frozenset[str], offload: Offload) -> Trace:
+def replay(recording: Recording, operators: frozenset[str], offload: Offload) -> Trace:
     """Peaks of each phase from the recorded events, with `offload` applied."""
     peaks: dict[str, tuple[int, int, int]] = {}  # phase -> (device bytes, event, host bytes)
     sizes: dict[int, int] = {}
+    moments: list[Moment] = []
     device = host = 0
     for index, event in enumerate(recording.events):
         change = event.nbytes - sizes.get(event.allocation, 0)
@@ -273,6 +284,8 @@ def _replay(recording: Recording, operators: frozenset[str], offload: Offload) -
         if device > best:
             best, at = device, index + 1
         peaks[event.phase] = best, at, max(best_host, host)
+        if event.phase in PHASES:
+            moments.append(Moment(event.phase, device, host))
     live = {phase: _live_at(recording, at, offload) for phase, (_, at, _) in peaks.items()}
     phases = {}
     for phase in PHASES:
@@ -285,6 +298,7 @@ def _replay(recording: Recording, operators: frozenset[str], offload: Offload) -
         live={phase: [a for a, _ in live[phase]] for phase in PHASES},
         operators=operators,
         reserved_bytes=reserved_bytes(_two_steps(recording, offload)),
+        moments=moments,
     )
 
 

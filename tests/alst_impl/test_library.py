@@ -59,6 +59,12 @@ def documented_loop() -> str:
     return textwrap.dedent("\n".join(line for line in lines if line.startswith("    ")))
 
 
+def test_the_readme_shows_the_loop_that_is_tested() -> None:
+    """README and module documentation hold the same lines."""
+    readme = Path(library.__file__).parents[1] / "README.md"
+    assert documented_loop().strip() in readme.read_text()
+
+
 def train(rank: int, world_size: int, folder: str) -> dict[str, Tensor]:
     """Body of a rank: the documented loop, word by word. Returns the trained parameters."""
     model = stock_model()
