@@ -21,8 +21,8 @@ from alst_impl.plugin import explain, names
 from harness.hardware import load_hardware
 
 World = Literal["cuda", "cpu", "sim"]
-Quantity = Literal["longest_tokens", "step_seconds", "device_bytes", "peak_bytes"]
-"""What papers publish of a run: the longest sequence, time of a step, what NVML reads, live bytes."""
+Quantity = Literal["longest_tokens", "step_seconds", "device_bytes"]
+"""What papers publish of a run: the longest sequence, time of a step, what NVML reads."""
 
 NOTHING_TIMED = {"gate": False, "timed": False, "warmup": 0, "steps": 0}
 """Fields of a simulated cell: fake tensors have no values to compare and no time."""
