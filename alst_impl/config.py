@@ -30,7 +30,10 @@ class Spec(Frozen):
         if isinstance(value, str):
             return {"name": value}
         if isinstance(value, dict) and "name" in value and "options" not in value:
-            return {"name": value["name"], "options": {k: v for k, v in value.items() if k != "name"}}
+            return {
+                "name": value["name"],
+                "options": {k: v for k, v in value.items() if k != "name"},
+            }
         return value
 
     @model_serializer

@@ -172,7 +172,9 @@ class Corpus:
             found = [root] if root.is_file() else [p for p in root.rglob("*") if p.is_file()]
         found = sorted(p for p in found if p.stat().st_size > 0)
         if not found:
-            raise ValueError(f"corpus '{self.config.corpus}' holds no text; name a file or folder with some")
+            raise ValueError(
+                f"corpus '{self.config.corpus}' holds no text; name a file or folder with some"
+            )
         return found
 
     @cached_property
@@ -182,7 +184,9 @@ class Corpus:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(self.config.tokenizer, local_files_only=True)
-        return lambda text: tokenizer.encode(text.decode("utf-8", "replace"), add_special_tokens=False)
+        return lambda text: tokenizer.encode(
+            text.decode("utf-8", "replace"), add_special_tokens=False
+        )
 
     def _document(self, length: int, rng: np.random.Generator) -> np.ndarray:
         """`length` tokens from consecutive files, from a random place in a random file."""
@@ -203,7 +207,7 @@ class Corpus:
     def lengths(self, rng: np.random.Generator) -> tuple[int, ...]:
         """Unequal document lengths that add up to `seqlen`."""
         count = min(self.config.documents, self.seqlen)
-        cuts = np.sort(rng.choice(np.arange(1, self.seqlen), count - 1, replace=False)) if count > 1 else []
+        cuts = np.sort(rng.permutation(self.seqlen - 1)[: count - 1] + 1)
         return tuple(int(n) for n in np.diff([0, *cuts, self.seqlen]))
 
     def sample(self, index: int) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
@@ -219,7 +223,12 @@ class Corpus:
             valid[: self.seqlen - kept] = False
         labels = np.where(np.roll(valid, 1), tokens, IGNORE_INDEX)
         labels[positions == 0] = IGNORE_INDEX  # a document's first token has nothing to predict it
-        return torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(positions), lengths
+        return (
+            torch.from_numpy(tokens),
+            torch.from_numpy(labels),
+            torch.from_numpy(positions),
+            lengths,
+        )
 
     def batch(self, indices: Iterable[int]) -> Batch:
         """The whole, unsharded batch of samples `indices`, on the CPU."""

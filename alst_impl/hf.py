@@ -8,11 +8,10 @@ Legend: B batch, S sequence, P sequence-parallel degree, H heads, D head dim, E 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -32,7 +31,7 @@ know one for, which is what keeps S x S masks away."""
 # -- structure ------------------------------------------------------------------------------------
 
 
-def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+def decoder_layers(model: PreTrainedModel) -> Sequence[nn.Module]:
     """The repeated decoder layers, in order."""
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
@@ -49,7 +48,9 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
         if hasattr(child, "is_causal") and hasattr(child, "scaling")
     ]
     if not found:
-        raise ValueError(f"{type(model).__name__} has no module that uses transformers' attention interface")
+        raise ValueError(
+            f"{type(model).__name__} has no module that uses transformers' attention interface"
+        )
     return found
 
 
@@ -62,11 +63,15 @@ def token_wise_modules(model: PreTrainedModel) -> tuple[list[nn.Module], list[nn
     mlps, norms = [], []
     for layer in decoder_layers(model):
         children = [
-            m for m in layer.children() if m not in attention and next(m.parameters(), None) is not None
+            m
+            for m in layer.children()
+            if m not in attention and next(m.parameters(), None) is not None
         ]
         of_layer = [m for m in children if "Norm" not in type(m).__name__]
         if not of_layer:
-            raise ValueError(f"{type(layer).__name__} has no MLP beside its attention: nothing to tile")
+            raise ValueError(
+                f"{type(layer).__name__} has no MLP beside its attention: nothing to tile"
+            )
         mlps += of_layer
         norms += [m for m in children if "Norm" in type(m).__name__]
     norms += [m for m in model.base_model.children() if "Norm" in type(m).__name__]
@@ -79,7 +84,9 @@ def head_name(model: PreTrainedModel) -> str:
     for name, child in model.named_children():
         if child is head:
             return name
-    raise ValueError(f"{type(model).__name__} has no output embedding among its children: no loss to tile")
+    raise ValueError(
+        f"{type(model).__name__} has no output embedding among its children: no loss to tile"
+    )
 
 
 # -- attention ------------------------------------------------------------------------------------
@@ -137,11 +144,11 @@ def use_attention(model: PreTrainedModel, attention: UlyssesAttention) -> None:
     for module in model.modules():
         config = getattr(module, "config", None)
         if config is not None:  # its own copy: two models may have been built from one object
-            module.config = copy.deepcopy(config, memo)
+            vars(module)["config"] = copy.deepcopy(config, memo)
     model.config._attn_implementation = ATTENTION
     for module in attention_modules(model):
-        module.config._attn_implementation = ATTENTION
-        module.alst_attention = attention
+        vars(module)["config"]._attn_implementation = ATTENTION
+        vars(module)["alst_attention"] = attention
 
     def refuse_mask(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Transformers builds no mask for our attention, so a padding mask would be lost in silence.
@@ -165,8 +172,7 @@ def tile_module(module: nn.Module, tiles: Tiles, evidence: Evidence) -> None:
         evidence.tiles += count
         return tiled(stock, hidden_states, count)
 
-    module.forward = forward  # type: ignore[method-assign]
-    module.is_tiled = True
+    vars(module).update(forward=forward, is_tiled=True)
 
 
 class _Given(nn.Module):
@@ -199,7 +205,9 @@ def tile_loss(model: PreTrainedModel, tiles: Tiles, evidence: Evidence) -> None:
     name = head_name(model)
     head = getattr(model, name)
     stock_model, stock_head = type(model).forward, head.forward
-    epilogue = copy.copy(model)  # shallow: shares configuration and loss function, owns no parameter
+    epilogue = copy.copy(
+        model
+    )  # shallow: shares configuration and loss function, owns no parameter
     epilogue.__dict__["_modules"] = {model.base_model_prefix: _Given(), name: _Projection(head)}
 
     def token_loss(hidden: Tensor, labels: Tensor, count: Tensor) -> Tensor:
@@ -216,7 +224,9 @@ def tile_loss(model: PreTrainedModel, tiles: Tiles, evidence: Evidence) -> None:
 
     loss_of = partial(_reach, token_loss, head)
 
-    def head_forward(hidden: Tensor, labels: Tensor | None = None, count: Tensor | None = None) -> Tensor:
+    def head_forward(
+        hidden: Tensor, labels: Tensor | None = None, count: Tensor | None = None
+    ) -> Tensor:
         if labels is None or count is None:
             return stock_head(hidden)  # type: ignore[no-any-return]
         num_tiles = min(tiles(hidden), hidden.shape[1])
@@ -232,8 +242,8 @@ def tile_loss(model: PreTrainedModel, tiles: Tiles, evidence: Evidence) -> None:
         hidden = model.base_model(*args, **kwargs).last_hidden_state
         return CausalLMOutputWithPast(loss=head(hidden, shift_labels, count))
 
-    head.forward = head_forward
-    model.forward = model_forward  # type: ignore[method-assign]
+    vars(head)["forward"] = head_forward
+    vars(model)["forward"] = model_forward
 
 
 def _reach(fn: Callable[..., Tensor], _: nn.Module, *args: Tensor) -> Tensor:

@@ -1,14 +1,14 @@
 """ALST inside somebody's own training loop, around their own transformers model.
 
-    mesh = init_device_mesh(device, (dp, sp), mesh_dim_names=("dp", "sp"))
-    alst = enable(model, mesh)
-    for batch in loader:  # whole sequences, the same on all ranks of an sp group
-        loss = model(**alst.shard(batch["input_ids"], batch["labels"])).loss
-        loss.backward()
-        alst.sum_gradients()  # or an engine that sums, not averages, over all ranks
-        optimizer.step()
-        optimizer.zero_grad()
-    model.save_pretrained(folder)
+mesh = init_device_mesh(device, (dp, sp), mesh_dim_names=("dp", "sp"))
+alst = enable(model, mesh)
+for batch in loader:  # whole sequences, the same on all ranks of an sp group
+    loss = model(**alst.shard(batch["input_ids"], batch["labels"])).loss
+    loss.backward()
+    alst.sum_gradients()  # or an engine that sums, not averages, over all ranks
+    optimizer.step()
+    optimizer.zero_grad()
+model.save_pretrained(folder)
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ class LongSequence:
     device: torch.device
     evidence: Evidence
 
-    def shard(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None) -> dict[str, Any]:
+    def shard(
+        self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None
+    ) -> dict[str, Any]:
         """This rank's keyword arguments for `model(...)`, from whole sequences. Collective.
 
         All arguments are int64 [B, S]; `labels` are *not* shifted (-100 ignores), positions count from
@@ -48,7 +50,9 @@ class LongSequence:
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1]).expand_as(input_ids)
         elif bool((position_ids.diff(dim=1) != 1).any()):
-            raise ValueError("position_ids restart inside a sample: pass a Batch with its documents instead")
+            raise ValueError(
+                "position_ids restart inside a sample: pass a Batch with its documents instead"
+            )
         shifted = torch.nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
         whole = Batch(input_ids.cpu(), shifted.cpu(), position_ids.cpu())
         sp = self.mesh["sp"]

@@ -54,7 +54,12 @@ def start(
 
 
 def micro_batches(
-    config: TrainConfig, corpus: Corpus, method: Method, mesh: DeviceMesh, step: int, device: torch.device
+    config: TrainConfig,
+    corpus: Corpus,
+    method: Method,
+    mesh: DeviceMesh,
+    step: int,
+    device: torch.device,
 ) -> list[Batch]:
     """This rank's micro-batches of `step`. Sample ids count over steps, micro-batches, dp ranks."""
     dp, rank = mesh["dp"].size(), mesh["dp"].get_local_rank()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from alst_impl.config import Frozen
+from alst_impl.models import field
 
 
 class Shape(Frozen):
@@ -26,12 +27,12 @@ class Shape(Frozen):
 
 def shape_of(fields: dict[str, Any], num_parameters: int) -> Shape:
     """The shape of a model from its Hugging Face configuration and its number of parameters."""
-    hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
+    hidden, heads = field(fields, "hidden_size"), field(fields, "num_attention_heads")
     tied = bool(fields.get("tie_word_embeddings"))
     return Shape(
         num_parameters=num_parameters,
-        num_lookup_parameters=0 if tied else fields["vocab_size"] * hidden,
-        num_layers=fields["num_hidden_layers"],
+        num_lookup_parameters=0 if tied else field(fields, "vocab_size") * hidden,
+        num_layers=field(fields, "num_hidden_layers"),
         hidden_size=hidden,
         num_heads=heads,
         head_dim=fields.get("head_dim") or hidden // heads,

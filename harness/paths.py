@@ -8,6 +8,8 @@ EXPERIMENTS = Path("experiments")
 RESULTS = Path("results")
 REFERENCE = RESULTS / "reference"
 """Committed records, one folder per hardware and experiment."""
+CHANGES = REFERENCE / "CHANGES.md"
+"""Why committed records were replaced, and by what they differ."""
 REPORT = RESULTS / "report.html"
 README = Path("README.md")
 
@@ -15,6 +17,11 @@ README = Path("README.md")
 def experiment(name: str) -> Path:
     """The YAML of an experiment."""
     return EXPERIMENTS / f"{name}.yaml"
+
+
+def published(table: str) -> Path:
+    """A table of published numbers."""
+    return EXPERIMENTS / "published" / f"{table}.csv"
 
 
 def cells(name: str) -> Path:

@@ -3,6 +3,26 @@
 from __future__ import annotations
 
 import math
+import re
+
+
+UNITS = {
+    "": 1,
+    "B": 1,
+    **{f"{letter}B": 1000**power for power, letter in enumerate("KMGT", start=1)},
+    **{f"{letter}iB": 1024**power for power, letter in enumerate("KMGT", start=1)},
+}
+"""Bytes of each unit that a person may write."""
+
+
+def bytes_value(text: str) -> int:
+    """Bytes of a size such as `4TB`, `1900 GiB` or `80_000_000_000`."""
+    found = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    if found is None or found[2] not in UNITS or not float(found[1]):
+        raise ValueError(
+            f"'{text}' is not a size; write a number and one of {', '.join(u for u in UNITS if u)}"
+        )
+    return int(float(found[1]) * UNITS[found[2]])
 
 
 def bytes_text(value: float) -> str:
@@ -26,6 +46,19 @@ def length_text(value: int) -> str:
         if value >= size and value % size == 0:
             return f"{value // size}{unit}"
     return f"{value:,}"
+
+
+def tokens_text(value: float) -> str:
+    """A length as the paper writes it: K and M are 10**3 and 10**6."""
+    for unit, size in (("M", 10**6), ("K", 10**3)):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.0f}"
+
+
+def percent_text(value: float) -> str:
+    """A relative error with its sign."""
+    return f"{value:+.0%}" if abs(value) >= 0.1 else f"{value:+.1%}"
 
 
 def error_text(value: float) -> str:

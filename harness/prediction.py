@@ -8,6 +8,14 @@ from typing import Literal
 from alst_impl.config import Frozen
 
 Limit = Literal["gpu_memory", "host_memory", "index_range", "heads", "none"]
+LIMITS: Mapping[Limit, str] = {
+    "gpu_memory": "more than the GPU's memory",
+    "host_memory": "more than the node's host memory",
+    "index_range": "more elements than a kernel of this stack can index with 32 bits",
+    "heads": "more than the GPU's memory, and the heads do not split over more of the GPUs",
+    "none": "nothing is exceeded",
+}
+"""What each limit means."""
 
 
 class Flops(Frozen):

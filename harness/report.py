@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import math
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,19 @@ import jinja2
 import pandas as pd
 
 from harness import paths
+from harness.claims import TOLERANCE, Evidence, evidence
 from harness.drawing import rank
 from harness.figures.headline import longest_series
-from harness.plain import error_text, length_text, metric_text, ratio_text
+from harness.plain import (
+    bytes_text,
+    error_text,
+    length_text,
+    metric_text,
+    percent_text,
+    ratio_text,
+    seconds_text,
+    tokens_text,
+)
 from harness.record import Measurement, ParameterGate
 from harness.table import (
     NOT_MEASURED,
@@ -98,6 +109,43 @@ def cell_grid(results: Results) -> Grid:
             [f"{row['model']} {row['series']}", *place, row["outcome"], row["gate"], *values]
         )
     return Grid(["cell", "ranks", "sp", "length", "outcome", "gradients", *shown.values()], rows)
+
+
+def claim_grid(found: Iterable[Evidence]) -> Grid:
+    """Every published number beside ours; those that a constant was fitted on are marked."""
+    rows = []
+    for each in found:
+        ours = each.predicted if each.measured is None else each.measured
+        fitted = " (fitted)" if each.used_for_fit else ""
+        rows.append(
+            [
+                each.id,
+                each.source,
+                _quantity(each, each.published),
+                MISSING if ours is None else _quantity(each, ours),
+                MISSING if each.error is None else percent_text(each.error),
+                each.limit or MISSING if each.quantity == "longest_tokens" else MISSING,
+                each.verdict.value.replace("_", " ") + fitted,
+            ]
+        )
+    return Grid(["claim", "source", "published", "predicted", "error", "limit", "verdict"], rows)
+
+
+def _quantity(of: Evidence, value: float) -> str:
+    if of.quantity == "longest_tokens":
+        return tokens_text(value)
+    return seconds_text(value) if of.quantity == "step_seconds" else bytes_text(value * 2**30)
+
+
+def claim_summary(found: Sequence[Evidence]) -> str:
+    """How many numbers are reproduced, in a sentence; fitted ones are counted apart."""
+    honest = [each for each in found if not each.used_for_fit]
+    counts = Counter(each.verdict.value.replace("_", " ") for each in honest)
+    counted = ", ".join(f"{counts[v]} {v}" for v in sorted(counts))
+    return (
+        f"Of {len(honest)} published numbers: {counted} (reproduced is within {TOLERANCE:.0%}). "
+        f"{len(found) - len(honest)} more were used to fit a constant and are no evidence."
+    )
 
 
 def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import pandas as pd
 from alst_impl.methods.base import load_method
 from alst_impl.plugin import names
 from harness import paths, record
-from harness.cell import Cell, load_experiment
+from harness.cell import Cell, Claim, load_experiment
 from harness.record import Measurement, Provenance
 
 NOT_MEASURED = "not measured"
@@ -44,6 +44,8 @@ class Results:
     """All cells by key."""
     measurements: dict[str, Measurement]
     """By key; a cell that is not here was not measured."""
+    claims: list[tuple[str, Claim]] = field(default_factory=list)
+    """Keys of cells and the published numbers that they stand for."""
 
     def provenances(self) -> list[Provenance]:
         """Of every record, oldest first."""
@@ -60,7 +62,7 @@ def fresh(path: Path, folder: Path | None = None) -> Results:
     cells = e.cells()
     measured = {key: folder / f"{key}.json" for key in cells}
     measurements = {key: record.read(file) for key, file in measured.items() if file.is_file()}
-    return Results(e.name, e.question, e.source, e.figures, cells, measurements)
+    return Results(e.name, e.question, e.source, e.figures, cells, measurements, e.claims())
 
 
 def reference(folder: Path) -> Results:
@@ -71,7 +73,8 @@ def reference(folder: Path) -> Results:
     e = load_experiment(paths.experiment(folder.name))
     measurements = {file.stem: record.read(file) for file in sorted(folder.glob("*.json"))}
     cells = {key: m.cell for key, m in measurements.items()}
-    return Results(e.name, e.question, e.source, e.figures, cells, measurements)
+    claims = [(key, claim) for key, claim in e.claims() if key in cells]
+    return Results(e.name, e.question, e.source, e.figures, cells, measurements, claims)
 
 
 def gate_state(m: Measurement | None) -> str:
@@ -118,6 +121,8 @@ def _options(cell: Cell) -> dict[str, Any]:
         "seed": t.seed,
         "world": cell.world,
     }
+    if cell.simulation:
+        more |= cell.simulation.model_dump(exclude={"search", "timeline"})
     return {**method, **engine, **data, **t.overrides, **rest, **more}
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
     from torch.distributed import DeviceMesh
+    from transformers import PreTrainedModel
 
     from alst_impl.data import Batch
     from alst_impl.models import Initializer
@@ -82,7 +83,7 @@ class Engine(Frozen):
     @abstractmethod
     def start(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         initializer: Initializer,
         config: TrainConfig,
         mesh: DeviceMesh,
@@ -110,4 +111,5 @@ def adamw(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Op
 
 def load_engine(spec: Spec) -> Engine:
     """The engine that `spec` names."""
-    return load("alst_impl.engines", Engine, spec)
+    # Pydantic makes every subclass concrete or fails; mypy cannot see that `load` returns one.
+    return load("alst_impl.engines", Engine, spec)  # type: ignore[type-abstract]

@@ -46,7 +46,9 @@ class PlainRuntime(Runtime):
     def _update(self) -> Tensor:
         import torch
 
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        norm = torch.nn.utils.get_total_norm(
+            [p.grad for p in self._parameters if p.grad is not None]
+        )
         if self._max_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self._parameters, self._max_norm, norm)
         self._optimizer.step()

@@ -23,10 +23,11 @@ if TYPE_CHECKING:
 class ZeroRuntime(Runtime):
     """A DeepSpeed engine; its average over ranks is undone, so that losses are addends."""
 
-    def __init__(self, engine: Any, placement: Placement, accumulation: int) -> None:
+    module: Any
+
+    def __init__(self, engine: Any, placement: Placement) -> None:
         self.module = engine
         self.placement = placement
-        self.accumulation = accumulation
         self._left = 0
 
     def start_step(self, num_micro_batches: int) -> None:
@@ -76,10 +77,12 @@ class Zero(Engine):
     """Keep parameter shards in host memory (stage 3 only)."""
     reduce_scatter: bool = True
     """Reduce gradients to their owner instead of to all ranks."""
-
     reduce_bucket_size: int = Field(default=500_000_000, ge=1)
     """Elements of the bucket that gradients are reduced in; the default is DeepSpeed's own, 2 GB in
     fp32, which would hide everything else of a small model."""
+    prefetch_bucket_size: int = Field(default=50_000_000, ge=0)
+    """Parameter elements that stage 3 gathers ahead; the default is DeepSpeed's own, which is the whole
+    of a small model."""
 
     def check(self, config: TrainConfig) -> None:
         if config.dtype == "float64":
@@ -114,11 +117,14 @@ class Zero(Engine):
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, mpu=mpu, dist_init_required=False
         )
-        return ZeroRuntime(engine, placement, config.accumulation)
+        return ZeroRuntime(engine, placement)
 
     @staticmethod
     def _shard(
-        model: PreTrainedModel, initializer: Initializer, settings: dict[str, Any], placement: Placement
+        model: PreTrainedModel,
+        initializer: Initializer,
+        settings: dict[str, Any],
+        placement: Placement,
     ) -> None:
         """Fill and partition module by module: a process holds its shards and one whole module."""
         import deepspeed
@@ -140,6 +146,7 @@ class Zero(Engine):
             "stage": self.stage,
             "reduce_scatter": self.reduce_scatter,
             "reduce_bucket_size": self.reduce_bucket_size,
+            "stage3_prefetch_bucket_size": self.prefetch_bucket_size,
             "stage3_param_persistence_threshold": 0,
         }
         if self.offload_optimizer:

@@ -6,7 +6,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from alst_impl.config import Frozen, Spec, TrainConfig
-from alst_impl.models import published, unsupported
+from alst_impl.models import field, published, unsupported
 from alst_impl.plugin import load
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def check_sharded(config: TrainConfig, sp: int, method: str) -> None:
 
 def check_shardable(fields: dict[str, Any], sp: int, method: str, model: str) -> None:
     """Raise `ValueError` unless a model with configuration `fields` can be sharded exactly over `sp`."""
-    heads = fields["num_attention_heads"]
+    heads = field(fields, "num_attention_heads")
     if heads % sp:
         raise ValueError(
             f"num_attention_heads ({heads}) must be divisible by sp ({sp}) for method '{method}'; "

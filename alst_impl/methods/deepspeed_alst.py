@@ -110,13 +110,13 @@ class DeepspeedAlst(Method):
 
     def forward_backward(self, runtime: Runtime, batch: Batch, num_valid: Tensor) -> Tensor:
         import torch
-        import torch.distributed.nn.functional as functional
         from deepspeed.utils import groups
+        from torch.distributed.nn import functional
 
         engine: Any = runtime.module
         inputs = batch.model_inputs()
-        shift_labels = inputs.pop("shift_labels")
-        del inputs["labels"]
+        del inputs["labels"], inputs["shift_labels"]
+        shift_labels = batch.shift_labels
         good_tokens = (shift_labels != -100).view(-1).sum()
         runtime.placement.on_phase("forward")
         if self.tile_loss:
@@ -185,4 +185,4 @@ class DeepspeedAlst(Method):
             )
             return CausalLMOutputWithPast(loss=loss)
 
-        model.forward = forward  # type: ignore[method-assign]
+        model.forward = forward

@@ -46,7 +46,9 @@ def published(model: str, overrides: dict[str, Any] | None = None) -> dict[str, 
         config = json.loads(path.read_text())
         model_type = config["model_type"]
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is not a model configuration: no JSON object with a 'model_type'") from None
+        raise ValueError(
+            f"{path} is not a model configuration: no JSON object with a 'model_type'"
+        ) from None
     for key in overrides or {}:
         if key not in config:
             raise ValueError(
@@ -54,6 +56,16 @@ def published(model: str, overrides: dict[str, Any] | None = None) -> dict[str, 
                 f"its fields are {', '.join(sorted(config))}"
             )
     return {**config, **(overrides or {})}
+
+
+def field(fields: dict[str, Any], key: str) -> Any:
+    """A field that every decoder has. Raises `ValueError` naming it where a configuration does not."""
+    if key not in fields:
+        raise ValueError(
+            f"the configuration of model_type '{fields['model_type']}' has no '{key}': not a decoder of "
+            "the kind that transformers names alike"
+        )
+    return fields[key]
 
 
 UNSUPPORTED = {
@@ -104,7 +116,10 @@ def build(config: TrainConfig) -> tuple[PreTrainedModel, Initializer]:
     experts = {"experts_implementation": "eager"} if config.dtype == "float64" else {}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            hf_config(config), attn_implementation="sdpa", dtype=getattr(torch, config.dtype), **experts
+            hf_config(config),
+            attn_implementation="sdpa",
+            dtype=getattr(torch, config.dtype),
+            **experts,
         )
     return model, Initializer(config.seed, config.model if has_weights(config.model) else None)
 
@@ -136,12 +151,7 @@ class Initializer:
         if self.weights is not None:
             source = self._loaded.get_submodule(path)
             stored = {**source._parameters, **source._buffers}
-            wanted = {**module._parameters, **module._buffers}
-            return {
-                name: value.detach().to(wanted[name].dtype)
-                for name, value in stored.items()
-                if value is not None
-            }
+            return _as_held({k: v.detach() for k, v in stored.items() if v is not None}, module)
         # The model's own rule for one module, run on a shell of that module with real tensors.
         shell = copy.copy(module)
         shell.__dict__["_parameters"] = {
@@ -156,13 +166,16 @@ class Initializer:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
             _owner(model, path)._init_weights(shell)
-        drawn = {k: v.detach() for k, v in {**shell._parameters, **shell._buffers}.items() if v is not None}
+        drawn = {
+            k: v.detach()
+            for k, v in {**shell._parameters, **shell._buffers}.items()
+            if v is not None
+        }
         for name, value in drawn.items():
             # NaN means that the model's own rule left the tensor alone.
             if value.isnan().any():
                 raise ValueError(f"{type(model).__name__} does not initialise '{path}.{name}'")
-        originals = {**module._parameters, **module._buffers}
-        return {name: value.to(originals[name].dtype) for name, value in drawn.items()}
+        return _as_held(drawn, module)
 
     def fill(self, model: PreTrainedModel, part: nn.Module, device: torch.device) -> None:
         """Replace meta tensors of `part` and below by real ones on `device`, keeping ties."""
@@ -188,8 +201,14 @@ class Initializer:
 
         # Weights are read from safetensors, which maps the file: pages of other shards stay on disk.
         return AutoModelForCausalLM.from_pretrained(
-            self.weights, local_files_only=True, use_safetensors=True
+            str(self.weights), local_files_only=True, use_safetensors=True
         )
+
+
+def _as_held(values: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """`values` in the dtypes of the tensors of those names in `module`."""
+    held = {**module._parameters, **module._buffers}
+    return {k: value.to(t.dtype) for k, value in values.items() if (t := held[k]) is not None}
 
 
 def _has_meta(module: nn.Module) -> bool:

@@ -46,9 +46,11 @@ def attend(
     if documents is not None:
         samples = []
         for index, lengths in enumerate(documents):
-            spans = query[index : index + 1], key[index : index + 1], value[index : index + 1]
-            parts = zip(*(x.split(list(lengths), dim=2) for x in spans), strict=True)
-            samples.append(torch.cat([_windowed(causal, *part, scale, window) for part in parts], dim=2))
+            sample = [x[index : index + 1].split(list(lengths), dim=2) for x in (query, key, value)]
+            parts = [
+                _windowed(causal, q, k, v, scale, window) for q, k, v in zip(*sample, strict=True)
+            ]
+            samples.append(torch.cat(parts, dim=2))
         return torch.cat(samples)
     return _windowed(causal, query, key, value, scale, window)
 

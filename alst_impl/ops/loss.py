@@ -67,11 +67,13 @@ class _TiledLoss(torch.autograd.Function):
         return None, None, grad_hidden, None, None, *sums.take(grad)
 
 
-def tiled_loss(fn: TokenLoss, hidden: Tensor, labels: Tensor, count: Tensor, num_tiles: int) -> Tensor:
+def tiled_loss(
+    fn: TokenLoss, hidden: Tensor, labels: Tensor, count: Tensor, num_tiles: int
+) -> Tensor:
     """`fn(hidden, labels, count)` in `num_tiles` pieces of the sequence, forward and backward.
 
     hidden [B, S, E], labels int64 [B, S], count a scalar; returns a scalar in `fn`'s dtype. Gradients
     reach `hidden` and every parameter that `fn` can reach, once, summed in fp32 (or wider), whatever
     gradient comes from above. Local.
     """
-    return _TiledLoss.apply(fn, num_tiles, hidden, labels, count, *parameters_of(fn))  # type: ignore[no-any-return]
+    return _TiledLoss.apply(fn, num_tiles, hidden, labels, count, *parameters_of(fn))  # type: ignore[no-any-return, no-untyped-call]

@@ -74,11 +74,15 @@ class HostOffload:
         host, parked.host = parked.host, None
         assert host is not None, "a layer input is fetched once"
         if self._side is None:
-            parked.fetched = torch.empty(parked.shape, dtype=host.dtype, device=self._placement.device)
+            parked.fetched = torch.empty(
+                parked.shape, dtype=host.dtype, device=self._placement.device
+            )
             parked.fetched.copy_(host)
             return
         with torch.cuda.stream(self._side):
-            parked.fetched = torch.empty(parked.shape, dtype=host.dtype, device=self._placement.device)
+            parked.fetched = torch.empty(
+                parked.shape, dtype=host.dtype, device=self._placement.device
+            )
             parked.fetched.copy_(host, non_blocking=True)
             parked.event = self._side.record_event()
 
@@ -87,7 +91,9 @@ class _Checkpoint(torch.autograd.Function):
     """Runs a layer without a graph, keeps only its input, and runs it again in backward."""
 
     @staticmethod
-    def forward(ctx: Any, run: Callable[[Tensor], Tensor], offload: HostOffload | None, x: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, run: Callable[[Tensor], Tensor], offload: HostOffload | None, x: Tensor
+    ) -> Tensor:
         ctx.run, ctx.offload = run, offload
         if offload is None:
             ctx.save_for_backward(x)
@@ -112,7 +118,9 @@ class _Checkpoint(torch.autograd.Function):
         return None, None, x.grad
 
 
-def checkpoint(run: Callable[[Tensor], Tensor], x: Tensor, offload: HostOffload | None = None) -> Tensor:
+def checkpoint(
+    run: Callable[[Tensor], Tensor], x: Tensor, offload: HostOffload | None = None
+) -> Tensor:
     """`run(x)`, recomputed in backward; `x` waits on the host if `offload` is given.
 
     `run` maps a tensor to a tensor and may use parameters: their gradients accumulate as in an ordinary
@@ -121,4 +129,4 @@ def checkpoint(run: Callable[[Tensor], Tensor], x: Tensor, offload: HostOffload 
     if torch.is_grad_enabled() and not x.requires_grad:
         # Frozen embeddings: the layer's own parameters still need this node in the graph.
         x = x.detach().requires_grad_()
-    return _Checkpoint.apply(run, offload, x)  # type: ignore[no-any-return]
+    return _Checkpoint.apply(run, offload, x)  # type: ignore[no-any-return, no-untyped-call]

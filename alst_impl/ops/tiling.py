@@ -85,7 +85,9 @@ class GradientSum:
 
 class _Tiled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, fn: TokenWise, num_tiles: int, x: Tensor, *parameters: nn.Parameter) -> Tensor:
+    def forward(
+        ctx: Any, fn: TokenWise, num_tiles: int, x: Tensor, *parameters: nn.Parameter
+    ) -> Tensor:
         ctx.fn, ctx.num_tiles = fn, num_tiles
         # Parameters are not saved: an engine may free and gather them again in between, and finds
         # no stale reference here. They are looked up again in backward.
@@ -115,7 +117,9 @@ class _Tiled(torch.autograd.Function):
                 out = ctx.fn(tile)
             edge = torch.autograd.graph.get_gradient_edge(out)
             del out
-            gradients = torch.autograd.grad(edge, inputs, grad_out[:, start:stop], allow_unused=True)
+            gradients = torch.autograd.grad(
+                edge, inputs, grad_out[:, start:stop], allow_unused=True
+            )
             if grad_x is not None:
                 grad_x[:, start:stop] = gradients[0]
                 gradients = gradients[1:]
@@ -131,4 +135,4 @@ def tiled(fn: TokenWise, x: Tensor, num_tiles: int) -> Tensor:
     every tile count, also more tiles than rows. Gradients reach `x` and every parameter that `fn` can
     reach (module, bound method, partial or closure over modules). Saves `x` alone. Local.
     """
-    return _Tiled.apply(fn, num_tiles, x, *parameters_of(fn))  # type: ignore[no-any-return]
+    return _Tiled.apply(fn, num_tiles, x, *parameters_of(fn))  # type: ignore[no-any-return, no-untyped-call]

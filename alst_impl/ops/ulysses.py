@@ -64,12 +64,12 @@ class _Exchange(torch.autograd.Function):
 
 def sequence_to_heads(x: Tensor, group: ProcessGroup) -> Tensor:
     """[B, H, S/P, D] -> [B, H/P, S, D]. Differentiable. Collective over `group`."""
-    return _Exchange.apply(x, group, True)  # type: ignore[no-any-return]
+    return _Exchange.apply(x, group, True)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def heads_to_sequence(x: Tensor, group: ProcessGroup) -> Tensor:
     """[B, H/P, S, D] -> [B, H, S/P, D]. Differentiable. Collective over `group`."""
-    return _Exchange.apply(x, group, False)  # type: ignore[no-any-return]
+    return _Exchange.apply(x, group, False)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def replicate_kv_heads(x: Tensor, degree: int) -> Tensor:
@@ -107,10 +107,18 @@ class UlyssesAttention:
         group = self.group
         if group is None:
             return attend(
-                query, key, value, scale=scale, window=window, documents=documents, backend=self.backend
+                query,
+                key,
+                value,
+                scale=scale,
+                window=window,
+                documents=documents,
+                backend=self.backend,
             )
         key, value = (replicate_kv_heads(x, group.size()) for x in (key, value))
         query, key, value = (sequence_to_heads(x, group) for x in (query, key, value))
-        out = attend(query, key, value, scale=scale, window=window, documents=documents, backend=self.backend)
+        out = attend(
+            query, key, value, scale=scale, window=window, documents=documents, backend=self.backend
+        )
         self.evidence.exchanges += 4
         return heads_to_sequence(out, group)

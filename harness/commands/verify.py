@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -16,6 +15,7 @@ from alst_impl.config import DType, LabelMask, Spec
 from alst_impl.methods.base import load_method
 from harness.cell import Cell, World, make_cell
 from harness.commands.live import CellLine
+from harness.commands.options import parsed
 from harness.commands.run import DEFAULT_RESULTS, truth_cache
 from harness.record import Measurement, Outcome, Readings
 from harness.run import measure
@@ -80,7 +80,7 @@ def verify(
     """
     options = {
         **_offered(method, {"sp": None if sp == 1 else sp, "tiles": tiles, "offload": offload}),
-        **_parsed(option or []),
+        **parsed(option or []),
     }
     cell = make_cell(
         {
@@ -141,20 +141,6 @@ def _offered(method: str, values: dict[str, Any]) -> dict[str, Any]:
                 f"its options are: {', '.join(fields) or 'none'}"
             )
     return _given(values)
-
-
-def _parsed(pairs: list[str]) -> dict[str, Any]:
-    """Options from `key=value`, values read as YAML."""
-    options = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not key or not equals:
-            raise ValueError(f"--option {pair}: write key=value, such as tile_mlp=false")
-        try:
-            options[key] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ValueError(f"--option {pair}: the value is not YAML; quote it") from None
-    return options
 
 
 def _measure(cell: Cell, results: Path) -> Measurement:

@@ -32,7 +32,7 @@ from alst_impl import hf
 from alst_impl.config import TrainConfig
 from alst_impl.data import Batch
 from alst_impl.methods.base import load_method
-from alst_impl.models import Initializer, build, published
+from alst_impl.models import Initializer, build, field, published
 from alst_impl.ops import loss, tiling
 from alst_impl.placement import Placement
 from alst_impl.step import accumulate_gradients, start
@@ -335,7 +335,7 @@ def _live_at(recording: Recording, event: int, offload: Offload) -> list[tuple[A
 def stretched(config: TrainConfig, **options: Any) -> Trace:
     """`simulate` at the full depth of the model, from 5 layers where all layers are alike."""
     fields = published(config.model, config.overrides)
-    num_layers = fields["num_hidden_layers"]
+    num_layers = field(fields, "num_hidden_layers")
     alike = len(set(fields.get("layer_types") or ["full_attention"])) == 1
     if not alike or num_layers <= DEPTH or not config.checkpoint or config.accumulation > 1:
         return simulate(config, **options)

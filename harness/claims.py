@@ -1,0 +1,109 @@
+"""Published number beside our evidence for it, and the verdict. A function of records; no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from enum import StrEnum
+
+from pydantic import Field
+
+from alst_impl.config import Frozen
+from harness.cell import Claim, Quantity
+from harness.prediction import Limit
+from harness.published import look_up
+from harness.record import Measurement
+from harness.table import Results
+
+TOLERANCE = 0.10
+"""Relative error up to which a number counts as reproduced."""
+
+UNITS: dict[Quantity, str] = {
+    "longest_tokens": "tokens",
+    "step_seconds": "s",
+    "device_bytes": "GiB",
+}
+"""As the published tables have them; their GB of NVML readings are GiB."""
+
+
+class Verdict(StrEnum):
+    """What our evidence says of a published number."""
+
+    REPRODUCED = "reproduced"
+    LONGER = "longer"
+    REFUTED = "refuted"
+    NOT_MEASURED = "not_measured"
+
+
+class Evidence(Frozen):
+    """One published number and ours."""
+
+    id: str
+    source: str
+    published: float
+    unit: str
+    predicted: float | None
+    """By simulation."""
+    measured: float | None
+    """On the hardware of the claim."""
+    error: float | None
+    """Ours over the published one, less one; measured where it was, else predicted."""
+    used_for_fit: bool
+    """Whether constants were fitted on this number, so that it is no evidence."""
+    verdict: Verdict
+    key: str = Field(exclude=True)
+    """Of the cell."""
+    quantity: Quantity = Field(exclude=True)
+    limit: Limit | None = Field(exclude=True)
+    """What stops the cell's sequence from being longer."""
+
+
+def judge(quantity: Quantity, published: float, ours: float | None) -> Verdict:
+    """`longer` is for lengths alone: a time or a memory that is far off either way is refuted."""
+    if ours is None:
+        return Verdict.NOT_MEASURED
+    error = ours / published - 1
+    if abs(error) <= TOLERANCE:
+        return Verdict.REPRODUCED
+    return Verdict.LONGER if quantity == "longest_tokens" and error > 0 else Verdict.REFUTED
+
+
+def predicted(quantity: Quantity, m: Measurement | None) -> float | None:
+    """The record's prediction, in the unit of `UNITS`; None where it has none."""
+    if m is None or m.simulated is None or m.simulated.prediction is None:
+        return None
+    if quantity == "longest_tokens":
+        return float(m.simulated.search.longest_tokens) if m.simulated.search else None
+    if quantity == "step_seconds":
+        return m.simulated.prediction.step_seconds_modelled
+    return m.simulated.prediction.total_bytes / 2**30
+
+
+def evidence(all_results: Iterable[Results]) -> list[Evidence]:
+    """Every claim of every experiment, in order."""
+    return [
+        each
+        for results in all_results
+        for key, claim in results.claims
+        for each in _of_claim(key, claim, results.measurements.get(key))
+    ]
+
+
+def _of_claim(key: str, claim: Claim, m: Measurement | None) -> Iterator[Evidence]:
+    search = m.simulated.search if m and m.simulated else None
+    for quantity, column in claim.columns.items():
+        number = look_up(claim.table, claim.row, column)
+        ours = predicted(quantity, m)
+        yield Evidence(
+            id=f"{claim.id}-{quantity}",
+            source=number.source,
+            published=number.value,
+            unit=UNITS[quantity],
+            predicted=ours,
+            measured=None,
+            error=None if ours is None else ours / number.value - 1,
+            used_for_fit=quantity in claim.used_for_fit,
+            verdict=judge(quantity, number.value, ours),
+            key=key,
+            quantity=quantity,
+            limit=search.limit if search else None,
+        )

@@ -1,0 +1,21 @@
+"""Options of plug-ins as they are written on the command line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+
+def parsed(pairs: list[str]) -> dict[str, Any]:
+    """Options from `key=value`, values read as YAML."""
+    options = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not key or not equals:
+            raise ValueError(f"--option {pair}: write key=value, such as tile_mlp=false")
+        try:
+            options[key] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ValueError(f"--option {pair}: the value is not YAML; quote it") from None
+    return options

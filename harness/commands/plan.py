@@ -1,0 +1,83 @@
+"""`alst plan`: the settings with which a length fits, or why none does. No GPU needed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from harness.commands.predict import (
+    AsJson,
+    HardwareName,
+    HostMemory,
+    Model,
+    cell_of,
+    patience,
+    wide_console,
+)
+from harness.hardware import load_hardware
+from harness.plain import bytes_text, seconds_text
+
+if TYPE_CHECKING:
+    from harness.plan import Plan
+
+
+def plan(
+    model: Model,
+    seqlen: Annotated[int, typer.Option(min=1, help="Tokens of one sample.")],
+    hardware: HardwareName = "h100-80gb",
+    gpus: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Accelerators, over all nodes.", show_default="the fewest that will do"
+        ),
+    ] = None,
+    host_memory: HostMemory = None,
+    as_json: AsJson = False,
+) -> int:
+    """List the legal ALST settings with which SEQLEN tokens fit, the cheapest first.
+
+    Exit code 1 and the reason where none does.
+
+    Example: alst plan llama3.1-8b --seqlen 1_000_000 --hardware h100-80gb
+    """
+    cell = cell_of(model, seqlen, "alst", gpus or 1, hardware, host_memory)
+    assert cell.simulation is not None
+    from harness.plan import make_plan
+
+    with patience(f"planning {seqlen:,} tokens of {model}"):
+        found = make_plan(
+            cell.train, load_hardware(hardware), gpus, cell.simulation.host_memory_bytes
+        )
+    if as_json:
+        print(json.dumps([option.as_json() for option in found.options]))
+    elif found.options:
+        _print(found, f"{model}, {seqlen:,} tokens on {hardware}")
+    if found.reason:
+        print(f"alst: {found.reason} ({found.limit})", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _print(found: Plan, title: str) -> None:
+    table = Table(title=title, title_justify="left")
+    headings = ("GPUs", "sp", "dp", "tiling", "offload", "total", "host / node", "step")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "offload" else "right", no_wrap=True)
+    for option in found.options:
+        p, rung = option.prediction, option.rung
+        offloaded = ["checkpoints"] * rung.offload + ["parameters"] * rung.offload_parameters
+        table.add_row(
+            *map(str, (option.gpus, option.sp, option.dp)),
+            "on" if rung.tiling else "off",
+            ", ".join(offloaded) or "none",
+            bytes_text(p.total_bytes),
+            bytes_text(p.host_bytes),
+            seconds_text(p.step_seconds_modelled),
+        )
+    console = wide_console()
+    console.print(table)
+    console.print("Bytes per GPU and time of a step are modelled. Cheapest first.")

@@ -1,0 +1,280 @@
+"""`alst predict`, `alst search`: will it fit, and how long a sequence does? No GPU needed."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from alst_impl.config import Spec
+from alst_impl.methods.base import load_method
+from alst_impl.models import field, published
+from harness.cell import Cell, make_cell
+from harness.commands.options import parsed
+from harness.plain import bytes_text, bytes_value, seconds_text
+from harness.prediction import LIMITS, Prediction, SearchResult
+
+if TYPE_CHECKING:
+    from harness.tracker import Allocation
+
+PATIENCE_S = 5.0
+"""What takes longer shows that it is alive."""
+SHOWN = 30
+"""Rows of `--explain`; the rest is added up."""
+WIDE = 180
+"""Columns of `--explain`."""
+
+Model = Annotated[
+    str, typer.Argument(help="A published configuration by name, or a path to any config.json.")
+]
+Method = Annotated[str, typer.Option(help="A file in alst_impl/methods/.")]
+Gpus = Annotated[int, typer.Option(min=1, help="Accelerators, over all nodes.")]
+HardwareName = Annotated[
+    str, typer.Option("--hardware", help="A row of harness/hardware.py, or a YAML file with one.")
+]
+HostMemory = Annotated[
+    str | None,
+    typer.Option(show_default="the hardware's", help="Of one node, such as 4TB or 1900GiB."),
+]
+Options = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option",
+        metavar="KEY=VALUE",
+        show_default="the method's own",
+        help="Any option of the method; repeatable. sp is by default the largest legal degree.",
+    ),
+]
+OffloadParameters = Annotated[
+    bool, typer.Option("--offload-parameters", help="Parameter shards in host memory, too.")
+]
+Kernel = Annotated[
+    Literal["flash_attention_2", "flash_attention_3"],
+    typer.Option(help="Core attention whose scratch counts."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def predict(
+    model: Model,
+    seqlen: Annotated[int, typer.Option(min=1, help="Tokens of one sample.")],
+    method: Method = "alst",
+    gpus: Gpus = 8,
+    hardware: HardwareName = "h100-80gb",
+    host_memory: HostMemory = None,
+    option: Options = None,
+    offload_parameters: OffloadParameters = False,
+    kernel: Kernel = "flash_attention_2",
+    explain: Annotated[
+        bool, typer.Option("--explain", help="List what is alive at the peak, with source lines.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Predict memory, limits, FLOPs and step time of one training step, without a GPU.
+
+    Live tensors and kernel scratch are counted on a simulated step; overhead and time are modelled.
+    bf16, one sample per sp ranks, checkpointed layers, parameters sharded by engine fsdp2,
+    optimizer states on the host.
+
+    Example: alst predict llama3.1-8b --method alst --gpus 8 --seqlen 3_700_000 --hardware h100-80gb
+    """
+    cell = cell_of(
+        model, seqlen, method, gpus, hardware, host_memory, option, offload_parameters, kernel
+    )
+    from harness.forecast import setting
+    from harness.predict import as_json as plain
+    from harness.predict import explained
+
+    with patience(f"simulating a step of {cell.label}"):
+        prediction, trace = explained(setting(cell), explain=explain)
+    alive = trace.live[trace.peak] if explain else []
+    if as_json:
+        answer = plain(prediction)
+        if explain:
+            answer["alive_at_peak"] = [_row(allocation) for allocation in alive]
+        print(json.dumps(answer))
+        return
+    console = wide_console()
+    _print_prediction(console, cell, prediction)
+    if explain:
+        _print_alive(console, trace.peak, alive)
+
+
+def search(
+    model: Model,
+    method: Method = "alst",
+    gpus: Gpus = 8,
+    hardware: HardwareName = "h100-80gb",
+    host_memory: HostMemory = None,
+    option: Options = None,
+    offload_parameters: OffloadParameters = False,
+    kernel: Kernel = "flash_attention_2",
+    as_json: AsJson = False,
+) -> None:
+    """Find the longest sequence that fits, the shortest that does not, and the limit it meets.
+
+    Example: alst search llama3.1-8b --method alst --gpus 8 --hardware h100-80gb
+    """
+    cell = cell_of(
+        model, GUESS, method, gpus, hardware, host_memory, option, offload_parameters, kernel
+    )
+    from harness.forecast import setting
+    from harness.predict import search as find
+
+    with patience(f"searching the longest sequence of {model} {method} x{gpus}"):
+        result = find(setting(cell))
+    if as_json:
+        print(result.model_dump_json())
+    else:
+        _print_search(wide_console(), cell, result)
+
+
+GUESS = 1_048_576
+"""Where a search begins."""
+
+
+def cell_of(
+    model: str,
+    seqlen: int,
+    method: str,
+    gpus: int,
+    hardware: str,
+    host_memory: str | None,
+    option: list[str] | None = None,
+    offload_parameters: bool = False,
+    kernel: str = "flash_attention_2",
+) -> Cell:
+    """The checked cell of what was asked for. Raises `ValueError` in words."""
+    options = parsed(option or [])
+    fields = published(model)
+    if "sp" in type(load_method(Spec(name=method))).model_fields:
+        options = {"sp": math.gcd(gpus, field(fields, "num_attention_heads")), **options}
+    simulation: dict[str, Any] = {
+        "offload_parameters": offload_parameters,
+        "kernel": kernel,
+        "host_memory_bytes": None if host_memory is None else bytes_value(host_memory),
+    }
+    return make_cell(
+        {
+            "model": model,
+            "method": {"name": method, "options": options},
+            "engine": "fsdp2",
+            "seqlen": seqlen,
+            "world_size": gpus,
+            "dtype": "bfloat16",
+            "world": "sim",
+            "hardware": hardware,
+            "simulation": simulation,
+        }
+    )
+
+
+@contextmanager
+def patience(doing: str) -> Iterator[None]:
+    """On stderr, from `PATIENCE_S` on: what is done, and for how long on a terminal."""
+    console = Console(stderr=True)
+    begin = time.monotonic()
+    done = threading.Event()
+
+    def show() -> None:
+        if done.wait(PATIENCE_S):
+            return
+        if not console.is_terminal:
+            console.print(f"alst: {doing} ...", highlight=False, soft_wrap=True)
+            return
+        with console.status(doing) as status:
+            while not done.wait(0.5):
+                status.update(f"{doing}, {time.monotonic() - begin:.0f} s")
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def wide_console() -> Console:
+    console = Console()
+    console.width = max(console.width, 100)  # a narrower terminal wraps rather than hides
+    return console
+
+
+def _print_prediction(console: Console, cell: Cell, p: Prediction) -> None:
+    table = Table(title=_title(cell) + f", {cell.train.seqlen:,} tokens", title_justify="left")
+    for heading, justify in (("bytes of one GPU", "left"), ("", "right"), ("", "left")):
+        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    for category, nbytes in sorted(p.by_category.items(), key=lambda item: -item[1]):
+        table.add_row(category, bytes_text(nbytes), "")
+    table.add_section()
+    table.add_row("live tensors", bytes_text(p.live_bytes), "counted")
+    table.add_row("kernel scratch", bytes_text(p.scratch_bytes), "from a table of kernels")
+    table.add_row("allocated", bytes_text(p.allocated_bytes), "their sum, at its largest")
+    table.add_row("overhead", bytes_text(p.overhead_bytes), "modelled")
+    table.add_row("total", bytes_text(p.total_bytes), "modelled; what NVML reads", style="bold")
+    table.add_section()
+    table.add_row("host memory of a node", bytes_text(p.host_bytes), "counted; states modelled")
+    if p.bytes_per_local_token is not None:
+        table.add_row("slope of allocated", bytes_text(p.bytes_per_local_token), "per local token")
+    console.print(table)
+    verdict = "[green]fits[/]" if p.fits else f"[red]does not fit[/]: {LIMITS[p.limit]} ({p.limit})"
+    console.print(verdict)
+    console.print(
+        f"FLOPs of a step: {p.flops.paper_formula:.3e} by the paper's formula, "
+        f"{p.flops.model_causal:.3e} causal model FLOPs",
+        highlight=False,
+    )
+    console.print(f"step: {seconds_text(p.step_seconds_modelled)} (modelled)", highlight=False)
+
+
+def _title(cell: Cell) -> str:
+    train = cell.train
+    options = "".join(f", {k} {v}" for k, v in train.method.options.items())
+    return f"{train.model}, {train.method.name}{options}, {train.world_size} x {cell.hardware}"
+
+
+def _print_search(console: Console, cell: Cell, result: SearchResult) -> None:
+    table = Table(title=_title(cell), title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_row("longest that fits", f"{result.longest_tokens:,} tokens", style="bold")
+    table.add_row("shortest that does not", f"{result.shortest_failing_tokens:,} tokens")
+    table.add_row("limit", f"{LIMITS[result.limit]} ({result.limit})")
+    table.add_row("simulated steps", str(result.evaluations))
+    console.print(table)
+
+
+def _row(allocation: Allocation) -> dict[str, Any]:
+    return {
+        "operator": allocation.operator,
+        "shape": list(allocation.shape),
+        "dtype": allocation.dtype,
+        "bytes": allocation.nbytes,
+        "category": allocation.category,
+        "line": allocation.location,
+    }
+
+
+def _print_alive(console: Console, phase: str, alive: list[Allocation]) -> None:
+    table = Table(title=f"alive at the peak, in {phase}", title_justify="left", box=None)
+    table.add_column("bytes", justify="right", no_wrap=True)
+    for heading in ("operator", "shape", "dtype", "category", "line"):
+        table.add_column(heading, no_wrap=True)
+    for a in alive[:SHOWN]:
+        shape = " x ".join(map(str, a.shape))
+        operator = a.operator.removeprefix("aten::")
+        table.add_row(bytes_text(a.nbytes), operator, shape, a.dtype, a.category, a.location or "")
+    rest = alive[SHOWN:]
+    if rest:
+        table.add_row(bytes_text(sum(a.nbytes for a in rest)), f"{len(rest)} smaller ones")
+    console.width = WIDE  # cut by no terminal: lines are there to be found in the source
+    console.print(table, soft_wrap=True)
