@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from harness.cell import load_experiment
+from harness.sources import code_files
 
 # Sweeps to run: `--config experiments=smoke`, several with commas between. By default all that
 # this machine can run, but for smoke, which is a subset for tests.
@@ -38,7 +39,13 @@ def drawn(name):
 def threads(wildcards):
     """A timed cell has the machine for itself; others share it."""
     cell = CELLS[wildcards.name][wildcards.key]
-    return workflow.cores if cell.timed else cell.train.world_size
+    return workflow.cores if cell.timed else cell.num_processes
+
+
+def code_of(wildcards):
+    """A simulated record is of the code that made it; a measured one stays."""
+    cell = CELLS[wildcards.name][wildcards.key]
+    return [str(path) for path in code_files()] if cell.world == "sim" else []
 
 
 wildcard_constraints:
@@ -61,6 +68,8 @@ rule all:
 
 
 rule cell:
+    input:
+        code_of,
     output:
         "results/cells/{name}/{key}.json",
     log:

@@ -168,6 +168,11 @@ def tile_module(module: nn.Module, tiles: Tiles, evidence: Evidence) -> None:
     stock = module.forward
 
     def forward(hidden_states: Tensor) -> Tensor:
+        if hidden_states.dim() != 3:
+            raise ValueError(
+                f"{type(module).__name__} is called on {hidden_states.dim()} axes, not on "
+                "[batch, sequence, hidden]: it cannot be tiled along the sequence"
+            )
         count = min(tiles(hidden_states), hidden_states.shape[1])
         evidence.tiles += count
         return tiled(stock, hidden_states, count)
@@ -178,7 +183,7 @@ def tile_module(module: nn.Module, tiles: Tiles, evidence: Evidence) -> None:
 class _Given(nn.Module):
     """Stands for a decoder whose output is already there; the widest of transformers' outputs."""
 
-    def forward(self, inputs_embeds: Tensor, **_: Any) -> MoeModelOutputWithPast:
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> MoeModelOutputWithPast:
         return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
 
 
@@ -252,6 +257,14 @@ def _reach(fn: Callable[..., Tensor], _: nn.Module, *args: Tensor) -> Tensor:
 
 
 # -- checkpointing --------------------------------------------------------------------------------
+
+
+def stock_checkpointing(model: PreTrainedModel, *, use_reentrant: bool) -> None:
+    """Checkpoint every decoder layer with PyTorch's own, by transformers' name for it."""
+    # The first name is transformers' from 5.23 on, which warns about the second.
+    named = getattr(model, "activation_checkpointing_enable", None)
+    enable = named or model.gradient_checkpointing_enable
+    enable({"use_reentrant": use_reentrant})
 
 
 def checkpoint_layers(model: PreTrainedModel, offload: HostOffload | None) -> None:

@@ -207,8 +207,10 @@ def _check_simulation(cell: Cell) -> None:
                 )
         return
     if cell.simulation is not None:
-        raise ValueError(f"'simulation' says how world 'sim' runs, not '{cell.world}'; leave it out")
-    if getattr(load_method(cell.train.method), "simulation_only", False):
+        raise ValueError(
+            f"'simulation' says how world 'sim' runs, not '{cell.world}'; leave it out"
+        )
+    if load_method(cell.train.method).simulation_only:
         raise ValueError(
             f"method '{cell.train.method.name}' computes nothing and runs in world 'sim' only, "
             f"not '{cell.world}'"

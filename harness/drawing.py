@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from io import BytesIO, StringIO
 from textwrap import wrap
 from typing import Any, Literal, NamedTuple
@@ -209,10 +209,17 @@ def finish(
     ]
     if untrusted(cells).any():
         handles.append(Line2D([], [], label="gradients wrong or not compared", **WRONG))
+    return frame(figure, results, title, handles, note)
+
+
+def frame(
+    figure: Figure, results: Results, title: str, handles: Sequence[Line2D], note: str = ""
+) -> Figure:
+    """Title and legend above; note and source line below."""
     legend = figure.legend(
         handles=handles,
         loc="outside upper left",
-        ncols=min(len(handles), 4),
+        ncols=min(max(len(handles), 1), 4),
         frameon=False,
         title=title,
         title_fontproperties={"size": 12, "weight": "bold"},
@@ -225,6 +232,33 @@ def finish(
     foot = "\n".join(lines)
     figure.supxlabel(foot, x=0.01, ha="left", fontsize=7.5, color=FAINT)
     return figure
+
+
+def point(
+    axes: Axes, x: float, y: float, colour: str, kind: Kind, label: str = "", side: int = 1
+) -> None:
+    """One point with the mark of `kind`, and words beside it: right of it, or left with `side` -1."""
+    axes.plot([x], [y], color=colour, zorder=3, clip_on=False, **MARKS[kind])
+    axes.annotate(
+        label,
+        (x, y),
+        xytext=(9 * side, 0),
+        textcoords="offset points",
+        ha="left" if side > 0 else "right",
+        va="center",
+        fontsize=7.5,
+        color=colour,
+    )
+
+
+def handle(label: str, colour: str, kind: Kind) -> Line2D:
+    """A legend entry."""
+    return Line2D([], [], color=colour, label=label, **MARKS[kind])
+
+
+def say(axes: Axes, text: str) -> None:
+    """Words in place of a drawing."""
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center")
 
 
 def png(figure: Figure, dpi: int = 144) -> bytes:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 
-
 UNITS = {
     "": 1,
     "B": 1,

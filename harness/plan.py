@@ -72,7 +72,11 @@ def make_plan(
     """Settings for `train` (its method and number of ranks are replaced) that fit on `hardware`."""
     closest: Option | None = None
     for count in (gpus,) if gpus else GPUS:
-        tried = [option for found in _rungs(train, hardware, count, host_memory_bytes) for option in found]
+        tried = [
+            option
+            for found in _rungs(train, hardware, count, host_memory_bytes)
+            for option in found
+        ]
         fitting = [option for option in tried if option.prediction.fits]
         if fitting:
             return Plan(options=sorted(fitting, key=_cost), limit="none", reason=None)
@@ -107,7 +111,7 @@ def _rungs(
             "tile_loss": rung.tiling,
             "offload": rung.offload,
         }
-        run = train.model_copy(update={"method": Spec(**method), "world_size": gpus})  # type: ignore[arg-type]
+        run = train.model_copy(update={"method": Spec(**method), "world_size": gpus})
         setting = Setting(
             train=run,
             hardware=hardware,
@@ -137,16 +141,20 @@ def _rungs(
 def _nothing_fits(
     closest: Option, train: TrainConfig, hardware: Hardware, host_memory_bytes: int | None
 ) -> Plan:
-    p, heads = closest.prediction, field(published(train.model, train.overrides), "num_attention_heads")
+    p, heads = (
+        closest.prediction,
+        field(published(train.model, train.overrides), "num_attention_heads"),
+    )
     limit: Limit = p.limit
+    device = f"{p.total_bytes / 2**30:.1f} GiB per GPU of {hardware.memory_bytes / 2**30:.1f}"
     what = {
-        "gpu_memory": f"{p.total_bytes / 2**30:.1f} GiB per GPU of {hardware.memory_bytes / 2**30:.1f}",
+        "gpu_memory": device,
+        "heads": device,
         "host_memory": f"{p.host_bytes / 2**30:,.0f} GiB of host memory per node of "
         f"{(host_memory_bytes or hardware.host_memory_bytes or 0) / 2**30:,.0f}",
     }.get(limit, limit)
     cause = ""
-    if limit == "gpu_memory" and closest.sp < closest.gpus:
-        limit = "heads"
+    if limit == "heads":
         cause = f"; sp stops at {closest.sp} because it must divide {heads} heads and {closest.gpus} GPUs"
     return Plan(
         options=[],

@@ -14,19 +14,19 @@ from typing import Any
 
 from alst_impl.config import Frozen, TrainConfig
 from alst_impl.methods.base import load_method
-from alst_impl.models import published
+from alst_impl.models import field, published
 from harness import flops, roofline
 from harness.hardware import Hardware
 from harness.prediction import Flops, Limit, Prediction, SearchResult
-from harness.worlds.sim import Offload, Trace, parameter_counts, stretched
+from harness.worlds.sim import Offload, Trace, stretched, structure
 
 GIB = 2**30
 OPTIMIZER_BYTES = 16
 """Host bytes per parameter under optimizer offload: fp32 master weight, two Adam moments and fp32
 gradient (arXiv:2506.13996, section 2.1; DeepSpeed's ZeRO-Offload)."""
 OUTSIDE_READINGS = {
-    "ArcticTraining run-h100-sp1-llama-8b-baseline.yml, 32,000 tokens": (71.91, 65.18),
-    "ArcticTraining run-h200-sp1-llama-8b-liger.yml, 300,000 tokens": (134.96, 128.44),
+    "ArcticTraining run-h100-sp1-llama-8b-baseline.yml, 32,000 tokens": (71.91, 64.03),
+    "ArcticTraining run-h200-sp1-llama-8b-liger.yml, 300,000 tokens": (134.96, 126.72),
 }
 """(GiB that NVML read, GiB that our allocator model reserves for the same run)."""
 OUTSIDE_BYTES = int(
@@ -41,6 +41,8 @@ STEP = 256
 """Lengths are searched in multiples of this many tokens per rank (the recipes' own advice)."""
 PRECISION = 0.004
 """Relative width of the bracket at which a search ends."""
+PATIENCE = 4
+"""Simulated steps after which a search bisects every other time: bytes are no straight line there."""
 
 
 class Setting(Frozen):
@@ -74,11 +76,13 @@ def explained(
     if _exceeds_index_range(config):
         limit = "index_range"
     elif total > hardware.memory_bytes:
-        limit = "gpu_memory"
+        limit = "heads" if _heads_are_spent(config) else "gpu_memory"
     elif host > (setting.host_memory_bytes or hardware.host_memory_bytes or math.inf):
         limit = "host_memory"
     sequences = config.batch_size * config.accumulation * _data_parallel(config)
-    shape = flops.shape_of(published(config.model, config.overrides), parameter_counts(config))
+    shape = flops.shape_of(
+        published(config.model, config.overrides), structure(config).num_parameters
+    )
     prediction = Prediction(
         live_bytes=instant.allocated_bytes - instant.scratch_bytes,
         scratch_bytes=instant.scratch_bytes,
@@ -113,15 +117,14 @@ def search(setting: Setting) -> SearchResult:
             seen[units] = predict(setting.model_copy(update={"train": train}), slope=False)
         return seen[units]
 
-    low, high = 0, max(setting.train.seqlen // step, 1)
-    while at(high).fits:
-        low, high = high, high * 2
-    while high - low > max(1, int(PRECISION * high)):
-        middle = _next_guess(low, high, seen, setting)
-        if at(middle).fits:
-            low = middle
+    low, guess = 0, max(setting.train.seqlen // step, 1)
+    high: int | None = None
+    while high is None or high - low > max(1, int(PRECISION * high)):
+        if at(guess).fits:
+            low = guess
         else:
-            high = middle
+            high = guess
+        guess = _next_guess(low, high, seen, setting)
     return SearchResult(
         longest_tokens=low * step,
         shortest_failing_tokens=high * step,
@@ -130,21 +133,40 @@ def search(setting: Setting) -> SearchResult:
     )
 
 
-def _next_guess(low: int, high: int, seen: Mapping[int, Prediction], setting: Setting) -> int:
-    """Where a line through both ends meets the limit, kept inside the bracket; else the middle."""
-    if low == 0 or seen[high].limit != "gpu_memory":
+def _next_guess(
+    low: int, high: int | None, seen: Mapping[int, Prediction], setting: Setting
+) -> int:
+    """Just beyond, or just below, where a line through two known points meets the limit."""
+    if high is not None and (
+        seen[high].limit == "index_range" or (len(seen) > PATIENCE and len(seen) % 2)
+    ):
         return (low + high) // 2
-    below, above = seen[low].total_bytes, seen[high].total_bytes
-    share = (setting.hardware.memory_bytes - below) / max(above - below, 1)
-    margin = max(1, int(PRECISION * high / 2), (high - low) // 20)
-    guess = low + int(share * (high - low))
-    # Alternate sides, so that the bracket shrinks from both.
-    guess += margin if len(seen) % 2 else -margin
-    return min(max(guess, low + 1), high - 1)
+    ends = [n for n in (low, high) if n is not None and n in seen]
+    points = [(n, _use(seen[n], setting)) for n in ends]
+    if len(points) < 2:  # the largest, or the smallest, two there are
+        points = sorted(((n, _use(p, setting)) for n, p in seen.items()), reverse=not low)[-2:]
+    (x, y), (far, above) = points[-1], points[0]
+    slope = (above - y) / (far - x) if far != x else y / x
+    crossing = x + (1 - y) / slope if slope > 0 else 2 * x
+    half = max(1, int(PRECISION * crossing * 0.45))
+    if high is None:
+        return min(max(int(crossing) + half, low + 1), 4 * low)
+    upper = high - crossing > crossing - low
+    return min(max(int(crossing) + (half if upper else -half), low + 1), high - 1)
+
+
+def _use(prediction: Prediction, setting: Setting) -> float:
+    """The larger share of what there is, of device memory and of the node's host memory."""
+    host = setting.host_memory_bytes or setting.hardware.host_memory_bytes or math.inf
+    return max(prediction.total_bytes / setting.hardware.memory_bytes, prediction.host_bytes / host)
 
 
 def _trace(setting: Setting, config: TrainConfig, explain: bool) -> Trace:
-    offload = Offload(gradients=True, parameters=setting.offload_parameters)
+    offload = Offload(
+        gradients=True,
+        parameters=setting.offload_parameters,
+        pinned=load_method(config.method).pins_checkpoints,
+    )
     return stretched(config, offload=offload, kernel=setting.kernel, explain=explain)
 
 
@@ -162,11 +184,21 @@ def _data_parallel(config: TrainConfig) -> int:
     return load_method(config.method).axes(config.world_size)["dp"]
 
 
+def _heads_are_spent(config: TrainConfig) -> bool:
+    """Whether ranks are left that cannot share a sample because the heads do not split over more."""
+    method = load_method(config.method)
+    if "sp" not in type(method).model_fields:
+        return False
+    heads = field(published(config.model, config.overrides), "num_attention_heads")
+    largest = math.gcd(config.world_size, heads)
+    return method.axes(config.world_size)["sp"] == largest < config.world_size
+
+
 def _host_bytes(setting: Setting, trace: Trace) -> int:
     """Checkpoints and offloaded shards of a node's ranks, and their part of the optimizer states."""
     ranks = min(setting.train.world_size, setting.hardware.devices_per_node)
     held = max(instant.host_bytes for instant in trace.phases.values())
-    states = OPTIMIZER_BYTES * parameter_counts(setting.train) // setting.train.world_size
+    states = OPTIMIZER_BYTES * structure(setting.train).num_parameters // setting.train.world_size
     return ranks * (held + states)
 
 
@@ -179,7 +211,7 @@ def _exceeds_index_range(config: TrainConfig) -> bool:
     if config.method.name != "alst_recipe" or config.method.options.get("liger") is False:
         return False
     local = config.seqlen * _data_parallel(config) // config.world_size
-    hidden: int = published(config.model, config.overrides)["hidden_size"]
+    hidden = field(published(config.model, config.overrides), "hidden_size")
     return local * hidden >= INDEX_RANGE
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from alst_impl.config import Frozen
@@ -18,12 +19,16 @@ class Published(Frozen):
     """Document and place in it."""
 
 
-@cache
 def _rows(table: str) -> list[dict[str, str]]:
     path = paths.published(table)
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.csv")))
         raise ValueError(f"no published table '{table}'; use one of {known}")
+    return _read(path.absolute())
+
+
+@cache
+def _read(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
@@ -47,5 +52,5 @@ def look_up(table: str, row: dict[str, Any], column: str) -> Published:
         value = float(text)
     except ValueError:
         raise ValueError(f"table '{table}', row {row}: '{text}' in {column} is no number") from None
-    source = found[0]
-    return Published(value=value, source=f"{source['source']}, {source['source_locator']}")
+    where = [found[0].get(name) for name in ("source", "source_locator")]
+    return Published(value=value, source=", ".join(filter(None, where)) or table)

@@ -79,8 +79,11 @@ class Section:
     progress: str
     summary: str
     verdicts: Grid
+    claims: Grid
+    """Published numbers and ours."""
     figures: list[tuple[str, str]]
     """Title and data URI."""
+    simulated: bool
     cells: Grid
     gates: list[GateView]
     environments: Grid
@@ -120,21 +123,81 @@ def claim_grid(found: Iterable[Evidence]) -> Grid:
         rows.append(
             [
                 each.id,
-                each.source,
                 _quantity(each, each.published),
                 MISSING if ours is None else _quantity(each, ours),
                 MISSING if each.error is None else percent_text(each.error),
                 each.limit or MISSING if each.quantity == "longest_tokens" else MISSING,
                 each.verdict.value.replace("_", " ") + fitted,
+                each.source,
             ]
         )
-    return Grid(["claim", "source", "published", "predicted", "error", "limit", "verdict"], rows)
+    return Grid(["claim", "published", "predicted", "error", "limit", "verdict", "source"], rows)
 
 
 def _quantity(of: Evidence, value: float) -> str:
     if of.quantity == "longest_tokens":
         return tokens_text(value)
     return seconds_text(value) if of.quantity == "step_seconds" else bytes_text(value * 2**30)
+
+
+def length_grid(found: Sequence[Evidence]) -> Grid:
+    """Every published length beside the prediction for what its authors ran and for our method."""
+    lengths = {e.id: e for e in found if e.quantity == "longest_tokens"}
+    ours = {name.replace(f"-{OURS}-", "-"): e for name, e in lengths.items() if f"-{OURS}-" in name}
+    rows = []
+    for name, row in zip(lengths, claim_grid(lengths.values()).rows, strict=True):
+        if f"-{OURS}-" in name:
+            continue
+        mine = ours.get(name.replace("-alst_recipe-", "-"))
+        beside = MISSING if mine is None or mine.predicted is None else tokens_text(mine.predicted)
+        label = name.removesuffix("-longest_tokens").replace("-alst_recipe", "-ALST")
+        rows.append([label.replace("-", ", "), row[5], *row[1:5], beside])
+    headings = ["row", "verdict", "published", "predicted", "error", "limit", f"our `{OURS}`"]
+    return Grid(headings, rows)
+
+
+def simulated_grid(results: Results) -> Grid:
+    """Every simulated cell: what it holds, and the longest sequence of its settings."""
+    named = series(results.cells)
+    rows = []
+    for key, cell in results.cells.items():
+        m = results.measurements.get(key)
+        s = m.simulated if m else None
+        p, search = (s.prediction, s.search) if s else (None, None)
+        rows.append(
+            [
+                f"{cell.train.model} {named[key]}",
+                str(cell.train.world_size),
+                length_text(cell.train.seqlen),
+                m.outcome.value if m else NOT_MEASURED,
+                bytes_text(s.peak_bytes) if s else MISSING,
+                bytes_text(p.total_bytes) if p else MISSING,
+                bytes_text(p.host_bytes) if p else MISSING,
+                seconds_text(p.step_seconds_modelled) if p else MISSING,
+                f"{search.longest_tokens:,}" if search else MISSING,
+                search.limit if search else MISSING,
+            ]
+        )
+    return Grid(
+        [
+            "cell",
+            "GPUs",
+            "length",
+            "outcome",
+            "allocated",
+            "total (modelled)",
+            "host per node",
+            "step (modelled)",
+            "longest that fits",
+            "limit",
+        ],
+        rows,
+    )
+
+
+def is_simulated(results: Results) -> bool:
+    """Whether the cells are simulated: numbers without gradients to compare or steps to time."""
+    return any(cell.world == "sim" for cell in results.cells.values())
 
 
 def claim_summary(found: Sequence[Evidence]) -> str:
@@ -300,18 +363,21 @@ def section(results: Results, figures: Path) -> Section:
     drawn = [(name, figures / f"{name}.svg") for name in results.figures]
     outcomes = pd.Series([m.outcome.value for m in results.measurements.values()], dtype=str)
     counted = ", ".join(f"{n} {outcome}" for outcome, n in outcomes.value_counts().items())
+    simulated, found = is_simulated(results), evidence([results])
     progress = f"{len(results.measurements)} of {len(results.cells)} cells measured"
     return Section(
         name=results.name,
         question=results.question,
         source=results.source,
         progress=f"{progress}: {counted}" if counted else progress,
-        summary=summary(results),
-        verdicts=verdict_grid(results),
+        summary=claim_summary(found) if simulated else summary(results),
+        verdicts=Grid([], []) if simulated else verdict_grid(results),
+        claims=claim_grid(found),
         figures=[
             (name.replace("_", " "), _data_uri(file)) for name, file in drawn if file.is_file()
         ],
-        cells=cell_grid(results),
+        simulated=simulated,
+        cells=simulated_grid(results) if simulated else cell_grid(results),
         gates=[view for view in views if view],
         environments=environment_grid(results),
         command=f"snakemake --cores all --config experiments={results.name}",
@@ -373,11 +439,10 @@ def headline_title(results: Results) -> str:
 
 def readme_blocks(references: Sequence[Results]) -> dict[str, str]:
     """Content of the README's generated blocks, from committed records."""
-    if not references:
-        nothing = "No committed records yet; `make` writes its own to `results/`."
-        return {"headline": nothing, "results": nothing}
+    nothing = "No committed records yet; `make` writes its own to `results/`."
+    measured = [r for r in references if not is_simulated(r)]
     headline, results = [], []
-    for r in references:
+    for r in measured:
         hardware = next(iter(r.cells.values())).hardware
         image = paths.REFERENCE / hardware / r.name / "headline.png"
         headline.append(f"![{headline_title(r)}: peak memory and step time by length]({image})")
@@ -387,7 +452,31 @@ def readme_blocks(references: Sequence[Results]) -> dict[str, str]:
             f"`{r.name}`, {headline_title(r)}; measured at {origin}. "
             f"{headline_grid_note()}\n\n{headline_grid(r).markdown()}\n\n{summary(r)}"
         )
-    return {"headline": "\n".join(headline), "results": "\n\n".join(results)}
+    return {
+        "headline": "\n".join(headline) or nothing,
+        "results": "\n\n".join(results) or nothing,
+        "claims": _claims_block([r for r in references if is_simulated(r)]) or nothing,
+    }
+
+
+def _claims_block(references: Sequence[Results]) -> str:
+    """Published lengths, times and readings beside the predictions of committed records."""
+    found = evidence(references)
+    if not found:
+        return ""
+    others = [e for e in found if e.quantity != "longest_tokens"]
+    rest = claim_grid(others)
+    return "\n\n".join(
+        [
+            claim_summary(found),
+            length_grid(found).markdown(),
+            "Step times and what NVML read, all modelled on top of the counted bytes:",
+            Grid(
+                ["claim", "verdict", *rest.headings[1:4]],
+                [[row[0], row[5], *row[1:4]] for row in rest.rows],
+            ).markdown(),
+        ]
+    )
 
 
 def headline_grid_note() -> str:

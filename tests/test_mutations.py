@@ -175,11 +175,9 @@ def _run_tests(package: str, tests: list[str], output: str, scratch: str) -> Non
     os._exit(RAN + code)
 
 
-def run_tests(
-    tmp_path: Path, edits: dict[str, tuple[tuple[str, str], ...]], tests: list[str]
-) -> str:
-    """Whether `tests` "passed" or "failed" against a copy of `alst_impl` with `edits` by file."""
-    package, output = tmp_path / "package", tmp_path / "output"
+def copy_of_package(tmp_path: Path, edits: dict[str, tuple[tuple[str, str], ...]]) -> Path:
+    """The folder of a copy of `alst_impl` with `edits` by file."""
+    package = tmp_path / "package"
     shutil.copytree(
         ROOT / "alst_impl", package / "alst_impl", ignore=shutil.ignore_patterns("__pycache__")
     )
@@ -190,6 +188,14 @@ def run_tests(
             assert source.count(old) == 1, f"{file} holds {source.count(old)} times: {old}"
             source = source.replace(old, new)
         path.write_text(source)
+    return package
+
+
+def run_tests(
+    tmp_path: Path, edits: dict[str, tuple[tuple[str, str], ...]], tests: list[str]
+) -> str:
+    """Whether `tests` "passed" or "failed" against a copy of `alst_impl` with `edits` by file."""
+    package, output = copy_of_package(tmp_path, edits), tmp_path / "output"
     arguments = (
         str(package),
         [TESTS + test for test in tests],

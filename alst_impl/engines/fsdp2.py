@@ -68,7 +68,7 @@ class FSDP2Runtime(Runtime):
 
 
 class FSDP2(Engine):
-    """One unit per decoder layer, one for an untied head, one for the rest."""
+    """One unit per decoder layer; embedding and head are units too, unless they share weights."""
 
     def start(
         self,
@@ -86,9 +86,10 @@ class FSDP2(Engine):
 
         ranks = init_device_mesh(placement.device.type, (mesh.size(),), mesh_dim_names=("fsdp",))
         units: list[nn.Module] = [*hf.decoder_layers(model)]
-        head = model.get_output_embeddings()
-        if head is not None and head.weight is not model.get_input_embeddings().weight:
-            units.append(head)
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        untied = head is not None and head.weight is not embedding.weight
+        if untied:
+            units += [embedding, head]
         for unit in [*units, model]:
             # Filled and sharded one by one: a process holds its shards and one whole unit.
             initializer.fill(model, unit, placement.device)
@@ -97,4 +98,7 @@ class FSDP2(Engine):
             # Losses are addends already: the sum over ranks is the gradient.
             sharded.set_gradient_divide_factor(1.0)
             sharded.set_force_sum_reduction_for_comms(True)
+        if untied:
+            # The gradient of a lookup needs no weights.
+            cast("FSDPModule", embedding).set_unshard_in_backward(False)
         return FSDP2Runtime(model, config, placement)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
@@ -23,6 +23,7 @@ LOGITS_TILE_BYTES = 2**30
 class Alst(Method):
     """Every part is an option, so that the paper's ablation is a sweep."""
 
+    pins_checkpoints: ClassVar[bool] = True
     sp: int = Field(default=1, ge=1)
     """Sequence-parallel degree: ranks that share one sample."""
     tile_mlp: bool = True

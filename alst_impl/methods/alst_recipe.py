@@ -20,7 +20,6 @@ class AlstRecipe(Method):
     """The released recipes' switches, as in the rows of the paper's Table 1."""
 
     simulation_only: ClassVar[bool] = True
-    """Runs on fake tensors alone."""
     sp: int = Field(default=1, ge=1)
     """Sequence-parallel degree."""
     liger: bool = True

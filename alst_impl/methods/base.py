@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from alst_impl.config import Frozen, Spec, TrainConfig
 from alst_impl.models import field, published, unsupported
@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 
 class Method(Frozen):
     """A way to train; its options are its fields."""
+
+    simulation_only: ClassVar[bool] = False
+    """Whether it computes nothing and runs on fake tensors alone."""
+    pins_checkpoints: ClassVar[bool] = False
+    """Whether what it offloads lies in pinned memory on a GPU's host."""
 
     def check(self, config: TrainConfig) -> None:
         """Raise `ValueError` for settings that cannot work: the values, the rule, the way out."""
@@ -43,7 +48,9 @@ class Method(Frozen):
 
     def checkpoint(self, model: PreTrainedModel, placement: Placement) -> None:
         """Turn on activation checkpointing of the decoder layers."""
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        from alst_impl import hf
+
+        hf.stock_checkpointing(model, use_reentrant=False)
 
     def promises(self, config: TrainConfig) -> set[str]:
         """Counters of `Evidence` that must be non-zero after a step, or the method did nothing."""

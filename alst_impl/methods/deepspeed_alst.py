@@ -106,7 +106,9 @@ class DeepspeedAlst(Method):
             self._tile_loss(model, placement.evidence)
 
     def checkpoint(self, model: PreTrainedModel, placement: Placement) -> None:
-        model.gradient_checkpointing_enable({"use_reentrant": True})
+        from alst_impl import hf
+
+        hf.stock_checkpointing(model, use_reentrant=True)
 
     def forward_backward(self, runtime: Runtime, batch: Batch, num_valid: Tensor) -> Tensor:
         import torch

@@ -58,14 +58,20 @@ def published(model: str, overrides: dict[str, Any] | None = None) -> dict[str, 
     return {**config, **(overrides or {})}
 
 
-def field(fields: dict[str, Any], key: str) -> Any:
-    """A field that every decoder has. Raises `ValueError` naming it where a configuration does not."""
+def field(fields: dict[str, Any], key: str) -> int:
+    """A size that every decoder has. Raises `ValueError` naming it where a configuration does not."""
     if key not in fields:
         raise ValueError(
-            f"the configuration of model_type '{fields['model_type']}' has no '{key}': not a decoder of "
-            "the kind that transformers names alike"
+            f"the configuration of model_type '{fields['model_type']}' has no '{key}'; models that name "
+            "their sizes otherwise, or keep them in a nested configuration, are not supported"
         )
-    return fields[key]
+    value = fields[key]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(
+            f"{key} = {value!r} in the configuration of model_type '{fields['model_type']}': "
+            "must be a positive integer"
+        )
+    return value
 
 
 UNSUPPORTED = {
@@ -100,11 +106,22 @@ def has_weights(model: str) -> bool:
 
 def hf_config(config: TrainConfig) -> PreTrainedConfig:
     """The transformers configuration of a run. No code that came with a model is ever executed."""
-    from transformers import AutoConfig
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     fields = published(config.model, config.overrides)
     fields.pop("auto_map", None)
-    return AutoConfig.for_model(fields.pop("model_type"), **fields)
+    model_type = fields.pop("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"model '{config.model}': the installed transformers knows no model_type '{model_type}'"
+        )
+    try:
+        return AutoConfig.for_model(model_type, **fields)
+    except StrictDataclassError as error:
+        raise ValueError(
+            f"model '{config.model}': transformers refuses its configuration: {error}"
+        ) from None
 
 
 def build(config: TrainConfig) -> tuple[PreTrainedModel, Initializer]:

@@ -1,12 +1,13 @@
 """Activation checkpointing whose saved layer inputs wait on the host.
 
 Source: ALST (arXiv:2506.13996, section 3.3). On a device with streams, copies run beside compute and
-an input is fetched one layer before backward needs it; elsewhere they are plain copies.
+a small input is fetched one layer before backward needs it; elsewhere they are plain copies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,14 +16,22 @@ from torch import Tensor
 from alst_impl.placement import Placement
 
 
+PIECE_BYTES = 2**27
+"""A layer input lies on the host in pieces: PyTorch rounds each pinned allocation up to a power of
+two (ATen/core/CachingHostAllocator.h), which in one piece could cost as much again."""
+PREFETCH_BYTES = 2**29
+"""Larger inputs are not fetched ahead: room for a second one is dear, and the copy a small part of
+what attention takes at such lengths."""
+
+
 class _Parked:
     """One layer input on its way to the host and back."""
 
     def __init__(self, x: Tensor, before: _Parked | None) -> None:
-        self.like = x.new_empty(0)
-        self.shape, self.strides = x.shape, x.stride()
+        self.shape, self.dtype = x.shape, x.dtype
+        self.nbytes = x.numel() * x.element_size()
         self.before = before
-        self.host: Tensor | None = None
+        self.host: list[Tensor] | None = None
         self.fetched: Tensor | None = None
         self.event: Any = None
 
@@ -32,39 +41,50 @@ class HostOffload:
 
     def __init__(self, placement: Placement) -> None:
         self._placement = placement
+        self._apart = placement.device.type != placement.host.type
         self._streams = placement.device.type == "cuda"
         self._side = torch.cuda.Stream(placement.device) if self._streams else None
         self._last: _Parked | None = None
 
     def store(self, x: Tensor) -> _Parked:
         """Begin copying `x` to the host; the caller may drop `x` at once."""
-        placement = self._placement
         parked = _Parked(x, self._last)
-        host = torch.empty(x.shape, dtype=x.dtype, device=placement.host, pin_memory=self._streams)
-        placement.on_host(host)
-        placement.evidence.offloaded_bytes += host.numel() * host.element_size()
+        parked.host = [self._new_piece(piece) for piece in _pieces(x)]
         if self._side is None:
-            host.copy_(x)
+            self._copy(parked.host, _pieces(x))
         else:
             self._side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._side):
-                host.copy_(x, non_blocking=True)
+                self._copy(parked.host, _pieces(x))
                 x.record_stream(self._side)
-        parked.host = host
         self._last = parked
         return parked
 
+    def _new_piece(self, piece: Tensor) -> Tensor:
+        placement = self._placement
+        host = torch.empty(
+            piece.shape, dtype=piece.dtype, device=placement.host, pin_memory=self._streams
+        )
+        placement.on_host(host)
+        placement.evidence.offloaded_bytes += host.numel() * host.element_size()
+        return host
+
+    def _copy(self, into: Sequence[Tensor], pieces: Sequence[Tensor]) -> None:
+        for target, piece in zip(into, pieces, strict=True):
+            target.copy_(piece, non_blocking=self._streams)
+
     def load(self, parked: _Parked) -> Tensor:
-        """The input back on the device. Starts fetching the one that backward needs next."""
+        """The input back on the device. A small one starts fetching what backward needs next."""
         self._fetch(parked)
         x, parked.fetched = parked.fetched, None
         assert x is not None
         if self._side is not None:
             torch.cuda.current_stream().wait_event(parked.event)
             x.record_stream(torch.cuda.current_stream())
-            if parked.before is not None:
-                self._fetch(parked.before)
-        self._last = parked.before  # backward walks the chain: the next forward starts a new one
+        before = parked.before
+        if before is not None and self._apart and before.nbytes <= PREFETCH_BYTES:
+            self._fetch(before)
+        self._last = before  # backward walks the chain: the next forward starts a new one
         parked.before = None
         return x
 
@@ -74,17 +94,59 @@ class HostOffload:
         host, parked.host = parked.host, None
         assert host is not None, "a layer input is fetched once"
         if self._side is None:
-            parked.fetched = torch.empty(
-                parked.shape, dtype=host.dtype, device=self._placement.device
-            )
-            parked.fetched.copy_(host)
+            parked.fetched = self._fetched(parked, host)
             return
         with torch.cuda.stream(self._side):
-            parked.fetched = torch.empty(
-                parked.shape, dtype=host.dtype, device=self._placement.device
-            )
-            parked.fetched.copy_(host, non_blocking=True)
+            parked.fetched = self._fetched(parked, host)
             parked.event = self._side.record_event()
+
+    def _fetched(self, parked: _Parked, host: list[Tensor]) -> Tensor:
+        x = torch.empty(parked.shape, dtype=parked.dtype, device=self._placement.device)
+        self._copy(_pieces(x), host)
+        return x
+
+
+def _pieces(x: Tensor) -> tuple[Tensor, ...]:
+    """`x` flat, in order, in views of `PIECE_BYTES` and a rest; small ones whole, in their shape."""
+    size = PIECE_BYTES // x.element_size()
+    return (x,) if x.numel() <= size else x.contiguous().view(-1).split(size)
+
+
+class _Incoming:
+    """Takes a layer's incoming gradient out of autograd's hands.
+
+    Whoever calls a backward holds its arguments until it returns, and a checkpoint's backward returns
+    when the whole layer has been through. Here the gradient waits alone, and is gone after its use.
+    """
+
+    def __init__(self) -> None:
+        self._grad: Tensor | None = None
+
+    def catch(self, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Hook before the checkpoint's backward: keep the gradient, pass on a stand-in of its shape."""
+        (grad,) = grads
+        if grad is None:  # autograd makes zeros of it, for the checkpoint to see
+            return grads
+        self._grad = grad
+        return (grad.new_zeros(()).expand_as(grad),)
+
+    def give(self, seen: Tensor) -> Tensor:
+        """The gradient; `seen` is what the checkpoint's backward was called with."""
+        grad, self._grad = self._grad, None
+        return seen if grad is None else grad
+
+
+class _Outgoing(torch.autograd.Function):
+    """A scalar on top of a layer's output, from which backward starts with the gradient that waits."""
+
+    @staticmethod
+    def forward(ctx: Any, give: Callable[[], Tensor], out: Tensor) -> Tensor:
+        ctx.give = give
+        return out.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[None, Tensor]:
+        return None, ctx.give()
 
 
 class _Checkpoint(torch.autograd.Function):
@@ -92,9 +154,13 @@ class _Checkpoint(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, run: Callable[[Tensor], Tensor], offload: HostOffload | None, x: Tensor
+        ctx: Any,
+        run: Callable[[Tensor], Tensor],
+        offload: HostOffload | None,
+        incoming: _Incoming,
+        x: Tensor,
     ) -> Tensor:
-        ctx.run, ctx.offload = run, offload
+        ctx.run, ctx.offload, ctx.incoming = run, offload, incoming
         if offload is None:
             ctx.save_for_backward(x)
         else:
@@ -102,7 +168,7 @@ class _Checkpoint(torch.autograd.Function):
         return run(x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, Tensor | None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.offload is None:
             (x,) = ctx.saved_tensors
         else:
@@ -111,11 +177,11 @@ class _Checkpoint(torch.autograd.Function):
         x = x.detach().requires_grad_()
         with torch.enable_grad():
             out = ctx.run(x)
-        # Backward needs the edge of the graph, not the value: the layer's output is freed here.
-        edge = torch.autograd.graph.get_gradient_edge(out)
+            start = _Outgoing.apply(partial(ctx.incoming.give, grads[0]), out)  # type: ignore[no-untyped-call]
+        # Backward needs the graph, not the value: the layer's output is freed here.
         del out
-        torch.autograd.backward(edge, grads[0])
-        return None, None, x.grad
+        torch.autograd.backward(start)
+        return None, None, None, x.grad
 
 
 def checkpoint(
@@ -129,4 +195,8 @@ def checkpoint(
     if torch.is_grad_enabled() and not x.requires_grad:
         # Frozen embeddings: the layer's own parameters still need this node in the graph.
         x = x.detach().requires_grad_()
-    return _Checkpoint.apply(run, offload, x)  # type: ignore[no-any-return, no-untyped-call]
+    incoming = _Incoming()
+    out: Tensor = _Checkpoint.apply(run, offload, incoming, x)  # type: ignore[no-untyped-call]
+    if out.grad_fn is not None:
+        out.grad_fn.register_prehook(incoming.catch)
+    return out

@@ -21,7 +21,6 @@ from harness.commands.run import DEFAULT_RESULTS, record_path, truth_cache
 
 if TYPE_CHECKING:
     from harness.claims import Evidence
-    from harness.compare import Change
     from harness.record import Measurement
 
 Folder = Annotated[Path, typer.Argument(help="A folder with records, at any depth.")]
@@ -125,21 +124,17 @@ def _bring_up_to_date(simulated: list[tuple[Experiment, dict[str, Cell]]], resul
 
 def _print_claims(found: Iterable[Evidence]) -> None:
     from harness.claims import Verdict
-    from harness.report import claim_grid
+    from harness.report import claim_grid, claim_summary
 
     colours = {Verdict.REPRODUCED: "green", Verdict.LONGER: "cyan", Verdict.REFUTED: "red"}
     found = list(found)
     grid = claim_grid(found)
     table = Table()
-    for i, heading in enumerate(grid.headings):
-        table.add_column(heading, justify="right" if 1 < i < 5 else "left", no_wrap=True)
+    for i, heading in enumerate(grid.headings[:-1]):  # sources are in the report and in --json
+        table.add_column(heading, justify="right" if 0 < i < 4 else "left", no_wrap=True)
     for each, row in zip(found, grid.rows, strict=True):
-        table.add_row(*row, style=colours.get(each.verdict))
+        table.add_row(*row[:-1], style=colours.get(each.verdict))
     console = Console()
-    console.width = max(console.width, 130)  # a narrower terminal wraps rather than hides
+    console.width = max(console.width, 110)  # a narrower terminal wraps rather than hides
     console.print(table)
-
-
-def differences(changed: Iterable[Change]) -> str:
-    """One Markdown line per change."""
-    return "".join(f"- {change}\n" for change in changed)
+    console.print(claim_summary(found), highlight=False)

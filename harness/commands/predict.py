@@ -89,6 +89,7 @@ def predict(
     cell = cell_of(
         model, seqlen, method, gpus, hardware, host_memory, option, offload_parameters, kernel
     )
+    hush_transformers()
     from harness.forecast import setting
     from harness.predict import as_json as plain
     from harness.predict import explained
@@ -126,6 +127,7 @@ def search(
     cell = cell_of(
         model, GUESS, method, gpus, hardware, host_memory, option, offload_parameters, kernel
     )
+    hush_transformers()
     from harness.forecast import setting
     from harness.predict import search as find
 
@@ -175,6 +177,13 @@ def cell_of(
             "simulation": simulation,
         }
     )
+
+
+def hush_transformers() -> None:
+    """Its advice on configurations is not about what was asked; errors still come through."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
 
 
 @contextmanager

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -127,12 +129,20 @@ def summary(names: Names = None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from harness.report import headline_grid, headline_title
+    from harness.claims import evidence
+    from harness.report import claim_summary, headline_grid, headline_title, is_simulated
     from harness.report import summary as in_words
 
     console = Console()
     console.width = max(console.width, 100)  # a narrower terminal wraps rather than hides
     for results in _with_records(names):
+        if is_simulated(results):
+            found = evidence([results])
+            console.print(
+                f"{results.name}: {claim_summary(found)}" if found else "", highlight=False
+            )
+            console.print(f"figures: {paths.figures(results.name)}/", highlight=False)
+            continue
         grid = headline_grid(results)
         shown = Table(title=f"{results.name}: {headline_title(results)}", title_justify="left")
         for i, heading in enumerate(grid.headings):
@@ -150,15 +160,23 @@ def reference(
     dirty: Annotated[
         bool, typer.Option("--dirty", help="Accept records of a tree with uncommitted changes.")
     ] = False,
+    reason: Annotated[
+        str | None, typer.Option(help="Why numbers move; needed where some do, and kept with them.")
+    ] = None,
 ) -> None:
     """Replace the committed records of an experiment with the fresh ones and renew the README.
 
-    Refuses when a cell is not measured, or was measured on a tree with uncommitted changes.
+    Refuses when a cell is not measured, was measured on a tree with uncommitted changes, or was
+    simulated by other code, when numbers move without a reason, and in CI.
 
-    Example: alst reference cpu_sweep
+    Example: alst reference paper_ablation --reason "Tiles of the loss are half as large"
     """
+    from harness.compare import changes, load
+    from harness.run import stale
     from harness.table import fresh
 
+    if os.environ.get("CI"):
+        raise ValueError("references are not updated in CI; do it at your desk and commit them")
     results = fresh(paths.experiment(name))
     missing = sorted(set(results.cells) - set(results.measurements))
     if missing:
@@ -171,9 +189,33 @@ def reference(
             f"{name}: {len(unclean)} records come from a tree with uncommitted changes, such as "
             f"{unclean[0]}; commit and measure again, or pass --dirty"
         )
+    old = [key for key, m in results.measurements.items() if stale(m)]
+    if old:
+        raise ValueError(
+            f"{name}: {len(old)} records are of other code, such as {old[0]}; run `make`"
+        )
+    folders = sorted(paths.REFERENCE.glob(f"*/{name}"))
+    before = {key: m for folder in folders for key, m in load(folder).items()}
+    moved = changes(before, results.measurements)
+    if moved and not (reason or "").strip():
+        raise ValueError(
+            f'{name}: {moved[0]}, and {len(moved) - 1} more; say why with --reason "..."'
+        )
     for hardware in {cell.hardware for cell in results.cells.values()}:
         _promote(results, hardware)
+    if reason:
+        _note(name, reason, [str(change) for change in moved])
     _readme(write=True)
+
+
+def _note(name: str, reason: str, moved: list[str]) -> None:
+    """Add why and what to the log of changes."""
+    from harness.record import write_text
+
+    old = paths.CHANGES.read_text() if paths.CHANGES.exists() else "# Why committed records moved\n"
+    today = datetime.now(UTC).date().isoformat()
+    lines = "".join(f"- {line}\n" for line in moved or ["no number of an earlier record"])
+    write_text(paths.CHANGES, f"{old}\n## {today}, {name}\n\n{reason.strip()}\n\n{lines}")
 
 
 def _promote(results: Results, hardware: str) -> None:
@@ -186,4 +228,7 @@ def _promote(results: Results, hardware: str) -> None:
     from harness import drawing
     from harness.figures.base import draw
 
-    (folder / "headline.png").write_bytes(drawing.png(draw("headline", results)))
+    # Simulated cells have no step times: their first figure stands for them.
+    simulated = any(cell.world == "sim" for cell in results.cells.values())
+    headline = results.figures[0] if simulated else "headline"
+    (folder / "headline.png").write_bytes(drawing.png(draw(headline, results)))

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import matplotlib as mpl
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
+from alst_impl.methods.base import load_method
 from alst_impl.plugin import names
 from harness import drawing
+from harness.cell import Cell
+from harness.prediction import Simulated
 from harness.table import NOT_MEASURED, Results, tidy, wide
 
 
@@ -23,6 +29,51 @@ def draw(name: str, results: Results) -> Figure:
         figure: Figure = importlib.import_module(f"harness.figures.{name}").draw(results)
         figure.draw_without_rendering()
     return figure
+
+
+Part = Literal["step", "mlp", "loss"]
+
+
+def simulated(results: Results, part: Part = "step") -> Iterator[tuple[Cell, Simulated]]:
+    """Cells of world `sim` that run `part`, with their readings."""
+    for key, cell in results.cells.items():
+        m = results.measurements.get(key)
+        if cell.simulation and cell.simulation.part == part and m and m.simulated:
+            yield cell, m.simulated
+
+
+def features(cell: Cell) -> str:
+    """Which parts of ALST a cell turns on, in words."""
+    method: Any = load_method(cell.train.method)
+    parts = {
+        "tiled loss": getattr(method, "liger", getattr(method, "tile_loss", False)),
+        "Ulysses": getattr(method, "sp", 1) > 1,
+        "tiled MLP": getattr(method, "tile_mlp", False),
+        "offload": getattr(method, "offload", False),
+    }
+    return "\n+ ".join(name for name, on in parts.items() if on) or "baseline"
+
+
+def draw_timelines(
+    axes: Axes, lines: list[tuple[str, Simulated]], colours: dict[str, str]
+) -> list[Line2D]:
+    """Live bytes on the device over the course of a step, each stretched to the same width."""
+    handles = []
+    for name, s in lines:
+        if s.timeline is None:
+            continue
+        held = [nbytes / 2**30 for nbytes in s.timeline.device_bytes]
+        at = [i / max(len(held) - 1, 1) for i in range(len(held))]
+        axes.fill_between(at, held, color=colours[name], alpha=0.12, linewidth=0)
+        handles += axes.plot(at, held, color=colours[name], linewidth=1.5, label=name)
+    axes.set_ylabel("live tensors [GiB]")
+    axes.set_xlabel("course of forward and backward [events]")
+    axes.set_xticks([])
+    highest = max((max(s.timeline.device_bytes) for _, s in lines if s.timeline), default=2**30)
+    axes.set_ylim(0, 1.15 * highest / 2**30)
+    if not handles:
+        drawing.say(axes, NOT_MEASURED)
+    return handles
 
 
 def draw_panel(

@@ -78,6 +78,6 @@ def _give_hidden_states(model: PreTrainedModel, hidden: Tensor) -> None:
     """Have `model`'s body return `hidden`, so that only head and loss run."""
 
     def body(*args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=hidden)  # type: ignore[arg-type]
+        return BaseModelOutputWithPast(last_hidden_state=hidden)
 
     model.base_model.forward = body

@@ -13,6 +13,7 @@ it is.
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -86,7 +87,7 @@ class Trace:
     live: Mapping[str, list[Allocation]]
     """What was alive at each phase's peak, largest first."""
     operators: frozenset[str]
-    """Every operator that ran on the accelerator."""
+    """Every operator that ran in forward and backward."""
     reserved_bytes: int
     """What a model of the caching allocator holds after two such steps."""
     moments: list[Moment]
@@ -106,6 +107,16 @@ class Offload:
     """Sharded gradients leave for the host as they are made (optimizer offload)."""
     parameters: bool = False
     """Parameter shards live in host memory."""
+    pinned: bool = False
+    """Checkpoints lie in pinned memory: each allocation takes a power of two."""
+
+    def host_bytes(self, nbytes: int) -> int:
+        """Host memory that an allocation of a checkpoint takes.
+
+        Source: torch 2.13, ATen/core/CachingHostAllocator.h, `allocate`: `PowerOf2Ceil(size)` unless
+        `pinned_max_round_threshold` or `pinned_max_cached_size` is set.
+        """
+        return 1 << (nbytes - 1).bit_length() if self.pinned and nbytes else nbytes
 
     def takes(self, allocation: Allocation) -> bool:
         """Whether `allocation` lies in host memory."""
@@ -137,7 +148,16 @@ def flash_by_name(
 
     query [B, H, S, D], key and value [B, K, S, D] with K dividing H; the kernel takes them as they are.
     """
-    assert attn_mask is None, "a mask of S x S at simulated lengths is a bug of the step"
+    if attn_mask is not None:
+        raise ValueError(
+            "attention with a mask (a sliding window shorter than the sequence) is not one flash "
+            "kernel on CUDA, so its memory is not known; use a length within the window"
+        )
+    if query.shape[-1] != value.shape[-1]:
+        raise ValueError(
+            f"heads of queries ({query.shape[-1]}) and values ({value.shape[-1]}) differ in width: "
+            "CUDA's flash kernel does not take them, and no other kernel's memory is known"
+        )
     flash = torch.ops.aten._scaled_dot_product_flash_attention
     out: Tensor = flash(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
     return out
@@ -228,6 +248,8 @@ def simulate(
             tracker.phase("setup")
             method, runtime = start(config, mesh, placement, Unfilled(0))
             model = cast("PreTrainedModel", runtime.module)
+            # What sets up a mesh or a model runs once; operators of the step are what matters.
+            tracker.operators.clear()
             calls = _watch_layers(model, tracker)
             residents = _residents(model, tracker) if num_layers else set()
             tracker.adopt(runtime.module.parameters(), "parameters")
@@ -273,8 +295,9 @@ def replay(recording: Recording, operators: frozenset[str], offload: Offload) ->
     moments: list[Moment] = []
     device = host = 0
     for index, event in enumerate(recording.events):
-        change = event.nbytes - sizes.get(event.allocation, 0)
-        sizes[event.allocation] = event.nbytes
+        nbytes = offload.host_bytes(event.nbytes) if event.host else event.nbytes
+        change = nbytes - sizes.get(event.allocation, 0)
+        sizes[event.allocation] = nbytes
         allocation = recording.allocations[event.allocation]
         if not event.host and not offload.takes(allocation):
             device += change
@@ -334,9 +357,8 @@ def _live_at(recording: Recording, event: int, offload: Offload) -> list[tuple[A
 
 def stretched(config: TrainConfig, **options: Any) -> Trace:
     """`simulate` at the full depth of the model, from 5 layers where all layers are alike."""
-    fields = published(config.model, config.overrides)
-    num_layers = field(fields, "num_hidden_layers")
-    alike = len(set(fields.get("layer_types") or ["full_attention"])) == 1
+    num_layers = field(published(config.model, config.overrides), "num_hidden_layers")
+    alike = structure(config).layers_alike
     if not alike or num_layers <= DEPTH or not config.checkpoint or config.accumulation > 1:
         return simulate(config, **options)
     return simulate(at_depth(config, DEPTH), num_layers=num_layers, **options)
@@ -344,11 +366,45 @@ def stretched(config: TrainConfig, **options: Any) -> Trace:
 
 def at_depth(config: TrainConfig, num_layers: int) -> TrainConfig:
     """The same run of a model with `num_layers` layers."""
-    overrides = {**config.overrides, "num_hidden_layers": num_layers}
+    fields = published(config.model, config.overrides)
+    # Lists with an entry per layer are cut along.
+    cut = {
+        key: value[:num_layers]
+        for key, value in fields.items()
+        if isinstance(value, list) and len(value) == fields.get("num_hidden_layers")
+    }
+    overrides = {**config.overrides, **cut, "num_hidden_layers": num_layers}
     return config.model_copy(update={"overrides": overrides})
 
 
-def parameter_counts(config: TrainConfig) -> int:
-    """Parameters of the model, tied ones once."""
-    model, _ = build(config)
-    return sum(p.numel() for p in model.parameters())
+@dataclass(frozen=True)
+class Structure:
+    """What a model is made of."""
+
+    num_parameters: int
+    """All of them, tied ones once."""
+    layers_alike: bool
+    """Whether every decoder layer holds modules and parameters of the same types and shapes."""
+
+
+def structure(config: TrainConfig) -> Structure:
+    """The structure of the model of `config`, from the model itself."""
+    fields = json.dumps(published(config.model, config.overrides), sort_keys=True)
+    if fields not in _STRUCTURES:
+        model, _ = build(config)
+        kinds = {_kind(layer) for layer in hf.decoder_layers(model)}
+        types = set(published(config.model, config.overrides).get("layer_types") or ())
+        _STRUCTURES[fields] = Structure(
+            num_parameters=sum(p.numel() for p in model.parameters()),
+            layers_alike=len(kinds) == 1 and len(types) <= 1,
+        )
+    return _STRUCTURES[fields]
+
+
+_STRUCTURES: dict[str, Structure] = {}
+"""By configuration: a search asks for the same one at every length."""
+
+
+def _kind(layer: nn.Module) -> tuple[Any, ...]:
+    modules = tuple(type(module) for module in layer.modules())
+    return modules, tuple((name, p.shape) for name, p in layer.named_parameters())

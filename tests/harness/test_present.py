@@ -21,6 +21,8 @@ README = """<!-- begin: headline -->
 <!-- end: headline -->
 <!-- begin: results -->
 <!-- end: results -->
+<!-- begin: claims -->
+<!-- end: claims -->
 """
 
 
@@ -28,6 +30,7 @@ README = """<!-- begin: headline -->
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An experiment of two cells, both measured."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CI", raising=False)
     record.write_text(paths.experiment("two"), YAML)
     record.write_text(paths.README, README)
     for method in ("baseline", "alst"):
