@@ -1,9 +1,17 @@
 """A model of CUDA's caching allocator with expandable segments: events -> reserved bytes.
 
-Source: c10/cuda/CUDACachingAllocator.cpp of PyTorch 2.8 with `expandable_segments:True`: one growing
-segment per stream for requests above 1 MiB. A request takes the smallest free range that holds it;
+One growing segment for requests above 1 MiB. A request takes the smallest free range that holds it;
 if there is none, the segment grows from its free tail on, in pages of 20 MiB. Freed ranges merge
 and stay reserved. Requests up to 1 MiB live in a segment of their own with pages of 2 MiB.
+
+What kind of number comes out: the events are counted; the rules are our reading of
+c10/cuda/CUDACachingAllocator.cpp with `expandable_segments:True`, and no GPU has confirmed them. Not
+modelled: other streams, blocks that wait for an event of another stream, pages given back when
+memory runs short. So a length "fits" when what this model reserves, plus a constant for what lies
+outside the allocator, is within the device's memory. That criterion was chosen after published
+lengths were known, as the one that an allocator which never gives back would meet; the constant is
+fitted on the readings in `harness.predict.OUTSIDE_READINGS` alone. A real allocator under pressure
+frees cached pages and may fit somewhat more.
 """
 
 from __future__ import annotations

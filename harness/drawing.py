@@ -227,7 +227,7 @@ def frame(
         borderaxespad=0.2,
     )
     legend.get_title().set_color(INK)
-    columns = int(figure.get_figwidth() * 18)
+    columns = int(figure.get_figwidth() * 16)
     lines = [part for text in (note, source_line(results)) for part in wrap(text, columns)]
     foot = "\n".join(lines)
     figure.supxlabel(foot, x=0.01, ha="left", fontsize=7.5, color=FAINT)

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from alst_impl.placement import Placement
 
-
 PIECE_BYTES = 2**27
 """A layer input lies on the host in pieces: PyTorch rounds each pinned allocation up to a power of
 two (ATen/core/CachingHostAllocator.h), which in one piece could cost as much again."""
@@ -122,7 +121,7 @@ class _Incoming:
     def __init__(self) -> None:
         self._grad: Tensor | None = None
 
-    def catch(self, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def catch(self, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         """Hook before the checkpoint's backward: keep the gradient, pass on a stand-in of its shape."""
         (grad,) = grads
         if grad is None:  # autograd makes zeros of it, for the checkpoint to see
