@@ -240,7 +240,10 @@ def simulate(
         events=True,
         explain=explain,
     )
-    placement = Placement(device=DEVICE, host=HOST, on_phase=tracker.phase)
+    if gpu:
+        placement = Placement(DEVICE, HOST, on_phase=tracker.phase)
+    else:
+        placement = Placement(DEVICE, DEVICE, on_host=tracker.mark_host, on_phase=tracker.phase)
     with fake_world(config, gpu=gpu, cap_tiles=cap_tiles) as mesh:
         method = load_method(config.method)
         batches = [method.shard(_blank_batch(config), mesh) for _ in range(config.accumulation)]

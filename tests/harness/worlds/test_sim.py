@@ -98,7 +98,8 @@ def test_offload_moves_checkpoints_to_the_host() -> None:
     assert on.phases["backward"].host_bytes == pytest.approx(checkpoints, rel=0.01)
     assert off.phases["backward"].host_bytes == 0
     saved = off.phases["backward"].allocated_bytes - on.phases["backward"].allocated_bytes
-    assert saved > 0.8 * checkpoints
+    # Two inputs are back at the peak: the one in use, and a small one is fetched ahead.
+    assert saved > 0.7 * checkpoints
 
 
 def test_the_world_leaves_no_trace() -> None:
