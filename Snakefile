@@ -17,9 +17,11 @@ by_name = {experiment.name: experiment for experiment in loaded}
 if asked:
     EXPERIMENTS = {name: by_name[name] for name in asked.split(",")}
 else:
-    EXPERIMENTS = {name: e
+    EXPERIMENTS = {
+        name: e
         for name, e in by_name.items()
-        if name != "smoke" and not name.startswith("paper_")}
+        if name != "smoke" and not name.startswith("paper_")
+    }
 CELLS = {name: experiment.cells() for name, experiment in EXPERIMENTS.items()}
 ALST = f"'{sys.executable}' -m harness"
 CODE = [str(path) for path in Path("harness").glob("*.py")]
