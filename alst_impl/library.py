@@ -1,14 +1,16 @@
 """ALST inside somebody's own training loop, around their own transformers model.
 
-mesh = init_device_mesh(device, (dp, sp), mesh_dim_names=("dp", "sp"))
-alst = enable(model, mesh)
-for batch in loader:  # whole sequences, the same on all ranks of an sp group
-    loss = model(**alst.shard(batch["input_ids"], batch["labels"])).loss
-    loss.backward()
-    alst.sum_gradients()  # or an engine that sums, not averages, over all ranks
-    optimizer.step()
-    optimizer.zero_grad()
-model.save_pretrained(folder)
+The whole of it, with one process per device:
+
+    mesh = init_device_mesh(device, (dp, sp), mesh_dim_names=("dp", "sp"))
+    alst = enable(model, mesh)
+    for batch in loader:  # whole sequences, the same on all ranks of an sp group
+        loss = model(**alst.shard(batch["input_ids"], batch["labels"])).loss
+        loss.backward()
+        alst.sum_gradients()  # or an engine that sums, not averages, over all ranks
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
 """
 
 from __future__ import annotations

@@ -109,7 +109,10 @@ def test_killed_worker_leaves_a_record_and_the_sweep_goes_on(
     assert command(monkeypatch, "run", str(experiment), "--results", str(results)) == 0
     records = {r.cell.train.method.name: r for r in records_in(results)}
     assert records["baseline"].outcome is Outcome.KILLED
-    assert records["baseline"].detail == "rank 1 during step 1/2: SIGKILL"
+    detail = records["baseline"].detail or ""
+    # Rank 0 is the one that was at its first step; the other may be a message behind.
+    assert detail.startswith("rank 1 during ")
+    assert detail.endswith(": SIGKILL")
     assert records["alst"].outcome is Outcome.OK
     assert not [pid for pid in pids if pid and Path(f"/proc/{pid}").exists()]
 
