@@ -46,7 +46,7 @@ def _rank(
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     import torch.distributed as dist
 
-    import harness.preload  # noqa: F401
+    import harness.preload  # noqa: F401  prepares DeepSpeed, once for all ranks
 
     try:
         dist.init_process_group(

@@ -90,7 +90,7 @@ def test_attention_gets_no_mask(name: str) -> None:
         return attend(query, key, value, **options)
 
     class Recording(UlyssesAttention):
-        __call__ = staticmethod(record)  # type: ignore[assignment]
+        __call__ = staticmethod(record)
 
     hf.use_attention(model, Recording(None, "sdpa", evidence))
     masks: list[Any] = []

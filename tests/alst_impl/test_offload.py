@@ -90,12 +90,12 @@ class Spy(torch.autograd.Function):
     def forward(
         ctx: object, x: Tensor, outputs: list[weakref.ref[object]], seen: list[bool]
     ) -> Tensor:
-        ctx.outputs, ctx.seen = outputs, seen  # type: ignore[attr-defined]
+        ctx.outputs, ctx.seen = outputs, seen
         return x.clone()
 
     @staticmethod
     def backward(ctx: object, *grads: Tensor) -> tuple[Tensor, None, None]:
-        ctx.seen.append(ctx.outputs[-1]() is not None)  # type: ignore[attr-defined]
+        ctx.seen.append(ctx.outputs[-1]() is not None)
         return grads[0], None, None
 
 

@@ -68,7 +68,7 @@ def test_experiment_backs_performance_with_a_gate(path: Path) -> None:
     cells = load_experiment(path).cells().values()
 
     def kind(cell: object) -> str:
-        dumped = cell.model_dump(mode="json")  # type: ignore[attr-defined]
+        dumped = cell.model_dump(mode="json")
         dumped["train"].pop("seqlen")
         return str({**dumped, "gate": None, "timed": None, "timeout_s": None})
 

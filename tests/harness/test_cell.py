@@ -89,7 +89,7 @@ def test_expanding_imports_no_torch() -> None:
 )
 def test_bad_settings_name_value_and_way_out(change: dict[str, object], words: list[str]) -> None:
     """What cannot run fails before anything does, in one line that helps."""
-    with pytest.raises(ValueError) as raised:  # noqa: PT011
+    with pytest.raises(ValueError) as raised:  # noqa: PT011  the words are checked below
         make_cell({**SETTINGS, **change})
     message = str(raised.value)
     assert all(word in message for word in words), message
@@ -109,6 +109,6 @@ def test_bad_settings_name_value_and_way_out(change: dict[str, object], words: l
 def test_bad_experiment_names_the_file(tmp_path: Path, text: str, words: list[str]) -> None:
     """A malformed experiment fails with its file and key."""
     path = written(tmp_path, text)
-    with pytest.raises(ValueError) as raised:  # noqa: PT011
+    with pytest.raises(ValueError) as raised:  # noqa: PT011  the words are checked below
         load_experiment(path)
     assert all(word in str(raised.value) for word in [str(path), *words]), str(raised.value)
