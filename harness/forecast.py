@@ -47,10 +47,14 @@ def _step(cell: Cell, rank: Rank) -> Simulated:
     assert cell.simulation is not None
     of = setting(cell)
     prediction, trace = predict.explained(of)
+    beyond = predict.longer(of)
+    at_beyond = predict.predict(beyond, slope=False)
     search = None
     if cell.simulation.search:
         rank.progress("searching for the longest sequence")
-        search = predict.search(of)
+        known = {of.train.seqlen: prediction, beyond.train.seqlen: at_beyond}
+        search = predict.search(of, known)
+    prediction = predict.with_slope(of, prediction, at_beyond)
     return _simulated(cell, trace).model_copy(update={"prediction": prediction, "search": search})
 
 

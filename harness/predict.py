@@ -39,10 +39,8 @@ INDEX_RANGE = 2**31
 """Elements that a kernel with 32-bit indices can address."""
 STEP = 256
 """Lengths are searched in multiples of this many tokens per rank (the recipes' own advice)."""
-PRECISION = 0.004
+PRECISION = 0.01
 """Relative width of the bracket at which a search ends."""
-PATIENCE = 4
-"""Simulated steps after which a search bisects every other time: bytes are no straight line there."""
 
 
 class Setting(Frozen):
@@ -59,21 +57,38 @@ class Setting(Frozen):
 
 
 def predict(setting: Setting, *, slope: bool = True) -> Prediction:
-    """The step of `setting`."""
-    return explained(setting, slope=slope, explain=False)[0]
+    """The step of `setting`; with its slope, it takes twice as long."""
+    prediction, _ = explained(setting, explain=False)
+    return (
+        with_slope(setting, prediction, predict(longer(setting), slope=False))
+        if slope
+        else prediction
+    )
 
 
-def explained(
-    setting: Setting, *, slope: bool = True, explain: bool = True
-) -> tuple[Prediction, Trace]:
-    """The step of `setting`, and the trace with what was alive at its peak."""
+def longer(setting: Setting) -> Setting:
+    """The same run with sequences two per cent longer, by at least a token on every rank."""
+    ranks = _sequence_parallel(setting.train)
+    return _at(setting, setting.train.seqlen + max(setting.train.seqlen // ranks // 50, 1) * ranks)
+
+
+def with_slope(setting: Setting, prediction: Prediction, at_longer: Prediction) -> Prediction:
+    """`prediction` of `setting` with what one more token on every rank costs, up to `longer(setting)`."""
+    more = longer(setting).train.seqlen - setting.train.seqlen
+    grown = at_longer.allocated_bytes - prediction.allocated_bytes
+    slope = grown * _sequence_parallel(setting.train) / more
+    return prediction.model_copy(update={"bytes_per_local_token": slope})
+
+
+def explained(setting: Setting, *, explain: bool = True) -> tuple[Prediction, Trace]:
+    """The step of `setting` without its slope, and the trace with what was alive at its peak."""
     config, hardware = setting.train, setting.hardware
-    trace = _trace(setting, config, explain)
+    trace = _trace(setting, explain)
     instant = trace.phases[trace.peak]
     total = trace.reserved_bytes + OUTSIDE_BYTES
     host = _host_bytes(setting, trace)
     limit: Limit = "none"
-    if _exceeds_index_range(config):
+    if config.seqlen >= _index_range_tokens(config):
         limit = "index_range"
     elif total > hardware.memory_bytes:
         limit = "heads" if _heads_are_spent(config) else "gpu_memory"
@@ -90,7 +105,7 @@ def explained(
         overhead_bytes=total - instant.allocated_bytes,
         total_bytes=total,
         host_bytes=host,
-        bytes_per_local_token=_slope(setting, instant.allocated_bytes) if slope else None,
+        bytes_per_local_token=None,
         by_category=dict(instant.by_category),
         fits=limit == "none",
         limit=limit,
@@ -105,54 +120,63 @@ def explained(
     return prediction, trace
 
 
-def search(setting: Setting) -> SearchResult:
-    """The longest sequence of `setting` (its own length is the first guess), by bracket and bisection."""
-    ranks = setting.train.world_size // _data_parallel(setting.train)
-    step = STEP * ranks
-    seen: dict[int, Prediction] = {}
+def search(setting: Setting, known: Mapping[int, Prediction] | None = None) -> SearchResult:
+    """The longest sequence of `setting`, in multiples of `STEP` tokens per rank.
 
-    def at(units: int) -> Prediction:
-        if units not in seen:
-            train = setting.train.model_copy(update={"seqlen": units * step})
-            seen[units] = predict(setting.model_copy(update={"train": train}), slope=False)
-        return seen[units]
-
-    low, guess = 0, max(setting.train.seqlen // step, 1)
-    high: int | None = None
+    `known` are two predictions of it, by length; they say where to look first.
+    """
+    if known is None:
+        beyond = longer(setting)
+        known = {s.train.seqlen: predict(s, slope=False) for s in (setting, beyond)}
+    step = STEP * _sequence_parallel(setting.train)
+    # What fits does so at the next shorter multiple, what does not fails at the next longer one.
+    seen = {tokens // step if p.fits else -(-tokens // step): p for tokens, p in known.items()}
+    low = max((n for n, p in seen.items() if p.fits), default=0)
+    high = min((n for n, p in seen.items() if not p.fits), default=None)
+    meets = max(int(_crossing(setting, known) / step), 2)
+    half = stride = max(1, int(PRECISION * meets * 0.45))
+    guess = max(meets - half, low + 1)  # if the line is right, this fits, and two halves on fails
+    if high is not None:
+        guess = min(guess, high - 1)
     while high is None or high - low > max(1, int(PRECISION * high)):
-        if at(guess).fits:
+        seen[guess] = predict(_at(setting, guess * step), slope=False)
+        if seen[guess].fits:
             low = guess
         else:
             high = guess
-        guess = _next_guess(low, high, seen, setting)
+        stride *= 2
+        if high is None or low == 0:
+            nearest = sorted(seen)[-2:] if high is None else sorted(seen)[:2]
+            meets = int(_crossing(setting, {n * step: seen[n] for n in nearest}) / step)
+            up = max(meets + half, low + stride)
+            guess = up if high is None else max(min(meets - half, high - stride), 1)
+        elif seen[high].limit == "index_range" or len(seen) % 2:
+            guess = (low + high) // 2
+        else:
+            under, over = _use(seen[low], setting), _use(seen[high], setting)
+            meets = low + int((1 - under) / (over - under) * (high - low))
+            upper = high - meets > meets - low  # of the two gaps the longer one is to be cut
+            guess = min(max(meets + (half if upper else -half), low + 1), high - 1)
     return SearchResult(
         longest_tokens=low * step,
         shortest_failing_tokens=high * step,
-        limit=at(high).limit,
+        limit=seen[high].limit,
         evaluations=len(seen),
     )
 
 
-def _next_guess(
-    low: int, high: int | None, seen: Mapping[int, Prediction], setting: Setting
-) -> int:
-    """Just beyond, or just below, where a line through two known points meets the limit."""
-    if high is not None and (
-        seen[high].limit == "index_range" or (len(seen) > PATIENCE and len(seen) % 2)
-    ):
-        return (low + high) // 2
-    ends = [n for n in (low, high) if n is not None and n in seen]
-    points = [(n, _use(seen[n], setting)) for n in ends]
-    if len(points) < 2:  # the largest, or the smallest, two there are
-        points = sorted(((n, _use(p, setting)) for n, p in seen.items()), reverse=not low)[-2:]
-    (x, y), (far, above) = points[-1], points[0]
-    slope = (above - y) / (far - x) if far != x else y / x
-    crossing = x + (1 - y) / slope if slope > 0 else 2 * x
-    half = max(1, int(PRECISION * crossing * 0.45))
-    if high is None:
-        return min(max(int(crossing) + half, low + 1), 4 * low)
-    upper = high - crossing > crossing - low
-    return min(max(int(crossing) + (half if upper else -half), low + 1), high - 1)
+def _crossing(setting: Setting, known: Mapping[int, Prediction]) -> float:
+    """Tokens at which straight lines through two predictions meet the first limit."""
+    (x, near), (far, there) = sorted(known.items())
+    host = setting.host_memory_bytes or setting.hardware.host_memory_bytes or math.inf
+    # Allocated bytes are a straight line; what the allocator reserves on top jumps, so it is scaled.
+    reserved = near.total_bytes - OUTSIDE_BYTES
+    slope = (there.allocated_bytes - near.allocated_bytes) * reserved / near.allocated_bytes
+    meets = x + (setting.hardware.memory_bytes - near.total_bytes) * (far - x) / max(slope, 1)
+    if there.host_bytes > near.host_bytes:
+        growth = there.host_bytes - near.host_bytes
+        meets = min(meets, x + (host - near.host_bytes) * (far - x) / growth)
+    return min(meets, _index_range_tokens(setting.train))
 
 
 def _use(prediction: Prediction, setting: Setting) -> float:
@@ -161,7 +185,8 @@ def _use(prediction: Prediction, setting: Setting) -> float:
     return max(prediction.total_bytes / setting.hardware.memory_bytes, prediction.host_bytes / host)
 
 
-def _trace(setting: Setting, config: TrainConfig, explain: bool) -> Trace:
+def _trace(setting: Setting, explain: bool) -> Trace:
+    config = setting.train
     offload = Offload(
         gradients=True,
         parameters=setting.offload_parameters,
@@ -170,14 +195,13 @@ def _trace(setting: Setting, config: TrainConfig, explain: bool) -> Trace:
     return stretched(config, offload=offload, kernel=setting.kernel, explain=explain)
 
 
-def _slope(setting: Setting, allocated: int) -> float:
-    """Bytes that one more token on every rank costs, over the next two per cent of the length."""
-    config = setting.train
-    ranks = config.world_size // _data_parallel(config)
-    more = max(config.seqlen // ranks // 50, 1)
-    longer = config.model_copy(update={"seqlen": config.seqlen + more * ranks})
-    trace = _trace(setting, longer, explain=False)
-    return (trace.phases[trace.peak].allocated_bytes - allocated) / more
+def _at(setting: Setting, seqlen: int) -> Setting:
+    return setting.model_copy(update={"train": setting.train.model_copy(update={"seqlen": seqlen})})
+
+
+def _sequence_parallel(config: TrainConfig) -> int:
+    """Ranks that share one sample."""
+    return config.world_size // _data_parallel(config)
 
 
 def _data_parallel(config: TrainConfig) -> int:
@@ -202,17 +226,16 @@ def _host_bytes(setting: Setting, trace: Trace) -> int:
     return ranks * (held + states)
 
 
-def _exceeds_index_range(config: TrainConfig) -> bool:
-    """Whether a kernel of the stack would index past 2^31: Liger before 0.6.1 did with [tokens, E].
+def _index_range_tokens(config: TrainConfig) -> float:
+    """The length from which on a kernel of the stack indexes past 2^31: Liger before 0.6.1 did with [tokens, E].
 
     Source: ArcticTraining asks for Liger >= 0.6.1 for its 64-bit indices; the 1-GPU recipe remarks that
     555,000 tokens end in an illegal access of a Triton kernel.
     """
     if config.method.name != "alst_recipe" or config.method.options.get("liger") is False:
-        return False
-    local = config.seqlen * _data_parallel(config) // config.world_size
-    hidden = field(published(config.model, config.overrides), "hidden_size")
-    return local * hidden >= INDEX_RANGE
+        return math.inf
+    hidden: int = field(published(config.model, config.overrides), "hidden_size")
+    return INDEX_RANGE * _sequence_parallel(config) / hidden
 
 
 def as_json(prediction: Prediction) -> dict[str, Any]:

@@ -20,7 +20,7 @@ def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def flash2_backward(query: Tensor, key: Tensor) -> int:
+def flash2_backward(query: Tensor, key: Tensor) -> dict[str, int]:
     """FlashAttention-2 backward; query [B, H, S, D], key [B, K, T, D].
 
     Source: `mha_bwd` in Dao-AILab/flash-attention v2.7.4, csrc/flash_attn/flash_api.cpp: `dq_accum`
@@ -29,15 +29,17 @@ def flash2_backward(query: Tensor, key: Tensor) -> int:
     """
     batch, heads, seqlen, dim = query.shape
     rows = _round_up(seqlen, 128)
-    accumulator = batch * heads * rows * _round_up(dim, 32) * FP32
-    softmax_d = batch * heads * rows * FP32
-    expanded = 0
+    tensors = {
+        "softmax_d": batch * heads * rows * FP32,
+        "dq_accum": batch * heads * rows * _round_up(dim, 32) * FP32,
+    }
     if key.shape[1] != heads:
-        expanded = 2 * batch * heads * key.shape[2] * dim * key.element_size()
-    return accumulator + softmax_d + expanded
+        expanded = batch * heads * key.shape[2] * dim * key.element_size()
+        tensors |= {"dk_expanded": expanded, "dv_expanded": expanded}
+    return tensors
 
 
-def flash3_backward(query: Tensor, key: Tensor) -> int:
+def flash3_backward(query: Tensor, key: Tensor) -> dict[str, int]:
     """FlashAttention-3 backward; query [B, H, S, D], key [B, K, T, D].
 
     Source: `mha_bwd` in Dao-AILab/flash-attention, hopper/flash_api.cpp: `dq_accum` fp32
@@ -46,29 +48,35 @@ def flash3_backward(query: Tensor, key: Tensor) -> int:
     """
     batch, heads, seqlen, dim = query.shape
     rows, columns, width = _round_up(seqlen, 128), _round_up(key.shape[2], 128), _round_up(dim, 32)
-    accumulator = batch * heads * rows * width * FP32
-    statistics = 2 * batch * heads * rows * FP32
-    gradients = 0
+    statistics = batch * heads * rows * FP32
+    tensors = {
+        "softmax_d": statistics,
+        "softmax_lse_log2": statistics,
+        "dq_accum": batch * heads * rows * width * FP32,
+    }
     if key.shape[1] != heads:
-        gradients = 2 * batch * key.shape[1] * columns * width * FP32
-    return accumulator + statistics + gradients
+        accumulator = batch * key.shape[1] * columns * width * FP32
+        tensors |= {"dk_accum": accumulator, "dv_accum": accumulator}
+    return tensors
 
 
-ATTENTION_BACKWARD: dict[str, Callable[[Tensor, Tensor], int]] = {
+ATTENTION_BACKWARD: dict[str, Callable[[Tensor, Tensor], dict[str, int]]] = {
     "flash_attention_2": flash2_backward,
     "flash_attention_3": flash3_backward,
 }
-"""Scratch of an attention backward by the kernel's name; PyTorch's own flash kernel is version 2."""
+"""Kernel -> its scratch, tensor by tensor in the order of allocation; PyTorch's own is version 2."""
 
 
-def cuda_scratch(kernel: str) -> Callable[[Any, tuple[Any, ...], Mapping[str, Any]], int]:
+def cuda_scratch(
+    kernel: str,
+) -> Callable[[Any, tuple[Any, ...], Mapping[str, Any]], dict[str, int]]:
     """The table, with core attention done by `kernel`, as `harness.tracker.Tracker` takes it."""
     backward = ATTENTION_BACKWARD[kernel]
 
-    def scratch(operator: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    def scratch(operator: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, int]:
         if operator._name == "aten::_scaled_dot_product_flash_attention_backward":
             _, query, key, *_ = args
             return backward(query, key)
-        return 0
+        return {}
 
     return scratch

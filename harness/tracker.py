@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-Scratch = Callable[[Any, tuple[Any, ...], Mapping[str, Any]], int]
-"""(operator overload, args, kwargs) -> bytes its kernel holds besides inputs and outputs."""
+Scratch = Callable[[Any, tuple[Any, ...], Mapping[str, Any]], Mapping[str, int]]
+"""(operator overload, args, kwargs) -> name -> bytes of what its kernel holds besides inputs and outputs."""
 
 START = "start"
 """The phase before the first call of `Tracker.phase`."""
@@ -133,6 +133,7 @@ class Tracker:
         self._dead: deque[weakref.ref[torch.UntypedStorage]] = deque()
         self._bytes = {False: 0, True: 0}
         self._pending_scratch = 0
+        self._scratch_numbers: list[int] = []
         self._phase = START
         self._peaks: dict[str, Peak] = {}
         self._host_peaks: dict[str, int] = {}
@@ -324,16 +325,27 @@ class Tracker:
             self._resize(self._live[death.key], 0)
             del self._live[death.key]
 
-    def _begin_scratch(self, nbytes: int, operator: str, location: str | None) -> None:
-        self._pending_scratch = self._round(nbytes)
-        if self._record and nbytes:
-            number = len(self.allocations)
-            self.allocations.append(
-                Allocation(
-                    self._pending_scratch, False, "scratch", self._phase, operator, (), "", location
+    def _begin_scratch(
+        self, tensors: Mapping[str, int], operator: str, location: str | None
+    ) -> None:
+        for name, nbytes in tensors.items():
+            rounded = self._round(nbytes)
+            self._pending_scratch += rounded
+            if self._record:
+                self._scratch_numbers.append(len(self.allocations))
+                self.events.append(Event(len(self.allocations), rounded, False, self._phase))
+                self.allocations.append(
+                    Allocation(
+                        rounded,
+                        False,
+                        "scratch",
+                        self._phase,
+                        f"{operator} ({name})",
+                        (),
+                        "",
+                        location,
+                    )
                 )
-            )
-            self.events.append(Event(number, self._pending_scratch, False, self._phase))
 
     def _settle(self) -> None:
         """Compare the state after the last operator with the peaks.
@@ -348,8 +360,9 @@ class Tracker:
             self._host_peaks[self._phase] = host
         if self._pending_scratch:
             self._pending_scratch = 0
-            if self._record:
-                self.events.append(Event(len(self.allocations) - 1, 0, False, self._phase))
+            for number in self._scratch_numbers:
+                self.events.append(Event(number, 0, False, self._phase))
+            self._scratch_numbers.clear()
 
     def _watched_resize(self) -> Callable[[Any, int], Any]:
         """`UntypedStorage.resize_`, which no dispatch mode sees, with the count kept."""
@@ -380,6 +393,9 @@ class Tracker:
         return here if node is None else self._lines.get(node._sequence_nr(), here)
 
 
+_DEVICE = torch.ops.prim.device.default
+
+
 class _Mode(TorchDispatchMode):
     """Shows every operator to a tracker."""
 
@@ -390,6 +406,8 @@ class _Mode(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if func is _DEVICE:  # more than half of all calls on fake tensors, and no kernel
+            return func(*args)
         if any(_is_wrapper(t) for t in types):
             return NotImplemented  # the wrapper unwraps itself and comes back with plain tensors
         return self._tracker._run(func, args, kwargs or {})

@@ -92,10 +92,13 @@ def predict(
     hush_transformers()
     from harness.forecast import setting
     from harness.predict import as_json as plain
-    from harness.predict import explained
+    from harness.predict import explained, longer, with_slope
+    from harness.predict import predict as bare
 
     with patience(f"simulating a step of {cell.label}"):
-        prediction, trace = explained(setting(cell), explain=explain)
+        of = setting(cell)
+        prediction, trace = explained(of, explain=explain)
+        prediction = with_slope(of, prediction, bare(longer(of), slope=False))
     alive = trace.live[trace.peak] if explain else []
     if as_json:
         answer = plain(prediction)
