@@ -44,9 +44,14 @@ BACKENDS["sdpa_of_4_51"] = _sdpa_of_4_51
 
 
 def use_fused_kernels(model: PreTrainedModel) -> None:
-    """Liger's norm, RoPE and logits+loss."""
-    for norm in hf.token_wise_modules(model)[1]:
-        norm.forward = partial(_FusedNorm.apply, norm.weight)
+    """Liger's norm, RoPE and logits+loss.
+
+    Liger replaces the norm's class before the model is built (`AutoLigerKernelForCausalLM`, which
+    ArcticTraining's `liger_factory.py` calls), so norms of queries and keys are fused, too.
+    """
+    for norm in model.modules():
+        if "RMSNorm" in type(norm).__name__:
+            norm.forward = partial(_FusedNorm.apply, norm.weight)
     for attention in hf.attention_modules(model):
         _fuse_rope(attention)
     _fuse_loss(model)
