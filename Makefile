@@ -1,8 +1,8 @@
-# `make` runs the whole CPU sweep, `make test` the tests; both set up .venv first if need be.
+# `make` runs every sweep, `make test` the tests; both set up .venv first if need be.
 SHELL := /bin/bash
 .DEFAULT_GOAL := sweep
 .DELETE_ON_ERROR:
-.PHONY: sweep paper install test lint clean
+.PHONY: sweep install test lint clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -14,10 +14,6 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 sweep: $(STAMP)  ## Run every cell that has no record yet, then tables, figures and report
 	snakemake --cores all
 	alst summary
-
-paper: $(STAMP)  ## The paper's tables and figures, simulated: about ten minutes on two cores
-	snakemake --cores all --config experiments=paper_ablation,paper_parts,paper_scaling
-	alst claims --stored
 
 install: $(STAMP)  ## Create .venv and install the project with everything it needs
 

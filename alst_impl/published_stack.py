@@ -66,7 +66,7 @@ def use_fused_mlp(model: PreTrainedModel) -> None:
 def use_tiled_mlp(model: PreTrainedModel) -> None:
     """DeepSpeed's TiledMLP with ceil(S / E) tiles."""
     for mlp in hf.token_wise_modules(model)[0]:
-        mlp.forward = partial(_tiled_mlp, mlp, mlp.forward, model.config.hidden_size)
+        mlp.forward = partial(tiled_mlp, mlp, mlp.forward, model.config.hidden_size)
 
 
 def checkpoint_layers(model: PreTrainedModel, placement: Placement, *, offload: bool) -> None:
@@ -217,7 +217,7 @@ def _tiles(x: Tensor, num_tiles: int) -> list[tuple[bool, Tensor]]:
     return [(True, tiles[0]), (True, tiles[1]), (False, between), (True, tiles[-1])]
 
 
-def _tiled_mlp(
+def tiled_mlp(
     mlp: nn.Module, fn: Callable[[Tensor], Tensor], hidden_size: int, x: Tensor
 ) -> Tensor:
     return _TiledMlp.apply(fn, -(-x.shape[1] // hidden_size), x, *mlp.parameters())  # type: ignore[no-any-return, no-untyped-call]

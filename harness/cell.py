@@ -105,6 +105,8 @@ class Claim(Frozen):
     """Quantity -> the column with its published value."""
     used_for_fit: list[Quantity] = []
     """Quantities that constants of the models were fitted on: no evidence."""
+    ruled_out: dict[Quantity, str] = {}
+    """Where ours misses: what was looked at, and what it is not."""
 
 
 class Sweep(Frozen):

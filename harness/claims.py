@@ -55,6 +55,13 @@ class Evidence(Frozen):
     quantity: Quantity = Field(exclude=True)
     limit: Limit | None = Field(exclude=True)
     """What stops the cell's sequence from being longer."""
+    ruled_out: str = Field(exclude=True)
+    """Where ours misses: what was looked at, and what it is not."""
+
+    @property
+    def missed(self) -> bool:
+        """Whether it is evidence and further off than `TOLERANCE`."""
+        return not self.used_for_fit and self.error is not None and abs(self.error) > TOLERANCE
 
 
 def judge(quantity: Quantity, published: float, ours: float | None) -> Verdict:
@@ -106,4 +113,5 @@ def _of_claim(key: str, claim: Claim, m: Measurement | None) -> Iterator[Evidenc
             key=key,
             quantity=quantity,
             limit=search.limit if search else None,
+            ruled_out=claim.ruled_out.get(quantity, ""),
         )

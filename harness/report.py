@@ -81,6 +81,8 @@ class Section:
     verdicts: Grid
     claims: Grid
     """Published numbers and ours."""
+    misses: Grid
+    """Claims that ours misses, and what was ruled out."""
     figures: list[tuple[str, str]]
     """Title and data URI."""
     simulated: bool
@@ -132,6 +134,19 @@ def claim_grid(found: Iterable[Evidence]) -> Grid:
             ]
         )
     return Grid(["claim", "published", "predicted", "error", "limit", "verdict", "source"], rows)
+
+
+def miss_grid(found: Iterable[Evidence]) -> Grid:
+    """Claims further off than the tolerance, and what was ruled out as the reason.
+
+    Predictions for our own method are no reproduction: there a miss is the result.
+    """
+    rows = [
+        [e.id, e.ruled_out or "nothing yet", percent_text(e.error)]
+        for e in found
+        if e.missed and e.error is not None and f"-{OURS}-" not in e.id
+    ]
+    return Grid(["claim", "what was looked at", "error"], rows)
 
 
 def _quantity(of: Evidence, value: float) -> str:
@@ -373,6 +388,7 @@ def section(results: Results, figures: Path) -> Section:
         summary=claim_summary(found) if simulated else summary(results),
         verdicts=Grid([], []) if simulated else verdict_grid(results),
         claims=claim_grid(found),
+        misses=miss_grid(found),
         figures=[
             (name.replace("_", " "), _data_uri(file)) for name, file in drawn if file.is_file()
         ],
@@ -475,6 +491,8 @@ def _claims_block(references: Sequence[Results]) -> str:
                 ["claim", "verdict", *rest.headings[1:4]],
                 [[row[0], row[5], *row[1:4]] for row in rest.rows],
             ).markdown(),
+            f"What was looked at where a prediction is more than {TOLERANCE:.0%} off:",
+            miss_grid(found).markdown(),
         ]
     )
 
