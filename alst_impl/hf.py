@@ -55,7 +55,7 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def token_wise_modules(model: PreTrainedModel) -> tuple[list[nn.Module], list[nn.Module]]:
-    """(MLPs, norms): what a decoder layer consists of beside attention, and the final norm.
+    """(MLPs, norms): what works on one token at a time, norms of queries and keys and the final one included.
 
     Raises `ValueError` for a layer without an MLP.
     """
@@ -73,7 +73,7 @@ def token_wise_modules(model: PreTrainedModel) -> tuple[list[nn.Module], list[nn
                 f"{type(layer).__name__} has no MLP beside its attention: nothing to tile"
             )
         mlps += of_layer
-        norms += [m for m in children if "Norm" in type(m).__name__]
+        norms += [m for m in layer.modules() if "Norm" in type(m).__name__]
     norms += [m for m in model.base_model.children() if "Norm" in type(m).__name__]
     return mlps, norms
 
@@ -160,18 +160,21 @@ def use_attention(model: PreTrainedModel, attention: UlyssesAttention) -> None:
 # -- tiling ---------------------------------------------------------------------------------------
 
 Tiles = Callable[[Tensor], int]
-"""Number of tiles for hidden states [B, S, E]."""
+"""Number of tiles for hidden states [B, S, ..., E]."""
 
 
 def tile_module(module: nn.Module, tiles: Tiles, evidence: Evidence) -> None:
-    """Make `module`'s forward run in tiles of the sequence. For modules that map [B, S, E] token-wise."""
+    """Make `module`'s forward run in tiles of the sequence. For modules that map [B, S, ..., E] token-wise.
+
+    Norms of queries and keys may see [B, H, S, D]: they work on every head alone, so tiles of heads do.
+    """
     stock = module.forward
 
     def forward(hidden_states: Tensor) -> Tensor:
-        if hidden_states.dim() != 3:
+        if hidden_states.dim() < 3:
             raise ValueError(
                 f"{type(module).__name__} is called on {hidden_states.dim()} axes, not on "
-                "[batch, sequence, hidden]: it cannot be tiled along the sequence"
+                "[batch, sequence, ..., hidden]: it cannot be tiled along the sequence"
             )
         count = min(tiles(hidden_states), hidden_states.shape[1])
         evidence.tiles += count

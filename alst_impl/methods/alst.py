@@ -75,7 +75,7 @@ class Alst(Method):
         tiles, evidence, vocab = self.tiles, placement.evidence, model.config.vocab_size
 
         def rows_of_hidden(x: Tensor) -> int:
-            return tiles or -(-x.shape[1] // x.shape[2])
+            return tiles or -(-x.shape[1] // x.shape[2:].numel())
 
         def rows_of_logits(x: Tensor) -> int:
             return tiles or -(-x.shape[0] * x.shape[1] * vocab * 4 // LOGITS_TILE_BYTES)

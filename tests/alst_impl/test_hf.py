@@ -145,9 +145,9 @@ def test_attention_that_sharding_would_change_is_refused(name: str) -> None:
     [
         ("tiny-llama", 2, 5),
         ("tiny-mistral", 2, 5),
-        ("tiny-qwen3", 2, 5),
-        ("tiny-qwen3-moe", 2, 5),
-        ("tiny-gemma3", 2, 9),  # four norms a layer
+        ("tiny-qwen3", 2, 9),
+        ("tiny-qwen3-moe", 2, 9),
+        ("tiny-gemma3", 2, 13),  # four norms a layer
     ],
 )
 def test_token_wise_modules_are_found_by_structure(
