@@ -73,7 +73,8 @@ def token_wise_modules(model: PreTrainedModel) -> tuple[list[nn.Module], list[nn
                 f"{type(layer).__name__} has no MLP beside its attention: nothing to tile"
             )
         mlps += of_layer
-        norms += [m for m in layer.modules() if "Norm" in type(m).__name__]
+        of_heads = [m for part in layer.children() if part in attention for m in part.children()]
+        norms += [m for m in children + of_heads if "Norm" in type(m).__name__]
     norms += [m for m in model.base_model.children() if "Norm" in type(m).__name__]
     return mlps, norms
 
