@@ -35,6 +35,13 @@ OUTSIDE_BYTES = int(
     * GIB
 )
 """On the device but not in PyTorch's allocator: context, communication buffers, other libraries."""
+OUTSIDE_TERMS = {
+    "DeepSpeed's gradient bucket (reduce_bucket_size 5e8, bf16; runtime/zero/stage3.py)": 10**9,
+    "DeepSpeed's prefetched parameters (stage3_prefetch_bucket_size 5e7, bf16)": 10**8,
+    "CUDA context (arXiv:2506.13996, section 2.1: about 1 GiB)": GIB,
+}
+"""Parts of `OUTSIDE_BYTES` that have a name: what ZeRO-3 holds beside what engine fsdp2 does, and the
+context. The rest (communicators, libraries, what the readings were off by) is not taken apart."""
 INDEX_RANGE = 2**31
 """Elements that a kernel with 32-bit indices can address."""
 STEP = 256

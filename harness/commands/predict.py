@@ -109,6 +109,7 @@ def predict(
     console = wide_console()
     _print_prediction(console, cell, prediction)
     if explain:
+        _print_overhead(console, prediction)
         _print_alive(console, trace.peak, alive)
 
 
@@ -246,6 +247,22 @@ def _print_prediction(console: Console, cell: Cell, p: Prediction) -> None:
         highlight=False,
     )
     console.print(f"step: {seconds_text(p.step_seconds_modelled)} (modelled)", highlight=False)
+
+
+def _print_overhead(console: Console, p: Prediction) -> None:
+    """What the overhead consists of, as far as it has names."""
+    from harness.predict import OUTSIDE_BYTES, OUTSIDE_TERMS
+
+    table = Table(title="overhead, modelled", title_justify="left", box=None, show_header=False)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column()
+    fragments = p.overhead_bytes - OUTSIDE_BYTES
+    table.add_row(bytes_text(fragments), "reserved but not allocated: rounding and fragmentation")
+    for name, nbytes in OUTSIDE_TERMS.items():
+        table.add_row(bytes_text(nbytes), name)
+    rest = OUTSIDE_BYTES - sum(OUTSIDE_TERMS.values())
+    table.add_row(bytes_text(rest), "not taken apart; with the three above fitted on NVML readings")
+    console.print(table)
 
 
 def _title(cell: Cell) -> str:
