@@ -55,16 +55,18 @@ class DataConfig(Frozen):
 
 
 class OptimizerConfig(Frozen):
-    """The AdamW every engine runs."""
+    """The update that every engine makes."""
 
+    name: Literal["adamw", "sgd"] = "adamw"
+    """AdamW, or plain stochastic gradient descent, whose update is the gradient times a number."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """Constant learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of the first and second moment."""
+    """Decay of the first and second moment, of AdamW."""
     eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the root of the second moment, of AdamW."""
     weight_decay: float = 0.0
-    """Decoupled weight decay."""
+    """Decoupled from the gradient under AdamW, added to it under SGD."""
     max_grad_norm: float | None = Field(default=None, gt=0)
     """Clip the global L2 norm of the gradient to this; `None` leaves gradients alone."""
 

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from harness.commands import claims, plan, predict, present, run, verify
+from harness.commands import claims, matrix, plan, predict, present, run, verify
 
 app = typer.Typer(
     name="alst",
@@ -20,6 +20,7 @@ app.command("run")(run.run)
 app.command("cell")(run.cell)
 app.command("cells")(run.cells)
 app.command("verify")(verify.verify)
+app.command("matrix")(matrix.matrix)
 app.command("predict")(predict.predict)
 app.command("search")(predict.search)
 app.command("plan")(plan.plan)

@@ -18,7 +18,9 @@ from alst_impl.engines.base import load_engine
 from alst_impl.methods.base import load_method
 from alst_impl.models import published
 from alst_impl.plugin import explain, names
+from harness import matrix as grid
 from harness.hardware import load_hardware
+from harness.matrix import Matrix, Row, merge
 
 World = Literal["cuda", "cpu", "sim"]
 Quantity = Literal["longest_tokens", "step_seconds", "device_bytes"]
@@ -62,6 +64,8 @@ class Cell(Frozen):
     0, gradients are compared and nothing is measured."""
     gate: bool = True
     """Compare every gradient of the first step with the stock model run whole in fp64."""
+    update: bool = False
+    """Compare the first step's change of every parameter with the stock optimizer's, too."""
     timed: bool = True
     """Whether step times are read; timed cells never run side by side."""
     timeout_s: int = Field(default=600, gt=0)
@@ -76,9 +80,20 @@ class Cell(Frozen):
         options = "".join(f"-{k}{v}" for k, v in sorted(t.method.options.items()))
         model = Path(t.model).parent.name if t.model.endswith(".json") else Path(t.model).name
         slug = f"{model}_{t.method.name}{options}_{t.engine.name}_w{t.world_size}_s{t.seqlen}_{self.world}"
-        text = self.model_dump_json(exclude=None if self.simulation else {"simulation"})
+        text = self.model_dump_json(exclude=self._silent())
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         return re.sub(r"[^A-Za-z0-9._-]", "", slug) + f"-{digest}"
+
+    def _silent(self) -> dict[str, Any]:
+        """Fields that say nothing here. The key leaves them out, so that it outlives their coming."""
+        silent: dict[str, Any] = {}
+        if self.simulation is None:
+            silent["simulation"] = True
+        if not self.update:
+            silent["update"] = True
+        if self.train.optimizer.name == "adamw":
+            silent["train"] = {"optimizer": {"name"}}
+        return silent
 
     @property
     def num_processes(self) -> int:
@@ -130,15 +145,51 @@ class Experiment(Frozen):
     """Where the question comes from."""
     base: dict[str, Any] = {}
     """Fields shared by all cells."""
-    sweeps: list[Sweep]
+    sweeps: list[Sweep] = []
     """Grids; a cell that two grids share is run once."""
+    matrix: Matrix | None = None
+    """Factors whose covering array lies beside the YAML, as CSV."""
+    rows: list[Row] = []
+    """That covering array; read from the CSV, never written in the YAML."""
     figures: list[str] = []
     """Files in `harness/figures/` drawn from this experiment's table."""
 
     def cells(self) -> dict[str, Cell]:
         """All cells by key, checked. Raises `ValueError` naming the value, the rule and the way out."""
-        cells = (make_cell(settings) for settings, _ in self._points())
+        cells = [make_cell(settings) for settings, _ in self._points()]
+        cells += [cell for _, cell in self.matrix_cells()]
         return {cell.key: cell for cell in cells}
+
+    def matrix_cells(self) -> list[tuple[Row, Cell]]:
+        """The rows of the matrix that run, with their cells. Raises `ValueError` as `cells` does."""
+        return [(row, self._matrix_cell(row)) for row in self.rows if row.refused is None]
+
+    def refusals(self) -> list[Row]:
+        """The rows of the matrix that are refused, with what is said of them now.
+
+        Raises `ValueError` for one that is not refused, or not for the reason that its rule gives.
+        """
+        assert self.matrix is not None
+        found = []
+        for levels in self.matrix.refusals():
+            row, rule = Row(levels=levels, refused=None), self.matrix.rule(levels)
+            assert rule is not None
+            try:
+                make_cell(merge(self.base, self.matrix.settings(levels)))
+            except ValueError as error:
+                row = Row(levels=levels, refused=str(error))
+            if rule.because not in (row.refused or ""):
+                said = row.refused or "it can run"
+                raise ValueError(f"refused {rule.when}, because '{rule.because}': {said}")
+            found.append(row)
+        return found
+
+    def _matrix_cell(self, row: Row) -> Cell:
+        assert self.matrix is not None
+        try:
+            return make_cell(merge(self.base, self.matrix.settings(row.levels)))
+        except ValueError as error:
+            raise ValueError(f"{row.label}: {error}") from None
 
     def claims(self) -> list[tuple[str, Claim]]:
         """(key of a cell, what it stands for) in the order of the file."""
@@ -221,6 +272,20 @@ def _check_simulation(cell: Cell) -> None:
 
 def load_experiment(path: Path) -> Experiment:
     """Read and check `path`. Raises `ValueError` naming file, key and value."""
+    experiment = read_experiment(path)
+    try:
+        if experiment.matrix:
+            rows = grid.read(path.with_suffix(".csv"), experiment.matrix)
+            experiment = experiment.model_copy(update={"rows": rows})
+        experiment.cells()
+        experiment.claims()
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    return experiment
+
+
+def read_experiment(path: Path) -> Experiment:
+    """What `path` says, without the rows of a matrix; its cells are not checked. Raises as above."""
     if not path.is_file():
         raise ValueError(f"{path}: no such experiment; see experiments/*.yaml")
     try:
@@ -230,14 +295,11 @@ def load_experiment(path: Path) -> Experiment:
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: must be a mapping with 'question', 'source' and 'sweeps'")
     try:
-        experiment = Experiment(name=path.stem, **raw)
-        experiment.cells()
-        experiment.claims()
+        return Experiment(name=path.stem, **raw)
     except ValidationError as error:
         raise ValueError(explain(error, str(path), sorted(Experiment.model_fields))) from None
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
-    return experiment
 
 
 def dump(cell: Cell) -> str:

@@ -9,7 +9,7 @@ import math
 
 from alst_impl.config import DType, Frozen, TrainConfig
 from alst_impl.methods.base import load_method
-from harness.record import Gate, ParameterGate, RankEvidence
+from harness.record import Gate, Measurement, ParameterGate, RankEvidence
 
 
 class Tolerance(Frozen):
@@ -28,6 +28,20 @@ TOLERANCES: dict[DType, Tolerance] = {
     # 8 bits of mantissa, accumulated over layers; a wrong factor or a lost tile is far outside.
     "bfloat16": Tolerance(ratio=5e-2, cosine=1e-2),
 }
+
+UPDATE_TOLERANCES: dict[DType, Tolerance] = {
+    **TOLERANCES,
+    # PyTorch's fp32 norm of half a million elements is off by 3.5e-5 on a CPU, and clipping divides by it.
+    "float32": Tolerance(ratio=1e-4, cosine=1e-6),
+}
+"""The same for the change of a parameter in one update."""
+
+ROUNDED: set[DType] = {"bfloat16"}
+"""Dtypes of which the stock model's own loss of accuracy is computed beside the truth."""
+
+ROUNDING_ROOM = 2.0
+"""Where the stock model itself exceeds the tolerance of a rounded dtype, ours may exceed it this many
+times as far: tiles and shards round in other places, not worse."""
 
 
 def excess(parameter: ParameterGate, tolerance: Tolerance) -> float:
@@ -79,13 +93,26 @@ def known_factor(ratio: float, train: TrainConfig) -> str | None:
 
 def explain_failure(gate: Gate, train: TrainConfig) -> str:
     """One line: the worst parameter, and what its ratio looks like."""
-    worst = gate.worst
+    worst, of = gate.worst, "gradient"
+    if gate.wrong_update:
+        worst, of = gate.wrong_update, "update"
     if worst.ratio is None or worst.cosine is None:
         if not math.isclose(gate.loss, gate.truth_loss, rel_tol=TOLERANCES[train.dtype].ratio):
             return f"loss {gate.loss!r} instead of {gate.truth_loss!r}"
-        return f"gradient of {worst.parameter} must be zero and is not, or is not finite"
+        return f"{of} of {worst.parameter} must be zero and is not, or is not finite"
     factor = known_factor(worst.ratio, train)
     hint = f", which is {factor}" if factor else ""
+    return f"{of} of {worst.parameter}: ratio {worst.ratio:.9g}{hint}, cosine {worst.cosine:.9g}"
+
+
+def judgement(measurement: Measurement) -> str:
+    """One line: why a record's comparison failed, or how close the worst parameter of a pass is."""
+    if measurement.readings is None or measurement.readings.gate is None or measurement.detail:
+        return f"{measurement.outcome}: {measurement.detail}"
+    worst = measurement.readings.gate.worst
+    if worst.ratio is None or worst.cosine is None:
+        return "passed: all gradients are zero, as they must be"
     return (
-        f"gradient of {worst.parameter}: ratio {worst.ratio:.9g}{hint}, cosine {worst.cosine:.9g}"
+        f"passed: worst {worst.parameter}, ratio - 1 {worst.ratio - 1:+.1e}, "
+        f"1 - cosine {1 - worst.cosine:.1e}"
     )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,21 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from alst_impl.config import TrainConfig
+from alst_impl.config import DType, Frozen, OptimizerConfig, TrainConfig
 from alst_impl.data import Corpus
 from alst_impl.methods.base import load_method
 from alst_impl.models import materialize, published
 from harness import truth
-from harness.gate import TOLERANCES, excess
+from harness.gate import (
+    ROUNDED,
+    ROUNDING_ROOM,
+    TOLERANCES,
+    UPDATE_TOLERANCES,
+    Tolerance,
+    excess,
+)
 from harness.processes import Rank
 from harness.record import Gate, ParameterGate
 
@@ -47,29 +57,72 @@ def first_step_samples(train: TrainConfig) -> dict[str, Tensor]:
     }
 
 
-def prepare_truth(rank: Rank, payload: dict[str, Any]) -> str:
-    """Path of the truth for `payload["train"]`, kept in the folder `payload["cache"]`.
+class Truth(Frozen):
+    """Files of gradients that a cell is held against."""
+
+    exact: str
+    """In fp64."""
+    rounded: str | None = None
+    """Of the same stock computation in the cell's dtype, where that alone loses much."""
+
+
+def prepare_truths(rank: Rank, payload: dict[str, Any]) -> list[dict[str, Any]]:
+    """A `Truth` for each of `payload["trains"]`, kept in the folder `payload["cache"]`.
 
     Truths are addressed by content: weights, samples, configuration, the script and the libraries
-    that compute them. Those who want the same one wait for the first.
+    that compute them. Those who want the same one wait for the first. All that are missing are
+    computed by one process.
     """
-    train = TrainConfig(**payload["train"])
-    rank.progress("building the model for the truth")
-    model = materialize(train).float()  # exact: weights are drawn in fp32 and rounded to the dtype
-    samples = first_step_samples(train)
-    key = _content_hash(published(train.model, train.overrides), model.state_dict(), samples)
     cache = Path(payload["cache"])
     cache.mkdir(parents=True, exist_ok=True)
-    path = cache / f"{key}.safetensors"
-    with (cache / f"{key}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():
+    jobs: dict[str, _Job] = {}
+    truths = []
+    for raw in payload["trains"]:
+        rank.progress("building the model for the truth")
+        truths.append(_wanted(TrainConfig(**raw), cache, jobs))
+    with contextlib.ExitStack() as stack:
+        for key in sorted(jobs):  # in one order everywhere: nobody waits in a circle
+            lock = stack.enter_context((cache / f"{key}.lock").open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        missing = [job for job in jobs.values() if not job.output.exists()]
+        if missing:
             rank.progress("computing the truth: stock model, whole, fp64")
-            folder = rank.scratch / "model"
-            model.save_pretrained(folder)
-            save_file(samples, rank.scratch / "samples.safetensors")
-            _run_truth(folder, rank.scratch / "samples.safetensors", path)
-    return str(path)
+            _run_truth([job.saved(rank.scratch / str(i)) for i, job in enumerate(missing)])
+    return [truth.model_dump() for truth in truths]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One run of the stock model."""
+
+    model: PreTrainedModel
+    samples: dict[str, Tensor]
+    output: Path
+    dtype: DType
+
+    def saved(self, folder: Path) -> list[str]:
+        """Arguments of `truth.py`, whose input is written to `folder`."""
+        self.model.save_pretrained(folder)
+        save_file(self.samples, folder / "samples.safetensors")
+        return [str(folder), str(folder / "samples.safetensors"), str(self.output), self.dtype]
+
+
+def _wanted(train: TrainConfig, cache: Path, jobs: dict[str, _Job]) -> Truth:
+    """What `train` is held against; the runs that make it, if they are not done yet, go to `jobs`."""
+    model = materialize(train).float()  # exact: weights are drawn in fp32 and rounded to the dtype
+    samples = first_step_samples(train)
+    content = _content_hash(published(train.model, train.overrides), model.state_dict(), samples)
+
+    def file(dtype: DType) -> str:
+        key = content if dtype == "float64" else f"{content}-{dtype}"
+        output = cache / f"{key}.safetensors"
+        if not output.exists():
+            jobs[key] = _Job(model, samples, output, dtype)
+        return str(output)
+
+    return Truth(
+        exact=file("float64"), rounded=file(train.dtype) if train.dtype in ROUNDED else None
+    )
 
 
 def _content_hash(
@@ -85,11 +138,12 @@ def _content_hash(
     return digest.hexdigest()[:24]
 
 
-def _run_truth(folder: Path, samples: Path, output: Path) -> None:
+def _run_truth(jobs: list[list[str]]) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    arguments = [argument for job in jobs for argument in job]
     done = subprocess.run(
-        [sys.executable, str(TRUTH), str(folder), str(samples), str(output)],
-        cwd=folder,
+        [sys.executable, str(TRUTH), *arguments],
+        cwd=jobs[0][0],  # not ours: nothing of our code is on its path
         env=environment,
         capture_output=True,
         text=True,
@@ -102,28 +156,104 @@ def _run_truth(folder: Path, samples: Path, output: Path) -> None:
         )
 
 
-def compare(ours: dict[str, Tensor], loss: float, truth_file: str, train: TrainConfig) -> Gate:
+def compare(ours: dict[str, Tensor], loss: float, truth: Truth, train: TrainConfig) -> Gate:
     """Every parameter's gradient against the truth, in fp64. A gradient we lack counts as zero."""
-    expected = load_file(truth_file)
+    expected = load_file(truth.exact)
     truth_loss = float(expected.pop("loss"))
-    unknown = sorted(ours.keys() - expected.keys())
-    if unknown:
-        raise RuntimeError(f"gradients of parameters that the stock model does not have: {unknown}")
-    tolerance = TOLERANCES[train.dtype]
-    compared = [_compare_one(name, ours.get(name), expected[name]) for name in expected]
+    compared = _compared(ours, expected)
+    limits = _limits(expected, truth.rounded, train)
+    used = [_used(*one, limits, TOLERANCES[train.dtype]) for one in compared]
+    worst = max(range(len(used)), key=used.__getitem__)
     parameters = [parameter for parameter, _ in compared]
-    excesses = [
-        excess(parameter, tolerance) if usable else float("inf") for parameter, usable in compared
-    ]
-    worst = max(range(len(parameters)), key=excesses.__getitem__)
-    loss_close = abs(loss - truth_loss) <= tolerance.ratio * abs(truth_loss)
+    loss_close = abs(loss - truth_loss) <= TOLERANCES[train.dtype].ratio * abs(truth_loss)
     return Gate(
-        passed=excesses[worst] <= 1 and loss_close,
+        passed=used[worst] <= 1 and loss_close,
         loss=loss,
         truth_loss=truth_loss,
         worst=parameters[worst],
         parameters=parameters,
     )
+
+
+def compare_update(
+    gate: Gate,
+    before: dict[str, Tensor],
+    after: dict[str, Tensor],
+    truth: Truth,
+    train: TrainConfig,
+) -> Gate:
+    """`gate` with the change of every parameter beside PyTorch's own optimizer on the true gradients."""
+    gradients = load_file(truth.exact)
+    del gradients["loss"]
+    expected = stock_change(before, gradients, train.optimizer)
+    change = {name: after[name].double() - before[name].double() for name in after}
+    limits = _limits(gradients, truth.rounded, train)
+    compared = _compared(change, expected)
+    used = [_used(*one, limits, UPDATE_TOLERANCES[train.dtype]) for one in compared]
+    worst = max(range(len(used)), key=used.__getitem__)
+    updates = [parameter for parameter, _ in compared]
+    found: dict[str, Any] = {"updates": updates}
+    if gate.passed and used[worst] > 1:
+        found |= {"passed": False, "wrong_update": updates[worst]}
+    return gate.model_copy(update=found)
+
+
+def stock_change(
+    weights: dict[str, Tensor], gradients: dict[str, Tensor], o: OptimizerConfig
+) -> dict[str, Tensor]:
+    """What clipping and one step of PyTorch's optimizer do to `weights`.
+
+    Computed in fp64; the weights that come out are rounded to the dtype of those that went in.
+    """
+    parameters = {name: torch.nn.Parameter(weights[name].double().clone()) for name in gradients}
+    for name, parameter in parameters.items():
+        parameter.grad = gradients[name].clone()
+    if o.max_grad_norm is not None:
+        torch.nn.utils.clip_grad_norm_(parameters.values(), o.max_grad_norm)
+    optimizer: torch.optim.Optimizer
+    if o.name == "sgd":
+        optimizer = torch.optim.SGD(
+            parameters.values(), lr=o.learning_rate, weight_decay=o.weight_decay
+        )
+    else:
+        optimizer = torch.optim.AdamW(
+            parameters.values(), o.learning_rate, o.betas, o.eps, o.weight_decay
+        )
+    optimizer.step()
+    return {
+        name: p.detach().to(weights[name].dtype).double() - weights[name].double()
+        for name, p in parameters.items()
+    }
+
+
+def _compared(
+    ours: dict[str, Tensor], expected: dict[str, Tensor]
+) -> list[tuple[ParameterGate, bool]]:
+    unknown = sorted(ours.keys() - expected.keys())
+    if unknown:
+        raise RuntimeError(f"gradients of parameters that the stock model does not have: {unknown}")
+    return [_compare_one(name, ours.get(name), expected[name]) for name in expected]
+
+
+def _limits(
+    expected: dict[str, Tensor], rounded: str | None, train: TrainConfig
+) -> dict[str, float]:
+    """Times that each parameter may use up the dtype's tolerance: more where the dtype alone does."""
+    if rounded is None:
+        return {}
+    stock = load_file(rounded)
+    del stock["loss"]
+    alone = _compared(stock, expected)
+    tolerance = TOLERANCES[train.dtype]
+    return {p.parameter: max(1.0, ROUNDING_ROOM * excess(p, tolerance)) for p, _ in alone}
+
+
+def _used(
+    parameter: ParameterGate, usable: bool, limits: dict[str, float], tolerance: Tolerance
+) -> float:
+    """Part of what is allowed that the worse of both bounds uses up; above 1 fails."""
+    limit = limits.get(parameter.parameter, 1.0)
+    return excess(parameter, tolerance) / limit if usable else float("inf")
 
 
 def _compare_one(name: str, ours: Tensor | None, truth: Tensor) -> tuple[ParameterGate, bool]:

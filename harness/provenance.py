@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from harness.record import Provenance
+from harness.sources import judging_fingerprint
 
 LIBRARIES = ("torch", "transformers", "deepspeed", "flash-attn", "numpy")
 ROOT = Path(__file__).parents[1]
@@ -28,6 +29,7 @@ def provenance(wall_s: float) -> Provenance:
         versions=_versions(),
         utc=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         wall_s=wall_s,
+        code=judging_fingerprint(),
     )
 
 

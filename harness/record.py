@@ -56,6 +56,11 @@ class Gate(Frozen):
     """The parameter furthest beyond either bound."""
     parameters: list[ParameterGate]
     """All of them."""
+    updates: list[ParameterGate] = []
+    """The change of every parameter in that step beside PyTorch's own optimizer on the true gradients;
+    empty where it was not compared."""
+    wrong_update: ParameterGate | None = None
+    """The one of them furthest beyond either bound, where gradients are right and it is not."""
 
 
 class RankEvidence(Frozen):
@@ -118,6 +123,8 @@ class Provenance(Frozen):
     """When the run ended, ISO 8601."""
     wall_s: float
     """Wall time of the whole cell."""
+    code: str | None = None
+    """Fingerprint of the code that trained and compared."""
 
 
 class Measurement(Frozen):

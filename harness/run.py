@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from harness.prediction import Simulated
 from harness.processes import Ending
 from harness.provenance import provenance
 from harness.record import Measurement, Outcome, Readings, read, write
-from harness.sources import fingerprint
+from harness.sources import fingerprint, judging_fingerprint
 
 RETRIED = {Outcome.KILLED}
 """Outcomes that say nothing about the cell: the next run measures it again."""
@@ -27,12 +28,24 @@ HOST_OOM = ("can't allocate memory", "cannot allocate memory", "std::bad_alloc")
 COMM_TIMEOUT = ("timed out waiting", "timeout waiting", "wait timeout", "timed out after")
 
 
-def measure(cell: Cell, cache: Path, listener: Listener = client._ignore) -> Measurement:
-    """Run `cell`, with truths kept in the folder `cache`. Never raises for what a cell does."""
+TRUTHS_AT_ONCE = 16
+"""Truths that one process computes: it pays for its imports once."""
+
+
+def measure(
+    cell: Cell,
+    cache: Path,
+    listener: Listener = client._ignore,
+    truth: dict[str, Any] | None = None,
+) -> Measurement:
+    """Run `cell`, with truths kept in the folder `cache`. Never raises for what a cell does.
+
+    `truth` is what `truths` gave for it; without it, it is prepared here.
+    """
     begin = time.monotonic()
     if cell.world == "sim":
         return _simulate(cell, listener, begin)
-    ending, results = _execute(cell, cache, listener)
+    ending, results = _execute(cell, cache, listener, truth)
     readings = _readings(results) if ending.how == "finished" else None
     outcome, detail = classify(ending)
     if readings is not None and readings.gate is not None:
@@ -52,18 +65,31 @@ def measure_to(
     path: Path, cell: Cell, cache: Path, force: bool, listener: Listener = client._ignore
 ) -> tuple[Measurement, bool]:
     """The record at `path`, and whether it was measured now because there was no final one."""
-    if path.exists() and not force:
-        existing = read(path)
-        if existing.outcome not in RETRIED and existing.cell == cell and not stale(existing):
-            return existing, False
+    existing = None if force else final(path, cell)
+    if existing is not None:
+        return existing, False
     measurement = measure(cell, cache, listener)
     write(path, measurement)
     return measurement, True
 
 
+def final(path: Path, cell: Cell) -> Measurement | None:
+    """The record of `cell` at `path`, if there is one and nothing asks for another."""
+    if not path.exists():
+        return None
+    existing = read(path)
+    again = existing.outcome in RETRIED or existing.cell != cell or stale(existing)
+    return None if again else existing
+
+
 def stale(measurement: Measurement) -> bool:
-    """Whether a simulated record is of other code than there is now; measured ones stay as they are."""
-    return measurement.simulated is not None and measurement.simulated.code != fingerprint()
+    """Whether a record is of other code than there is now: a simulation, or a comparison and no more.
+
+    What was measured stays as it is.
+    """
+    if measurement.simulated is not None:
+        return measurement.simulated.code != fingerprint()
+    return measurement.cell.steps == 0 and measurement.provenance.code != judging_fingerprint()
 
 
 def _simulate(cell: Cell, listener: Listener, begin: float) -> Measurement:
@@ -81,17 +107,33 @@ def _simulate(cell: Cell, listener: Listener, begin: float) -> Measurement:
     )
 
 
-def _execute(cell: Cell, cache: Path, listener: Listener) -> tuple[Ending, list[dict[str, Any]]]:
+def truths(
+    cells: Sequence[Cell], cache: Path, listener: Listener = client._ignore
+) -> Iterator[list[dict[str, Any] | None]]:
+    """What each of `cells` is held against, in order, some at a time; None where it failed."""
+    for first in range(0, len(cells), TRUTHS_AT_ONCE):
+        some = cells[first : first + TRUTHS_AT_ONCE]
+        ending = _prepare(some, cache, listener)
+        yield ending.results[0] if ending.how == "finished" else [None] * len(some)
+
+
+def _prepare(cells: Sequence[Cell], cache: Path, listener: Listener) -> Ending:
+    trains = [cell.train.model_dump(mode="json") for cell in cells]
+    wanted = {"trains": trains, "cache": str(cache.resolve())}
+    timeout_s = max(cell.timeout_s for cell in cells)
+    return client.submit("harness.gradients:prepare_truths", wanted, 1, timeout_s, listener)
+
+
+def _execute(
+    cell: Cell, cache: Path, listener: Listener, truth: dict[str, Any] | None
+) -> tuple[Ending, list[dict[str, Any]]]:
     """The truth, if the cell wants one, then the cell."""
-    payload: dict[str, Any] = {"cell": cell.model_dump(mode="json"), "truth": None}
-    if cell.gate:
-        wanted = {"train": cell.train.model_dump(mode="json"), "cache": str(cache.resolve())}
-        ending = client.submit(
-            "harness.gradients:prepare_truth", wanted, 1, cell.timeout_s, listener
-        )
+    payload: dict[str, Any] = {"cell": cell.model_dump(mode="json"), "truth": truth}
+    if cell.gate and truth is None:
+        ending = _prepare([cell], cache, listener)
         if ending.how != "finished":
             return ending, []
-        (payload["truth"],) = ending.results
+        ((payload["truth"],),) = ending.results
     ending = client.submit(
         "harness.worlds.base:execute", payload, cell.num_processes, cell.timeout_s, listener
     )

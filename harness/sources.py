@@ -1,4 +1,4 @@
-"""Which files decide a simulated number, and whether they are still the same. Imports no torch."""
+"""Which files decide a simulated number or a verdict, and whether they are the same. Imports no torch."""
 
 from __future__ import annotations
 
@@ -24,19 +24,36 @@ HARNESS = (
 )
 """Modules of the harness; of the implementation, every file counts."""
 
+JUDGES = ("gate", "gradients", "truth", "worlds/base", "worlds/cpu")
+"""Modules of the harness that run and judge gradients; of the implementation, every file counts."""
+
 
 def code_files() -> list[Path]:
-    """The files, sorted."""
+    """The files that decide a simulated number, sorted."""
+    return _files(HARNESS)
+
+
+def _files(modules: tuple[str, ...]) -> list[Path]:
     implementation, harness = SOURCES
     files = [*implementation.rglob("*.py"), *implementation.rglob("*.json")]
-    return sorted([*files, *(harness / f"{name}.py" for name in HARNESS)])
+    return sorted([*files, *(harness / f"{name}.py" for name in modules)])
 
 
 @cache
 def fingerprint() -> str:
     """Equal for code and libraries that simulate the same."""
+    return _hash(code_files())
+
+
+@cache
+def judging_fingerprint() -> str:
+    """Equal for code and libraries that train and judge gradients the same."""
+    return _hash(_files(JUDGES))
+
+
+def _hash(files: list[Path]) -> str:
     libraries = f"torch {version('torch')}, transformers {version('transformers')}"
     digest = hashlib.sha256(libraries.encode())
-    for path in code_files():
+    for path in files:
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]

@@ -1,7 +1,8 @@
 """The truth: gradients of a stock transformers model, run whole, in one process, in fp64.
 
-    python truth.py MODEL_FOLDER SAMPLES.safetensors GRADIENTS.safetensors
+    python truth.py (MODEL_FOLDER SAMPLES.safetensors GRADIENTS.safetensors DTYPE)...
 
+DTYPE is `float64` for the truth; in another one the same program tells what that dtype alone loses.
 Stands alone on purpose: whatever it shared with the code it judges could be wrong in both. The
 folder was written by `save_pretrained`. Samples hold `input_ids`, `labels` (not shifted, -100 is
 ignored) and `position_ids`, int64 [N, S], of every micro-batch of one optimizer step on all ranks.
@@ -19,11 +20,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 
-def gradients(folder: str, samples: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """fp64 gradients by parameter name, and `loss`."""
+def gradients(
+    folder: str, samples: dict[str, torch.Tensor], dtype: torch.dtype = torch.float64
+) -> dict[str, torch.Tensor]:
+    """Gradients in `dtype` by parameter name, and `loss` in fp64."""
     model = AutoModelForCausalLM.from_pretrained(
         folder,
-        dtype=torch.float64,
+        dtype=dtype,
         attn_implementation="sdpa",
         experts_implementation="eager",  # grouped matrix products know no fp64
         local_files_only=True,
@@ -38,9 +41,11 @@ def gradients(folder: str, samples: dict[str, torch.Tensor]) -> dict[str, torch.
         logits = model(
             input_ids=ids[None], position_ids=positions[None], attention_mask=None, use_cache=False
         ).logits
-        assert logits.dtype == torch.float64
+        assert logits.dtype == dtype
+        # Transformers forms a loss in fp32 at least.
+        wide = logits[0, :-1].to(torch.promote_types(dtype, torch.float32))
         losses = torch.nn.functional.cross_entropy(
-            logits[0, :-1], labels[1:], ignore_index=-100, reduction="sum"
+            wide, labels[1:], ignore_index=-100, reduction="sum"
         )
         loss = losses / count
         loss.backward()
@@ -52,13 +57,14 @@ def gradients(folder: str, samples: dict[str, torch.Tensor]) -> dict[str, torch.
     return {**found, "loss": total}
 
 
-def main(folder: str, samples: str, output: str) -> None:
+def main(folder: str, samples: str, output: str, dtype: str) -> None:
     """Compute, and write `output` in one piece."""
-    found = gradients(folder, load_file(samples))
+    found = gradients(folder, load_file(samples), getattr(torch, dtype))
     partial = f"{output}.{os.getpid()}"
     save_file({name: tensor.contiguous() for name, tensor in found.items()}, partial)
     os.replace(partial, output)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    for first in range(1, len(sys.argv), 4):
+        main(*sys.argv[first : first + 4])

@@ -94,11 +94,15 @@ class Engine(Frozen):
         raise AssertionError("every engine defines start")
 
 
-def adamw(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+def optimizer_of(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
     """The optimizer of every engine; `foreach` off, so that each parameter's update is freed at once."""
     import torch
 
     o = config.optimizer
+    if o.name == "sgd":
+        return torch.optim.SGD(
+            parameters, lr=o.learning_rate, weight_decay=o.weight_decay, foreach=False
+        )
     return torch.optim.AdamW(
         parameters,
         lr=o.learning_rate,

@@ -6,7 +6,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, cast
 
 from alst_impl.config import TrainConfig
-from alst_impl.engines.base import Engine, Runtime, adamw
+from alst_impl.engines.base import Engine, Runtime, optimizer_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -25,7 +25,7 @@ class FSDP2Runtime(Runtime):
     def __init__(self, model: PreTrainedModel, config: TrainConfig, placement: Placement) -> None:
         self.module = model
         self.placement = placement
-        self._optimizer = adamw([p for p in model.parameters() if p.requires_grad], config)
+        self._optimizer = optimizer_of([p for p in model.parameters() if p.requires_grad], config)
         self._max_norm = config.optimizer.max_grad_norm
         self._left = 0
 

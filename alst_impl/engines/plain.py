@@ -6,7 +6,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from alst_impl.config import TrainConfig
-from alst_impl.engines.base import Engine, Runtime, adamw
+from alst_impl.engines.base import Engine, Runtime, optimizer_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +24,7 @@ class PlainRuntime(Runtime):
         self.module = model
         self.placement = placement
         self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._optimizer = adamw(self._parameters, config)
+        self._optimizer = optimizer_of(self._parameters, config)
         self._max_norm = config.optimizer.max_grad_norm
         self._left = 0
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from alst_impl.config import TrainConfig
-from alst_impl.engines.base import Engine, Runtime, adamw
+from alst_impl.engines.base import Engine, Runtime, optimizer_of
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +67,7 @@ class ZeroRuntime(Runtime):
 
 
 class Zero(Engine):
-    """DeepSpeed, with the project's AdamW so that no optimizer is compiled on first use."""
+    """DeepSpeed, with PyTorch's optimizers so that none is compiled on first use."""
 
     stage: Literal[1, 2, 3] = 3
     """What is sharded: optimizer states (1), gradients too (2), parameters too (3)."""
@@ -113,7 +113,7 @@ class Zero(Engine):
             self._shard(model, initializer, settings, placement)
         else:
             initializer.fill(model, model, placement.device)
-        optimizer = adamw([p for p in model.parameters() if p.requires_grad], config)
+        optimizer = optimizer_of([p for p in model.parameters() if p.requires_grad], config)
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, mpu=mpu, dist_init_required=False
         )

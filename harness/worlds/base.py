@@ -22,7 +22,7 @@ from alst_impl.methods.base import Method
 from alst_impl.placement import Evidence, Placement
 from alst_impl.step import StepResult, accumulate_gradients, micro_batches, start, train_step
 from harness.cell import Cell
-from harness.gradients import compare, corpus_of
+from harness.gradients import Truth, compare, compare_update, corpus_of
 from harness.processes import Rank
 from harness.record import Gate, RankEvidence, RankMemory
 
@@ -82,19 +82,20 @@ def load_world(name: str) -> World:
 
 
 def execute(rank: Rank, payload: dict[str, Any]) -> dict[str, Any]:
-    """Run `payload["cell"]` on this rank; `payload["truth"]` is the truth's path. Collective."""
+    """Run `payload["cell"]` on this rank; `payload["truth"]` what it is held against. Collective."""
     cell = Cell(**payload["cell"])
     world = load_world(cell.world)
     rank.progress("joining the group")
     with world.group(rank, cell) as mesh:
-        return _Run(rank, cell, world, mesh, payload["truth"]).readings().model_dump(mode="json")
+        truth = None if payload["truth"] is None else Truth(**payload["truth"])
+        return _Run(rank, cell, world, mesh, truth).readings().model_dump(mode="json")
 
 
 class _Run:
     """The steps of one cell: gradients, warm-up, timed steps, one tracked step."""
 
     def __init__(
-        self, rank: Rank, cell: Cell, world: World, mesh: DeviceMesh, truth: str | None
+        self, rank: Rank, cell: Cell, world: World, mesh: DeviceMesh, truth: Truth | None
     ) -> None:
         self.rank, self.cell, self.world, self.mesh, self.truth = rank, cell, world, mesh, truth
         rank.progress("building the model")
@@ -154,8 +155,19 @@ class _Run:
             assert self.truth is not None
             gate = compare(gradients, float(loss), self.truth, self.cell.train)
         del gradients
+        before = self._parameters()
         self._note(StepResult(loss=loss, grad_norm=self.runtime.update()))
+        after = self._parameters()
+        if gate is not None and self.cell.update:
+            assert self.truth is not None
+            gate = compare_update(gate, before, after, self.truth, self.cell.train)
         return gate
+
+    def _parameters(self) -> dict[str, Tensor]:
+        """Copies of all parameters, where the cell compares their change. Collective."""
+        if not self.cell.update:
+            return {}
+        return {name: p.clone() for name, p in self.runtime.state_dict().items()}
 
     def _timed(self, doing: str) -> float:
         batches = self._batches(doing)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from alst_impl.config import TrainConfig
 from harness.gate import broken_promises, explain_failure, known_factor
-from harness.gradients import compare
+from harness.gradients import Truth, compare
 from harness.record import RankEvidence
 
 TRAIN = TrainConfig(
@@ -37,7 +37,7 @@ def ours(scale: float = 1.0) -> dict[str, Tensor]:
 
 def test_equal_gradients_pass(truth: Path) -> None:
     """The truth itself passes, and a zero gradient has neither ratio nor cosine."""
-    gate = compare(ours(), 2.0, str(truth), TRAIN)
+    gate = compare(ours(), 2.0, Truth(exact=str(truth)), TRAIN)
     assert gate.passed
     assert [p.ratio for p in gate.parameters] == [1.0, None]
 
@@ -45,20 +45,20 @@ def test_equal_gradients_pass(truth: Path) -> None:
 @pytest.mark.parametrize("scale", [1 + 2e-5, 1 - 2e-5, -1.0, 4.0])
 def test_wrong_scale_fails(truth: Path, scale: float) -> None:
     """A factor beyond the tolerance fails, and so does a wrong sign, which has the right norm."""
-    assert not compare(ours(scale), 2.0, str(truth), TRAIN).passed
+    assert not compare(ours(scale), 2.0, Truth(exact=str(truth)), TRAIN).passed
 
 
 def test_wrong_direction_fails(truth: Path) -> None:
     """A gradient of the right norm in another direction fails."""
     turned = {**ours(), "a": torch.arange(6.0).roll(1)}
-    gate = compare(turned, 2.0, str(truth), TRAIN)
+    gate = compare(turned, 2.0, Truth(exact=str(truth)), TRAIN)
     assert not gate.passed
     assert gate.worst.parameter == "a"
 
 
 def test_nonzero_where_the_truth_is_zero_fails(truth: Path) -> None:
     """Any gradient at all is wrong where there must be none."""
-    gate = compare({**ours(), "zero": torch.full((3,), 1e-30)}, 2.0, str(truth), TRAIN)
+    gate = compare({**ours(), "zero": torch.full((3,), 1e-30)}, 2.0, Truth(exact=str(truth)), TRAIN)
     assert not gate.passed
     assert gate.worst.parameter == "zero"
     assert "must be zero" in explain_failure(gate, TRAIN)
@@ -67,20 +67,20 @@ def test_nonzero_where_the_truth_is_zero_fails(truth: Path) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_not_finite_fails(truth: Path, value: float) -> None:
     """NaN does not slip through comparisons, whatever they compare."""
-    gate = compare({**ours(), "a": torch.full((6,), value)}, 2.0, str(truth), TRAIN)
+    gate = compare({**ours(), "a": torch.full((6,), value)}, 2.0, Truth(exact=str(truth)), TRAIN)
     assert not gate.passed
 
 
 def test_missing_gradient_counts_as_zero(truth: Path) -> None:
     """A parameter that got no gradient fails where the truth has one."""
-    gate = compare({"zero": torch.zeros(3)}, 2.0, str(truth), TRAIN)
+    gate = compare({"zero": torch.zeros(3)}, 2.0, Truth(exact=str(truth)), TRAIN)
     assert not gate.passed
     assert gate.worst.ratio == 0.0
 
 
 def test_wrong_loss_fails(truth: Path) -> None:
     """Right gradients of a wrong loss are not a pass."""
-    assert not compare(ours(), 2.1, str(truth), TRAIN).passed
+    assert not compare(ours(), 2.1, Truth(exact=str(truth)), TRAIN).passed
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,171 @@
+"""`alst matrix`: every cell of a correctness matrix, with what is refused and why."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from harness import matrix as grid
+from harness import paths, record
+from harness.cell import Cell, Experiment, load_experiment, read_experiment
+from harness.commands.run import DEFAULT_RESULTS, record_path, truth_cache
+from harness.gate import judgement
+from harness.matrix import Matrix, Row
+from harness.record import Measurement, Outcome
+from harness.run import final, measure, truths
+
+Work = tuple[Row, Cell]
+CORRECTNESS = paths.experiment("correctness")
+
+
+def matrix(
+    experiment: Annotated[Path, typer.Argument(help="An experiment with a matrix.")] = CORRECTNESS,
+    part: Annotated[
+        str,
+        typer.Option(
+            metavar="I/N", help="Every Nth cell, from the Ith; 'covering': what tests run."
+        ),
+    ] = "1/1",
+    jobs: Annotated[
+        int, typer.Option(min=1, show_default="one per core", help="Cells side by side.")
+    ] = len(os.sched_getaffinity(0)),
+    force: Annotated[bool, typer.Option("--force", help="Run again what has a record.")] = False,
+    write: Annotated[
+        bool, typer.Option("--write", help="Only write the rows anew, from the experiment.")
+    ] = False,
+    results: Annotated[
+        Path, typer.Option("--results", help="Folder of records and caches.")
+    ] = DEFAULT_RESULTS,
+) -> int:
+    """Compare every gradient and the first update of each cell with the stock model's.
+
+    Records are kept: an interrupted run goes on where it was, and code that has changed is run again.
+    Exit code 0: every cell passed, and what is refused is refused; 1: one did not; 2: cannot be run.
+
+    Example: alst matrix --part 1/4
+    """
+    if write:
+        return _write(experiment)
+    loaded = load_experiment(experiment)
+    if loaded.matrix is None:
+        raise ValueError(f"{experiment} has no matrix; use 'alst run {experiment}'")
+    begin = time.monotonic()
+    refused = loaded.refusals()
+    console = Console()
+    done = list(run(console, loaded, chosen(loaded, part), jobs, force, results))
+    _report(console, done, refused, time.monotonic() - begin)
+    return 0 if all(m.outcome is Outcome.OK for _, m in done) else 1
+
+
+def _write(experiment: Path) -> int:
+    """Make the rows and write them beside the experiment."""
+    loaded = read_experiment(experiment)
+    if loaded.matrix is None:
+        raise ValueError(f"{experiment} has no matrix: there are no rows to write")
+    path = experiment.with_suffix(".csv")
+    record.write_text(path, grid.text_of(made_rows(loaded, loaded.matrix)))
+    print(path)
+    return 0
+
+
+def made_rows(experiment: Experiment, made: Matrix) -> list[Row]:
+    """What the file beside the experiment holds: rows that run, then rows that are refused."""
+    return [Row(levels=levels, refused=None) for levels in made.rows()] + experiment.refusals()
+
+
+def chosen(experiment: Experiment, part: str) -> list[Work]:
+    """The cells of `part`. Raises `ValueError` if it is not one."""
+    work = experiment.matrix_cells()
+    assert experiment.matrix is not None
+    if part == "covering":
+        covering = experiment.matrix.covering([row.levels for row, _ in work])
+        return [(row, cell) for row, cell in work if row.levels in covering]
+    numbers = re.fullmatch(r"(\d+)/(\d+)", part)
+    index, count = map(int, numbers.groups()) if numbers else (0, 0)
+    if not 1 <= index <= count:
+        raise ValueError(f"--part {part}: write I/N with 1 <= I <= N, such as 1/4, or 'covering'")
+    return work[index - 1 :: count]
+
+
+def run(
+    console: Console,
+    experiment: Experiment,
+    work: Sequence[Work],
+    jobs: int,
+    force: bool,
+    results: Path,
+) -> Iterator[tuple[Row, Measurement]]:
+    """Every cell with its record, kept or made now, as they end; a line for each that is wrong."""
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
+    with (
+        Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress,
+        ThreadPoolExecutor(jobs) as pool,
+    ):
+        task = progress.add_task("cells", total=len(work))
+        try:
+            for row, measurement in _ended(pool, experiment, work, force, results):
+                progress.advance(task)
+                style = None if measurement.outcome is Outcome.OK else "red"
+                line = f"{row.label}\n    {judgement(measurement)}"
+                console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+                yield row, measurement
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _ended(
+    pool: ThreadPoolExecutor,
+    experiment: Experiment,
+    work: Sequence[Work],
+    force: bool,
+    results: Path,
+) -> Iterator[tuple[Row, Measurement]]:
+    left: list[Work] = []
+    for row, cell in work:
+        kept = None if force else final(record_path(results, experiment, cell.key), cell)
+        if kept is None:
+            left.append((row, cell))
+        else:
+            yield row, kept
+    running: dict[Future[Measurement], Row] = {}
+    waiting = iter(left)
+    # Truths are computed some at a time, beside the cells of the last ones.
+    for some in truths([cell for _, cell in left], truth_cache(results)):
+        for truth, (row, cell) in zip(some, waiting, strict=False):
+            path = record_path(results, experiment, cell.key)
+            running[pool.submit(_measure, path, cell, truth_cache(results), truth)] = row
+        for future in [future for future in running if future.done()]:
+            yield running.pop(future), future.result()
+    for future in as_completed(running):
+        yield running[future], future.result()
+
+
+def _measure(path: Path, cell: Cell, cache: Path, truth: dict[str, Any] | None) -> Measurement:
+    measurement = measure(cell, cache, truth=truth)
+    record.write(path, measurement)
+    return measurement
+
+
+def _report(
+    console: Console, done: list[tuple[Row, Measurement]], refused: list[Row], seconds: float
+) -> None:
+    """How many passed, failed and were refused; per kind of failure, and the least certain pass."""
+    counts = Counter(m.outcome for _, m in done)
+    for outcome, count in sorted(counts.items()):
+        if outcome is not Outcome.OK:
+            console.print(f"{count} {outcome}")
+    passed = counts[Outcome.OK]
+    console.print(
+        f"{len(done)} cells run: {passed} passed, {len(done) - passed} failed; {len(refused)} refused "
+        f"with their reasons; {seconds:.0f} s"
+    )

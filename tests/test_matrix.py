@@ -1,0 +1,67 @@
+"""The correctness matrix: its rows are the committed ones, and its covering part passes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from harness import matrix as grid
+from harness import paths
+from harness.cell import Experiment, load_experiment
+from harness.commands.matrix import chosen, made_rows, run
+from harness.gate import judgement
+from harness.record import Outcome
+
+ROOT = Path(__file__).parents[1]
+EXPERIMENT = load_experiment(ROOT / paths.experiment("correctness"))
+CHUNKS = 8
+"""The covering part in this many tests: each prepares the truths of its cells in one process."""
+
+
+@pytest.fixture
+def experiment() -> Experiment:
+    """The committed matrix."""
+    return EXPERIMENT
+
+
+def test_no_cell_enters_or_leaves_the_matrix_silently(experiment: Experiment) -> None:
+    """Factors, rules and refusals make the committed rows, to the letter: `alst matrix --write`."""
+    assert experiment.matrix
+    made = grid.text_of(made_rows(experiment, experiment.matrix))
+    committed = (ROOT / paths.experiment("correctness")).with_suffix(".csv").read_text()
+    assert made == committed
+
+
+def test_all_pairs_and_the_named_triples_meet(experiment: Experiment) -> None:
+    """Whatever two levels, unless a rule says that they are refused together."""
+    assert experiment.matrix
+    rows = [row.levels for row, _ in experiment.matrix_cells()]
+    assert len(rows) >= 150
+    assert not experiment.matrix.missing(rows)
+
+
+def test_levels_that_never_run_are_refused(experiment: Experiment) -> None:
+    """Every level of every factor is in a row that runs, or has a refusal of its own."""
+    assert experiment.matrix
+    ran = {item for row, _ in experiment.matrix_cells() for item in row.levels.items()}
+    alone = {(f, level) for rule in experiment.matrix.refused for f, level in _single(rule)}
+    every = {(f, level) for f, levels in experiment.matrix.factors.items() for level in levels}
+    assert every - ran == alone
+
+
+def _single(rule: grid.Rule) -> list[tuple[str, str]]:
+    """The levels of a rule of one factor."""
+    ((factor, levels), *more) = rule.when.items()
+    return [] if more else [(factor, level) for level in levels]
+
+
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_the_covering_part_passes(experiment: Experiment, tmp_path: Path, chunk: int) -> None:
+    """Every gradient and the first update, for all pairs of levels of the factors in `part`."""
+    work = chosen(experiment, "covering")[chunk::CHUNKS]
+    done = list(run(Console(quiet=True), experiment, work, 1, force=False, results=tmp_path))
+    assert len(done) == len(work)
+    wrong = [f"{row.label}: {judgement(m)}" for row, m in done if m.outcome is not Outcome.OK]
+    assert not wrong, "\n".join(wrong)
