@@ -76,19 +76,31 @@ def known_factor(ratio: float, train: TrainConfig) -> str | None:
     """The quantity that `ratio` equals, if it is one that wrong code multiplies or divides by."""
     axes = load_method(train.method).axes(train.world_size)
     tokens = train.seqlen * train.batch_size * train.accumulation * axes["dp"]
-    quantities = {
+    quantities: dict[str, float] = {
         "sp": axes["sp"],
         "dp": axes["dp"],
         "world_size": train.world_size,
         "accumulation": train.accumulation,
         "the number of tokens": tokens,
+        **_labels(train, axes),
         "the number of local tokens": math.ceil(train.seqlen / axes["sp"]),
     }
     for name, value in quantities.items():
-        for text, factor in ((f"{name} ({value})", value), (f"1 / {name} (1/{value})", 1 / value)):
+        for text, factor in (
+            (f"{name} ({value:g})", value),
+            (f"1 / {name} (1/{value:g})", 1 / value),
+        ):
             if value > 1 and math.isclose(ratio, factor, rel_tol=1e-3):
                 return text
     return None
+
+
+def _labels(train: TrainConfig, axes: dict[str, int]) -> dict[str, float]:
+    """Labels of a step and of a rank, where nothing but each sample's last position is ignored."""
+    if train.data.mask != "none" or train.data.documents > 1 or train.accumulation > 1:
+        return {}
+    labels = (train.seqlen - 1) * train.batch_size * axes["dp"]
+    return {"the number of labels": labels, "the number of labels / sp": labels / axes["sp"]}
 
 
 def explain_failure(gate: Gate, train: TrainConfig) -> str:

@@ -28,7 +28,7 @@ from harness.plain import (
     seconds_text,
     tokens_text,
 )
-from harness.record import Measurement, ParameterGate
+from harness.record import Gate, Measurement, Outcome, ParameterGate
 from harness.table import (
     NOT_MEASURED,
     Results,
@@ -86,6 +86,8 @@ class Section:
     figures: list[tuple[str, str]]
     """Title and data URI."""
     simulated: bool
+    findings: Grid
+    """Cells that did not pass, and what was measured of them."""
     cells: Grid
     gates: list[GateView]
     environments: Grid
@@ -352,6 +354,39 @@ def _distance(p: ParameterGate) -> float:
     return max(ratio, 0.0 if p.cosine is None else 1 - p.cosine)
 
 
+def finding_grid(results: Results) -> Grid:
+    """Every cell that did not pass: how its gradients differ from the stock model's, and why it ended."""
+    named = series(results.cells)
+    rows = []
+    for key, m in results.measurements.items():
+        if m.outcome is Outcome.OK:
+            continue
+        t = m.cell.train
+        rows.append(
+            [
+                f"{t.model} {named[key]}",
+                str(t.world_size),
+                length_text(t.seqlen),
+                m.outcome.value,
+                *_spread(m.readings.gate if m.readings else None),
+                m.detail or MISSING,
+            ]
+        )
+    headings = ["cell", "ranks", "length", "outcome", "ratios", "least cosine", "what was measured"]
+    return Grid(headings, rows)
+
+
+def _spread(gate: Gate | None) -> list[str]:
+    """Least and largest ratio over parameters, and the least cosine."""
+    compared = [p for p in gate.parameters if p.ratio is not None] if gate else []
+    if not compared:
+        return [MISSING, MISSING]
+    ratios = [p.ratio for p in compared if p.ratio is not None]
+    cosine = min(p.cosine for p in compared if p.cosine is not None)
+    low, high = f"{min(ratios):.4g}", f"{max(ratios):.4g}"
+    return [low if low == high else f"{low} to {high}", f"{cosine:.6g}"]
+
+
 def environment_grid(results: Results) -> Grid:
     """Each distinct origin of the records: code, machine and library versions."""
     counts: dict[tuple[str, ...], int] = {}
@@ -379,6 +414,7 @@ def section(results: Results, figures: Path) -> Section:
     outcomes = pd.Series([m.outcome.value for m in results.measurements.values()], dtype=str)
     counted = ", ".join(f"{n} {outcome}" for outcome, n in outcomes.value_counts().items())
     simulated, found = is_simulated(results), evidence([results])
+    timed = not simulated and any(cell.steps for cell in results.cells.values())
     progress = f"{len(results.measurements)} of {len(results.cells)} cells measured"
     return Section(
         name=results.name,
@@ -386,7 +422,8 @@ def section(results: Results, figures: Path) -> Section:
         source=results.source,
         progress=f"{progress}: {counted}" if counted else progress,
         summary=claim_summary(found) if simulated else summary(results),
-        verdicts=Grid([], []) if simulated else verdict_grid(results),
+        verdicts=verdict_grid(results) if timed else Grid([], []),
+        findings=finding_grid(results),
         claims=claim_grid(found),
         misses=miss_grid(found),
         figures=[

@@ -33,11 +33,15 @@ class ZeroRuntime(Runtime):
     def start_step(self, num_micro_batches: int) -> None:
         self._left = num_micro_batches
 
+    def announce_backward(self) -> None:
+        """Tell DeepSpeed that a backward follows, and whether it is the step's last."""
+        self._left -= 1
+        self.module.set_gradient_accumulation_boundary(self._left == 0)
+
     def _backward(self, loss: Tensor) -> None:
         import torch.distributed as dist
 
-        self._left -= 1
-        self.module.set_gradient_accumulation_boundary(self._left == 0)
+        self.announce_backward()
         # DeepSpeed averages gradients over its data-parallel ranks, which here are all ranks.
         self.module.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
 

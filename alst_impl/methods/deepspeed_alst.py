@@ -7,7 +7,7 @@ Training (ALST) for HF Transformers integration". What it computes is measured, 
 from __future__ import annotations
 
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -25,14 +25,16 @@ if TYPE_CHECKING:
 
 
 class DeepspeedAlst(Method):
-    """UlyssesSPAttentionHF, UlyssesSPDataLoaderAdapter, TiledMLP and sequence_tiled_compute."""
+    """UlyssesSPAttentionHF, UlyssesSPDataLoaderAdapter, TiledMLP and a tiled loss."""
 
     sp: int = Field(default=1, ge=1)
     """Sequence-parallel degree."""
     tile_mlp: bool = True
     """Compute MLPs with TiledMLP."""
     tile_loss: bool = True
-    """Compute logits and loss with sequence_tiled_compute, summed, as the tutorial shows."""
+    """Compute logits and loss in tiles, summed, and divided afterwards, as the tutorial shows."""
+    loss: Literal["sequence_tiled_compute", "TiledFusedLogitsLoss"] = "sequence_tiled_compute"
+    """Which of DeepSpeed's two ways to do so."""
     tiles: int | None = Field(default=None, ge=1)
     """Tiles of everything tiled; None follows the tutorial: `hidden_size` rows each."""
 
@@ -115,6 +117,9 @@ class DeepspeedAlst(Method):
         from deepspeed.utils import groups
         from torch.distributed.nn import functional
 
+        from alst_impl.engines.zero import ZeroRuntime
+
+        assert isinstance(runtime, ZeroRuntime), "check lets no other engine pass"
         engine: Any = runtime.module
         inputs = batch.model_inputs()
         del inputs["labels"], inputs["shift_labels"]
@@ -140,6 +145,7 @@ class DeepspeedAlst(Method):
             total = sum(losses[rank] * tokens[rank] for rank in range(self.sp))
             loss = total / max(sum(tokens), 1)
         runtime.placement.on_phase("backward")
+        runtime.announce_backward()
         engine.backward(loss)
         # The step adds up over ranks and micro-batches; every rank of this method holds the mean.
         world_size = torch.distributed.get_world_size()
@@ -159,7 +165,10 @@ class DeepspeedAlst(Method):
         mlp.forward = forward
 
     def _tile_loss(self, model: PreTrainedModel, evidence: Evidence) -> None:
-        from deepspeed.runtime.sequence_parallel.ulysses_sp import sequence_tiled_compute
+        from deepspeed.runtime.sequence_parallel.ulysses_sp import (
+            TiledFusedLogitsLoss,
+            sequence_tiled_compute,
+        )
         from torch.nn.functional import cross_entropy
         from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -174,6 +183,18 @@ class DeepspeedAlst(Method):
             seqlen = hidden.shape[1]
             shards = self.tiles or -(-seqlen // hidden.shape[2])
             evidence.tiles += shards
+            if self.loss == "TiledFusedLogitsLoss":
+                loss = TiledFusedLogitsLoss.apply(
+                    lambda _, hidden, labels: token_loss(hidden[None], labels[None]),
+                    head,
+                    hidden,
+                    shift_labels,
+                    None,
+                    shards,
+                    [head.weight],
+                    "sum",
+                )
+                return CausalLMOutputWithPast(loss=loss)
             loss = sequence_tiled_compute(
                 token_loss,
                 seqlen,

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from alst_impl.config import TrainConfig
+from alst_impl.config import DataConfig, Spec, TrainConfig
 from harness.gate import broken_promises, explain_failure, known_factor
 from harness.gradients import Truth, compare
 from harness.record import RankEvidence
@@ -18,6 +18,7 @@ from harness.record import RankEvidence
 TRAIN = TrainConfig(
     model="tiny-llama", method={"name": "alst", "sp": 4}, seqlen=100, world_size=8, dtype="float32"
 )
+SP2 = Spec(name="alst", options={"sp": 2})
 EVIDENCE = RankEvidence(local_seqlen=25, tiles=3, exchanges=4, offloaded_bytes=5)
 
 
@@ -119,3 +120,12 @@ def test_unsharded_sequence_is_caught() -> None:
     whole = EVIDENCE.model_copy(update={"local_seqlen": 100})
     assert broken_promises(TRAIN, [whole])
     assert not broken_promises(TRAIN, [EVIDENCE])
+
+
+@pytest.mark.parametrize(("ratio", "said"), [(63.0, "labels"), (31.5, "labels / sp")])
+def test_the_number_of_labels_is_a_known_quantity(ratio: float, said: str) -> None:
+    """One less than the tokens of each sample, where nothing is masked."""
+    train = TRAIN.model_copy(update={"seqlen": 64, "world_size": 2, "method": SP2})
+    assert said in str(known_factor(ratio, train))
+    masked = train.model_copy(update={"data": DataConfig(mask="prefix")})
+    assert known_factor(ratio, masked) is None

@@ -145,3 +145,21 @@ def test_summary_counts_both_ways() -> None:
     assert "Against deepspeed_alst: peak lower in 15 of 15" in text
     assert "Not counted: 2 with gradients wrong" in text
     assert "Against baseline: peak lower in 17 of 17" in text
+
+
+def test_findings_show_how_gradients_differ() -> None:
+    """Of cells that did not pass: the spread of ratios, the least cosine; passed ones are left out."""
+    found = report.finding_grid(sweep()).rows
+    wrong = [row for row in found if row[3] == "wrong_gradient"]
+    assert wrong
+    assert all(row[4:6] == ["1 to 1.01", "0.99"] for row in wrong)
+    assert not [row for row in found if row[3] == "ok"]
+    (oom,) = [row for row in found if row[3] == "host_oom"]
+    assert oom[4:] == ["–", "–", "rank 1"]
+
+
+def test_an_experiment_that_times_nothing_compares_no_performance(tmp_path: Path) -> None:
+    """Gradients alone have no verdict on memory or time."""
+    cells = [cell("alst", steps=0, warmup=0, timed=False), cell(steps=0, warmup=0, timed=False)]
+    results = Results("peers", "?", "", [], {c.key: c for c in cells}, {})
+    assert not report.section(results, tmp_path).verdicts.rows
