@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from alst_impl.config import Frozen, Spec, TrainConfig
 from alst_impl.plugin import load
@@ -73,6 +74,17 @@ class Runtime(ABC):
     def state_dict(self) -> dict[str, Tensor]:
         """Whole parameters by the model's names, on the host, as `save_pretrained` takes them. Collective."""
 
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write parameters and optimizer to `folder`, which all ranks see, between two steps.
+
+        In the format of the engine's framework that any number of ranks and any sp can read. Collective.
+        """
+
+    @abstractmethod
+    def load(self, folder: Path) -> None:
+        """Go on from what `save` of the same engine wrote, whatever its ranks and sp were. Collective."""
+
 
 class Engine(Frozen):
     """Owner of parameters, gradients and optimizer; its options are its fields."""
@@ -110,6 +122,30 @@ def optimizer_of(parameters: list[nn.Parameter], config: TrainConfig) -> torch.o
         eps=o.eps,
         weight_decay=o.weight_decay,
         foreach=False,
+    )
+
+
+def save_distributed(module: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """`Runtime.save` in the format of `torch.distributed.checkpoint`. Collective."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    model, states = get_state_dict(module, optimizer)
+    checkpoint.save({"model": model, "optimizer": states}, checkpoint_id=folder)
+
+
+def load_distributed(module: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """`Runtime.load` of what `save_distributed` wrote. Collective."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    model, states = get_state_dict(module, optimizer)
+    state: dict[str, Any] = {"model": model, "optimizer": states}
+    checkpoint.load(
+        state, checkpoint_id=folder
+    )  # fills the tensors that are there, replaces the rest
+    set_state_dict(
+        module, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
     )
 
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, cast
 
 from alst_impl.config import TrainConfig
-from alst_impl.engines.base import Engine, Runtime, optimizer_of
+from alst_impl.engines.base import (
+    Engine,
+    Runtime,
+    load_distributed,
+    optimizer_of,
+    save_distributed,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -65,6 +72,12 @@ class FSDP2Runtime(Runtime):
             name: cast("DTensor", p.detach()).full_tensor().cpu()
             for name, p in self.module.named_parameters()
         }
+
+    def save(self, folder: Path) -> None:
+        save_distributed(self.module, self._optimizer, folder)
+
+    def load(self, folder: Path) -> None:
+        load_distributed(self.module, self._optimizer, folder)
 
 
 class FSDP2(Engine):

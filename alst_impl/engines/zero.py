@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +21,10 @@ if TYPE_CHECKING:
 
     from alst_impl.models import Initializer
     from alst_impl.placement import Placement
+
+
+SAVED, UNIVERSAL = "saved", "universal"
+"""Folders inside that of a checkpoint."""
 
 
 class ZeroRuntime(Runtime):
@@ -68,6 +75,36 @@ class ZeroRuntime(Runtime):
             with deepspeed.zero.GatheredParameters([parameter]):
                 state[name] = parameter.detach().cpu().clone()
         return state
+
+    def save(self, folder: Path) -> None:
+        """A DeepSpeed checkpoint, and beside it the universal one that `load` reads."""
+        import argparse
+
+        import torch.distributed as dist
+        from deepspeed.checkpoint import ds_to_universal
+
+        self.module.save_checkpoint(str(folder), tag=SAVED)
+        if dist.get_rank() == 0:
+            asked = argparse.Namespace(
+                input_folder=str(folder / SAVED),
+                output_folder=str(folder / UNIVERSAL),
+                num_extract_workers=1,
+                num_merge_workers=1,
+                keep_temp_folder=False,
+                strict=True,
+                inject_missing_state=True,
+            )
+            with (
+                contextlib.redirect_stdout(io.StringIO()),
+                contextlib.redirect_stderr(io.StringIO()),
+            ):  # it reports its progress there
+                ds_to_universal.main(asked)
+        dist.barrier()
+
+    def load(self, folder: Path) -> None:
+        # Where DeepSpeed's configuration would say so, before it is known that there is something to load.
+        self.module._config.load_universal_checkpoint = True
+        self.module.load_checkpoint(str(folder), tag=UNIVERSAL)
 
 
 class Zero(Engine):

@@ -1,0 +1,98 @@
+"""A run goes on where another one was saved, at another degree of sequence parallelism."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from training import config_of, corpus_of
+
+from alst_impl import step
+from alst_impl.config import OptimizerConfig, TrainConfig
+from alst_impl.methods.base import load_method
+from alst_impl.placement import Placement
+
+if TYPE_CHECKING:
+    from conftest import Ranks
+
+BEFORE, AFTER = range(3), range(3, 6)
+"""Steps around the checkpoint: AdamW's moments count only from the second step on."""
+
+
+def config_at(sp: int, world_size: int, engine: dict[str, Any]) -> TrainConfig:
+    """Two samples per step, whoever computes them."""
+    return config_of(
+        method={"name": "alst", "sp": sp, "tiles": 3},
+        engine=engine,
+        world_size=world_size,
+        batch_size=2 * sp // world_size,
+        optimizer=OptimizerConfig(learning_rate=1e-2, weight_decay=0.1),
+    )
+
+
+def train(
+    rank: int,
+    world_size: int,
+    config: TrainConfig,
+    steps: range,
+    load: Path | None = None,
+    save: Path | None = None,
+) -> tuple[list[float], dict[str, Tensor]]:
+    """Losses of `steps`, and the parameters after them."""
+    method = load_method(config.method)
+    axes = method.axes(world_size)
+    mesh = init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
+    placement = Placement(torch.device("cpu"))
+    method, runtime = step.start(config, mesh, placement)
+    if load:
+        runtime.load(load)
+    corpus = corpus_of(config)
+    losses = []
+    for index in steps:
+        batches = step.micro_batches(config, corpus, method, mesh, index, placement.device)
+        losses.append(float(step.train_step(method, runtime, batches).loss))
+    if save:
+        runtime.save(save)
+    return losses, {name: p.clone() for name, p in runtime.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        {"name": "zero", "stage": 3},
+        {"name": "zero", "stage": 2},
+        {"name": "fsdp2"},
+        {"name": "plain"},
+    ],
+    ids=["zero3", "zero2", "fsdp2", "plain"],
+)
+def test_what_sp1_saved_goes_on_at_sp2_and_sp4(
+    ranks: Ranks, tmp_path: Path, engine: dict[str, Any]
+) -> None:
+    """The next losses are those of the run that was not interrupted, and so are its parameters."""
+    folder = tmp_path / "checkpoint"
+    before = config_at(1, 2, engine)
+    ranks(2)(train, before, BEFORE, None, folder)
+    wanted, final = ranks(2)(train, before, AFTER, folder)[0]
+    for sp in (2, 4):
+        losses, parameters = ranks(sp)(train, config_at(sp, sp, engine), AFTER, folder)[0]
+        assert losses == pytest.approx(wanted, rel=1e-5), f"sp={sp}"
+        for name, expected in final.items():
+            torch.testing.assert_close(parameters[name], expected, rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("engine", ["zero", "fsdp2"])
+def test_a_resumed_run_is_the_uninterrupted_one(ranks: Ranks, tmp_path: Path, engine: str) -> None:
+    """Saved and gone on at sp 2: losses of all steps as if nothing had happened."""
+    folder = tmp_path / "checkpoint"
+    config = config_at(2, 2, {"name": engine})
+    first, _ = ranks(2)(train, config, BEFORE, None, folder)[0]
+    second, _ = ranks(2)(train, config, AFTER, folder)[0]
+    fresh, _ = ranks(2)(train, config, AFTER)[0]
+    whole, _ = ranks(2)(train, config, range(AFTER.stop))[0]
+    assert first + second == pytest.approx(whole, rel=1e-6)
+    assert fresh != pytest.approx(second, rel=1e-3)  # so what was loaded made a difference
