@@ -1,10 +1,10 @@
-"""Loss with and without sequence parallelism on the same data, and the difference below."""
+"""Loss and gradient norm with and without sequence parallelism on the same data, differences below."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -18,6 +18,8 @@ from harness.plain import length_text
 from harness.record import Measurement
 from harness.table import Results, tidy, wide
 
+DIFFERENCE = "difference\nto unsharded"
+
 
 class Pairing(NamedTuple):
     """One unsharded run and the sharded runs that saw the same tokens from the same weights."""
@@ -28,11 +30,11 @@ class Pairing(NamedTuple):
 
 
 def same_training(cell: Cell, dp: int) -> str:
-    """Equal for cells whose losses must be equal: same model, tokens, batch and update."""
+    """Equal for cells whose losses must be equal: same model, samples of a step and update."""
     t = cell.train
-    how = {"method", "engine", "world_size", "attention", "checkpoint"}
+    how = {"method", "engine", "world_size", "batch_size", "attention", "checkpoint"}
     what = t.model_dump(mode="json", exclude=how)
-    text = json.dumps({**what, "dp": dp}, sort_keys=True)
+    text = json.dumps({**what, "samples": dp * t.batch_size}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -70,40 +72,52 @@ def _losses(m: Measurement) -> list[float]:
     return m.readings.loss if m.readings else []
 
 
-def _draw_pair(upper: Axes, lower: Axes, pairing: Pairing, colours: dict[str, str]) -> None:
-    truth = _losses(pairing.whole)
+def _norms(m: Measurement) -> list[float]:
+    return m.readings.grad_norm if m.readings else []
+
+
+def _draw_pair(
+    upper: Axes,
+    lower: Axes,
+    pairing: Pairing,
+    read: Callable[[Measurement], list[float]],
+    colours: dict[str, str],
+) -> None:
+    """What `read` gives of every run by step in `upper`, each run less the unsharded one in `lower`."""
+    truth = read(pairing.whole)
     steps = range(1, len(truth) + 1)
     upper.plot(steps, truth, color=colours["baseline"], linewidth=8, alpha=0.3)
     # Lines that coincide stay visible: each next one is thinner.
     for width, (name, runs) in zip((3.2, 1.4, 0.8, 0.5), pairing.sharded.items(), strict=False):
         for run, style in zip(runs, ("-", "--", ":", "-."), strict=False):
-            loss = _losses(run)[: len(truth)]
-            common = steps[: len(loss)]
-            gap = [ours - theirs for ours, theirs in zip(loss, truth, strict=False)]
+            values = read(run)[: len(truth)]
+            common = steps[: len(values)]
+            gap = [ours - theirs for ours, theirs in zip(values, truth, strict=False)]
             look: dict[str, Any] = {"color": colours[name], "linestyle": style, "linewidth": width}
-            upper.plot(common, loss, **look)
+            upper.plot(common, values, **look)
             lower.plot(common, gap, **look)
     lower.axhline(0, color=drawing.FAINT, linewidth=0.8)
     lower.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     lower.xaxis.set_major_locator(MaxNLocator(integer=True))
-    lower.set_xlabel("step")
 
 
 def draw(results: Results) -> Figure:
-    """Per model, losses of all runs on the same data, and each one less the unsharded baseline."""
+    """Per model, losses and gradient norms of all runs on the same data, each less the unsharded one's."""
     pairs = list(pairings(results))
     cells = wide(tidy(results))
     colours = drawing.palette(["baseline", *cells["series"]])
     columns = max(len(pairs), 1)
-    figure = Figure(figsize=(max(3.3 * columns + 0.8, 5.6), 5.2), layout="constrained")
-    grid = figure.subplots(2, columns, sharex="col", squeeze=False, height_ratios=[2, 1.2])
+    figure = Figure(figsize=(max(3.3 * columns + 0.8, 5.6), 8.6), layout="constrained")
+    grid = figure.subplots(4, columns, sharex="col", squeeze=False, height_ratios=[2, 1.2, 2, 1.2])
     if not pairs:
         grid[0][0].text(0.5, 0.5, "no length was run both ways", ha="center", va="center")
-    for (model, pairing), upper, lower in zip(pairs, grid[0], grid[1], strict=False):
-        _draw_pair(upper, lower, pairing, colours)
-        upper.set_title(f"{model}, {length_text(pairing.whole.cell.train.seqlen)} tokens")
-    grid[0][0].set_ylabel("loss [nats/token]")
-    grid[1][0].set_ylabel("difference\nto unsharded")
+    for (model, pairing), *axes in zip(pairs, *grid, strict=False):
+        _draw_pair(axes[0], axes[1], pairing, _losses, colours)
+        _draw_pair(axes[2], axes[3], pairing, _norms, colours)
+        axes[0].set_title(f"{model}, {length_text(pairing.whole.cell.train.seqlen)} tokens")
+        axes[3].set_xlabel("step")
+    for row, label in enumerate(("loss [nats/token]", DIFFERENCE, "gradient norm", DIFFERENCE)):
+        grid[row][0].set_ylabel(label)
     note = (
         "Wide grey line: stock model, unsharded. Below: each run less that one. "
         "Solid, dashed, dotted: sequence-parallel degree in rising order."
