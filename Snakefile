@@ -10,14 +10,16 @@ from harness.cell import load_experiment
 from harness.sources import code_files
 
 # Sweeps to run: `--config experiments=smoke`, several with commas between. By default all but smoke,
-# a subset for tests.
+# a subset for tests, and matrices, which `alst matrix` runs on warm ranks.
 asked = str(config.get("experiments", ""))
 loaded = [load_experiment(path) for path in sorted(Path("experiments").glob("*.yaml"))]
 by_name = {experiment.name: experiment for experiment in loaded}
 if asked:
     EXPERIMENTS = {name: by_name[name] for name in asked.split(",")}
 else:
-    EXPERIMENTS = {name: e for name, e in by_name.items() if name != "smoke"}
+    EXPERIMENTS = {
+        name: e for name, e in by_name.items() if name != "smoke" and e.matrix is None
+    }
 CELLS = {name: experiment.cells() for name, experiment in EXPERIMENTS.items()}
 ALST = f"'{sys.executable}' -m harness"
 CODE = [str(path) for path in Path("harness").glob("*.py")]
