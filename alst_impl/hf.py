@@ -75,8 +75,12 @@ def token_wise_modules(model: PreTrainedModel) -> tuple[list[nn.Module], list[nn
         mlps += of_layer
         of_heads = [m for part in layer.children() if part in attention for m in part.children()]
         norms += [m for m in children + of_heads if "Norm" in type(m).__name__]
-    norms += [m for m in model.base_model.children() if "Norm" in type(m).__name__]
-    return mlps, norms
+    return mlps, norms + final_norms(model)
+
+
+def final_norms(model: PreTrainedModel) -> list[nn.Module]:
+    """The norm between the decoder layers and the head, where there is one."""
+    return [m for m in model.base_model.children() if "Norm" in type(m).__name__]
 
 
 def head_name(model: PreTrainedModel) -> str:

@@ -24,7 +24,7 @@ class Evidence:
     """Checkpointed layer inputs copied to the host."""
 
 
-def _ignore(_: Any) -> None:
+def _ignore(*_: Any) -> None:
     pass
 
 
@@ -38,5 +38,8 @@ class Placement:
     """Told each tensor that is allocated to hold offloaded data, before it is filled."""
     on_phase: Callable[[str], None] = _ignore
     """Told `forward`, `backward` and `update` when each begins."""
+    on_layer: Callable[[], None] = _ignore
+    """Told when a pass through a decoder layer begins, in forward and again in backward, by methods that
+    run layers without calling their attention modules."""
     evidence: Evidence = field(default_factory=Evidence)
     """Filled in as the step runs."""

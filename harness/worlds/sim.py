@@ -34,7 +34,7 @@ from alst_impl.config import TrainConfig
 from alst_impl.data import Batch
 from alst_impl.methods.base import load_method
 from alst_impl.models import Initializer, build, field, published
-from alst_impl.ops import loss, tiling
+from alst_impl.ops import flash, loss, tiling
 from alst_impl.placement import Placement
 from alst_impl.step import accumulate_gradients, start
 from harness.allocator import reserved_bytes
@@ -204,6 +204,7 @@ def fake_world(config: TrainConfig, *, gpu: bool, cap_tiles: bool) -> Iterator[A
     ]
     if gpu:
         seams.append((F, "scaled_dot_product_attention", flash_by_name))
+        seams.append((flash, "operators", lambda _: flash.CUDA))
     if cap_tiles:
         capped = _capped(tiling.tile_bounds)
         seams += [(module, "tile_bounds", capped) for module in (tiling, loss)]
@@ -251,10 +252,22 @@ def simulate(
         events=True,
         explain=explain,
     )
+    calls: list[int] = []
+    """Number of events before each pass through a decoder layer."""
+
+    def on_layer() -> None:
+        calls.append(len(tracker.events))
+
     if gpu:
-        placement = Placement(DEVICE, HOST, on_phase=tracker.phase)
+        placement = Placement(DEVICE, HOST, on_phase=tracker.phase, on_layer=on_layer)
     else:
-        placement = Placement(DEVICE, DEVICE, on_host=tracker.mark_host, on_phase=tracker.phase)
+        placement = Placement(
+            DEVICE,
+            DEVICE,
+            on_host=tracker.mark_host,
+            on_phase=tracker.phase,
+            on_layer=on_layer,
+        )
     with fake_world(config, gpu=gpu, cap_tiles=cap_tiles) as mesh, _uncollected():
         method = load_method(config.method)
         batches = [method.shard(_blank_batch(config), mesh) for _ in range(config.accumulation)]
@@ -264,7 +277,7 @@ def simulate(
             model = cast("PreTrainedModel", runtime.module)
             # What sets up a mesh or a model runs once; operators of the step are what matters.
             tracker.operators.clear()
-            calls = _watch_layers(model, tracker)
+            _watch_layers(model, on_layer)
             residents = _residents(model, tracker) if num_layers else set()
             tracker.adopt(runtime.module.parameters(), "parameters")
             tracker.adopt(
@@ -278,15 +291,14 @@ def simulate(
     return replay(recording, frozenset(tracker.operators), offload or Offload(gradients=False))
 
 
-def _watch_layers(model: PreTrainedModel, tracker: Tracker) -> list[int]:
-    """Filled with the number of events before each pass through a decoder layer's attention.
+def _watch_layers(model: PreTrainedModel, on_layer: Callable[[], None]) -> None:
+    """Have `on_layer` called before each pass through a decoder layer's attention module.
 
-    Attention, because hooks of the layer itself do not see its recomputation.
+    Attention, because hooks of the layer itself do not see its recomputation. A method that never calls
+    the module calls `on_layer` itself.
     """
-    calls: list[int] = []
     for attention in hf.attention_modules(model):
-        attention.register_forward_pre_hook(lambda *_: calls.append(len(tracker.events)))
-    return calls
+        attention.register_forward_pre_hook(lambda *_: on_layer())
 
 
 def _residents(model: PreTrainedModel, tracker: Tracker) -> set[int]:

@@ -1,0 +1,173 @@
+"""The parts of an unmodified Hugging Face decoder layer, for `alst_impl.ops.layerwise`.
+
+A layer is read by what it holds. What `layerwise` computes is norm, attention, residual, norm, MLP,
+residual; a layer that holds anything else computes something else, and is refused by the name of that part.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from alst_impl import hf
+from alst_impl.ops.layerwise import Call, Decoder, Heads, Layerwise
+
+LAYER = {
+    "input_layernorm",
+    "self_attn",
+    "post_attention_layernorm",
+    "mlp",
+    "resid_attn_dropout",
+    "resid_mlp_dropout",
+}
+"""Modules of a layer (the last two: Phi-3, and never active)."""
+SEPARATE = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"}
+FUSED = {"qkv_proj", "o_proj"}
+"""Modules of an attention; the norms are of single heads."""
+MLP = {"gate_proj", "up_proj", "gate_up_proj", "down_proj", "act_fn", "activation_fn"}
+"""Modules of an MLP. Any token-wise module would do, but experts are routed by values."""
+LAYER_FIELDS = {"hidden_size", "config", "layer_idx", "layer_type", "attention_type"}
+ATTENTION_FIELDS = {
+    "alst_attention",
+    "attention_dropout",
+    "config",
+    "head_dim",
+    "hidden_size",
+    "is_causal",
+    "layer_idx",
+    "layer_type",
+    "num_attention_heads",
+    "num_heads",
+    "num_key_value_groups",
+    "num_key_value_heads",
+    "scaling",
+    "sliding_window",
+}
+"""Plain attributes that change nothing, or are read here. A multiplier or a soft-cap would be another."""
+_OF_MODULES = {*vars(nn.Module()), "gradient_checkpointing", "_gradient_checkpointing_func"}
+
+
+def read(layer: nn.Module) -> Decoder:
+    """The parts of `layer`. Raises `ValueError` naming the part that `layerwise` does not know."""
+    attention = _child(layer, "self_attn")
+    fused = hasattr(attention, "qkv_proj")
+    _refuse_others(layer, LAYER, LAYER_FIELDS)
+    _refuse_others(attention, FUSED if fused else SEPARATE, ATTENTION_FIELDS)
+    _refuse_others(_child(layer, "mlp"), MLP, None)
+    for name, child in layer.named_children():
+        if getattr(child, "p", 0):
+            raise ValueError(_unknown(layer, f"dropout ({name}, p={child.p})"))
+    dim = attention.head_dim
+    query, key, value = _projections(attention, dim, fused=fused)
+    before = _child(layer, "input_layernorm")
+    after, mlp = _child(layer, "post_attention_layernorm"), _child(layer, "mlp")
+    rotate = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+    if rotate is None:
+        raise ValueError(_unknown(layer, "a rotary embedding that its module does not define"))
+
+    def feed_forward(residual: Tensor) -> Tensor:
+        out: Tensor = mlp(after(residual))
+        return out
+
+    return Decoder(
+        module=layer,
+        before=before,
+        query=query,
+        key=key,
+        value=value,
+        rotate=rotate,
+        output=_child(attention, "o_proj"),
+        feed_forward=feed_forward,
+        scale=attention.scaling,
+        window=_window(attention),
+    )
+
+
+def run_layers(model: PreTrainedModel, layers: list[Layerwise]) -> None:
+    """Have the decoder layers of `model` run as `layers`, on the instances."""
+    for module, layer in zip(hf.decoder_layers(model), layers, strict=True):
+        vars(module).update(forward=_forward(layer), is_tiled=True)
+
+
+def _forward(layer: Layerwise) -> Any:
+    def forward(
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        past_key_values: Any = None,
+        documents: tuple[tuple[int, ...], ...] | None = None,
+        **_: Any,
+    ) -> Tensor:
+        if past_key_values is not None:
+            raise ValueError("method 'layerwise' trains: it has no key/value cache; use_cache=False")
+        return layer(hidden_states, Call(*position_embeddings, documents))
+
+    return forward
+
+
+def _child(module: nn.Module, name: str) -> Any:
+    child = getattr(module, name, None)
+    if not isinstance(child, nn.Module):
+        raise ValueError(_unknown(module, f"no '{name}'"))
+    return child
+
+
+def _refuse_others(module: nn.Module, modules: set[str], fields: set[str] | None) -> None:
+    """Raise `ValueError` for children, parameters and, with `fields`, attributes beside the known."""
+    for name, child in module.named_children():
+        if name not in modules:
+            raise ValueError(_unknown(module, f"'{name}' ({type(child).__name__})"))
+    for name, _ in module.named_parameters(recurse=False):
+        raise ValueError(_unknown(module, f"parameter '{name}'"))
+    if fields is None:
+        return
+    for name, value in vars(module).items():
+        if name not in _OF_MODULES | fields and value is not None:
+            raise ValueError(_unknown(module, f"'{name}' ({value!r})"))
+
+
+def _projections(attention: Any, dim: int, *, fused: bool) -> tuple[Heads, Heads, Heads]:
+    config = attention.config
+    num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if fused:
+        linear = _linear(attention, "qkv_proj")
+        first_value = (num_heads + num_kv_heads) * dim
+        return (
+            Heads(linear, 0, num_heads, dim),
+            Heads(linear, num_heads * dim, num_kv_heads, dim),
+            Heads(linear, first_value, num_kv_heads, dim),
+        )
+    return (
+        Heads(_linear(attention, "q_proj"), 0, num_heads, dim, _norm(attention, "q_norm", dim)),
+        Heads(_linear(attention, "k_proj"), 0, num_kv_heads, dim, _norm(attention, "k_norm", dim)),
+        Heads(_linear(attention, "v_proj"), 0, num_kv_heads, dim),
+    )
+
+
+def _linear(attention: nn.Module, name: str) -> nn.Linear:
+    linear = _child(attention, name)
+    if type(linear) is not nn.Linear:  # an adapter or a quantized one computes something else
+        raise ValueError(_unknown(attention, f"'{name}' ({type(linear).__name__}, not nn.Linear)"))
+    return linear
+
+
+def _norm(attention: nn.Module, name: str, dim: int) -> nn.Module | None:
+    norm: Any = getattr(attention, name, None)
+    if norm is not None and any(p.numel() != dim for p in norm.parameters()):
+        raise ValueError(_unknown(attention, f"'{name}' over more than one head"))
+    return norm  # type: ignore[no-any-return]
+
+
+def _window(attention: Any) -> int | None:
+    """As the attention passes it on: its own attribute, or the configuration's (Mistral, Phi-3)."""
+    config_window = getattr(attention.config, "sliding_window", None)
+    window: int | None = getattr(attention, "sliding_window", config_window)
+    return window
+
+
+def _unknown(module: nn.Module, part: str) -> str:
+    return (
+        f"method 'layerwise' does not know a part of {type(module).__name__}: {part}; use method 'alst'"
+    )

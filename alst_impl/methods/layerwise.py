@@ -1,0 +1,106 @@
+"""Whole decoder layers in tiles, attention in head groups, backward by hand (`alst_impl.ops.layerwise`)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field
+
+from alst_impl.config import TrainConfig
+from alst_impl.methods.base import Method, check_sharded
+from alst_impl.models import field, published
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.distributed import DeviceMesh
+    from transformers import PreTrainedModel
+
+    from alst_impl.placement import Placement
+
+LOSS_ROWS = 2048
+"""Most tokens of a loss tile: with a vocabulary of 128K, 1 GiB of fp32 logits."""
+
+
+class Layerwise(Method):
+    """Ours: exact, with about four layer inputs of full length at the peak of backward."""
+
+    pins_checkpoints: ClassVar[bool] = True
+    sp: int = Field(default=1, ge=1)
+    """Sequence-parallel degree: ranks that share one sample."""
+    groups: int | None = Field(default=None, ge=1)
+    """Head groups that attention runs in, one after another; None is one query head of each rank at a
+    time."""
+    keep_attention: bool = False
+    """Keep attention's output and log-sum-exp for backward: twice the host bytes, no attention twice."""
+    rows: int | None = Field(default=None, ge=1)
+    """Tokens of a tile; None is `hidden_size`, and for the loss at most 2048."""
+    offload: bool = True
+    """Keep in host memory what is kept for backward."""
+
+    def check(self, config: TrainConfig) -> None:
+        check_sharded(config, self.sp, "layerwise")
+        if not config.checkpoint:
+            raise ValueError(
+                "layerwise keeps nothing but layer inputs, but checkpoint is false; set it to true"
+            )
+        from alst_impl.ops.headgroups import HeadGroups
+
+        fields = published(config.model, config.overrides)
+        heads = field(fields, "num_attention_heads")
+        HeadGroups.of(heads, fields.get("num_key_value_heads") or heads, self.sp, self.groups)
+
+    def axes(self, world_size: int) -> dict[str, int]:
+        return {"dp": world_size // self.sp, "sp": self.sp}
+
+    def promises(self, config: TrainConfig) -> set[str]:
+        promised = {"local_seqlen", "tiles"}
+        if self.sp > 1:
+            promised.add("exchanges")
+        if self.offload:
+            promised.add("offloaded_bytes")
+        return promised
+
+    def apply(
+        self, model: PreTrainedModel, config: TrainConfig, mesh: DeviceMesh, placement: Placement
+    ) -> None:
+        from alst_impl import decoder, hf
+        from alst_impl.ops import layerwise
+        from alst_impl.ops.headgroups import Exchange, HeadGroups
+        from alst_impl.ops.offload import HostOffload
+        from alst_impl.ops.ulysses import UlyssesAttention
+
+        group = mesh["sp"].get_group() if self.sp > 1 else None
+        evidence = placement.evidence
+        # Layers never call it, but under its name transformers makes no mask, and refuses one.
+        hf.use_attention(model, UlyssesAttention(group, config.attention, evidence))
+        rows = self.rows or model.config.hidden_size
+        offload = HostOffload(placement) if self.offload else None
+
+        def prepared(layer: decoder.Decoder) -> layerwise.Layerwise:
+            return layerwise.Layerwise(
+                decoder=layer,
+                groups=HeadGroups.of(
+                    layer.query.num_heads, layer.key.num_heads, self.sp, self.groups
+                ),
+                exchange=Exchange(group, evidence),
+                rows=rows,
+                keep_attention=self.keep_attention,
+                offload=offload,
+                placement=placement,
+            )
+
+        parts = [decoder.read(layer) for layer in hf.decoder_layers(model)]
+        decoder.run_layers(model, [prepared(part) for part in parts])
+
+        def tiles(x: Tensor) -> int:
+            return -(-x.shape[1] // rows)
+
+        def loss_tiles(x: Tensor) -> int:
+            return -(-x.shape[1] // min(rows, LOSS_ROWS))
+
+        for norm in hf.final_norms(model):
+            hf.tile_module(norm, tiles, evidence)
+        hf.tile_loss(model, loss_tiles, evidence)
+
+    def checkpoint(self, model: PreTrainedModel, placement: Placement) -> None:
+        """Layers keep their inputs alone as they are."""

@@ -1,0 +1,251 @@
+"""Attention that hands out its log-sum-exp, and its backward, by the name of the operator.
+
+Who keeps output and statistics can run the backward later, without a graph and for some heads alone.
+Legend: B batch, S sequence, H query heads, K kv heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Documents = Sequence[Sequence[int]] | None
+"""Lengths of each sample's packed documents, adding up to S; None for one document."""
+Statistics = Sequence[Any]
+"""What a backward needs beside tensors that its caller has, as the forward returned it."""
+Grads = tuple[Tensor, Tensor, Tensor]
+"""Of query, key and value."""
+
+
+class Operators(NamedTuple):
+    """Forward and backward of one fused kernel.
+
+    `forward(query [B,H,S,D], key [B,K,T,D], value [B,K,T,D], mask [S,T] or None, scale)` gives the output
+    [B,H,S,D] and the statistics; without a mask it is causal.
+    """
+
+    forward: Callable[[Tensor, Tensor, Tensor, Tensor | None, float], tuple[Tensor, Statistics]]
+    backward: Callable[
+        [Tensor, Tensor, Tensor, Tensor, Tensor, Statistics, Tensor | None, float], Grads
+    ]
+    """Of (gradient of the output, query, key, value, output, statistics, mask, scale)."""
+
+
+def _cpu_forward(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Statistics]:
+    forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, logsumexp = forward(query, key, value, 0.0, mask is None, attn_mask=mask, scale=scale)
+    return out, (logsumexp,)
+
+
+def _cpu_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    statistics: Statistics,
+    mask: Tensor | None,
+    scale: float,
+) -> Grads:
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    grads: Grads = backward(
+        grad,
+        query,
+        key,
+        value,
+        out,
+        *statistics,
+        0.0,
+        mask is None,
+        attn_mask=mask,
+        scale=scale,
+    )
+    return grads
+
+
+def _refuse_mask(mask: Tensor | None) -> None:
+    if mask is not None:
+        raise ValueError(
+            "a sliding window shorter than the sequence is not one flash kernel on CUDA; use method "
+            "'alst', or a length within the window"
+        )
+
+
+def _cuda_forward(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Statistics]:
+    _refuse_mask(mask)
+    forward = torch.ops.aten._scaled_dot_product_flash_attention
+    # out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, rng_state, unused, debug_attn_mask
+    out, *statistics, _ = forward(query, key, value, 0.0, True, False, scale=scale)
+    return out, statistics
+
+
+def _cuda_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    statistics: Statistics,
+    mask: Tensor | None,
+    scale: float,
+) -> Grads:
+    _refuse_mask(mask)
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
+    logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, seed, offset = statistics
+    grads: Grads = backward(
+        grad,
+        query,
+        key,
+        value,
+        out,
+        logsumexp,
+        cum_seq_q,
+        cum_seq_k,
+        max_q,
+        max_k,
+        0.0,
+        True,
+        seed,
+        offset,
+        scale=scale,
+    )
+    return grads
+
+
+CPU = Operators(_cpu_forward, _cpu_backward)
+CUDA = Operators(_cuda_forward, _cuda_backward)
+
+
+def operators(device: torch.device) -> Operators:
+    """The kernel of a device; the one seam to it."""
+    return CUDA if device.type == "cuda" else CPU
+
+
+class _Piece(NamedTuple):
+    """Queries of some samples and the keys they see."""
+
+    samples: slice
+    queries: slice
+    keys: slice
+    masked: bool
+    """Whether a window hides some of these keys beside the future ones."""
+
+
+def _pieces(shape: Sequence[int], window: int | None, documents: Documents) -> list[_Piece]:
+    """Blocks that cover every pair of a query and a key it sees: O(S * window) of them under a window."""
+    batch, _, seqlen, _ = shape
+    if documents is None:
+        return _blocks(slice(0, batch), 0, seqlen, window)
+    pieces = []
+    for sample, lengths in enumerate(documents):
+        start = 0
+        for length in lengths:
+            pieces += _blocks(slice(sample, sample + 1), start, start + length, window)
+            start += length
+    return pieces
+
+
+def _blocks(samples: slice, start: int, stop: int, window: int | None) -> list[_Piece]:
+    """Pieces of one document, `window` queries at a time where the window is shorter than it."""
+    if window is None or window >= stop - start:
+        return [_Piece(samples, slice(start, stop), slice(start, stop), masked=False)]
+    return [
+        _Piece(
+            samples,
+            slice(first, min(first + window, stop)),
+            slice(max(first - window + 1, start), min(first + window, stop)),
+            masked=True,
+        )
+        for first in range(start, stop, window)
+    ]
+
+
+def _mask(piece: _Piece, window: int | None, query: Tensor) -> Tensor | None:
+    """0 where a query sees a key, minus infinity elsewhere; [queries, keys] in the query's dtype."""
+    if not piece.masked or window is None:
+        return None
+    rows = torch.arange(piece.queries.start, piece.queries.stop, device=query.device)
+    columns = torch.arange(piece.keys.start, piece.keys.stop, device=query.device)
+    distance = rows[:, None] - columns[None, :]
+    hidden = (distance < 0) | (distance >= window)
+    return query.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
+
+
+def attend_with_statistics(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    documents: Documents = None,
+) -> tuple[Tensor, list[Statistics]]:
+    """Causal attention as `alst_impl.ops.attention.attend`, and what `attend_backward` needs. No graph.
+
+    query [B, H, S, D], key and value [B, K, S, D] with K dividing H, any strides with D innermost.
+    Returns [B, H, S, D] in their dtype.
+    """
+    forward = operators(query.device).forward
+    pieces = _pieces(query.shape, window, documents)
+    if len(pieces) == 1:
+        out, statistics = forward(query, key, value, None, scale)
+        return out, [statistics]
+    out, kept = torch.empty_like(query), []
+    for piece in pieces:
+        samples, queries, keys, _ = piece
+        block, statistics = forward(
+            query[samples, :, queries],
+            key[samples, :, keys],
+            value[samples, :, keys],
+            _mask(piece, window, query),
+            scale,
+        )
+        out[samples, :, queries] = block
+        kept.append(statistics)
+    return out, kept
+
+
+def attend_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    statistics: Sequence[Statistics],
+    *,
+    scale: float,
+    window: int | None = None,
+    documents: Documents = None,
+) -> Grads:
+    """Gradients of query [B, H, S, D], key and value [B, K, S, D], in their dtype; no graph.
+
+    `grad` and `out` [B, H, S, D] are the output's gradient and the output; `statistics` came with it.
+    """
+    backward = operators(query.device).backward
+    pieces = _pieces(query.shape, window, documents)
+    if len(pieces) == 1:
+        return backward(grad, query, key, value, out, statistics[0], None, scale)
+    grads = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+    for piece, statistic in zip(pieces, statistics, strict=True):
+        samples, queries, keys, _ = piece
+        of_query, of_key, of_value = backward(
+            grad[samples, :, queries],
+            query[samples, :, queries],
+            key[samples, :, keys],
+            value[samples, :, keys],
+            out[samples, :, queries],
+            statistic,
+            _mask(piece, window, query),
+            scale,
+        )
+        grads[0][samples, :, queries] = of_query
+        grads[1][samples, :, keys] += of_key  # neighbouring blocks see the same keys
+        grads[2][samples, :, keys] += of_value
+    return grads

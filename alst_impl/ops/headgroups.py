@@ -1,0 +1,134 @@
+"""Heads in groups: which heads meet in which group, where their data lies, how it changes ranks.
+
+Attention of one group at a time needs q, k, v and their gradients of that group alone. Data of a group
+lies in *send order* [P, s, B, h, D]: the block of rank r holds this rank's tokens for the heads that r
+works on. Sent as it is, it arrives as whole sequences; the way back is the same. No layout is changed
+around an exchange (Ulysses, arXiv:2309.14509).
+Legend: B batch, S sequence, s = S/P, P sequence-parallel degree, H query heads, K kv heads, G groups,
+h heads of a group on one rank, D head dim.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from alst_impl.placement import Evidence
+
+
+@dataclass(frozen=True)
+class HeadGroups:
+    """H query heads over `degree` ranks, each rank's share in `num_groups` groups.
+
+    A group holds whole kv heads with all their queries, or is one of several that share kv heads.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    degree: int
+    num_groups: int
+
+    @classmethod
+    def of(cls, num_heads: int, num_kv_heads: int, degree: int, num_groups: int | None) -> HeadGroups:
+        """Checked. Raises `ValueError` naming the legal numbers of groups; None takes the largest."""
+        whole = math.lcm(num_kv_heads, degree)
+        if num_heads % whole:
+            raise ValueError(
+                f"num_attention_heads ({num_heads}) must be a multiple of num_key_value_heads "
+                f"({num_kv_heads}) repeated for sp ({degree}), which is {whole}; use another sp"
+            )
+        heads, kv_heads = num_heads // degree, whole // degree
+        legal = [
+            n
+            for n in range(1, heads + 1)
+            if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)
+        ]
+        chosen = legal[-1] if num_groups is None else num_groups
+        if chosen not in legal:
+            raise ValueError(
+                f"groups ({chosen}) must split the {heads} query and {kv_heads} kv heads of a rank "
+                f"evenly; use groups in {legal}"
+            )
+        return cls(num_heads, num_kv_heads, degree, chosen)
+
+    @property
+    def copies(self) -> int:
+        """How often a kv head is repeated, so that every rank has one."""
+        return math.lcm(self.num_kv_heads, self.degree) // self.num_kv_heads
+
+    @property
+    def heads(self) -> int:
+        """Query heads of a group on one rank."""
+        return self.num_heads // self.degree // self.num_groups
+
+    @property
+    def num_kv_groups(self) -> int:
+        """Groups of kv heads; `num_groups` is a multiple."""
+        return min(self.num_groups, self._kv_heads_of_rank)
+
+    @property
+    def kv_heads(self) -> int:
+        """kv heads of a kv group on one rank, copies included."""
+        return self._kv_heads_of_rank // self.num_kv_groups
+
+    @property
+    def _kv_heads_of_rank(self) -> int:
+        return self.num_kv_heads * self.copies // self.degree
+
+    def kv_group(self, group: int) -> int:
+        """The kv group that query group `group` attends to."""
+        return group * self.num_kv_groups // self.num_groups
+
+    def query_heads(self, group: int) -> list[int]:
+        """Query heads of `group` in send order: those of rank 0, of rank 1, ..."""
+        of_rank = self.num_heads // self.degree
+        return [
+            rank * of_rank + group * self.heads + i
+            for rank in range(self.degree)
+            for i in range(self.heads)
+        ]
+
+    def key_heads(self, kv_group: int) -> list[int]:
+        """kv heads of `kv_group` in send order; a repeated head appears once for each copy."""
+        of_rank = self._kv_heads_of_rank
+        return [
+            (rank * of_rank + kv_group * self.kv_heads + i) // self.copies
+            for rank in range(self.degree)
+            for i in range(self.kv_heads)
+        ]
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Trades a group's tokens for its heads over `group`; on one rank, only the view changes."""
+
+    group: ProcessGroup | None
+    evidence: Evidence
+
+    @property
+    def degree(self) -> int:
+        """P."""
+        return 1 if self.group is None else self.group.size()
+
+    def to_heads(self, send: Tensor) -> Tensor:
+        """[P, s, B, h, D] in send order -> [B, h, S, D], this rank's heads. Collective."""
+        received = send
+        if self.group is not None:
+            received = send.new_empty(send.shape)
+            dist.all_to_all_single(received, send, group=self.group)
+            self.evidence.exchanges += 1
+        # [P, s, B, h, D] = [S, B, h, D] -> [B, h, S, D]: attention takes strides
+        return received.flatten(0, 1).permute(1, 2, 0, 3)
+
+    def to_sequence(self, x: Tensor, into: Tensor) -> None:
+        """[B, h, S, D], this rank's heads -> `into` [P, s, B, h, D] in send order. Collective."""
+        by_token = x.permute(2, 0, 1, 3)  # [S, B, h, D]
+        if self.group is None:
+            into.view(by_token.shape).copy_(by_token)
+            return
+        dist.all_to_all_single(into, by_token.contiguous().view(into.shape), group=self.group)
+        self.evidence.exchanges += 1

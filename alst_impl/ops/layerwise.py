@@ -1,0 +1,420 @@
+"""A decoder layer in tiles around attention in head groups, with a backward of two passes by hand.
+
+One operation of a decoder layer couples tokens; all others work token by token. So forward is:
+for each head group, project tile by tile and attend; then, tile by tile, output projection and MLP.
+Backward, from the layer's input x, the incoming gradient dY, and attention's output, kept or recomputed:
+
+1. by tile: rebuild what follows attention and go back through it. dY becomes the gradient of the
+   residual, the gradient of attention's output goes to a buffer of its own;
+2. by head group: project again and run attention's backward. dQ takes the place of the group's output,
+   dK and dV that of its gradient;
+3. by tile: go back through projections and norm into dY, which is now the gradient of x.
+
+Of full length there are x, dY, and two buffers [S, H D], beside what one group needs. Weight
+gradients add up over tiles in fp32 (or wider) and leave as one gradient per parameter.
+Legend: B batch, S sequence, s = S/P, P sequence-parallel degree, E hidden size, H query heads, K kv heads,
+D head dim, G head groups, h query and k kv heads of a group on one rank; send order as in `headgroups`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from alst_impl.ops import tiling
+from alst_impl.ops.flash import Documents, Statistics, attend_backward, attend_with_statistics
+from alst_impl.ops.headgroups import Exchange, HeadGroups
+from alst_impl.ops.offload import HostOffload
+from alst_impl.ops.tiling import GradientSum, TokenWise, parameters_of
+from alst_impl.placement import Placement
+
+
+@dataclass(frozen=True)
+class Heads:
+    """A linear map of features to heads: rows `first` to `first + num_heads * dim` of `linear`."""
+
+    linear: nn.Linear
+    first: int
+    num_heads: int
+    dim: int
+    norm: nn.Module | None = None
+    """Applied to each head by itself, before the rotary embedding."""
+
+    def select(self, heads: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """Weight [len(heads) D, E] and bias of some heads; a view where they stand side by side."""
+        starts = [self.first + head * self.dim for head in heads]
+        bias = self.linear.bias
+        return (
+            self._rows(self.linear.weight, starts),
+            None if bias is None else self._rows(bias, starts),
+        )
+
+    def _rows(self, x: Tensor, starts: list[int]) -> Tensor:
+        if starts == list(range(starts[0], starts[0] + len(starts) * self.dim, self.dim)):
+            return x[starts[0] : starts[0] + len(starts) * self.dim]
+        return torch.cat([x[start : start + self.dim] for start in starts])
+
+    def split(self, x: Tensor) -> Tensor:
+        """[B, s, n D] -> [B, n, s, D], each head normed."""
+        x = x.unflatten(-1, (-1, self.dim))
+        return (x if self.norm is None else self.norm(x)).transpose(1, 2)
+
+
+Rotate = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(query [B,H,s,D], key [B,K,s,D], cos, sin [B,s,R]) -> both, rotated by position."""
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The parts of a decoder layer: norm, attention, residual, norm and MLP, residual."""
+
+    module: nn.Module
+    """The layer: owner of all parameters."""
+    before: TokenWise
+    """Norm before attention."""
+    query: Heads
+    key: Heads
+    value: Heads
+    rotate: Rotate
+    output: TokenWise
+    """Output projection: [B, s, H D] -> [B, s, E]."""
+    feed_forward: TokenWise
+    """Norm and MLP, without the residual."""
+    scale: float
+    """Of the attention logits."""
+    window: int | None
+    """Keys that a query sees, itself included; None for all before it."""
+
+    def qkv(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normed input [B, s, E] -> query [B, H, s, D], key and value [B, K, s, D]."""
+        parts = self.query, self.key, self.value
+        if self.query.linear is self.key.linear:
+            widths = [part.num_heads * part.dim for part in parts]
+            features = self.query.linear(hidden).split(widths, dim=-1)
+        else:
+            features = [part.linear(hidden) for part in parts]
+        query, key, value = (part.split(x) for part, x in zip(parts, features, strict=True))
+        return *self.rotate(query, key, cos, sin), value
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one call of a layer is given beside its input."""
+
+    cos: Tensor
+    """[1 or B, s, R], of this rank's positions."""
+    sin: Tensor
+    documents: Documents
+    """Over the whole sequence."""
+
+    def tile(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """cos and sin of some rows."""
+        return self.cos[:, rows], self.sin[:, rows]
+
+
+@dataclass(frozen=True)
+class _Attended:
+    """Attention's output of all heads, [G, P, s, B, h, D], and each group's statistics."""
+
+    out: Tensor
+    statistics: dict[int, list[Statistics]]
+
+
+@dataclass(frozen=True)
+class Layerwise:
+    """One decoder layer, ready to run."""
+
+    decoder: Decoder
+    groups: HeadGroups
+    exchange: Exchange
+    rows: int
+    """Tokens of a tile."""
+    keep_attention: bool
+    """Keep attention's output and statistics for backward instead of computing them again."""
+    offload: HostOffload | None
+    """Where what is kept waits for backward; None leaves it on the device."""
+    placement: Placement
+
+    def __call__(self, x: Tensor, call: Call) -> Tensor:
+        """x [B, s, E] -> [B, s, E]. Collective under sequence parallelism.
+
+        The output must have one consumer: backward overwrites its gradient.
+        """
+        if not torch.is_grad_enabled():
+            return self.forward(x, call)[0]
+        parameters = parameters_of(self.decoder.module)
+        return _Layer.apply(self, call, x, *parameters)  # type: ignore[no-any-return, no-untyped-call]
+
+    # -- forward ----------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, call: Call) -> tuple[Tensor, _Attended]:
+        """The layer's output, and attention's."""
+        self.placement.on_layer()
+        attended = self.attend(x, call)
+        y = torch.empty_like(x)
+        for rows in self._tiles(x):
+            residual = x[:, rows] + self.decoder.output(self._by_token(attended.out, rows))
+            y[:, rows] = residual.add_(self.decoder.feed_forward(residual))
+            self.placement.evidence.tiles += 1
+        return y, attended
+
+    def attend(self, x: Tensor, call: Call) -> _Attended:
+        """Attention of layer input x [B, s, E], one head group at a time. No graph."""
+        out = self._slots(x)
+        statistics = {}
+        for group, query, key, value in self._projected(x, call):
+            found, statistics[group] = attend_with_statistics(
+                query,
+                key,
+                value,
+                scale=self.decoder.scale,
+                window=self.decoder.window,
+                documents=call.documents,
+            )
+            self.exchange.to_sequence(found, out[group])
+            del found, query, key, value  # before the next group's are made
+        return _Attended(out, statistics)
+
+    def _projected(
+        self, x: Tensor, call: Call
+    ) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+        """(group, query [B, h, S, D], key, value [B, k, S, D]) of this rank's heads, group by group."""
+        groups, kv_group = self.groups, -1
+        key_value = x.new_empty(0)
+        for group, _ in tiling.tile_bounds(groups.num_groups, groups.num_groups):
+            fresh = groups.kv_group(group) != kv_group
+            if fresh:
+                del key_value  # before the next one is made
+                kv_group = groups.kv_group(group)
+            query, sent = self._project(x, call, group, kv_group if fresh else None)
+            query = self.exchange.to_heads(query)
+            if sent is not None:
+                key_value = self.exchange.to_heads(sent)
+                del sent
+            key, value = key_value.chunk(2, dim=1)
+            yield group, query, key, value
+            del query, key, value
+
+    def _project(
+        self, x: Tensor, call: Call, group: int, kv_group: int | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Queries of `group` [P, s, B, h, D], keys beside values of `kv_group` [P, s, B, 2 k, D]."""
+        decoder, groups = self.decoder, self.groups
+        batch, local, _ = x.shape
+        shape = groups.degree, local, batch
+        query = x.new_empty(*shape, groups.heads, decoder.query.dim)
+        of_query = decoder.query.select(groups.query_heads(group))
+        sent = None
+        if kv_group is not None:
+            sent = x.new_empty(*shape, 2 * groups.kv_heads, decoder.key.dim)
+            heads = groups.key_heads(kv_group)
+            of_key, of_value = decoder.key.select(heads), decoder.value.select(heads)
+        for rows in self._tiles(x):
+            hidden = decoder.before(x[:, rows])
+            q = decoder.query.split(F.linear(hidden, *of_query))
+            if sent is None:
+                q, _ = decoder.rotate(q, q[:, :0], *call.tile(rows))
+            else:
+                k = decoder.key.split(F.linear(hidden, *of_key))
+                q, k = decoder.rotate(q, k, *call.tile(rows))
+                v = decoder.value.split(F.linear(hidden, *of_value))
+                sent[:, rows, :, : groups.kv_heads] = self._in_send_order(k)
+                sent[:, rows, :, groups.kv_heads :] = self._in_send_order(v)
+            query[:, rows] = self._in_send_order(q)
+        return query, sent
+
+    # -- backward ---------------------------------------------------------------------------------
+
+    def backward(
+        self, x: Tensor, call: Call, grad: Tensor, attended: _Attended
+    ) -> list[Tensor | None]:
+        """Turns `grad`, of the output [B, s, E], into that of x in place; returns the parameters'."""
+        parameters = parameters_of(self.decoder.module)
+        sums = GradientSum(parameters)
+        grad_out = self._after_attention(x, grad, attended.out, parameters, sums)
+        grad_key_value = self._through_attention(x, call, attended, grad_out)
+        self._before_attention(x, call, grad, attended.out, grad_key_value, parameters, sums)
+        return sums.take()
+
+    def _after_attention(
+        self,
+        x: Tensor,
+        grad: Tensor,
+        out: Tensor,
+        parameters: list[nn.Parameter],
+        sums: GradientSum,
+    ) -> Tensor:
+        """First pass: `grad` becomes the gradient of the residual; returns that of `out`, as `out`."""
+        grad_out = torch.empty_like(out)
+        for rows in self._tiles(x):
+            attended = self._by_token(out, rows).requires_grad_()
+            with torch.enable_grad():
+                residual = x[:, rows] + self.decoder.output(attended)
+                y = residual + self.decoder.feed_forward(residual)
+            edge = torch.autograd.graph.get_gradient_edge(y)
+            del y
+            of_residual, of_attended, *gradients = torch.autograd.grad(
+                edge, [residual, attended, *parameters], grad[:, rows], allow_unused=True
+            )
+            grad[:, rows] = of_residual
+            grad_out[:, :, rows] = self._in_slots(of_attended)
+            sums.add(tuple(gradients))
+            del of_residual, of_attended, gradients, residual, attended, edge
+        return grad_out
+
+    def _through_attention(
+        self, x: Tensor, call: Call, attended: _Attended, grad_out: Tensor
+    ) -> Tensor:
+        """Second pass: dQ replaces `attended.out`; returns dK beside dV [G', P, s, B, 2 k, D]."""
+        groups, out = self.groups, attended.out
+        grad_key_value = self._key_value_slots(grad_out)
+        last = groups.num_groups // groups.num_kv_groups - 1
+        sums: list[Tensor] = []
+        for group, query, key, value in self._projected(x, call):
+            of_query, *gradients = attend_backward(
+                self.exchange.to_heads(grad_out[group]),
+                query,
+                key,
+                value,
+                self.exchange.to_heads(out[group]),
+                attended.statistics.pop(group),
+                scale=self.decoder.scale,
+                window=self.decoder.window,
+                documents=call.documents,
+            )
+            self.exchange.to_sequence(of_query, out[group])
+            del of_query, query, key, value
+            # Groups that share kv heads add up. Their gradients' slots are free once all are through.
+            for total, more in zip(sums, gradients, strict=False):
+                total.add_(more)
+            sums = sums or gradients
+            del gradients
+            if group % (last + 1) == last:
+                slot = grad_key_value[groups.kv_group(group)]
+                self.exchange.to_sequence(torch.cat(sums, dim=1), slot)
+                sums = []
+        return grad_key_value
+
+    def _key_value_slots(self, grad_out: Tensor) -> Tensor:
+        """Room for dK and dV of each kv group: inside `grad_out` where it is large enough."""
+        groups = self.groups
+        _, degree, local, batch, _, dim = grad_out.shape
+        shape = groups.num_kv_groups, degree, local, batch, 2 * groups.kv_heads, dim
+        of_group = shape[1:]
+        whole = grad_out.view(groups.num_kv_groups, -1)
+        size = torch.Size(of_group).numel()
+        if whole.shape[1] < size:
+            return grad_out.new_empty(shape)
+        return whole[:, :size].view(shape)
+
+    def _before_attention(
+        self,
+        x: Tensor,
+        call: Call,
+        grad: Tensor,
+        grad_query: Tensor,
+        grad_key_value: Tensor,
+        parameters: list[nn.Parameter],
+        sums: GradientSum,
+    ) -> None:
+        """Third pass: adds to `grad`, of the residual, what comes through the projections."""
+        for rows in self._tiles(x):
+            tile = x[:, rows].detach().requires_grad_()
+            with torch.enable_grad():
+                outputs = self.decoder.qkv(self.decoder.before(tile), *call.tile(rows))
+            of_outputs = self._of_qkv(grad_query, grad_key_value, rows)
+            of_tile, *gradients = torch.autograd.grad(
+                outputs, [tile, *parameters], of_outputs, allow_unused=True
+            )
+            grad[:, rows] += of_tile
+            sums.add(tuple(gradients))
+            del of_tile, gradients, outputs, of_outputs, tile
+
+    # -- layouts ----------------------------------------------------------------------------------
+
+    def _tiles(self, x: Tensor) -> Iterator[slice]:
+        local = x.shape[1]
+        for start, stop in tiling.tile_bounds(local, -(-local // self.rows)):
+            yield slice(start, stop)
+
+    def _slots(self, x: Tensor) -> Tensor:
+        """[G, P, s, B, h, D]: one contiguous slot in send order for each group."""
+        groups = self.groups
+        return x.new_empty(
+            groups.num_groups,
+            groups.degree,
+            x.shape[1],
+            x.shape[0],
+            groups.heads,
+            self.decoder.query.dim,
+        )
+
+    def _in_send_order(self, x: Tensor) -> Tensor:
+        """[B, P h, s, D] -> [P, s, B, h, D]."""
+        return x.unflatten(1, (self.groups.degree, -1)).permute(1, 3, 0, 2, 4)
+
+    def _by_token(self, slots: Tensor, rows: slice) -> Tensor:
+        """Rows of [G, P, s, B, h, D] -> [B, rows, H D], a copy."""
+        # heads of a rank stand together: [G, P, s, B, h, D] -> [B, s, P, G, h, D]
+        return slots[:, :, rows].permute(3, 2, 1, 0, 4, 5).flatten(2).contiguous()
+
+    def _in_slots(self, x: Tensor) -> Tensor:
+        """[B, rows, H D] -> [G, P, rows, B, h, D]."""
+        groups = self.groups
+        shape = groups.degree, groups.num_groups, groups.heads, self.decoder.query.dim
+        return x.unflatten(-1, shape).permute(3, 2, 1, 0, 4, 5)
+
+    def _of_qkv(
+        self, grad_query: Tensor, grad_key_value: Tensor, rows: slice
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of some rows as `Decoder.qkv` returns the tensors themselves."""
+        query = self._by_token(grad_query, rows).unflatten(-1, (-1, self.decoder.query.dim))
+        # [G', P, s, B, 2 k, D] -> [B, P, G', 2 k, s, D] -> 2 x [B, P, G', k, s, D]
+        pair = grad_key_value[:, :, rows].permute(3, 1, 0, 4, 2, 5).chunk(2, dim=3)
+        # -> [B, K, copies, s, D]: the gradient of a head is the sum over its copies
+        key, value = (
+            x.flatten(1, 3).unflatten(1, (-1, self.groups.copies)).sum(dim=2) for x in pair
+        )
+        return query.transpose(1, 2), key, value
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, layer: Layerwise, call: Call, x: Tensor, *parameters: nn.Parameter
+    ) -> Tensor:
+        y, attended = layer.forward(x, call)
+        ctx.layer, ctx.call = layer, call
+        # Parameters are not saved: an engine may free and gather them again in between. They are looked
+        # up again in backward.
+        kept = [x, attended.out] if layer.keep_attention else [x]
+        ctx.statistics = attended.statistics if layer.keep_attention else None
+        if layer.offload is None:
+            ctx.save_for_backward(*kept)
+        else:
+            ctx.parked = [layer.offload.store(tensor) for tensor in kept]
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        layer: Layerwise = ctx.layer
+        layer.placement.on_layer()
+        if layer.offload is None:
+            kept = list(ctx.saved_tensors)
+        else:
+            kept = [layer.offload.load(parked) for parked in reversed(ctx.parked)][::-1]
+            ctx.parked = None
+        x = kept[0].detach()
+        if layer.keep_attention:
+            attended = _Attended(kept[1], ctx.statistics)
+            ctx.statistics = None
+        else:
+            attended = layer.attend(x, ctx.call)
+        grad = grads[0].contiguous()
+        gradients = layer.backward(x, ctx.call, grad, attended)
+        return None, None, grad, *gradients
