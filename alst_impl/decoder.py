@@ -101,7 +101,9 @@ def _forward(layer: Layerwise) -> Any:
         **_: Any,
     ) -> Tensor:
         if past_key_values is not None:
-            raise ValueError("method 'layerwise' trains: it has no key/value cache; use_cache=False")
+            raise ValueError(
+                "method 'layerwise' trains: it has no key/value cache; use_cache=False"
+            )
         return layer(hidden_states, Call(*position_embeddings, documents))
 
     return forward
@@ -168,6 +170,4 @@ def _window(attention: Any) -> int | None:
 
 
 def _unknown(module: nn.Module, part: str) -> str:
-    return (
-        f"method 'layerwise' does not know a part of {type(module).__name__}: {part}; use method 'alst'"
-    )
+    return f"method 'layerwise' does not know a part of {type(module).__name__}: {part}; use method 'alst'"

@@ -9,6 +9,7 @@ from pydantic import Field
 from alst_impl.config import TrainConfig
 from alst_impl.methods.base import Method, check_sharded
 from alst_impl.models import field, published
+from alst_impl.ops.headgroups import HeadGroups
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 LOSS_ROWS = 2048
 """Most tokens of a loss tile: with a vocabulary of 128K, 1 GiB of fp32 logits."""
+
+SMALLEST_ROWS = 512
+"""Fewer cost a CPU more in calls than they save."""
 
 
 class Layerwise(Method):
@@ -33,9 +37,11 @@ class Layerwise(Method):
     keep_attention: bool = False
     """Keep attention's output and log-sum-exp for backward: twice the host bytes, no attention twice."""
     rows: int | None = Field(default=None, ge=1)
-    """Tokens of a tile; None is `hidden_size`, and for the loss at most 2048."""
+    """Tokens of a tile; None is `hidden_size` or 512, the larger, and for the loss at most 2048."""
     offload: bool = True
     """Keep in host memory what is kept for backward."""
+    stream: bool = False
+    """Fetch layer inputs tile by tile in backward, once for each head group, instead of whole."""
 
     def check(self, config: TrainConfig) -> None:
         check_sharded(config, self.sp, "layerwise")
@@ -43,8 +49,10 @@ class Layerwise(Method):
             raise ValueError(
                 "layerwise keeps nothing but layer inputs, but checkpoint is false; set it to true"
             )
-        from alst_impl.ops.headgroups import HeadGroups
-
+        if self.stream and not self.offload:
+            raise ValueError(
+                "stream fetches tiles from host memory, but offload is false; set stream: false"
+            )
         fields = published(config.model, config.overrides)
         heads = field(fields, "num_attention_heads")
         HeadGroups.of(heads, fields.get("num_key_value_heads") or heads, self.sp, self.groups)
@@ -65,7 +73,7 @@ class Layerwise(Method):
     ) -> None:
         from alst_impl import decoder, hf
         from alst_impl.ops import layerwise
-        from alst_impl.ops.headgroups import Exchange, HeadGroups
+        from alst_impl.ops.exchange import Exchange
         from alst_impl.ops.offload import HostOffload
         from alst_impl.ops.ulysses import UlyssesAttention
 
@@ -73,10 +81,10 @@ class Layerwise(Method):
         evidence = placement.evidence
         # Layers never call it, but under its name transformers makes no mask, and refuses one.
         hf.use_attention(model, UlyssesAttention(group, config.attention, evidence))
-        rows = self.rows or model.config.hidden_size
+        rows = self.rows or max(model.config.hidden_size, SMALLEST_ROWS)
         offload = HostOffload(placement) if self.offload else None
 
-        def prepared(layer: decoder.Decoder) -> layerwise.Layerwise:
+        def prepared(layer: layerwise.Decoder) -> layerwise.Layerwise:
             return layerwise.Layerwise(
                 decoder=layer,
                 groups=HeadGroups.of(
@@ -86,6 +94,7 @@ class Layerwise(Method):
                 rows=rows,
                 keep_attention=self.keep_attention,
                 offload=offload,
+                stream=self.stream,
                 placement=placement,
             )
 

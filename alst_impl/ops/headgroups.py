@@ -1,23 +1,12 @@
-"""Heads in groups: which heads meet in which group, where their data lies, how it changes ranks.
+"""Heads in groups: which heads a rank works on, and which of them together. Imports no torch.
 
-Attention of one group at a time needs q, k, v and their gradients of that group alone. Data of a group
-lies in *send order* [P, s, B, h, D]: the block of rank r holds this rank's tokens for the heads that r
-works on. Sent as it is, it arrives as whole sequences; the way back is the same. No layout is changed
-around an exchange (Ulysses, arXiv:2309.14509).
-Legend: B batch, S sequence, s = S/P, P sequence-parallel degree, H query heads, K kv heads, G groups,
-h heads of a group on one rank, D head dim.
+Legend: P sequence-parallel degree, H query heads, K kv heads.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-
-import torch.distributed as dist
-from torch import Tensor
-from torch.distributed import ProcessGroup
-
-from alst_impl.placement import Evidence
 
 
 @dataclass(frozen=True)
@@ -33,7 +22,9 @@ class HeadGroups:
     num_groups: int
 
     @classmethod
-    def of(cls, num_heads: int, num_kv_heads: int, degree: int, num_groups: int | None) -> HeadGroups:
+    def of(
+        cls, num_heads: int, num_kv_heads: int, degree: int, num_groups: int | None
+    ) -> HeadGroups:
         """Checked. Raises `ValueError` naming the legal numbers of groups; None takes the largest."""
         whole = math.lcm(num_kv_heads, degree)
         if num_heads % whole:
@@ -100,35 +91,3 @@ class HeadGroups:
             for rank in range(self.degree)
             for i in range(self.kv_heads)
         ]
-
-
-@dataclass(frozen=True)
-class Exchange:
-    """Trades a group's tokens for its heads over `group`; on one rank, only the view changes."""
-
-    group: ProcessGroup | None
-    evidence: Evidence
-
-    @property
-    def degree(self) -> int:
-        """P."""
-        return 1 if self.group is None else self.group.size()
-
-    def to_heads(self, send: Tensor) -> Tensor:
-        """[P, s, B, h, D] in send order -> [B, h, S, D], this rank's heads. Collective."""
-        received = send
-        if self.group is not None:
-            received = send.new_empty(send.shape)
-            dist.all_to_all_single(received, send, group=self.group)
-            self.evidence.exchanges += 1
-        # [P, s, B, h, D] = [S, B, h, D] -> [B, h, S, D]: attention takes strides
-        return received.flatten(0, 1).permute(1, 2, 0, 3)
-
-    def to_sequence(self, x: Tensor, into: Tensor) -> None:
-        """[B, h, S, D], this rank's heads -> `into` [P, s, B, h, D] in send order. Collective."""
-        by_token = x.permute(2, 0, 1, 3)  # [S, B, h, D]
-        if self.group is None:
-            into.view(by_token.shape).copy_(by_token)
-            return
-        dist.all_to_all_single(into, by_token.contiguous().view(into.shape), group=self.group)
-        self.evidence.exchanges += 1

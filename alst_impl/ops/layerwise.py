@@ -13,22 +13,23 @@ Backward, from the layer's input x, the incoming gradient dY, and attention's ou
 Of full length there are x, dY, and two buffers [S, H D], beside what one group needs. Weight
 gradients add up over tiles in fp32 (or wider) and leave as one gradient per parameter.
 Legend: B batch, S sequence, s = S/P, P sequence-parallel degree, E hidden size, H query heads, K kv heads,
-D head dim, G head groups, h query and k kv heads of a group on one rank; send order as in `headgroups`.
+D head dim, G head groups, h query and k kv heads of a group on one rank; send order as in `exchange`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alst_impl.ops import tiling
+from alst_impl.ops.exchange import Exchange
 from alst_impl.ops.flash import Documents, Statistics, attend_backward, attend_with_statistics
-from alst_impl.ops.headgroups import Exchange, HeadGroups
+from alst_impl.ops.headgroups import HeadGroups
 from alst_impl.ops.offload import HostOffload
 from alst_impl.ops.tiling import GradientSum, TokenWise, parameters_of
 from alst_impl.placement import Placement
@@ -48,7 +49,7 @@ class Heads:
     def select(self, heads: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """Weight [len(heads) D, E] and bias of some heads; a view where they stand side by side."""
         starts = [self.first + head * self.dim for head in heads]
-        bias = self.linear.bias
+        bias: Tensor | None = self.linear.bias
         return (
             self._rows(self.linear.weight, starts),
             None if bias is None else self._rows(bias, starts),
@@ -117,6 +118,46 @@ class Call:
         return self.cos[:, rows], self.sin[:, rows]
 
 
+class Rows(Protocol):
+    """A layer's input, by tile."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """[B, s, E]."""
+
+    @property
+    def like(self) -> Tensor:
+        """Any tensor of its dtype and device."""
+
+    def tile(self, rows: slice) -> Tensor:
+        """Those rows [B, rows, E]."""
+
+
+class Resident:
+    """All rows on the device."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.shape, self.like = x.shape, x
+
+    def tile(self, rows: slice) -> Tensor:
+        """A view."""
+        return self.like[:, rows]
+
+
+class Streamed:
+    """Tiles that wait on the host and come one at a time, as often as they are asked for."""
+
+    def __init__(self, x: Tensor, size: int, offload: HostOffload) -> None:
+        self.shape, self.like = x.shape, x.new_empty(0)
+        self._offload = offload
+        parts = x.split(size, dim=1)
+        self._parked = {i * size: offload.keep(part) for i, part in enumerate(parts)}
+
+    def tile(self, rows: slice) -> Tensor:
+        """A copy on the device."""
+        return self._offload.look(self._parked[rows.start])
+
+
 @dataclass(frozen=True)
 class _Attended:
     """Attention's output of all heads, [G, P, s, B, h, D], and each group's statistics."""
@@ -138,6 +179,8 @@ class Layerwise:
     """Keep attention's output and statistics for backward instead of computing them again."""
     offload: HostOffload | None
     """Where what is kept waits for backward; None leaves it on the device."""
+    stream: bool
+    """Fetch the layer's input tile by tile in backward, whenever one is needed, instead of whole."""
     placement: Placement
 
     def __call__(self, x: Tensor, call: Call) -> Tensor:
@@ -155,15 +198,15 @@ class Layerwise:
     def forward(self, x: Tensor, call: Call) -> tuple[Tensor, _Attended]:
         """The layer's output, and attention's."""
         self.placement.on_layer()
-        attended = self.attend(x, call)
+        attended = self.attend(Resident(x), call)
         y = torch.empty_like(x)
-        for rows in self._tiles(x):
+        for rows in self._tiles(x.shape[1]):
             residual = x[:, rows] + self.decoder.output(self._by_token(attended.out, rows))
             y[:, rows] = residual.add_(self.decoder.feed_forward(residual))
             self.placement.evidence.tiles += 1
         return y, attended
 
-    def attend(self, x: Tensor, call: Call) -> _Attended:
+    def attend(self, x: Rows, call: Call) -> _Attended:
         """Attention of layer input x [B, s, E], one head group at a time. No graph."""
         out = self._slots(x)
         statistics = {}
@@ -180,12 +223,10 @@ class Layerwise:
             del found, query, key, value  # before the next group's are made
         return _Attended(out, statistics)
 
-    def _projected(
-        self, x: Tensor, call: Call
-    ) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    def _projected(self, x: Rows, call: Call) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
         """(group, query [B, h, S, D], key, value [B, k, S, D]) of this rank's heads, group by group."""
         groups, kv_group = self.groups, -1
-        key_value = x.new_empty(0)
+        key_value = x.like.new_empty(0)
         for group, _ in tiling.tile_bounds(groups.num_groups, groups.num_groups):
             fresh = groups.kv_group(group) != kv_group
             if fresh:
@@ -201,21 +242,21 @@ class Layerwise:
             del query, key, value
 
     def _project(
-        self, x: Tensor, call: Call, group: int, kv_group: int | None
+        self, x: Rows, call: Call, group: int, kv_group: int | None
     ) -> tuple[Tensor, Tensor | None]:
         """Queries of `group` [P, s, B, h, D], keys beside values of `kv_group` [P, s, B, 2 k, D]."""
         decoder, groups = self.decoder, self.groups
         batch, local, _ = x.shape
         shape = groups.degree, local, batch
-        query = x.new_empty(*shape, groups.heads, decoder.query.dim)
+        query = x.like.new_empty(*shape, groups.heads, decoder.query.dim)
         of_query = decoder.query.select(groups.query_heads(group))
         sent = None
         if kv_group is not None:
-            sent = x.new_empty(*shape, 2 * groups.kv_heads, decoder.key.dim)
+            sent = x.like.new_empty(*shape, 2 * groups.kv_heads, decoder.key.dim)
             heads = groups.key_heads(kv_group)
             of_key, of_value = decoder.key.select(heads), decoder.value.select(heads)
-        for rows in self._tiles(x):
-            hidden = decoder.before(x[:, rows])
+        for rows in self._tiles(x.shape[1]):
+            hidden = decoder.before(x.tile(rows))
             q = decoder.query.split(F.linear(hidden, *of_query))
             if sent is None:
                 q, _ = decoder.rotate(q, q[:, :0], *call.tile(rows))
@@ -231,7 +272,7 @@ class Layerwise:
     # -- backward ---------------------------------------------------------------------------------
 
     def backward(
-        self, x: Tensor, call: Call, grad: Tensor, attended: _Attended
+        self, x: Rows, call: Call, grad: Tensor, attended: _Attended
     ) -> list[Tensor | None]:
         """Turns `grad`, of the output [B, s, E], into that of x in place; returns the parameters'."""
         parameters = parameters_of(self.decoder.module)
@@ -243,7 +284,7 @@ class Layerwise:
 
     def _after_attention(
         self,
-        x: Tensor,
+        x: Rows,
         grad: Tensor,
         out: Tensor,
         parameters: list[nn.Parameter],
@@ -251,10 +292,10 @@ class Layerwise:
     ) -> Tensor:
         """First pass: `grad` becomes the gradient of the residual; returns that of `out`, as `out`."""
         grad_out = torch.empty_like(out)
-        for rows in self._tiles(x):
+        for rows in self._tiles(x.shape[1]):
             attended = self._by_token(out, rows).requires_grad_()
             with torch.enable_grad():
-                residual = x[:, rows] + self.decoder.output(attended)
+                residual = x.tile(rows) + self.decoder.output(attended)
                 y = residual + self.decoder.feed_forward(residual)
             edge = torch.autograd.graph.get_gradient_edge(y)
             del y
@@ -268,7 +309,7 @@ class Layerwise:
         return grad_out
 
     def _through_attention(
-        self, x: Tensor, call: Call, attended: _Attended, grad_out: Tensor
+        self, x: Rows, call: Call, attended: _Attended, grad_out: Tensor
     ) -> Tensor:
         """Second pass: dQ replaces `attended.out`; returns dK beside dV [G', P, s, B, 2 k, D]."""
         groups, out = self.groups, attended.out
@@ -314,7 +355,7 @@ class Layerwise:
 
     def _before_attention(
         self,
-        x: Tensor,
+        x: Rows,
         call: Call,
         grad: Tensor,
         grad_query: Tensor,
@@ -323,8 +364,8 @@ class Layerwise:
         sums: GradientSum,
     ) -> None:
         """Third pass: adds to `grad`, of the residual, what comes through the projections."""
-        for rows in self._tiles(x):
-            tile = x[:, rows].detach().requires_grad_()
+        for rows in self._tiles(x.shape[1]):
+            tile = x.tile(rows).detach().requires_grad_()
             with torch.enable_grad():
                 outputs = self.decoder.qkv(self.decoder.before(tile), *call.tile(rows))
             of_outputs = self._of_qkv(grad_query, grad_key_value, rows)
@@ -337,15 +378,18 @@ class Layerwise:
 
     # -- layouts ----------------------------------------------------------------------------------
 
-    def _tiles(self, x: Tensor) -> Iterator[slice]:
-        local = x.shape[1]
+    def _tiles(self, local: int) -> Iterator[slice]:
         for start, stop in tiling.tile_bounds(local, -(-local // self.rows)):
             yield slice(start, stop)
 
-    def _slots(self, x: Tensor) -> Tensor:
+    def size(self, local: int) -> int:
+        """Rows of every tile of `local` but the last."""
+        return -(-local // -(-local // self.rows))
+
+    def _slots(self, x: Rows) -> Tensor:
         """[G, P, s, B, h, D]: one contiguous slot in send order for each group."""
         groups = self.groups
-        return x.new_empty(
+        return x.like.new_empty(
             groups.num_groups,
             groups.degree,
             x.shape[1],
@@ -356,7 +400,8 @@ class Layerwise:
 
     def _in_send_order(self, x: Tensor) -> Tensor:
         """[B, P h, s, D] -> [P, s, B, h, D]."""
-        return x.unflatten(1, (self.groups.degree, -1)).permute(1, 3, 0, 2, 4)
+        by_rank: Tensor = x.unflatten(1, (self.groups.degree, -1))
+        return by_rank.permute(1, 3, 0, 2, 4)
 
     def _by_token(self, slots: Tensor, rows: slice) -> Tensor:
         """Rows of [G, P, s, B, h, D] -> [B, rows, H D], a copy."""
@@ -367,7 +412,8 @@ class Layerwise:
         """[B, rows, H D] -> [G, P, rows, B, h, D]."""
         groups = self.groups
         shape = groups.degree, groups.num_groups, groups.heads, self.decoder.query.dim
-        return x.unflatten(-1, shape).permute(3, 2, 1, 0, 4, 5)
+        by_head: Tensor = x.unflatten(-1, shape)
+        return by_head.permute(3, 2, 1, 0, 4, 5)
 
     def _of_qkv(
         self, grad_query: Tensor, grad_key_value: Tensor, rows: slice
@@ -392,12 +438,16 @@ class _Layer(torch.autograd.Function):
         ctx.layer, ctx.call = layer, call
         # Parameters are not saved: an engine may free and gather them again in between. They are looked
         # up again in backward.
-        kept = [x, attended.out] if layer.keep_attention else [x]
-        ctx.statistics = attended.statistics if layer.keep_attention else None
+        kept = [] if layer.stream else [x]
+        if layer.keep_attention:
+            kept.append(attended.out)
+            ctx.statistics = attended.statistics
         if layer.offload is None:
             ctx.save_for_backward(*kept)
         else:
             ctx.parked = [layer.offload.store(tensor) for tensor in kept]
+            if layer.stream:
+                ctx.streamed = Streamed(x, layer.size(x.shape[1]), layer.offload)
         return y
 
     @staticmethod
@@ -409,9 +459,13 @@ class _Layer(torch.autograd.Function):
         else:
             kept = [layer.offload.load(parked) for parked in reversed(ctx.parked)][::-1]
             ctx.parked = None
-        x = kept[0].detach()
+        x: Rows
+        if layer.stream:
+            x, ctx.streamed = ctx.streamed, None
+        else:
+            x = Resident(kept.pop(0).detach())
         if layer.keep_attention:
-            attended = _Attended(kept[1], ctx.statistics)
+            attended = _Attended(kept.pop(), ctx.statistics)
             ctx.statistics = None
         else:
             attended = layer.attend(x, ctx.call)

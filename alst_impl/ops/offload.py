@@ -26,10 +26,10 @@ what attention takes at such lengths."""
 class _Parked:
     """One layer input on its way to the host and back."""
 
-    def __init__(self, x: Tensor, before: _Parked | None) -> None:
+    def __init__(self, x: Tensor) -> None:
         self.shape, self.dtype = x.shape, x.dtype
         self.nbytes = x.numel() * x.element_size()
-        self.before = before
+        self.before: _Parked | None = None
         self.host: list[Tensor] | None = None
         self.fetched: Tensor | None = None
         self.event: Any = None
@@ -46,8 +46,14 @@ class HostOffload:
         self._last: _Parked | None = None
 
     def store(self, x: Tensor) -> _Parked:
-        """Begin copying `x` to the host; the caller may drop `x` at once."""
-        parked = _Parked(x, self._last)
+        """Begin copying `x` to the host; the caller may drop `x` at once. Backward loads in reverse."""
+        parked = self.keep(x)
+        parked.before, self._last = self._last, parked
+        return parked
+
+    def keep(self, x: Tensor) -> _Parked:
+        """As `store`, but in no order: to be looked at, any number of times."""
+        parked = _Parked(x)
         parked.host = [self._new_piece(piece) for piece in _pieces(x)]
         if self._side is None:
             self._copy(parked.host, _pieces(x))
@@ -56,8 +62,14 @@ class HostOffload:
             with torch.cuda.stream(self._side):
                 self._copy(parked.host, _pieces(x))
                 x.record_stream(self._side)
-        self._last = parked
         return parked
+
+    def look(self, parked: _Parked) -> Tensor:
+        """A copy on the device; the one on the host stays."""
+        assert parked.host is not None
+        if self._side is not None:
+            torch.cuda.current_stream().wait_stream(self._side)
+        return self._fetched(parked, parked.host)
 
     def _new_piece(self, piece: Tensor) -> Tensor:
         placement = self._placement
