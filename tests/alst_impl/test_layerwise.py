@@ -1,0 +1,317 @@
+"""Layers in tiles and head groups train exactly as stock transformers do, and hold what they promise."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from training import config_of, corpus_of, run_steps
+
+from alst_impl import step
+from alst_impl.config import TrainConfig
+from alst_impl.methods.base import load_method
+from alst_impl.models import published
+from alst_impl.ops.attention import attend
+from alst_impl.ops.flash import attend_backward, attend_with_statistics
+from alst_impl.ops.headgroups import HeadGroups
+from alst_impl.placement import Placement
+from harness.worlds.sim import simulate, stretched
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from conftest import Ranks
+
+PHI3 = {
+    "model_type": "phi3",
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 2,
+    "vocab_size": 2048,
+    "attention_dropout": 0.0,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "sliding_window": None,
+    "max_position_embeddings": 4096,
+    "original_max_position_embeddings": 4096,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.02,
+}
+QWEN2 = {
+    "model_type": "qwen2",
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+    "vocab_size": 2048,
+    "attention_dropout": 0.0,
+    "use_sliding_window": True,
+    "sliding_window": 33,
+    "max_window_layers": 0,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.02,
+}
+
+
+def model_file(folder: Path, fields: dict[str, Any]) -> str:
+    """A configuration that is not among the published ones."""
+    path = folder / f"{fields['model_type']}.json"
+    path.write_text(json.dumps(fields))
+    return str(path)
+
+
+def gradients(rank: int, world_size: int, configs: list[TrainConfig]) -> list[dict[str, Tensor]]:
+    """Body of a rank: gradients of the first step of each run, from rank 0."""
+    runs = [run_steps(rank, world_size, config) for config in configs]
+    return [run.gradients for run in runs if run is not None]
+
+
+def assert_equal_to_stock(
+    ranks: Ranks, settings: list[dict[str, Any]], methods: list[dict[str, Any]]
+) -> None:
+    """Every parameter's gradient equals that of the stock model in the same dtype, to 1e-12 of its norm."""
+    sp = methods[0].get("sp", 1)
+    stock = [config_of(**{**s, "dtype": "float64", "engine": "plain"}) for s in settings]
+    ours = [
+        config_of(dtype="float64", method={"name": "layerwise", **m}, world_size=sp, **setting)
+        for setting in settings
+        for m in methods
+    ]
+    truths = ranks(1)(gradients, stock)[0]
+    found = iter(ranks(sp)(gradients, ours)[0])
+    for truth in truths:
+        for _ in methods:
+            mine = next(found)
+            assert mine.keys() == truth.keys()
+            for name, expected in truth.items():
+                assert (mine[name] - expected).norm() <= 1e-12 * expected.norm(), name
+
+
+@pytest.mark.parametrize("engine", ["plain", "fsdp2"])
+@pytest.mark.parametrize("sp", [1, 2, 4])
+def test_every_gradient_is_the_stock_models(ranks: Ranks, sp: int, engine: str) -> None:
+    """For 8, 4, 2 and 1 kv heads of 8, at a length that nothing divides."""
+    settings = [
+        {"engine": engine, "seqlen": 67, "overrides": {"num_key_value_heads": kv}}
+        for kv in (8, 4, 2, 1)
+    ]
+    assert_equal_to_stock(ranks, settings, [{"sp": sp, "rows": 10}])
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[DeviceMesh]:
+    """A group of this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield init_device_mesh("cpu", (1, 1), mesh_dim_names=("dp", "sp"))
+    finally:
+        dist.destroy_process_group()
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"groups": 1, "rows": 50},
+    {"groups": 2, "rows": 50, "offload": False},
+    {"groups": 4, "rows": 7, "keep_attention": True},
+    {"rows": 50, "keep_attention": True, "offload": False},
+    {"rows": 50, "stream": True},
+    {"rows": 50, "stream": True, "keep_attention": True},
+]
+
+
+def test_options_change_no_gradient(ranks: Ranks) -> None:
+    """Groups, tiles, what is kept and where it waits; two samples at a time."""
+    assert_equal_to_stock(ranks, [{"seqlen": 131, "batch_size": 2}], OPTIONS)
+
+
+@pytest.mark.parametrize("sp", [1, 2])
+def test_families_of_models(ranks: Ranks, tmp_path: Path, sp: int) -> None:
+    """QK norms, biases, tied weights, sliding windows, fused projections, partial rotary embeddings."""
+    models = ["tiny-qwen3", "tiny-mistral", *(model_file(tmp_path, f) for f in (PHI3, QWEN2))]
+    settings = [{"model": model, "seqlen": 131} for model in models]
+    assert_equal_to_stock(ranks, settings, [{"sp": sp, "rows": 50}])
+
+
+def test_packed_documents_do_not_see_each_other(ranks: Ranks) -> None:
+    """Within windows and without, over ranks."""
+    settings = [
+        {"model": model, "seqlen": 260, "data": {"documents": 3}}
+        for model in ("tiny-llama", "tiny-mistral")
+    ]
+    assert_equal_to_stock(ranks, settings, [{"sp": 2, "rows": 50}])
+
+
+# -- parts ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("documents", [None, ((9, 14), (23,))])
+def test_attention_by_operator_equals_attention_by_autograd(
+    num_kv_heads: int, window: int | None, documents: tuple[tuple[int, ...], ...] | None
+) -> None:
+    """Output and the three gradients."""
+    torch.manual_seed(0)
+    heads = (4, num_kv_heads, num_kv_heads)
+    tensors = [torch.randn(2, h, 23, 8, dtype=torch.float64, requires_grad=True) for h in heads]
+    upstream = torch.randn(2, 4, 23, 8, dtype=torch.float64)
+    options: dict[str, Any] = {"scale": 0.3, "window": window, "documents": documents}
+    expected = attend(*tensors, **options)
+    expected_grads = torch.autograd.grad(expected, tensors, upstream)
+    with torch.no_grad():
+        out, statistics = attend_with_statistics(*tensors, **options)
+        grads = attend_backward(upstream, *tensors, out, statistics, **options)
+    for ours, truth in zip([out, *grads], [expected, *expected_grads], strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("num_kv_heads", [8, 4, 2, 1])
+@pytest.mark.parametrize("degree", [1, 2, 4, 8])
+@pytest.mark.parametrize("num_groups", [1, 2, 4, 8])
+def test_groups_hold_every_head_once_beside_its_own_kv_head(
+    num_kv_heads: int, degree: int, num_groups: int
+) -> None:
+    """On every rank, in whatever number of groups."""
+    if 8 // degree % num_groups:
+        with pytest.raises(ValueError, match=r"use groups in \["):
+            HeadGroups.of(8, num_kv_heads, degree, num_groups)
+        return
+    groups = HeadGroups.of(8, num_kv_heads, degree, num_groups)
+    seen = []
+    for group in range(num_groups):
+        queries, keys = groups.query_heads(group), groups.key_heads(groups.kv_group(group))
+        seen += queries
+        for rank in range(degree):
+            of_rank = queries[rank * groups.heads : (rank + 1) * groups.heads]
+            kv_of_rank = keys[rank * groups.kv_heads : (rank + 1) * groups.kv_heads]
+            shared = groups.heads // groups.kv_heads
+            for i, head in enumerate(of_rank):
+                assert kv_of_rank[i // shared] == head // (8 // num_kv_heads)
+    assert sorted(seen) == list(range(8))
+
+
+def test_the_hook_of_each_parameter_fires_once_and_one_pass_begins_in_each_direction() -> None:
+    """Engines reduce a gradient when its hook fires; the simulated world counts passes."""
+    passes: list[None] = []
+    placement = Placement(torch.device("cpu"), on_layer=lambda: passes.append(None))
+    config = config_of(method={"name": "layerwise", "rows": 20}, dtype="float32")
+    with alone() as mesh:
+        method, runtime = step.start(config, mesh, placement)
+        fired: list[str] = []
+        for name, parameter in runtime.module.named_parameters():
+            parameter.register_post_accumulate_grad_hook(lambda _, name=name: fired.append(name))
+        batches = step.micro_batches(config, corpus_of(config), method, mesh, 0, placement.device)
+        step.accumulate_gradients(method, runtime, batches)
+    assert sorted(fired) == sorted(name for name, _ in runtime.module.named_parameters())
+    assert len(passes) == 2 * 2  # layers, directions
+
+
+# -- refusals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "part"),
+    [
+        (published("tiny-gemma3"), "'pre_feedforward_layernorm'"),
+        (published("tiny-qwen3-moe"), "Qwen3MoeSparseMoeBlock: 'experts'"),
+        ({**PHI3, "resid_pdrop": 0.1}, "dropout (resid_attn_dropout, p=0.1)"),
+        (
+            {**published("tiny-llama"), "model_type": "granite", "residual_multiplier": 0.5},
+            "'residual_multiplier' (0.5)",
+        ),
+        ({**published("tiny-llama"), "model_type": "olmo2"}, "'post_feedforward_layernorm'"),
+    ],
+    ids=["gemma3", "qwen3-moe", "dropout", "granite", "olmo2"],
+)
+def test_an_unknown_part_is_refused_by_name(
+    tmp_path: Path, fields: dict[str, Any], part: str
+) -> None:
+    """One line says which part of which class it is."""
+    config = config_of(model=model_file(tmp_path, fields), method={"name": "layerwise"})
+    refused = pytest.raises(ValueError, match="does not know a part of")
+    with alone() as mesh, refused as caught:
+        step.start(config, mesh, Placement(torch.device("cpu")))
+    assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "more", "message"),
+    [
+        (
+            {"groups": 3},
+            {},
+            r"groups \(3\) must split the 8 query and 4 kv heads .* \[1, 2, 4, 8\]",
+        ),
+        ({"stream": True, "offload": False}, {}, "stream fetches tiles from host memory"),
+        ({}, {"checkpoint": False}, "set it to true"),
+        ({"sp": 3}, {"world_size": 3}, "num_attention_heads"),
+    ],
+)
+def test_impossible_settings_are_refused_when_a_sweep_is_read(
+    options: dict[str, Any], more: dict[str, Any], message: str
+) -> None:
+    """With the values, the rule and the way out."""
+    config = config_of(method={"name": "layerwise", **options}, **more)
+    with pytest.raises(ValueError, match=message):
+        load_method(config.method).check(config)
+
+
+# -- memory ---------------------------------------------------------------------------------------
+
+
+def simulated(method: dict[str, Any], seqlen: int = 24_000, **overrides: Any) -> TrainConfig:
+    """A narrow Llama in bf16 on four GPUs."""
+    return TrainConfig(
+        model="tiny-llama",
+        overrides=overrides,
+        method={"name": "layerwise", **method},
+        engine="fsdp2",
+        seqlen=seqlen,
+        world_size=4,
+        dtype="bfloat16",
+    )
+
+
+@pytest.mark.parametrize("method", [{"sp": 4}, {"sp": 2, "stream": True}, {"keep_attention": True}])
+def test_the_simulated_worlds_shortcuts_cost_nothing(method: dict[str, Any]) -> None:
+    """Five layers stretched to seven, three tiles and three groups of all, give every byte."""
+    config = simulated(method, num_hidden_layers=7)
+    short, whole = stretched(config), simulate(config, cap_tiles=False)
+    for phase, instant in whole.phases.items():
+        assert short.phases[phase].by_category == instant.by_category
+        assert short.phases[phase].host_bytes == instant.host_bytes
+    assert "aten::_scaled_dot_product_flash_attention_backward" in whole.operators
+
+
+@pytest.mark.parametrize(
+    ("sp", "limit"), [pytest.param(1, 40, id="one GPU"), pytest.param(8, 60, id="eight")]
+)
+def test_bytes_per_token_of_an_8b_llama(sp: int, limit: int) -> None:
+    """At the peak, scratch counted: ALST takes 112 KiB by the same count."""
+    peaks = []
+    for seqlen in (100_000, 102_000):
+        config = TrainConfig(
+            model="llama3.1-8b",
+            overrides={"num_hidden_layers": 2},
+            method={"name": "layerwise", "sp": sp},
+            engine="fsdp2",
+            seqlen=seqlen * sp,
+            world_size=sp,
+            dtype="bfloat16",
+        )
+        peaks.append(simulate(config).phases["backward"].allocated_bytes)
+    assert (peaks[1] - peaks[0]) / 2000 <= limit * 1024
