@@ -14,8 +14,9 @@ from torch import Tensor
 
 Documents = Sequence[Sequence[int]] | None
 """Lengths of each sample's packed documents, adding up to S; None for one document."""
-Statistics = Sequence[Any]
-"""What a backward needs beside tensors that its caller has, as the forward returned it."""
+Rest = Sequence[Any]
+"""What a kernel's backward takes beside tensors, as its forward returned it: lengths, and a random state
+that means nothing without dropout. The same for all calls of equal shapes."""
 Grads = tuple[Tensor, Tensor, Tensor]
 """Of query, key and value."""
 
@@ -24,22 +25,22 @@ class Operators(NamedTuple):
     """Forward and backward of one fused kernel.
 
     `forward(query [B,H,S,D], key [B,K,T,D], value [B,K,T,D], mask [S,T] or None, scale)` gives the output
-    [B,H,S,D] and the statistics; without a mask it is causal.
+    [B,H,S,D], its log-sum-exp [B,H,S] in fp32 (or wider), and the rest; without a mask it is causal.
     """
 
-    forward: Callable[[Tensor, Tensor, Tensor, Tensor | None, float], tuple[Tensor, Statistics]]
+    forward: Callable[[Tensor, Tensor, Tensor, Tensor | None, float], tuple[Tensor, Tensor, Rest]]
     backward: Callable[
-        [Tensor, Tensor, Tensor, Tensor, Tensor, Statistics, Tensor | None, float], Grads
+        [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Rest, Tensor | None, float], Grads
     ]
-    """Of (gradient of the output, query, key, value, output, statistics, mask, scale)."""
+    """Of (gradient of the output, query, key, value, output, log-sum-exp, rest, mask, scale)."""
 
 
 def _cpu_forward(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
-) -> tuple[Tensor, Statistics]:
+) -> tuple[Tensor, Tensor, Rest]:
     forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     out, logsumexp = forward(query, key, value, 0.0, mask is None, attn_mask=mask, scale=scale)
-    return out, (logsumexp,)
+    return out, logsumexp, ()
 
 
 def _cpu_backward(
@@ -48,7 +49,8 @@ def _cpu_backward(
     key: Tensor,
     value: Tensor,
     out: Tensor,
-    statistics: Statistics,
+    logsumexp: Tensor,
+    rest: Rest,
     mask: Tensor | None,
     scale: float,
 ) -> Grads:
@@ -59,7 +61,7 @@ def _cpu_backward(
         key,
         value,
         out,
-        *statistics,
+        logsumexp,
         0.0,
         mask is None,
         attn_mask=mask,
@@ -78,12 +80,12 @@ def _refuse_mask(mask: Tensor | None) -> None:
 
 def _cuda_forward(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
-) -> tuple[Tensor, Statistics]:
+) -> tuple[Tensor, Tensor, Rest]:
     _refuse_mask(mask)
     forward = torch.ops.aten._scaled_dot_product_flash_attention
     # out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, rng_state, unused, debug_attn_mask
-    out, *statistics, _ = forward(query, key, value, 0.0, True, False, scale=scale)
-    return out, statistics
+    out, logsumexp, *rest, _ = forward(query, key, value, 0.0, True, False, scale=scale)
+    return out, logsumexp, rest
 
 
 def _cuda_backward(
@@ -92,20 +94,21 @@ def _cuda_backward(
     key: Tensor,
     value: Tensor,
     out: Tensor,
-    statistics: Statistics,
+    logsumexp: Tensor,
+    rest: Rest,
     mask: Tensor | None,
     scale: float,
 ) -> Grads:
     _refuse_mask(mask)
     backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
-    logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, seed, offset = statistics
+    cum_seq_q, cum_seq_k, max_q, max_k, seed, offset = rest
     grads: Grads = backward(
         grad,
         query,
         key,
         value,
         out,
-        logsumexp,
+        logsumexp.contiguous(),
         cum_seq_q,
         cum_seq_k,
         max_q,
@@ -178,7 +181,7 @@ def _mask(piece: _Piece, window: int | None, query: Tensor) -> Tensor | None:
     return query.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
 
 
-def attend_with_statistics(
+def attend_with_logsumexp(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -186,30 +189,33 @@ def attend_with_statistics(
     scale: float,
     window: int | None = None,
     documents: Documents = None,
-) -> tuple[Tensor, list[Statistics]]:
+) -> tuple[Tensor, Tensor, list[Rest]]:
     """Causal attention as `alst_impl.ops.attention.attend`, and what `attend_backward` needs. No graph.
 
     query [B, H, S, D], key and value [B, K, S, D] with K dividing H, any strides with D innermost.
-    Returns [B, H, S, D] in their dtype.
+    Returns the output [B, H, S, D] in their dtype, its log-sum-exp [B, H, S] in fp32 (or wider), and the
+    rest by piece.
     """
     forward = operators(query.device).forward
     pieces = _pieces(query.shape, window, documents)
     if len(pieces) == 1:
-        out, statistics = forward(query, key, value, None, scale)
-        return out, [statistics]
-    out, kept = torch.empty_like(query), []
+        out, logsumexp, rest = forward(query, key, value, None, scale)
+        return out, logsumexp, [rest]
+    out = torch.empty_like(query)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    logsumexp = query.new_empty(query.shape[:3], dtype=dtype)
+    rests = []
     for piece in pieces:
         samples, queries, keys, _ = piece
-        block, statistics = forward(
+        out[samples, :, queries], logsumexp[samples, :, queries], rest = forward(
             query[samples, :, queries],
             key[samples, :, keys],
             value[samples, :, keys],
             _mask(piece, window, query),
             scale,
         )
-        out[samples, :, queries] = block
-        kept.append(statistics)
-    return out, kept
+        rests.append(rest)
+    return out, logsumexp, rests
 
 
 def attend_backward(
@@ -218,7 +224,8 @@ def attend_backward(
     key: Tensor,
     value: Tensor,
     out: Tensor,
-    statistics: Sequence[Statistics],
+    logsumexp: Tensor,
+    rests: Sequence[Rest],
     *,
     scale: float,
     window: int | None = None,
@@ -226,14 +233,14 @@ def attend_backward(
 ) -> Grads:
     """Gradients of query [B, H, S, D], key and value [B, K, S, D], in their dtype; no graph.
 
-    `grad` and `out` [B, H, S, D] are the output's gradient and the output; `statistics` came with it.
+    `grad` [B, H, S, D] is the output's gradient; `out`, `logsumexp` and `rests` are what forward gave.
     """
     backward = operators(query.device).backward
     pieces = _pieces(query.shape, window, documents)
     if len(pieces) == 1:
-        return backward(grad, query, key, value, out, statistics[0], None, scale)
+        return backward(grad, query, key, value, out, logsumexp, rests[0], None, scale)
     grads = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-    for piece, statistic in zip(pieces, statistics, strict=True):
+    for piece, rest in zip(pieces, rests, strict=True):
         samples, queries, keys, _ = piece
         of_query, of_key, of_value = backward(
             grad[samples, :, queries],
@@ -241,7 +248,8 @@ def attend_backward(
             key[samples, :, keys],
             value[samples, :, keys],
             out[samples, :, queries],
-            statistic,
+            logsumexp[samples, :, queries],
+            rest,
             _mask(piece, window, query),
             scale,
         )

@@ -28,10 +28,10 @@ from torch import Tensor, nn
 
 from alst_impl.ops import tiling
 from alst_impl.ops.exchange import Exchange
-from alst_impl.ops.flash import Documents, Statistics, attend_backward, attend_with_statistics
+from alst_impl.ops.flash import Documents, Rest, attend_backward, attend_with_logsumexp
 from alst_impl.ops.headgroups import HeadGroups
 from alst_impl.ops.offload import HostOffload
-from alst_impl.ops.tiling import GradientSum, TokenWise, parameters_of
+from alst_impl.ops.tiling import GradientSum, TokenWise, accumulation_dtype, parameters_of
 from alst_impl.placement import Placement
 
 
@@ -160,10 +160,14 @@ class Streamed:
 
 @dataclass(frozen=True)
 class _Attended:
-    """Attention's output of all heads, [G, P, s, B, h, D], and each group's statistics."""
+    """What attention's backward needs of all groups."""
 
     out: Tensor
-    statistics: dict[int, list[Statistics]]
+    """[G, P, s, B, h, D]."""
+    logsumexp: Tensor
+    """[G, B, h, S], of this rank's heads; fp32 (or wider)."""
+    rests: list[Rest]
+    """Of any group: they are of equal shapes."""
 
 
 @dataclass(frozen=True)
@@ -209,9 +213,12 @@ class Layerwise:
     def attend(self, x: Rows, call: Call) -> _Attended:
         """Attention of layer input x [B, s, E], one head group at a time. No graph."""
         out = self._slots(x)
-        statistics = {}
+        batch, local, _ = x.shape
+        shape = self.groups.num_groups, batch, self.groups.heads, local * self.groups.degree
+        logsumexp = out.new_empty(shape, dtype=accumulation_dtype(out))
+        rests: list[Rest] = []
         for group, query, key, value in self._projected(x, call):
-            found, statistics[group] = attend_with_statistics(
+            found, logsumexp[group], rests = attend_with_logsumexp(
                 query,
                 key,
                 value,
@@ -221,7 +228,7 @@ class Layerwise:
             )
             self.exchange.to_sequence(found, out[group])
             del found, query, key, value  # before the next group's are made
-        return _Attended(out, statistics)
+        return _Attended(out, logsumexp, rests)
 
     def _projected(self, x: Rows, call: Call) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
         """(group, query [B, h, S, D], key, value [B, k, S, D]) of this rank's heads, group by group."""
@@ -323,7 +330,8 @@ class Layerwise:
                 key,
                 value,
                 self.exchange.to_heads(out[group]),
-                attended.statistics.pop(group),
+                attended.logsumexp[group],
+                attended.rests,
                 scale=self.decoder.scale,
                 window=self.decoder.window,
                 documents=call.documents,
@@ -331,9 +339,7 @@ class Layerwise:
             self.exchange.to_sequence(of_query, out[group])
             del of_query, query, key, value
             # Groups that share kv heads add up. Their gradients' slots are free once all are through.
-            for total, more in zip(sums, gradients, strict=False):
-                total.add_(more)
-            sums = sums or gradients
+            sums = _sum(sums, gradients)
             del gradients
             if group % (last + 1) == last:
                 slot = grad_key_value[groups.kv_group(group)]
@@ -429,6 +435,15 @@ class Layerwise:
         return query.transpose(1, 2), key, value
 
 
+def _sum(totals: list[Tensor], more: list[Tensor]) -> list[Tensor]:
+    """`totals` with `more` added in place; the first `more` are the totals."""
+    if not totals:
+        return more
+    for total, addend in zip(totals, more, strict=True):
+        total.add_(addend)
+    return totals
+
+
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -440,8 +455,8 @@ class _Layer(torch.autograd.Function):
         # up again in backward.
         kept = [] if layer.stream else [x]
         if layer.keep_attention:
-            kept.append(attended.out)
-            ctx.statistics = attended.statistics
+            kept += [attended.out, attended.logsumexp]
+            ctx.rests = attended.rests
         if layer.offload is None:
             ctx.save_for_backward(*kept)
         else:
@@ -465,8 +480,8 @@ class _Layer(torch.autograd.Function):
         else:
             x = Resident(kept.pop(0).detach())
         if layer.keep_attention:
-            attended = _Attended(kept.pop(), ctx.statistics)
-            ctx.statistics = None
+            out, logsumexp = kept
+            attended = _Attended(out, logsumexp, ctx.rests)
         else:
             attended = layer.attend(x, ctx.call)
         grad = grads[0].contiguous()

@@ -18,7 +18,7 @@ from alst_impl.config import TrainConfig
 from alst_impl.methods.base import load_method
 from alst_impl.models import published
 from alst_impl.ops.attention import attend
-from alst_impl.ops.flash import attend_backward, attend_with_statistics
+from alst_impl.ops.flash import attend_backward, attend_with_logsumexp
 from alst_impl.ops.headgroups import HeadGroups
 from alst_impl.placement import Placement
 from harness.worlds.sim import simulate, stretched
@@ -172,8 +172,8 @@ def test_attention_by_operator_equals_attention_by_autograd(
     expected = attend(*tensors, **options)
     expected_grads = torch.autograd.grad(expected, tensors, upstream)
     with torch.no_grad():
-        out, statistics = attend_with_statistics(*tensors, **options)
-        grads = attend_backward(upstream, *tensors, out, statistics, **options)
+        out, logsumexp, rests = attend_with_logsumexp(*tensors, **options)
+        grads = attend_backward(upstream, *tensors, out, logsumexp, rests, **options)
     for ours, truth in zip([out, *grads], [expected, *expected_grads], strict=True):
         torch.testing.assert_close(ours, truth, rtol=1e-12, atol=1e-12)
 
@@ -273,23 +273,23 @@ def test_impossible_settings_are_refused_when_a_sweep_is_read(
 # -- memory ---------------------------------------------------------------------------------------
 
 
-def simulated(method: dict[str, Any], seqlen: int = 24_000, **overrides: Any) -> TrainConfig:
+def simulated(method: dict[str, Any], **overrides: Any) -> TrainConfig:
     """A narrow Llama in bf16 on four GPUs."""
     return TrainConfig(
         model="tiny-llama",
         overrides=overrides,
         method={"name": "layerwise", **method},
         engine="fsdp2",
-        seqlen=seqlen,
+        seqlen=8_192,
         world_size=4,
         dtype="bfloat16",
     )
 
 
-@pytest.mark.parametrize("method", [{"sp": 4}, {"sp": 2, "stream": True}, {"keep_attention": True}])
+@pytest.mark.parametrize("method", [{"sp": 4}, {"sp": 2, "stream": True, "keep_attention": True}])
 def test_the_simulated_worlds_shortcuts_cost_nothing(method: dict[str, Any]) -> None:
     """Five layers stretched to seven, three tiles and three groups of all, give every byte."""
-    config = simulated(method, num_hidden_layers=7)
+    config = simulated(method, num_hidden_layers=6)
     short, whole = stretched(config), simulate(config, cap_tiles=False)
     for phase, instant in whole.phases.items():
         assert short.phases[phase].by_category == instant.by_category
@@ -303,7 +303,7 @@ def test_the_simulated_worlds_shortcuts_cost_nothing(method: dict[str, Any]) -> 
 def test_bytes_per_token_of_an_8b_llama(sp: int, limit: int) -> None:
     """At the peak, scratch counted: ALST takes 112 KiB by the same count."""
     peaks = []
-    for seqlen in (100_000, 102_000):
+    for seqlen in (2**18, 2**18 + 2**14):
         config = TrainConfig(
             model="llama3.1-8b",
             overrides={"num_hidden_layers": 2},
@@ -314,4 +314,4 @@ def test_bytes_per_token_of_an_8b_llama(sp: int, limit: int) -> None:
             dtype="bfloat16",
         )
         peaks.append(simulate(config).phases["backward"].allocated_bytes)
-    assert (peaks[1] - peaks[0]) / 2000 <= limit * 1024
+    assert (peaks[1] - peaks[0]) / 2**14 <= limit * 1024
