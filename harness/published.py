@@ -33,6 +33,30 @@ def _read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+class Record(Frozen):
+    """The longest sequence that a system is published with."""
+
+    system: str
+    hardware: str
+    num_gpus: int
+    tokens: int
+    source: str
+
+
+def records() -> list[Record]:
+    """Published lengths of exact dense attention with Llama-8B shapes."""
+    return [
+        Record(
+            system=row["system"],
+            hardware=row["hardware"],
+            num_gpus=int(row["num_gpus"]),
+            tokens=int(row["tokens"]),
+            source=f"{row['source']}, {row['source_locator']}",
+        )
+        for row in _rows("records")
+    ]
+
+
 def look_up(table: str, row: dict[str, Any], column: str) -> Published:
     """The number in `column` of the one row of `table` that has all values of `row`.
 

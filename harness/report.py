@@ -28,6 +28,7 @@ from harness.plain import (
     seconds_text,
     tokens_text,
 )
+from harness.published import records
 from harness.record import Gate, Measurement, Outcome, ParameterGate
 from harness.table import (
     NOT_MEASURED,
@@ -509,7 +510,35 @@ def readme_blocks(references: Sequence[Results]) -> dict[str, str]:
         "headline": "\n".join(headline) or nothing,
         "results": "\n\n".join(results) or nothing,
         "claims": _claims_block([r for r in references if is_simulated(r)]) or nothing,
+        "records": records_grid([r for r in references if is_simulated(r)]).markdown(),
     }
+
+
+def records_grid(references: Sequence[Results]) -> Grid:
+    """Longest sequences of Llama-8B by number of GPUs: published ones beside predictions for ours."""
+    rows: list[tuple[int, int, list[str]]] = [
+        (r.num_gpus, r.tokens, [r.system, "published", r.hardware, "", r.source]) for r in records()
+    ]
+    for results in references:
+        for key, cell in results.cells.items():
+            m = results.measurements.get(key)
+            search = m.simulated.search if m and m.simulated else None
+            method = cell.train.method.name
+            if search and cell.train.model == "llama3.1-8b" and method in (OURS, "layerwise"):
+                if cell.train.method.options.keys() - {"sp"}:
+                    continue
+                assert cell.simulation is not None
+                host = bytes_text(cell.simulation.host_memory_bytes or 0)
+                limit = f"stopped by {search.limit}, host {host} per node"
+                place = ["predicted", cell.hardware.upper(), limit, results.name]
+                rows.append((cell.train.world_size, search.longest_tokens, [method, *place]))
+    shared = {gpus for gpus, _, (_, kind, *_) in rows if kind == "published"}
+    seen: dict[tuple[str, ...], list[str]] = {}
+    for gpus, tokens, (system, kind, hardware, limit, source) in sorted(rows, key=lambda r: r[:2]):
+        if gpus in shared:
+            row = [system, kind, f"{gpus} x {hardware}", tokens_text(tokens), limit, source]
+            seen.setdefault(tuple(row[:5]), row)
+    return Grid(["system", "kind", "hardware", "tokens", "limit", "source"], list(seen.values()))
 
 
 def _claims_block(references: Sequence[Results]) -> str:
