@@ -184,13 +184,15 @@ class Layerwise:
     offload: HostOffload | None
     """Where what is kept waits for backward; None leaves it on the device."""
     stream: bool
-    """Fetch the layer's input tile by tile in backward, whenever one is needed, instead of whole."""
+    """Fetch the layer's input tile by tile in backward, whenever one is needed, instead of whole; once its
+    tiles are on the host, the output takes its place on the device."""
     placement: Placement
 
     def __call__(self, x: Tensor, call: Call) -> Tensor:
         """x [B, s, E] -> [B, s, E]. Collective under sequence parallelism.
 
-        The output must have one consumer: backward overwrites its gradient.
+        The output must have one consumer: backward overwrites its gradient. So must the input of a layer
+        that streams, which becomes the output.
         """
         if not torch.is_grad_enabled():
             return self.forward(x, call)[0]
@@ -199,11 +201,15 @@ class Layerwise:
 
     # -- forward ----------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor, call: Call) -> tuple[Tensor, _Attended]:
-        """The layer's output, and attention's."""
+    def forward(
+        self, x: Tensor, call: Call, into: Tensor | None = None
+    ) -> tuple[Tensor, _Attended]:
+        """The layer's output, in `into` if given, which may be x itself, and attention's."""
         self.placement.on_layer()
         attended = self.attend(Resident(x), call)
-        y = torch.empty_like(x)
+        if self.offload is not None:
+            self.offload.settle()
+        y = torch.empty_like(x) if into is None else into
         for rows in self._tiles(x.shape[1]):
             residual = x[:, rows] + self.decoder.output(self._by_token(attended.out, rows))
             y[:, rows] = residual.add_(self.decoder.feed_forward(residual))
@@ -449,8 +455,12 @@ class _Layer(torch.autograd.Function):
     def forward(
         ctx: Any, layer: Layerwise, call: Call, x: Tensor, *parameters: nn.Parameter
     ) -> Tensor:
-        y, attended = layer.forward(x, call)
         ctx.layer, ctx.call = layer, call
+        if layer.stream:
+            assert layer.offload is not None, "tiles are streamed from the host"
+            ctx.streamed = Streamed(x, layer.size(x.shape[1]), layer.offload)
+        # Under its own name: for autograd the output is a tensor of its own, which nobody has saved.
+        y, attended = layer.forward(x, call, into=x.data if layer.stream else None)
         # Parameters are not saved: an engine may free and gather them again in between. They are looked
         # up again in backward.
         kept = [] if layer.stream else [x]
@@ -461,8 +471,6 @@ class _Layer(torch.autograd.Function):
             ctx.save_for_backward(*kept)
         else:
             ctx.parked = [layer.offload.store(tensor) for tensor in kept]
-            if layer.stream:
-                ctx.streamed = Streamed(x, layer.size(x.shape[1]), layer.offload)
         return y
 
     @staticmethod

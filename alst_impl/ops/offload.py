@@ -64,11 +64,15 @@ class HostOffload:
                 x.record_stream(self._side)
         return parked
 
+    def settle(self) -> None:
+        """What was to be copied may be overwritten from here on."""
+        if self._side is not None:
+            torch.cuda.current_stream().wait_stream(self._side)
+
     def look(self, parked: _Parked) -> Tensor:
         """A copy on the device; the one on the host stays."""
         assert parked.host is not None
-        if self._side is not None:
-            torch.cuda.current_stream().wait_stream(self._side)
+        self.settle()
         return self._fetched(parked, parked.host)
 
     def _new_piece(self, piece: Tensor) -> Tensor:

@@ -108,7 +108,9 @@ def test_every_gradient_is_the_stock_models(ranks: Ranks, sp: int, engine: str) 
         {"engine": engine, "seqlen": 67, "overrides": {"num_key_value_heads": kv}}
         for kv in (8, 4, 2, 1)
     ]
-    assert_equal_to_stock(ranks, settings, [{"sp": sp, "rows": 10}])
+    assert_equal_to_stock(
+        ranks, settings, [{"sp": sp, "rows": 10}, {"sp": sp, "rows": 10, "stream": True}]
+    )
 
 
 @contextlib.contextmanager
