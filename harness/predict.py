@@ -46,7 +46,7 @@ INDEX_RANGE = 2**31
 """Elements that a kernel with 32-bit indices can address."""
 STEP = 256
 """Lengths are searched in multiples of this many tokens per rank (the recipes' own advice)."""
-PRECISION = 0.01
+PRECISION = 0.015
 """Relative width of the bracket at which a search ends."""
 
 

@@ -7,8 +7,9 @@ events, repeated, are what a deeper model does; who frees what keeps its distanc
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 from harness.tracker import Allocation, Event
 
@@ -41,8 +42,7 @@ class _Span:
     stop: int
 
 
-@dataclass(frozen=True)
-class _Origin:
+class _Origin(NamedTuple):
     """Where an allocation was made: the `ordinal`-th of a pass through a layer."""
 
     backward: bool
@@ -87,10 +87,10 @@ def repeated(
                 if key not in numbers:
                     numbers[key] = len(allocations)
                     allocations.append(recording.allocations[event.allocation])
-                events.append(event._replace(allocation=numbers[key]))
+                events.append(Event(numbers[key], event.nbytes, event.host, event.phase))
                 if span.layer < 0 and event.allocation in residents:
                     for more in range(extra):
-                        copied = replace(key, layer=-2 - more)
+                        copied = key._replace(layer=-2 - more)
                         if copied not in numbers:
                             numbers[copied] = len(allocations)
                             allocations.append(recording.allocations[event.allocation])

@@ -320,21 +320,21 @@ def replay(recording: Recording, operators: frozenset[str], offload: Offload) ->
     sizes: dict[int, int] = {}
     moments: list[Moment] = []
     device = host = 0
-    for index, event in enumerate(recording.events):
-        nbytes = offload.host_bytes(event.nbytes) if event.host else event.nbytes
-        change = nbytes - sizes.get(event.allocation, 0)
-        sizes[event.allocation] = nbytes
-        allocation = recording.allocations[event.allocation]
-        if not event.host and not offload.takes(allocation):
+    taken = [offload.takes(allocation) for allocation in recording.allocations]
+    for index, (number, raw, on_host, phase) in enumerate(recording.events):
+        nbytes = offload.host_bytes(raw) if on_host else raw
+        change = nbytes - sizes.get(number, 0)
+        sizes[number] = nbytes
+        if not on_host and not taken[number]:
             device += change
-        elif allocation.category != "gradients":
+        elif recording.allocations[number].category != "gradients":
             host += change  # offloaded gradients are part of the optimizer states' bytes
-        best, at, best_host = peaks.get(event.phase, (-1, 0, 0))
-        if device > best:
-            best, at = device, index + 1
-        peaks[event.phase] = best, at, max(best_host, host)
-        if event.phase in PHASES:
-            moments.append(Moment(event.phase, device, host))
+        best, at, best_host = peaks.get(phase, (-1, 0, 0))
+        if device > best or host > best_host:
+            at = index + 1 if device > best else at
+            peaks[phase] = max(device, best), at, max(best_host, host)
+        if phase in PHASES:
+            moments.append(Moment(phase, device, host))
     live = {phase: _live_at(recording, at, offload) for phase, (_, at, _) in peaks.items()}
     phases = {}
     for phase in PHASES:
