@@ -21,9 +21,16 @@ import deepspeed
 import deepspeed.ops
 import deepspeed.runtime.zero.muon.muon_optimizer
 import torch
+import torch._subclasses.fake_tensor
 import torch.distributed.fsdp
-
-import harness.forecast  # noqa: F401
+import torch.testing._internal.distributed.fake_pg
+import transformers.masking_utils
+import transformers.models.auto.modeling_auto
+import transformers.models.gemma3.modeling_gemma3
+import transformers.models.llama.modeling_llama
+import transformers.models.mistral.modeling_mistral
+import transformers.models.qwen3.modeling_qwen3
+import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
 
 # Compiling it takes a minute or more; without it DeepSpeed's collectives go through gloo.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
