@@ -495,6 +495,7 @@ def readme_blocks(references: Sequence[Results]) -> dict[str, str]:
     """Content of the README's generated blocks, from committed records."""
     nothing = "No committed records yet; `make` writes its own to `results/`."
     measured = [r for r in references if not is_simulated(r)]
+    simulated = [r for r in references if is_simulated(r)]
     headline, results = [], []
     for r in measured:
         hardware = next(iter(r.cells.values())).hardware
@@ -509,8 +510,8 @@ def readme_blocks(references: Sequence[Results]) -> dict[str, str]:
     return {
         "headline": "\n".join(headline) or nothing,
         "results": "\n\n".join(results) or nothing,
-        "claims": _claims_block([r for r in references if is_simulated(r)]) or nothing,
-        "records": records_grid([r for r in references if is_simulated(r)]).markdown(),
+        "claims": _claims_block(simulated) or nothing,
+        "records": records_grid(simulated).markdown() if simulated else nothing,
     }
 
 

@@ -21,6 +21,9 @@ from harness.record import Measurement, Outcome
 from harness.table import Results, fresh
 
 ROOT = Path(__file__).parents[2]
+RECORDS = """system,hardware,num_gpus,tokens,source,source_locator
+theirs,H100-80GB,2,4096,a paper,abstract
+"""
 TABLE = "name,tokens,source,source_locator\nours,1000,a paper,Table 1\n"
 YAML = """question: q
 source: s
@@ -99,7 +102,8 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Measurement:
     monkeypatch.delenv("CI", raising=False)
     record.write_text(paths.experiment("told"), YAML)
     record.write_text(paths.published("told"), TABLE)
-    blocks = ("headline", "results", "claims")
+    record.write_text(paths.published("records"), RECORDS)
+    blocks = ("headline", "results", "claims", "records")
     record.write_text(
         paths.README, "".join(f"<!-- begin: {b} -->\n<!-- end: {b} -->\n" for b in blocks)
     )
