@@ -16,14 +16,15 @@ from test_mutations import copy_of_package
 from harness import record
 from harness.cell import Cell, make_cell
 from harness.compare import changes
-from harness.forecast import execute
-from harness.prediction import Simulated
+from harness.forecast import execute, setting
+from harness.predict import predict
+from harness.prediction import Prediction, Simulated
 from harness.processes import Rank
 from harness.record import Measurement, Outcome
 
 ROOT = Path(__file__).parent.parent
 REFERENCES = sorted((ROOT / "results" / "reference").glob("*/paper_ablation/*.json"))
-"""Simulated again here without their searches; `alst claims` does every cell, with its search."""
+"""Simulated again here; `alst claims` does every cell, with its search."""
 LEAK = {"ops/offload.py": (("        del out\n", ""),)}
 """The checkpoint function holds the layer's output while the layer's backward runs."""
 
@@ -83,6 +84,22 @@ def test_committed_numbers_have_not_moved(path: Path, tmp_path: Path) -> None:
     before = record.read(path)
     readings = execute(Rank(0, 1, tmp_path, lambda _: None), payload(before.cell))
     assert_unchanged(before, recorded(before.cell, readings))
+
+
+@pytest.mark.parametrize("path", REFERENCES, ids=lambda path: path.stem)
+def test_committed_lengths_have_not_moved(path: Path) -> None:
+    """The longest sequence of a reference cell still fits, and the next one tried still does not."""
+    before = record.read(path)
+    assert before.simulated is not None
+    assert before.simulated.search is not None
+    found, of = before.simulated.search, setting(before.cell)
+
+    def at(seqlen: int) -> Prediction:
+        longer = of.train.model_copy(update={"seqlen": seqlen})
+        return predict(of.model_copy(update={"train": longer}), slope=False)
+
+    assert at(found.longest_tokens).fits, "a sequence that fitted does not"
+    assert at(found.shortest_failing_tokens).limit == found.limit, "a longer sequence fits now"
 
 
 def test_a_planted_leak_fails_and_names_its_line(tmp_path: Path) -> None:
