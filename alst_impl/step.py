@@ -80,8 +80,7 @@ def accumulate_gradients(method: Method, runtime: Runtime, batches: list[Batch])
     valid = valid.clamp(min=1)
     runtime.start_step(len(batches))
     runtime.placement.evidence.local_seqlen = batches[0].input_ids.shape[1]
-    losses = [method.forward_backward(runtime, batch, valid) for batch in batches]
-    loss = torch.stack(losses).sum()
+    loss = method.forward_backward(runtime, batches, valid)
     dist.all_reduce(loss)
     return loss
 

@@ -58,8 +58,7 @@ def broken_promises(train: TrainConfig, evidence: list[RankEvidence]) -> list[st
     method = load_method(train.method)
     promised = method.promises(train)
     problems = []
-    sp = method.axes(train.world_size)["sp"]
-    expected = math.ceil(train.seqlen / sp)
+    expected = method.local_seqlen(train)
     for rank, counters in enumerate(evidence):
         for name in sorted(promised):
             value = getattr(counters, name)
@@ -68,22 +67,23 @@ def broken_promises(train: TrainConfig, evidence: list[RankEvidence]) -> list[st
                     f"rank {rank}: method '{train.method.name}' promises {name}, counted 0"
                 )
             elif name == "local_seqlen" and value != expected:
-                problems.append(f"rank {rank}: local_seqlen {value}, but seqlen / sp is {expected}")
+                problems.append(f"rank {rank}: local_seqlen {value}, but a shard has {expected}")
     return problems
 
 
 def known_factor(ratio: float, train: TrainConfig) -> str | None:
     """The quantity that `ratio` equals, if it is one that wrong code multiplies or divides by."""
-    axes = load_method(train.method).axes(train.world_size)
+    method = load_method(train.method)
+    axes = method.degrees(train.world_size)
     tokens = train.seqlen * train.batch_size * train.accumulation * axes["dp"]
     quantities: dict[str, float] = {
         "sp": axes["sp"],
-        "dp": axes["dp"],
+        **axes,
         "world_size": train.world_size,
         "accumulation": train.accumulation,
         "the number of tokens": tokens,
         **_labels(train, axes),
-        "the number of local tokens": math.ceil(train.seqlen / axes["sp"]),
+        "the number of local tokens": method.local_seqlen(train),
     }
     for name, value in quantities.items():
         for text, factor in (

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import itertools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,9 @@ class Matrix(Frozen):
         for factor, level in levels.items():
             merged = merge(merged, self.factors[factor][level])
         if "dp" in merged:
-            merged["world_size"] = merged.pop("dp") * merged["method"].get("sp", 1)
+            merged["world_size"] = merged.pop("dp") * math.prod(
+                merged["method"].get(axis, 1) for axis in ("pp", "cp", "sp")
+            )
         return merged
 
     def rule(self, levels: Levels) -> Rule | None:

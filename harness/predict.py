@@ -207,8 +207,9 @@ def _at(setting: Setting, seqlen: int) -> Setting:
 
 
 def _sequence_parallel(config: TrainConfig) -> int:
-    """Ranks that share one sample."""
-    return config.world_size // _data_parallel(config)
+    """Ranks that share the tokens of one sample."""
+    degrees = load_method(config.method).degrees(config.world_size)
+    return degrees["cp"] * degrees["sp"]
 
 
 def _data_parallel(config: TrainConfig) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from alst_impl.methods.base import load_method
+from alst_impl.methods.base import AXES, load_method
 from alst_impl.plugin import names
 from harness import paths, record
 from harness.cell import Cell, Claim, load_experiment
@@ -23,7 +23,7 @@ NOT_MEASURED = "not measured"
 NOT_COMPARED = "not compared"
 """Gate of a record without a gradient comparison."""
 
-WHERE = ["model", "world_size", "sp", "dp", "seqlen"]
+WHERE = ["model", "world_size", *AXES, "seqlen"]
 """Columns that place a cell; the rest of what differs between cells is in `series`."""
 
 
@@ -110,7 +110,7 @@ def _gate(results: Results, key: str, states: dict[str, str]) -> str:
 def _options(cell: Cell) -> dict[str, Any]:
     """What may tell apart two cells of one method at the same place."""
     t = cell.train
-    method = {k: v for k, v in t.method.options.items() if k != "sp"}
+    method = {k: v for k, v in t.method.options.items() if k not in AXES}
     engine = {f"{t.engine.name}.{k}": v for k, v in t.engine.options.items()}
     data = {f"data.{k}": v for k, v in t.data.model_dump().items()}
     rest = {"engine": t.engine.name, "dtype": t.dtype, "attention": t.attention}
@@ -152,7 +152,7 @@ def setting(cell: Cell) -> str:
 
 def _description(cell: Cell) -> dict[str, Any]:
     t = cell.train
-    axes = load_method(t.method).axes(t.world_size)
+    axes = load_method(t.method).degrees(t.world_size)
     return {
         "model": t.model,
         "method": t.method.name,
@@ -160,8 +160,7 @@ def _description(cell: Cell) -> dict[str, Any]:
         "world": cell.world,
         "hardware": cell.hardware,
         "world_size": t.world_size,
-        "sp": axes["sp"],
-        "dp": axes["dp"],
+        **{axis: axes[axis] for axis in AXES},
         "seqlen": t.seqlen,
         "batch_size": t.batch_size,
         "accumulation": t.accumulation,

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from alst_impl.placement import Placement
 
 
+AXES = ("dp", "pp", "cp", "sp")
+"""Every axis that a mesh may have: data, pipeline, context (ring) and sequence (Ulysses) parallel."""
+
+
 class Method(Frozen):
     """A way to train; its options are its fields."""
 
@@ -31,8 +35,19 @@ class Method(Frozen):
         """Raise `ValueError` for settings that cannot work: the values, the rule, the way out."""
 
     def axes(self, world_size: int) -> dict[str, int]:
-        """Mesh axes of `world_size` ranks, outermost first: always `dp` and `sp`."""
+        """Mesh axes of `world_size` ranks, outermost first: always `dp` and `sp`, others where used.
+
+        `pp` cuts the layers, `cp` and `sp` the sequence; the ranks of `dp` see other samples.
+        """
         return {"dp": world_size, "sp": 1}
+
+    def degrees(self, world_size: int) -> dict[str, int]:
+        """`axes` with the axes that the method does not have: of degree 1."""
+        return {**dict.fromkeys(AXES, 1), **self.axes(world_size)}
+
+    def local_seqlen(self, config: TrainConfig) -> int:
+        """Tokens of one sample that a rank's decoder sees, after padding."""
+        return -(-config.seqlen // self.degrees(config.world_size)["sp"])
 
     def shard(self, batch: Batch, mesh: DeviceMesh) -> Batch:
         """This rank's part of `batch`: padded right to a multiple of sp, cut along the sequence."""
@@ -60,13 +75,20 @@ class Method(Frozen):
         """Parallel state for engines that take one (Megatron's protocol); usually none."""
         return None
 
-    def forward_backward(self, runtime: Runtime, batch: Batch, num_valid: Tensor) -> Tensor:
-        """Gradients of one micro-batch into the engine.
+    def forward_backward(self, runtime: Runtime, batches: list[Batch], num_valid: Tensor) -> Tensor:
+        """Gradients of all micro-batches of a step into the engine.
 
-        `batch` is local. `num_valid` (int64 scalar) counts valid labels over all ranks and
+        `batches` are local. `num_valid` (int64 scalar) counts valid labels over all ranks and
         micro-batches of the step. Returns this rank's addend to the global mean loss: the sum over
-        ranks and micro-batches is the loss. Collective.
+        ranks is the loss. Collective.
         """
+        import torch
+
+        losses = [self.micro_step(runtime, batch, num_valid) for batch in batches]
+        return torch.stack(losses).sum()
+
+    def micro_step(self, runtime: Runtime, batch: Batch, num_valid: Tensor) -> Tensor:
+        """Gradients of one micro-batch; of methods whose micro-batches follow each other. Collective."""
         loss = runtime.forward(batch, num_valid)
         runtime.backward(loss)
         return loss.detach()

@@ -112,7 +112,7 @@ class DeepspeedAlst(Method):
 
         hf.stock_checkpointing(model, use_reentrant=True)
 
-    def forward_backward(self, runtime: Runtime, batch: Batch, num_valid: Tensor) -> Tensor:
+    def micro_step(self, runtime: Runtime, batch: Batch, num_valid: Tensor) -> Tensor:
         import torch
         from deepspeed.utils import groups
         from torch.distributed.nn import functional
