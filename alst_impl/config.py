@@ -71,6 +71,17 @@ class OptimizerConfig(Frozen):
     """Clip the global L2 norm of the gradient to this; `None` leaves gradients alone."""
 
 
+class LoraConfig(Frozen):
+    """Low-rank adapters beside frozen weights (arXiv:2106.09685), put in by the library peft."""
+
+    rank: int = Field(gt=0)
+    """Inner size of an adapter."""
+    alpha: int = Field(default=16, gt=0)
+    """An adapter's output is multiplied by alpha / rank."""
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    """Names of the projections that get one."""
+
+
 class TrainConfig(Frozen):
     """All that decides a training run."""
 
@@ -95,6 +106,8 @@ class TrainConfig(Frozen):
     """Parameters and activations."""
     attention: Literal["sdpa"] = "sdpa"
     """Core attention, a key of `alst_impl.ops.attention.BACKENDS`."""
+    lora: LoraConfig | None = None
+    """Train adapters alone; None trains every weight."""
     checkpoint: bool = True
     """Activation checkpointing of every decoder layer."""
     data: DataConfig = DataConfig()

@@ -85,6 +85,18 @@ def accumulate_gradients(method: Method, runtime: Runtime, batches: list[Batch])
     return loss
 
 
+def evaluate(method: Method, runtime: Runtime, batches: list[Batch]) -> Tensor:
+    """Global mean loss over `batches` (this rank's shards), without gradients. Collective."""
+    valid = torch.stack([batch.num_valid() for batch in batches]).sum()
+    dist.all_reduce(valid)
+    runtime.module.eval()
+    with torch.no_grad():
+        loss = method.loss(runtime, batches, valid.clamp(min=1))
+    runtime.module.train()
+    dist.all_reduce(loss)
+    return loss
+
+
 def train_step(method: Method, runtime: Runtime, batches: list[Batch]) -> StepResult:
     """One optimizer step over `batches` (this rank's shards). Reads no tensor's value. Collective."""
     loss = accumulate_gradients(method, runtime, batches)

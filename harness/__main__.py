@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from harness.commands import claims, matrix, plan, predict, present, run, verify
+from harness.commands import claims, defects, matrix, plan, predict, present, run, verify
 
 app = typer.Typer(
     name="alst",
@@ -21,6 +21,7 @@ app.command("cell")(run.cell)
 app.command("cells")(run.cells)
 app.command("verify")(verify.verify)
 app.command("matrix")(matrix.matrix)
+app.command("defects")(defects.defects)
 app.command("predict")(predict.predict)
 app.command("search")(predict.search)
 app.command("plan")(plan.plan)

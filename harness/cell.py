@@ -91,9 +91,12 @@ class Cell(Frozen):
             silent["simulation"] = True
         if not self.update:
             silent["update"] = True
+        train: dict[str, Any] = {}
         if self.train.optimizer.name == "adamw":
-            silent["train"] = {"optimizer": {"name"}}
-        return silent
+            train["optimizer"] = {"name"}
+        if self.train.lora is None:
+            train["lora"] = True
+        return {**silent, "train": train} if train else silent
 
     @property
     def num_processes(self) -> int:
@@ -258,6 +261,10 @@ def _check_simulation(cell: Cell) -> None:
                     f"{field} is {getattr(cell, field)}, but world 'sim' has no values to compare and no "
                     f"time to measure; leave it out or set it to {value}"
                 )
+        if cell.train.lora is not None:
+            raise ValueError(
+                "lora: optimizer states of adapters alone are not modelled in world 'sim'; use world 'cpu'"
+            )
         return
     if cell.simulation is not None:
         raise ValueError(

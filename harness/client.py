@@ -36,12 +36,13 @@ def submit(
     world_size: int,
     timeout_s: float,
     listener: Listener = _ignore,
+    sources: Path | None = None,
 ) -> Ending:
     """Run `entry` ("module:function") on `world_size` forked ranks and wait for the end.
 
     `listener` hears `{"event": "started", "pids": [...]}` and
     `{"event": "progress", "rank": r, "doing": text}`. An exception here, Ctrl-C included, and the
-    death of this process end all ranks.
+    death of this process end all ranks. `sources` holds another `alst_impl` for them.
     """
     job = Job(
         entry=entry,
@@ -50,6 +51,7 @@ def submit(
         timeout_s=timeout_s,
         folder=os.getcwd(),
         path=[p or os.getcwd() for p in sys.path],
+        sources=None if sources is None else str(sources),
     )
     for _ in range(ATTEMPTS):
         started = False

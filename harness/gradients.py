@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from alst_impl.config import DType, Frozen, OptimizerConfig, TrainConfig
+from alst_impl.config import DType, Frozen, LoraConfig, OptimizerConfig, TrainConfig
 from alst_impl.data import Corpus
 from alst_impl.methods.base import load_method
 from alst_impl.models import materialize, published
@@ -99,25 +99,45 @@ class _Job:
     samples: dict[str, Tensor]
     output: Path
     dtype: DType
+    lora: LoraConfig | None
 
     def saved(self, folder: Path) -> list[str]:
         """Arguments of `truth.py`, whose input is written to `folder`."""
-        self.model.save_pretrained(folder)
+        if self.lora is None:
+            self.model.save_pretrained(folder)
+        else:
+            self._save_adapted(folder, self.lora)
         save_file(self.samples, folder / "samples.safetensors")
         return [str(folder), str(folder / "samples.safetensors"), str(self.output), self.dtype]
+
+    def _save_adapted(self, folder: Path, lora: LoraConfig) -> None:
+        self.model.config.save_pretrained(folder)
+        arguments = {
+            "r": lora.rank,
+            "lora_alpha": lora.alpha,
+            "target_modules": list(lora.targets),
+            "lora_dropout": 0.0,
+        }
+        (folder / truth.LORA).write_text(json.dumps(arguments))
+        # `named_parameters` names tied ones once, as a file of tensors has to.
+        weights = {name: p.detach() for name, p in self.model.named_parameters()}
+        save_file(weights, folder / truth.ADAPTED)
 
 
 def _wanted(train: TrainConfig, cache: Path, jobs: dict[str, _Job]) -> Truth:
     """What `train` is held against; the runs that make it, if they are not done yet, go to `jobs`."""
     model = materialize(train).float()  # exact: weights are drawn in fp32 and rounded to the dtype
     samples = first_step_samples(train)
-    content = _content_hash(published(train.model, train.overrides), model.state_dict(), samples)
+    config = published(train.model, train.overrides)
+    if train.lora is not None:
+        config["lora"] = train.lora.model_dump(mode="json")
+    content = _content_hash(config, model.state_dict(), samples)
 
     def file(dtype: DType) -> str:
         key = content if dtype == "float64" else f"{content}-{dtype}"
         output = cache / f"{key}.safetensors"
         if not output.exists():
-            jobs[key] = _Job(model, samples, output, dtype)
+            jobs[key] = _Job(model, samples, output, dtype, train.lora)
         return str(output)
 
     return Truth(
@@ -187,6 +207,8 @@ def compare_update(
     del gradients["loss"]
     expected = stock_change(before, gradients, train.optimizer)
     change = {name: after[name].double() - before[name].double() for name in after}
+    # What has no gradient is frozen, and has to stay.
+    expected |= {name: torch.zeros_like(c) for name, c in change.items() if name not in expected}
     limits = _limits(gradients, truth.rounded, train)
     compared = _compared(change, expected)
     used = [_used(*one, limits, UPDATE_TOLERANCES[train.dtype]) for one in compared]

@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 EXPERIMENTS = Path("experiments")
+DEFECTS = EXPERIMENTS / "planted" / "defects.yaml"
+CAUGHT = EXPERIMENTS / "planted" / "caught.csv"
+"""Which cell of the correctness matrix caught each of them."""
 RESULTS = Path("results")
 REFERENCE = RESULTS / "reference"
 """Committed records, one folder per hardware and experiment."""

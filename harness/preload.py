@@ -6,6 +6,7 @@ DeepSpeed held back from compiling operators that gloo does not need.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import sys
@@ -31,6 +32,9 @@ import transformers.models.llama.modeling_llama
 import transformers.models.mistral.modeling_mistral
 import transformers.models.qwen3.modeling_qwen3
 import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
+
+with contextlib.suppress(ImportError):  # an extra
+    import peft  # noqa: F401
 
 # Compiling it takes a minute or more; without it DeepSpeed's collectives go through gloo.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.distributed import DeviceMesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from alst_impl.config import Frozen
 from alst_impl.data import Batch
 from alst_impl.engines.base import Runtime
 from alst_impl.methods.base import Method
@@ -26,19 +25,11 @@ from alst_impl.step import accumulate_gradients, micro_batches, start
 from harness.cell import Cell
 from harness.gradients import corpus_of
 from harness.processes import Rank
+from harness.record import Finding
 from harness.worlds.base import load_world
 
 ROUNDING = 1e-5
 """Part of the largest logit that is taken for rounding."""
-
-
-class Finding(Frozen):
-    """What one probe saw."""
-
-    probe: str
-    passed: bool
-    detail: str
-    """One line: the numbers behind the verdict."""
 
 
 def execute(rank: Rank, payload: dict[str, Any]) -> list[dict[str, Any]]:

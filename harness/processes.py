@@ -36,6 +36,8 @@ class Job(Frozen):
     """Working directory of the ranks."""
     path: list[str]
     """Module search path of the ranks."""
+    sources: str | None = None
+    """Folder of another `alst_impl`, which the ranks import in place of ours."""
 
 
 class Ending(Frozen):

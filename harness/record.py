@@ -63,6 +63,15 @@ class Gate(Frozen):
     """The one of them furthest beyond either bound, where gradients are right and it is not."""
 
 
+class Finding(Frozen):
+    """What one probe saw."""
+
+    probe: str
+    passed: bool
+    detail: str
+    """One line: the numbers behind the verdict."""
+
+
 class RankEvidence(Frozen):
     """`alst_impl.placement.Evidence` of one rank and one step."""
 

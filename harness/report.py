@@ -16,6 +16,7 @@ import pandas as pd
 
 from harness import paths
 from harness.claims import TOLERANCE, Evidence, evidence
+from harness.defects import read_catches
 from harness.drawing import rank
 from harness.figures.headline import longest_series
 from harness.plain import (
@@ -89,6 +90,10 @@ class Section:
     simulated: bool
     findings: Grid
     """Cells that did not pass, and what was measured of them."""
+    refusals: Grid
+    """Rows of a matrix that do not run."""
+    defects: Grid
+    """Planted defects, with the cells that caught them."""
     cells: Grid
     gates: list[GateView]
     environments: Grid
@@ -211,6 +216,44 @@ def simulated_grid(results: Results) -> Grid:
         ],
         rows,
     )
+
+
+def is_compared(results: Results) -> bool:
+    """Whether gradients are compared and nothing else is measured."""
+    return not is_simulated(results) and not any(cell.steps for cell in results.cells.values())
+
+
+def verdict_counts(results: Results) -> str:
+    """How many cells ran, passed and did not, and how many rows of a matrix are refused."""
+    outcomes = [m.outcome for m in results.measurements.values()]
+    passed = outcomes.count(Outcome.OK)
+    counted = f"{len(outcomes)} cells run, {passed} passed, {len(outcomes) - passed} failed"
+    refused = f"; {len(results.refused)} refused, each with its reason" if results.refused else ""
+    return counted + refused
+
+
+def refusal_grid(results: Results) -> Grid:
+    """What the library refuses to run: the levels that matter, and what it says."""
+    usual = results.refused[0].levels if results.refused else {}
+    first = {
+        factor: Counter(row.levels[factor] for row in results.refused).most_common(1)[0][0]
+        for factor in usual
+    }
+    rows = [
+        [
+            ", ".join(f"{f} {level}" for f, level in row.levels.items() if level != first[f]),
+            row.refused or MISSING,
+        ]
+        for row in results.refused
+    ]
+    return Grid(["refused", "because"], rows)
+
+
+def defect_grid(results: Results) -> Grid:
+    """Planted defects and the cell of the matrix that caught each."""
+    catches = read_catches(paths.CAUGHT) if results.refused else []
+    rows = [[c.defect, c.cell, c.detail or c.outcome] for c in catches]
+    return Grid(["planted defect", "caught by", "what it said"], rows)
 
 
 def is_simulated(results: Results) -> bool:
@@ -425,6 +468,8 @@ def section(results: Results, figures: Path) -> Section:
         summary=claim_summary(found) if simulated else summary(results),
         verdicts=verdict_grid(results) if timed else Grid([], []),
         findings=finding_grid(results),
+        refusals=refusal_grid(results),
+        defects=defect_grid(results),
         claims=claim_grid(found),
         misses=miss_grid(found),
         figures=[
@@ -494,7 +539,8 @@ def headline_title(results: Results) -> str:
 def readme_blocks(references: Sequence[Results]) -> dict[str, str]:
     """Content of the README's generated blocks, from committed records."""
     nothing = "No committed records yet; `make` writes its own to `results/`."
-    measured = [r for r in references if not is_simulated(r)]
+    compared = [r for r in references if is_compared(r)]
+    measured = [r for r in references if not is_simulated(r) and not is_compared(r)]
     simulated = [r for r in references if is_simulated(r)]
     headline, results = [], []
     for r in measured:
@@ -510,9 +556,21 @@ def readme_blocks(references: Sequence[Results]) -> dict[str, str]:
     return {
         "headline": "\n".join(headline) or nothing,
         "results": "\n\n".join(results) or nothing,
+        "correctness": "\n\n".join(map(_correctness, compared)) or nothing,
         "claims": _claims_block(simulated) or nothing,
         "records": records_grid(simulated).markdown() if simulated else nothing,
     }
+
+
+def _correctness(results: Results) -> str:
+    """What the gradient gate found in one experiment that only compares."""
+    parts = [f"`{results.name}`: {verdict_counts(results)}."]
+    caught = len(defect_grid(results).rows)
+    if caught:
+        parts[0] += f" {caught} planted defects, each caught by a cell named in the report."
+    if any(m.outcome is not Outcome.OK for m in results.measurements.values()):
+        parts += [results.question, finding_grid(results).markdown()]
+    return "\n\n".join(parts)
 
 
 def records_grid(references: Sequence[Results]) -> Grid:

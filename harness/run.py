@@ -14,7 +14,7 @@ from harness.gate import broken_promises, explain_failure
 from harness.prediction import Simulated
 from harness.processes import Ending
 from harness.provenance import provenance
-from harness.record import Measurement, Outcome, Readings, read, write
+from harness.record import Finding, Measurement, Outcome, Readings, read, write
 from harness.sources import fingerprint, judging_fingerprint
 
 RETRIED = {Outcome.KILLED}
@@ -37,15 +37,17 @@ def measure(
     cache: Path,
     listener: Listener = client._ignore,
     truth: dict[str, Any] | None = None,
+    sources: Path | None = None,
 ) -> Measurement:
     """Run `cell`, with truths kept in the folder `cache`. Never raises for what a cell does.
 
-    `truth` is what `truths` gave for it; without it, it is prepared here.
+    `truth` is what `truths` gave for it; without it, it is prepared here. `sources` is a folder with
+    another `alst_impl`, which the ranks run.
     """
     begin = time.monotonic()
     if cell.world == "sim":
         return _simulate(cell, listener, begin)
-    ending, results = _execute(cell, cache, listener, truth)
+    ending, results = _execute(cell, cache, listener, truth, sources)
     readings = _readings(results) if ending.how == "finished" else None
     outcome, detail = classify(ending)
     if readings is not None and readings.gate is not None:
@@ -80,6 +82,15 @@ def final(path: Path, cell: Cell) -> Measurement | None:
     existing = read(path)
     again = existing.outcome in RETRIED or existing.cell != cell or stale(existing)
     return None if again else existing
+
+
+def probed(cell: Cell) -> list[Finding]:
+    """What the probes of `cell` see. Raises `RuntimeError` where they could not be run."""
+    payload = {"cell": cell.model_dump(mode="json")}
+    ending = client.submit("harness.probes:execute", payload, cell.num_processes, cell.timeout_s)
+    if ending.how != "finished":
+        raise RuntimeError(f"probes: {ending.error or ending.how}: {ending.message}")
+    return [Finding(**finding) for finding in ending.results[0]]
 
 
 def stale(measurement: Measurement) -> bool:
@@ -125,7 +136,11 @@ def _prepare(cells: Sequence[Cell], cache: Path, listener: Listener) -> Ending:
 
 
 def _execute(
-    cell: Cell, cache: Path, listener: Listener, truth: dict[str, Any] | None
+    cell: Cell,
+    cache: Path,
+    listener: Listener,
+    truth: dict[str, Any] | None,
+    sources: Path | None,
 ) -> tuple[Ending, list[dict[str, Any]]]:
     """The truth, if the cell wants one, then the cell."""
     payload: dict[str, Any] = {"cell": cell.model_dump(mode="json"), "truth": truth}
@@ -135,7 +150,12 @@ def _execute(
             return ending, []
         ((payload["truth"],),) = ending.results
     ending = client.submit(
-        "harness.worlds.base:execute", payload, cell.num_processes, cell.timeout_s, listener
+        "harness.worlds.base:execute",
+        payload,
+        cell.num_processes,
+        cell.timeout_s,
+        listener,
+        sources,
     )
     return ending, ending.results
 

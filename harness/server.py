@@ -29,6 +29,7 @@ from typing import Any
 import psutil
 
 from harness.processes import (
+    SOURCES,
     Ending,
     Job,
     Rank,
@@ -127,6 +128,9 @@ class Supervisor:
     def _start(self) -> None:
         os.chdir(self.job.folder)
         sys.path[:] = self.job.path
+        if self.job.sources is not None:
+            sys.path.insert(0, self.job.sources)
+            _forget(*(root.name for root in SOURCES))
         (self.scratch / "shared").mkdir(parents=True, mode=0o700)
         for index in range(self.job.world_size):
             reader, writer = FORK.Pipe(duplex=False)
@@ -195,6 +199,12 @@ class Supervisor:
                 os.killpg(process.pid, signal.SIGKILL)
             process.kill()
             process.join()
+
+
+def _forget(*packages: str) -> None:
+    """Have `packages` imported anew by who needs them: from where they are found now."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in packages]:
+        del sys.modules[name]
 
 
 def _tell(client: socket.socket, event: dict[str, Any]) -> None:

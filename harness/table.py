@@ -14,7 +14,8 @@ import pandas as pd
 from alst_impl.methods.base import AXES, load_method
 from alst_impl.plugin import names
 from harness import paths, record
-from harness.cell import Cell, Claim, load_experiment
+from harness.cell import Cell, Claim, Experiment, load_experiment
+from harness.matrix import Row
 from harness.record import Measurement, Provenance
 
 NOT_MEASURED = "not measured"
@@ -46,6 +47,8 @@ class Results:
     """By key; a cell that is not here was not measured."""
     claims: list[tuple[str, Claim]] = field(default_factory=list)
     """Keys of cells and the published numbers that they stand for."""
+    refused: list[Row] = field(default_factory=list)
+    """Rows of a matrix that are not cells, with the reasons."""
 
     def provenances(self) -> list[Provenance]:
         """Of every record, oldest first."""
@@ -62,7 +65,7 @@ def fresh(path: Path, folder: Path | None = None) -> Results:
     cells = e.cells()
     measured = {key: folder / f"{key}.json" for key in cells}
     measurements = {key: record.read(file) for key, file in measured.items() if file.is_file()}
-    return Results(e.name, e.question, e.source, e.figures, cells, measurements, e.claims())
+    return _results(e, cells, measurements, e.claims())
 
 
 def reference(folder: Path) -> Results:
@@ -73,8 +76,17 @@ def reference(folder: Path) -> Results:
     e = load_experiment(paths.experiment(folder.name))
     measurements = {file.stem: record.read(file) for file in sorted(folder.glob("*.json"))}
     cells = {key: m.cell for key, m in measurements.items()}
-    claims = [(key, claim) for key, claim in e.claims() if key in cells]
-    return Results(e.name, e.question, e.source, e.figures, cells, measurements, claims)
+    return _results(e, cells, measurements, [(key, c) for key, c in e.claims() if key in cells])
+
+
+def _results(
+    e: Experiment,
+    cells: dict[str, Cell],
+    measurements: dict[str, Measurement],
+    claims: list[tuple[str, Claim]],
+) -> Results:
+    refused = [row for row in e.rows if row.refused is not None]
+    return Results(e.name, e.question, e.source, e.figures, cells, measurements, claims, refused)
 
 
 def gate_state(m: Measurement | None) -> str:

@@ -4,7 +4,8 @@
 
 DTYPE is `float64` for the truth; in another one the same program tells what that dtype alone loses.
 Stands alone on purpose: whatever it shared with the code it judges could be wrong in both. The
-folder was written by `save_pretrained`. Samples hold `input_ids`, `labels` (not shifted, -100 is
+folder was written by `save_pretrained`; with adapters it holds `config.json`, `lora.json` (arguments of
+peft's `LoraConfig`) and `adapted.safetensors` (all weights by name). Samples hold `input_ids`, `labels` (not shifted, -100 is
 ignored) and `position_ids`, int64 [N, S], of every micro-batch of one optimizer step on all ranks.
 Writes the gradient of each parameter, tied ones once, and `loss`: the sum of all token losses over
 the number of labels.
@@ -12,25 +13,25 @@ the number of labels.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
+
+ADAPTED, LORA = "adapted.safetensors", "lora.json"
+"""Weights of a model with adapters, and arguments of peft's `LoraConfig`."""
 
 
 def gradients(
     folder: str, samples: dict[str, torch.Tensor], dtype: torch.dtype = torch.float64
 ) -> dict[str, torch.Tensor]:
     """Gradients in `dtype` by parameter name, and `loss` in fp64."""
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype,
-        attn_implementation="sdpa",
-        experts_implementation="eager",  # grouped matrix products know no fp64
-        local_files_only=True,
-    )
+    model = _model(folder, dtype)
     model.train()
     count = max(int((samples["labels"][:, 1:] != -100).sum()), 1)
     total = torch.zeros((), dtype=torch.float64)
@@ -53,8 +54,28 @@ def gradients(
     found = {
         name: torch.zeros_like(p) if p.grad is None else p.grad
         for name, p in model.named_parameters()
+        if p.requires_grad
     }
     return {**found, "loss": total}
+
+
+def _model(folder: str, dtype: torch.dtype) -> Any:
+    """The model in `folder`; with adapters where a configuration of peft lies beside its weights."""
+    # Grouped matrix products of experts know no fp64.
+    kinds = {"attn_implementation": "sdpa", "experts_implementation": "eager"}
+    adapted = Path(folder, ADAPTED)
+    if not adapted.exists():
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, **kinds
+        )
+    import peft
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **kinds)
+    arguments = json.loads(Path(folder, LORA).read_text())
+    peft.inject_adapter_in_model(peft.LoraConfig(**arguments), model)
+    model.load_state_dict(load_file(adapted), strict=False)
+    return model.to(dtype)
 
 
 def main(folder: str, samples: str, output: str, dtype: str) -> None:

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 from samples import PROVENANCE
-from test_mutations import copy_of_package
 
-from harness import record
+from harness import paths, record
 from harness.cell import Cell, make_cell
 from harness.compare import changes
+from harness.defects import Defect, plant, read_defects
 from harness.forecast import execute, setting
 from harness.predict import predict
 from harness.prediction import Prediction, Simulated
@@ -25,7 +25,8 @@ from harness.record import Measurement, Outcome
 ROOT = Path(__file__).parent.parent
 REFERENCES = sorted((ROOT / "results" / "reference").glob("*/paper_ablation/*.json"))
 """Simulated again here; `alst claims` does every cell, with its search."""
-LEAK = {"ops/offload.py": (("        del out\n", ""),)}
+SOUND = Defect(file="__init__.py", edits=[])
+LEAK = read_defects(ROOT / paths.DEFECTS)["the recomputed output stays alive"]
 """The checkpoint function holds the layer's output while the layer's backward runs."""
 
 
@@ -116,9 +117,9 @@ def test_a_planted_leak_fails_and_names_its_line(tmp_path: Path) -> None:
             "hardware": "h100-80gb",
         }
     )
-    before = simulated_by(copy_of_package(tmp_path / "sound", {}), cell)
+    before = simulated_by(plant(SOUND, tmp_path / "sound"), cell)
     assert_unchanged(before, before)
-    leaky = simulated_by(copy_of_package(tmp_path / "leaky", LEAK), cell)
+    leaky = simulated_by(plant(LEAK, tmp_path / "leaky"), cell)
     with pytest.raises(AssertionError) as failure:
         assert_unchanged(before, leaky)
     said = str(failure.value)

@@ -87,6 +87,12 @@ class Method(Frozen):
         losses = [self.micro_step(runtime, batch, num_valid) for batch in batches]
         return torch.stack(losses).sum()
 
+    def loss(self, runtime: Runtime, batches: list[Batch], num_valid: Tensor) -> Tensor:
+        """This rank's addend to the mean loss of `batches`, as of `forward_backward`. Collective."""
+        import torch
+
+        return torch.stack([runtime.forward(batch, num_valid) for batch in batches]).sum()
+
     def micro_step(self, runtime: Runtime, batch: Batch, num_valid: Tensor) -> Tensor:
         """Gradients of one micro-batch; of methods whose micro-batches follow each other. Collective."""
         loss = runtime.forward(batch, num_valid)

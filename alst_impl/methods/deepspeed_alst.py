@@ -33,8 +33,11 @@ class DeepspeedAlst(Method):
     """Compute MLPs with TiledMLP."""
     tile_loss: bool = True
     """Compute logits and loss in tiles, summed, and divided afterwards, as the tutorial shows."""
-    loss: Literal["sequence_tiled_compute", "TiledFusedLogitsLoss"] = "sequence_tiled_compute"
+    tiled_by: Literal["sequence_tiled_compute", "TiledFusedLogitsLoss"] = "sequence_tiled_compute"
     """Which of DeepSpeed's two ways to do so."""
+    trainer_loss: bool = False
+    """Combine the losses of ranks with the function that transformers' Trainer calls, not as the
+    tutorial does; untiled."""
     tiles: int | None = Field(default=None, ge=1)
     """Tiles of everything tiled; None follows the tutorial: `hidden_size` rows each."""
 
@@ -49,6 +52,12 @@ class DeepspeedAlst(Method):
             raise ValueError(
                 f"seqlen ({config.seqlen}) must be divisible by sp ({self.sp}) for method "
                 f"'deepspeed_alst', which does not pad; use {config.seqlen // self.sp * self.sp}"
+            )
+
+        if self.trainer_loss and (self.tile_loss or self.sp == 1):
+            raise ValueError(
+                f"trainer_loss is of a sharded sequence and untiled, but sp is {self.sp} and tile_loss "
+                f"{self.tile_loss}; set sp to 2 or more and tile_loss to false"
             )
 
     def axes(self, world_size: int) -> dict[str, int]:
@@ -126,7 +135,9 @@ class DeepspeedAlst(Method):
         shift_labels = batch.shift_labels
         good_tokens = (shift_labels != -100).view(-1).sum()
         runtime.placement.on_phase("forward")
-        if self.tile_loss:
+        if self.trainer_loss:
+            loss = self._trainer_loss(engine, {**inputs, "shift_labels": shift_labels})
+        elif self.tile_loss:
             total = engine(**inputs, shift_labels=shift_labels, use_cache=False).loss
             loss = total / max(good_tokens, 1)
         else:
@@ -138,7 +149,7 @@ class DeepspeedAlst(Method):
                 vocab_size=engine.module.config.vocab_size,
             )
             del outputs
-        if self.sp > 1:
+        if self.sp > 1 and not self.trainer_loss:
             group = groups._get_sequence_parallel_group()
             losses = functional.all_gather(loss, group=group)
             tokens = functional.all_gather(good_tokens, group=group)
@@ -151,6 +162,18 @@ class DeepspeedAlst(Method):
         world_size = torch.distributed.get_world_size()
         micro_batches = engine.gradient_accumulation_steps()
         return loss.detach() / world_size / micro_batches  # type: ignore[no-any-return]
+
+    def _trainer_loss(self, engine: Any, inputs: dict[str, Any]) -> Tensor:
+        """What `Trainer.compute_loss` returns under accelerate's ParallelismConfig(sp_backend="deepspeed")."""
+        from types import SimpleNamespace
+
+        from transformers.integrations.deepspeed import deepspeed_sp_compute_loss
+
+        parallelism = SimpleNamespace(sp_backend="deepspeed", sp_size=self.sp)
+        # Of the accelerator it reads the mesh, and only without DeepSpeed's groups.
+        return deepspeed_sp_compute_loss(  # type: ignore[no-any-return]
+            None, engine, {**inputs, "use_cache": False}, False, parallelism
+        )
 
     def _tile_mlp(self, mlp: Any, evidence: Evidence) -> None:
         from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledMLP
@@ -183,7 +206,7 @@ class DeepspeedAlst(Method):
             seqlen = hidden.shape[1]
             shards = self.tiles or -(-seqlen // hidden.shape[2])
             evidence.tiles += shards
-            if self.loss == "TiledFusedLogitsLoss":
+            if self.tiled_by == "TiledFusedLogitsLoss":
                 loss = TiledFusedLogitsLoss.apply(
                     lambda _, hidden, labels: token_loss(hidden[None], labels[None]),
                     head,

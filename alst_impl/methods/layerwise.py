@@ -45,6 +45,11 @@ class Layerwise(Method):
 
     def check(self, config: TrainConfig) -> None:
         check_sharded(config, self.sp, "layerwise")
+        if config.lora is not None:
+            raise ValueError(
+                f"layerwise reads the weights of projections itself, not adapters beside them (lora={config.lora}); "
+                "use method 'alst'"
+            )
         if not config.checkpoint:
             raise ValueError(
                 "layerwise keeps nothing but layer inputs, but checkpoint is false; set it to true"

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alst_impl.config import TrainConfig
+from alst_impl.config import LoraConfig, TrainConfig
 
 if TYPE_CHECKING:
     import torch
@@ -138,7 +138,25 @@ def build(config: TrainConfig) -> tuple[PreTrainedModel, Initializer]:
             dtype=getattr(torch, config.dtype),
             **experts,
         )
+        if config.lora is not None:
+            add_adapters(model, config.lora)
     return model, Initializer(config.seed, config.model if has_weights(config.model) else None)
+
+
+def add_adapters(model: PreTrainedModel, lora: LoraConfig) -> None:
+    """Freeze `model` and put adapters into it, in place, on the current default device."""
+    try:
+        import peft
+    except ImportError:
+        raise ValueError("adapters need peft: pip install 'alst-bench[lora]'") from None
+
+    wanted = peft.LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), lora_dropout=0.0
+    )
+    try:
+        peft.inject_adapter_in_model(wanted, model)
+    except ValueError as error:
+        raise ValueError(f"adapters for {list(lora.targets)}: {error}") from None
 
 
 def materialize(config: TrainConfig) -> PreTrainedModel:
@@ -150,9 +168,17 @@ def materialize(config: TrainConfig) -> PreTrainedModel:
     return model
 
 
+ADAPTER, FROZEN = ".lora_", ".base_layer"
+"""In the paths of modules that peft adds, and of those that it moves."""
+
+
 @dataclass(frozen=True)
 class Initializer:
-    """Initial weights, a function of (seed, module path) only: the same under every sharding."""
+    """Initial weights, a function of (seed, module path) only: the same under every sharding.
+
+    Both matrices of an adapter are drawn like any projection: one that starts at zero would hide the
+    gradient of the other.
+    """
 
     seed: int
     weights: str | None = None
@@ -165,8 +191,8 @@ class Initializer:
         """
         import torch
 
-        if self.weights is not None:
-            source = self._loaded.get_submodule(path)
+        if self.weights is not None and ADAPTER not in path:
+            source = self._loaded.get_submodule(path.replace(FROZEN, ""))
             stored = {**source._parameters, **source._buffers}
             return _as_held({k: v.detach() for k, v in stored.items() if v is not None}, module)
         # The model's own rule for one module, run on a shell of that module with real tensors.

@@ -74,6 +74,10 @@ def tiled_loss(
 
     hidden [B, S, E], labels int64 [B, S], count a scalar; returns a scalar in `fn`'s dtype. Gradients
     reach `hidden` and every parameter that `fn` can reach, once, summed in fp32 (or wider), whatever
-    gradient comes from above. Local.
+    gradient comes from above; none is formed where PyTorch's are off. Local.
     """
+    if not torch.is_grad_enabled():
+        bounds = tile_bounds(hidden.shape[1], num_tiles)
+        tiles = ((hidden[:, a:b].contiguous(), labels[:, a:b].contiguous()) for a, b in bounds)
+        return torch.stack([fn(*tile, count) for tile in tiles]).sum()
     return _TiledLoss.apply(fn, num_tiles, hidden, labels, count, *parameters_of(fn))  # type: ignore[no-any-return, no-untyped-call]

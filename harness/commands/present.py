@@ -14,6 +14,11 @@ import typer
 from harness import paths
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.table import Table
+
+    from harness.report import Grid
     from harness.table import Results
 
 Name = Annotated[str, typer.Argument(help="An experiment: the name of a file in experiments/.")]
@@ -127,10 +132,18 @@ def _with_records(names: list[str] | None) -> list[Results]:
 def summary(names: Names = None) -> None:
     """Print the headline table of each experiment and where report and figures are."""
     from rich.console import Console
-    from rich.table import Table
 
     from harness.claims import evidence
-    from harness.report import claim_summary, headline_grid, headline_title, is_simulated
+    from harness.record import Outcome
+    from harness.report import (
+        claim_summary,
+        finding_grid,
+        headline_grid,
+        headline_title,
+        is_compared,
+        is_simulated,
+        verdict_counts,
+    )
     from harness.report import summary as in_words
 
     console = Console()
@@ -143,16 +156,34 @@ def summary(names: Names = None) -> None:
             )
             console.print(f"figures: {paths.figures(results.name)}/", highlight=False)
             continue
-        grid = headline_grid(results)
-        shown = Table(title=f"{results.name}: {headline_title(results)}", title_justify="left")
-        for i, heading in enumerate(grid.headings):
-            shown.add_column(heading, justify="right" if i > 1 else "left", no_wrap=True)
-        for row in grid.rows:
-            shown.add_row(*row)
-        console.print(shown)
+        if is_compared(results):
+            console.print(f"{results.name}: {verdict_counts(results)}", highlight=False)
+            if any(m.outcome is not Outcome.OK for m in results.measurements.values()):
+                console.print(_shown(finding_grid(results), "what did not pass", wrapped=(0, 6)))
+            continue
+        title = f"{results.name}: {headline_title(results)}"
+        console.print(_shown(headline_grid(results), title))
         console.print(in_words(results), highlight=False)
         console.print(f"figures: {paths.figures(results.name)}/", highlight=False)
     console.print(f"report:  {paths.REPORT.absolute().as_uri()}", highlight=False, soft_wrap=True)
+
+
+def _shown(grid: Grid, title: str, wrapped: Sequence[int] = ()) -> Table:
+    """`grid` for a terminal; columns in `wrapped` may take several lines."""
+    from rich.table import Table
+
+    shown = Table(title=title, title_justify="left", show_lines=bool(wrapped))
+    for i, heading in enumerate(grid.headings):
+        right = i > 1 and i not in wrapped
+        shown.add_column(
+            heading,
+            justify="right" if right else "left",
+            no_wrap=i not in wrapped,
+            overflow="fold",
+        )
+    for row in grid.rows:
+        shown.add_row(*row)
+    return shown
 
 
 def reference(
@@ -227,8 +258,10 @@ def _promote(results: Results, hardware: str) -> None:
             shutil.copyfile(paths.cells(results.name) / f"{key}.json", folder / f"{key}.json")
     from harness import drawing
     from harness.figures.base import draw
+    from harness.report import is_compared, is_simulated
 
+    if is_compared(results):
+        return  # nothing to draw
     # Simulated cells have no step times: their first figure stands for them.
-    simulated = any(cell.world == "sim" for cell in results.cells.values())
-    headline = results.figures[0] if simulated else "headline"
+    headline = results.figures[0] if is_simulated(results) else "headline"
     (folder / "headline.png").write_bytes(drawing.png(draw(headline, results)))

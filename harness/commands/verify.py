@@ -18,7 +18,7 @@ from harness.commands.live import CellLine
 from harness.commands.options import parsed
 from harness.commands.run import DEFAULT_RESULTS, truth_cache
 from harness.record import Measurement, Outcome, Readings
-from harness.run import measure
+from harness.run import measure, probed
 
 Engine = Literal["plain", "zero", "fsdp2"]
 
@@ -58,6 +58,16 @@ def verify(
         ),
     ] = None,
     mask: Annotated[LabelMask, typer.Option(help="Labels that carry no loss.")] = "none",
+    documents: Annotated[
+        int, typer.Option(min=1, help="Documents packed into a sample, of unequal lengths.")
+    ] = 1,
+    probes: Annotated[
+        bool,
+        typer.Option(
+            "--probes",
+            help="Probe what needs no reference, too: causality, leakage between documents, shards, tiles.",
+        ),
+    ] = False,
     dtype: Annotated[DType, typer.Option(help="Of parameters and activations.")] = "float32",
     seed: Annotated[int, typer.Option(min=0, help="Of weights and data.")] = 0,
     world: Annotated[World, typer.Option(help="What executes it.")] = "cpu",
@@ -74,7 +84,7 @@ def verify(
 ) -> int:
     """Compare every gradient of one step with the stock model run whole, in one process, in fp64.
 
-    Exit code 0: all right; 1: a gradient is wrong or the method did nothing; 2: cannot be run.
+    Exit code 0: all right; 1: a gradient is wrong, a probe fails or the method did nothing; 2: cannot be run.
 
     Example: alst verify --method alst --model tiny-llama --sp 2 --dp 2 --engine zero --json
     """
@@ -94,7 +104,7 @@ def verify(
             "accumulation": accumulation,
             "dtype": dtype,
             "seed": seed,
-            "data": {"mask": mask},
+            "data": {"mask": mask, "documents": documents},
             "world": world,
             "warmup": 0,
             "steps": 0,
@@ -110,13 +120,16 @@ def verify(
         print(f"alst: {measurement.outcome}: {measurement.detail}", file=sys.stderr)
         return 1 if measurement.outcome is Outcome.NAN_LOSS else 2
     answer = _answer(cell, measurement.readings)
+    if probes:
+        answer["probes"] = [finding.model_dump() for finding in probed(cell)]
     if as_json:
         print(json.dumps(answer))
     else:
         _print(answer)
     if measurement.detail:
         print(f"alst: {measurement.outcome}: {measurement.detail}", file=sys.stderr)
-    return 0 if answer["passed"] else 1
+    found = [finding["passed"] for finding in answer.get("probes", [])]
+    return 0 if answer["passed"] and all(found) else 1
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:
@@ -178,4 +191,7 @@ def _print(answer: dict[str, Any]) -> None:
     console.print("worst:", answer["worst"]["parameter"])
     console.print("loss:", answer["loss"])
     console.print("evidence, least over ranks:", answer["evidence"])
+    for finding in answer.get("probes", []):
+        said = "holds" if finding["passed"] else "BROKEN"
+        console.print(f"{finding['probe']}: {said}; {finding['detail']}", highlight=False)
     console.print("passed" if answer["passed"] else "WRONG", style="bold")

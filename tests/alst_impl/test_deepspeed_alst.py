@@ -68,7 +68,7 @@ def test_the_peer_accumulates(ranks: Ranks) -> None:
 @pytest.mark.parametrize("sp", [1, 2])
 def test_the_peers_fused_loss_loses_the_division_for_the_head(ranks: Ranks, sp: int) -> None:
     """Measured with DeepSpeed 0.19.8: the head's gradient is that of the sum, all others of the mean."""
-    options = {"sp": sp, "tiles": 2, "loss": "TiledFusedLogitsLoss"}
+    options = {"sp": sp, "tiles": 2, "tiled_by": "TiledFusedLogitsLoss"}
     config = config_of(
         method={"name": "deepspeed_alst", **options},
         engine={"name": "zero", "stage": 3},

@@ -23,6 +23,8 @@ README = """<!-- begin: headline -->
 <!-- end: results -->
 <!-- begin: claims -->
 <!-- end: claims -->
+<!-- begin: correctness -->
+<!-- end: correctness -->
 <!-- begin: records -->
 <!-- end: records -->
 """

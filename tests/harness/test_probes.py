@@ -16,8 +16,8 @@ from alst_impl.ops import ulysses
 from harness import probes
 from harness.cell import make_cell
 from harness.client import submit
-from harness.probes import Finding
 from harness.processes import Rank
+from harness.record import Finding
 
 TINY: dict[str, Any] = {
     "model": "tiny-llama",

@@ -1,0 +1,79 @@
+"""`alst defects`: plant each defect in turn and see which cell of the correctness matrix catches it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from harness import paths, record
+from harness.cell import Cell, load_experiment
+from harness.commands.matrix import CORRECTNESS, chosen
+from harness.commands.run import DEFAULT_RESULTS, truth_cache
+from harness.defects import Catch, Defect, plant, read_defects, text_of
+from harness.record import Outcome
+from harness.run import measure, truths
+
+Trial = tuple[str, Cell, dict[str, Any] | None]
+"""Levels of a row, its cell, and what it is held against."""
+
+
+def defects(
+    jobs: Annotated[
+        int, typer.Option(min=1, show_default="one per core", help="Defects side by side.")
+    ] = len(os.sched_getaffinity(0)),
+    results: Annotated[Path, typer.Option("--results", help="Folder of caches.")] = DEFAULT_RESULTS,
+) -> int:
+    """Plant every defect of experiments/planted/defects.yaml, one at a time, and run cells until one fails.
+
+    Cells are those that tests run (`alst matrix --part covering`), in the matrix's order. Writes which
+    cell caught which defect to experiments/planted/caught.csv. Exit code 0: all were caught; 1: one was not.
+
+    Example: alst defects
+    """
+    begin = time.monotonic()
+    console = Console()
+    planted = {n: d for n, d in read_defects(paths.DEFECTS).items() if not d.tests}
+    trials = _trials(truth_cache(results))
+    caught: dict[str, Catch] = {}
+    with ThreadPoolExecutor(jobs) as pool:
+        running = {
+            pool.submit(first_catch, name, defect, trials, truth_cache(results)): name
+            for name, defect in planted.items()
+        }
+        for future in as_completed(running):
+            name, catch = running[future], future.result()
+            said = "NOT CAUGHT" if catch is None else f"caught by {catch.cell}\n    {catch.detail}"
+            style = "red" if catch is None else None
+            console.print(f"{name}: {said}", style=style, markup=False, soft_wrap=True)
+            if catch is not None:
+                caught[name] = catch
+    record.write_text(paths.CAUGHT, text_of([caught[name] for name in planted if name in caught]))
+    seconds = time.monotonic() - begin
+    console.print(f"{len(caught)} of {len(planted)} planted defects caught; {seconds:.0f} s")
+    return 0 if len(caught) == len(planted) else 1
+
+
+def _trials(cache: Path) -> list[Trial]:
+    """The cells that tests run, with their truths."""
+    work = chosen(load_experiment(CORRECTNESS), "covering")
+    found = [truth for some in truths([cell for _, cell in work], cache) for truth in some]
+    return [(row.label, cell, truth) for (row, cell), truth in zip(work, found, strict=True)]
+
+
+def first_catch(name: str, defect: Defect, trials: Sequence[Trial], cache: Path) -> Catch | None:
+    """The first of `trials` that fails where `defect` is planted."""
+    with tempfile.TemporaryDirectory() as folder:
+        sources = plant(defect, Path(folder))
+        for label, cell, truth in trials:
+            m = measure(cell, cache, truth=truth, sources=sources)
+            if m.outcome is not Outcome.OK:
+                return Catch(defect=name, cell=label, outcome=m.outcome, detail=m.detail or "")
+    return None

@@ -1,0 +1,72 @@
+"""Evaluation under sequence parallelism: the stock model's loss, and training goes on as if it had not been."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from training import config_of, corpus_of
+
+from alst_impl import models, step
+from alst_impl.config import TrainConfig
+from alst_impl.methods.base import load_method
+from alst_impl.ops.loss import tiled_loss
+from alst_impl.placement import Placement
+
+if TYPE_CHECKING:
+    from conftest import Ranks
+
+
+def evaluated(rank: int, world_size: int, config: TrainConfig) -> tuple[float, float, int]:
+    """Losses of an evaluation and of the training step after it, and how many gradients the first left."""
+    axes = load_method(config.method).axes(world_size)
+    mesh = init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
+    placement = Placement(torch.device("cpu"))
+    method, runtime = step.start(config, mesh, placement)
+    corpus = corpus_of(config)
+    batches = step.micro_batches(config, corpus, method, mesh, 0, placement.device)
+    loss = step.evaluate(method, runtime, batches)
+    left = sum(p.grad is not None for p in runtime.module.parameters())
+    assert runtime.module.training
+    return float(loss), float(step.train_step(method, runtime, batches).loss), left
+
+
+@pytest.mark.parametrize(
+    "engine", [{"name": "plain"}, {"name": "fsdp2"}, {"name": "zero"}], ids=str
+)
+@pytest.mark.parametrize("method", [{"name": "alst", "tiles": 3}, {"name": "layerwise"}], ids=str)
+def test_evaluation_at_sp2_is_the_stock_models_loss(
+    ranks: Ranks, engine: dict[str, Any], method: dict[str, Any]
+) -> None:
+    """On a length that sp does not divide, with unequal numbers of labels; no gradient is left."""
+    config = config_of(
+        method={**method, "sp": 2}, engine=engine, world_size=2, data={"mask": "prefix"}
+    )
+    loss, trained, left = ranks(2)(evaluated, config)[0]
+    model = models.materialize(config).double()
+    ids, labels, positions, _ = corpus_of(config).sample(0)
+    with torch.no_grad():
+        expected = model(input_ids=ids[None], position_ids=positions[None], labels=labels[None])
+    assert loss == pytest.approx(float(expected.loss), rel=1e-5)
+    assert trained == pytest.approx(loss, rel=1e-6)
+    assert left == 0
+
+
+def test_the_tiled_loss_forms_no_gradient_where_none_is_asked_for() -> None:
+    """Under no_grad a tile's function runs with gradients off, and the loss is the same."""
+    hidden, labels = torch.randn(1, 7, 4), torch.arange(7)[None] % 3
+    weight = torch.nn.Parameter(torch.randn(3, 4))
+    seen = []
+
+    def loss_of(x: torch.Tensor, y: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.is_grad_enabled())
+        losses = torch.nn.functional.cross_entropy(x[0] @ weight.T, y[0], reduction="sum")
+        return losses / count
+
+    trained = tiled_loss(loss_of, hidden, labels, torch.tensor(7), 3)
+    with torch.no_grad():
+        evaluated = tiled_loss(loss_of, hidden, labels, torch.tensor(7), 3)
+    torch.testing.assert_close(evaluated, trained)
+    assert seen[-3:] == [False] * 3

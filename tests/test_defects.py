@@ -1,0 +1,95 @@
+"""The suite notices what it must: each planted defect fails the cell, or the tests, that are to catch it.
+
+A defect is an edit of the source of `alst_impl`, made in a copy that ranks, or a forked process that
+runs tests, import in its place.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from harness import paths
+from harness.cell import load_experiment
+from harness.defects import Defect, plant, read_catches, read_defects
+from harness.record import Outcome
+from harness.run import measure
+
+ROOT = Path(__file__).parent.parent
+TESTS = "tests/alst_impl/"
+CONTEXT = multiprocessing.get_context("forkserver")
+RAN = 100
+"""Added to pytest's exit code, so that a crash of the process is not taken for a failed test."""
+
+DEFECTS = read_defects(ROOT / paths.DEFECTS)
+TESTED = {name: defect for name, defect in DEFECTS.items() if defect.tests}
+CAUGHT = {catch.defect: catch for catch in read_catches(ROOT / paths.CAUGHT)}
+
+
+def test_the_matrix_has_caught_every_defect_that_gradients_show() -> None:
+    """`alst defects` has found a cell for each; at least fifteen."""
+    assert list(CAUGHT) == [name for name in DEFECTS if name not in TESTED]
+    assert len(CAUGHT) >= 15
+
+
+@pytest.mark.parametrize("name", CAUGHT)
+def test_the_cell_that_caught_a_defect_fails(
+    name: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """As when it was found; without the defect it passes, with the rest of the covering part."""
+    work = load_experiment(ROOT / paths.experiment("correctness")).matrix_cells()
+    (cell,) = [cell for row, cell in work if row.label == CAUGHT[name].cell]
+    shared = tmp_path_factory.getbasetemp().parent / "truths"
+    m = measure(cell, shared, sources=plant(DEFECTS[name], tmp_path))
+    assert m.outcome == CAUGHT[name].outcome, m.detail
+    assert m.outcome is not Outcome.OK
+
+
+def _run_tests(package: str, tests: list[str], output: str, scratch: str) -> None:
+    """Body of a forked process: exits with `RAN` + pytest's code, its words are in `output`."""
+    with Path(output).open("w") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    sys.path.insert(0, package)
+    os.chdir(ROOT)
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    import alst_impl
+
+    assert alst_impl.__file__ == f"{package}/alst_impl/__init__.py"
+    options = ["-q", "--assert=plain", "-p", "no:cacheprovider", f"--basetemp={scratch}"]
+    options += ["-W", "ignore"]  # ranks forked from here inherit the filter, and libraries warn
+    code = pytest.main([*tests, *options])
+    sys.stdout.flush()
+    os._exit(RAN + code)
+
+
+def run_tests(tmp_path: Path, defect: Defect) -> str:
+    """Whether the tests that `defect` names "passed" or "failed" where it is planted."""
+    package, output = plant(defect, tmp_path / "package"), tmp_path / "output"
+    tests = [TESTS + test for test in defect.tests]
+    arguments = (str(package), tests, str(output), str(tmp_path / "scratch"))
+    process = CONTEXT.Process(target=_run_tests, args=arguments)
+    process.start()
+    process.join(120)
+    assert process.exitcode is not None, "the chosen tests did not end"
+    text = output.read_text()
+    outcomes = {RAN + pytest.ExitCode.OK: "passed", RAN + pytest.ExitCode.TESTS_FAILED: "failed"}
+    assert process.exitcode in outcomes, text
+    return outcomes[process.exitcode]
+
+
+def test_the_chosen_tests_pass_without_a_defect(tmp_path: Path) -> None:
+    """Otherwise their failures would say nothing."""
+    tests = sorted({test for defect in TESTED.values() for test in defect.tests})
+    whole = Defect(file="__init__.py", edits=[], tests=tests)
+    assert run_tests(tmp_path, whole) == "passed", (tmp_path / "output").read_text()
+
+
+@pytest.mark.parametrize("name", TESTED)
+def test_a_defect_that_no_gradient_shows_is_noticed(tmp_path: Path, name: str) -> None:
+    """The chosen tests fail where the defect stands."""
+    assert run_tests(tmp_path, TESTED[name]) == "failed", (tmp_path / "output").read_text()
