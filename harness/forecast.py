@@ -23,7 +23,7 @@ STRETCHES = 400
 
 
 def execute(rank: Rank, payload: dict[str, Any]) -> dict[str, Any]:
-    """Simulate `payload["cell"]`; one process plays rank 0 of all."""
+    """Simulate `payload["cell"]`; one process plays one rank of all."""
     cell = Cell(**payload["cell"])
     assert cell.simulation is not None
     rank.progress("simulating a step")

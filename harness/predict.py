@@ -219,7 +219,8 @@ def _data_parallel(config: TrainConfig) -> int:
 def _heads_are_spent(config: TrainConfig) -> bool:
     """Whether ranks are left that cannot share a sample because the heads do not split over more."""
     method = load_method(config.method)
-    if "sp" not in type(method).model_fields:
+    fields = type(method).model_fields
+    if "sp" not in fields or "cp" in fields:  # a ring takes any number of ranks
         return False
     heads = field(published(config.model, config.overrides), "num_attention_heads")
     largest = math.gcd(config.world_size, heads)
