@@ -40,6 +40,8 @@ def setting(cell: Cell) -> predict.Setting:
         host_memory_bytes=cell.simulation.host_memory_bytes,
         offload_parameters=cell.simulation.offload_parameters,
         kernel=cell.simulation.kernel,
+        optimizer_on_device=cell.simulation.optimizer_on_device,
+        stack=cell.simulation.stack,
     )
 
 
