@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sysconfig
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -59,14 +59,14 @@ class Batch:
         )
 
 
-def shard_sequence(batch: Batch, degree: int, index: int) -> Batch:
-    """Shard `index` of `degree` contiguous shards: [B, S] -> [B, ceil(S/P)].
+def shard_sequence(batch: Batch, degree: int, index: int, multiple: int = 1) -> Batch:
+    """Shard `index` of `degree` contiguous shards: [B, S] -> [B, ceil(S/P)], or the next `multiple`.
 
     Pads right with ignored labels first. Right padding is exact under causal attention: no real
     token can see it. In a packed batch the padding is a document of its own.
     """
     length = batch.input_ids.shape[1]
-    local = -(-length // degree)
+    local = -(-length // (degree * multiple)) * multiple
     pad = local * degree - length
 
     def cut(x: Tensor, fill: int) -> Tensor:
@@ -85,6 +85,15 @@ def shard_sequence(batch: Batch, degree: int, index: int) -> Batch:
         shift_labels=cut(batch.shift_labels, IGNORE_INDEX),
         position_ids=positions[:, index * local : (index + 1) * local].contiguous(),
         documents=documents,
+    )
+
+
+def joined(parts: Sequence[Batch]) -> Batch:
+    """Shards of one unpacked batch as one, side by side in the order given: [B, s] each -> [B, sum of s]."""
+    return Batch(
+        input_ids=torch.cat([part.input_ids for part in parts], dim=1),
+        shift_labels=torch.cat([part.shift_labels for part in parts], dim=1),
+        position_ids=torch.cat([part.position_ids for part in parts], dim=1),
     )
 
 

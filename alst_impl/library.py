@@ -95,7 +95,7 @@ def enable(
     check_shardable(model.config.to_dict(), method.sp, "alst", type(model).__name__)
     device = next(model.parameters()).device
     placement = Placement(device, torch.device(host))
-    method.attach(model, mesh, placement, attention)
+    method.enable(model, mesh, placement, attention)
     if checkpoint:
         method.checkpoint(model, placement)
     model.train()

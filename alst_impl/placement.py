@@ -20,6 +20,8 @@ class Evidence:
     """Tiles computed in forward passes (MLP, norm and loss)."""
     exchanges: int = 0
     """Sequence <-> heads all-to-alls issued."""
+    rotations: int = 0
+    """Times that keys and values, or their gradients, went on to the next rank of a ring."""
     offloaded_bytes: int = 0
     """Checkpointed layer inputs copied to the host."""
 

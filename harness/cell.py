@@ -23,8 +23,9 @@ from harness.hardware import load_hardware
 from harness.matrix import Matrix, Row, merge
 
 World = Literal["cuda", "cpu", "sim"]
-Quantity = Literal["longest_tokens", "step_seconds", "device_bytes"]
-"""What papers publish of a run: the longest sequence, time of a step, what NVML reads."""
+Quantity = Literal["longest_tokens", "longest_ratio", "step_seconds", "device_bytes"]
+"""What papers publish of a run: the longest sequence, how many times that of another run it is, time of a
+step, what NVML reads."""
 
 NOTHING_TIMED = {"gate": False, "timed": False, "warmup": 0, "steps": 0}
 """Fields of a simulated cell: fake tensors have no values to compare and no time."""
@@ -42,6 +43,11 @@ class Simulation(Frozen):
     """Of one node; None takes the hardware's."""
     kernel: str = "flash_attention_2"
     """Core attention whose scratch counts: a key of `harness.scratch.ATTENTION_BACKWARD`."""
+    optimizer_on_device: int | None = Field(default=None, ge=1)
+    """Bytes per parameter of optimizer states in device memory that are updated during backward, so that
+    no gradient outlives its parameter's update; None keeps 16 in host memory, as ZeRO-Offload does."""
+    stack: Literal["deepspeed", "pytorch"] = "deepspeed"
+    """Whose memory outside PyTorch's allocator counts: a key of `harness.predict.OUTSIDE`."""
     search: bool = True
     """Look for the longest sequence that fits, too."""
     timeline: bool = False
@@ -89,6 +95,11 @@ class Cell(Frozen):
         silent: dict[str, Any] = {}
         if self.simulation is None:
             silent["simulation"] = True
+        else:
+            late = {"optimizer_on_device": None, "stack": "deepspeed"}
+            silent["simulation"] = {
+                field for field, value in late.items() if getattr(self.simulation, field) == value
+            }
         if not self.update:
             silent["update"] = True
         train: dict[str, Any] = {}
@@ -121,6 +132,8 @@ class Claim(Frozen):
     """Column -> value; exactly one row of the table has them all."""
     columns: dict[Quantity, str]
     """Quantity -> the column with its published value."""
+    over: str | None = None
+    """Id of the claim whose longest sequence a `longest_ratio` is over."""
     used_for_fit: list[Quantity] = []
     """Quantities that constants of the models were fitted on: no evidence."""
     ruled_out: dict[Quantity, str] = {}
@@ -202,6 +215,12 @@ class Experiment(Frozen):
         twice = sorted({name for name in ids if ids.count(name) > 1})
         if twice:
             raise ValueError(f"claim '{twice[0]}' is made by two cells; give each an id of its own")
+        for _, claim in found:
+            if ("longest_ratio" in claim.columns) != (claim.over in ids):
+                raise ValueError(
+                    f"claim '{claim.id}': over is {claim.over!r}, but a longest_ratio, and nothing else, "
+                    "is over the id of another claim of its experiment"
+                )
         return found
 
     def _points(self) -> Iterator[tuple[dict[str, Any], Claim | None]]:

@@ -19,6 +19,7 @@ TOLERANCE = 0.10
 
 UNITS: dict[Quantity, str] = {
     "longest_tokens": "tokens",
+    "longest_ratio": "x",
     "step_seconds": "s",
     "device_bytes": "GiB",
 }
@@ -65,21 +66,26 @@ class Evidence(Frozen):
 
 
 def judge(quantity: Quantity, published: float, ours: float | None) -> Verdict:
-    """`longer` is for lengths alone: a time or a memory that is far off either way is refuted."""
+    """`longer` is for lengths and their ratios: a time or a memory far off either way is refuted."""
     if ours is None:
         return Verdict.NOT_MEASURED
     error = ours / published - 1
     if abs(error) <= TOLERANCE:
         return Verdict.REPRODUCED
-    return Verdict.LONGER if quantity == "longest_tokens" and error > 0 else Verdict.REFUTED
+    return Verdict.LONGER if quantity.startswith("longest") and error > 0 else Verdict.REFUTED
 
 
-def predicted(quantity: Quantity, m: Measurement | None) -> float | None:
-    """The record's prediction, in the unit of `UNITS`; None where it has none."""
+def predicted(
+    quantity: Quantity, m: Measurement | None, over: Measurement | None = None
+) -> float | None:
+    """The record's prediction, in the unit of `UNITS`; None where it has none. A ratio is to that of `over`."""
     if m is None or m.simulated is None or m.simulated.prediction is None:
         return None
     if quantity == "longest_tokens":
         return float(m.simulated.search.longest_tokens) if m.simulated.search else None
+    if quantity == "longest_ratio":
+        longest, base = (predicted("longest_tokens", each) for each in (m, over))
+        return longest / base if longest is not None and base else None
     if quantity == "step_seconds":
         return m.simulated.prediction.step_seconds_modelled
     return m.simulated.prediction.total_bytes / 2**30
@@ -87,19 +93,22 @@ def predicted(quantity: Quantity, m: Measurement | None) -> float | None:
 
 def evidence(all_results: Iterable[Results]) -> list[Evidence]:
     """Every claim of every experiment, in order."""
-    return [
-        each
-        for results in all_results
-        for key, claim in results.claims
-        for each in _of_claim(key, claim, results.measurements.get(key))
-    ]
+    found = []
+    for results in all_results:
+        measured = {c.id: results.measurements.get(key) for key, c in results.claims}
+        for key, claim in results.claims:
+            over = None if claim.over is None else measured.get(claim.over)
+            found += _of_claim(key, claim, results.measurements.get(key), over)
+    return found
 
 
-def _of_claim(key: str, claim: Claim, m: Measurement | None) -> Iterator[Evidence]:
+def _of_claim(
+    key: str, claim: Claim, m: Measurement | None, over: Measurement | None
+) -> Iterator[Evidence]:
     search = m.simulated.search if m and m.simulated else None
     for quantity, column in claim.columns.items():
         number = look_up(claim.table, claim.row, column)
-        ours = predicted(quantity, m)
+        ours = predicted(quantity, m, over)
         yield Evidence(
             id=f"{claim.id}-{quantity}",
             source=number.source,

@@ -23,7 +23,7 @@ STRETCHES = 400
 
 
 def execute(rank: Rank, payload: dict[str, Any]) -> dict[str, Any]:
-    """Simulate `payload["cell"]`; one process plays rank 0 of all."""
+    """Simulate `payload["cell"]`; one process plays one rank of all."""
     cell = Cell(**payload["cell"])
     assert cell.simulation is not None
     rank.progress("simulating a step")
@@ -40,6 +40,8 @@ def setting(cell: Cell) -> predict.Setting:
         host_memory_bytes=cell.simulation.host_memory_bytes,
         offload_parameters=cell.simulation.offload_parameters,
         kernel=cell.simulation.kernel,
+        optimizer_on_device=cell.simulation.optimizer_on_device,
+        stack=cell.simulation.stack,
     )
 
 

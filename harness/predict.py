@@ -42,6 +42,12 @@ OUTSIDE_TERMS = {
 }
 """Parts of `OUTSIDE_BYTES` that have a name: what ZeRO-3 holds beside what engine fsdp2 does, and the
 context. The rest (communicators, libraries, what the readings were off by) is not taken apart."""
+OUTSIDE = {
+    "deepspeed": OUTSIDE_BYTES,
+    "pytorch": GIB,
+}
+"""Outside the allocator, by what runs: the published ALST stack, or one process of PyTorch alone, which has
+a CUDA context (about 1 GiB: arXiv:2506.13996, section 2.1), no bucket and no communicator."""
 INDEX_RANGE = 2**31
 """Elements that a kernel with 32-bit indices can address."""
 STEP = 256
@@ -61,6 +67,11 @@ class Setting(Frozen):
     """Parameter shards in host memory."""
     kernel: str = "flash_attention_2"
     """Core attention whose scratch counts: a key of `harness.scratch.ATTENTION_BACKWARD`."""
+    optimizer_on_device: int | None = None
+    """Bytes per parameter of optimizer states in device memory, updated during backward; None keeps
+    `OPTIMIZER_BYTES` on the host. Temporaries of one parameter's update are not counted."""
+    stack: str = "deepspeed"
+    """A key of `OUTSIDE`."""
 
 
 def predict(setting: Setting, *, slope: bool = True) -> Prediction:
@@ -92,7 +103,9 @@ def explained(setting: Setting, *, explain: bool = True) -> tuple[Prediction, Tr
     config, hardware = setting.train, setting.hardware
     trace = _trace(setting, explain)
     instant = trace.phases[trace.peak]
-    total = trace.reserved_bytes + OUTSIDE_BYTES
+    states = _device_states(setting)
+    allocated = instant.allocated_bytes + states
+    total = trace.reserved_bytes + states + OUTSIDE[setting.stack]
     host = _host_bytes(setting, trace)
     limit: Limit = "none"
     if config.seqlen >= _index_range_tokens(config):
@@ -106,14 +119,14 @@ def explained(setting: Setting, *, explain: bool = True) -> tuple[Prediction, Tr
         published(config.model, config.overrides), structure(config).num_parameters
     )
     prediction = Prediction(
-        live_bytes=instant.allocated_bytes - instant.scratch_bytes,
+        live_bytes=allocated - instant.scratch_bytes,
         scratch_bytes=instant.scratch_bytes,
-        allocated_bytes=instant.allocated_bytes,
-        overhead_bytes=total - instant.allocated_bytes,
+        allocated_bytes=allocated,
+        overhead_bytes=total - allocated,
         total_bytes=total,
         host_bytes=host,
         bytes_per_local_token=None,
-        by_category=dict(instant.by_category),
+        by_category={**instant.by_category, **({"optimizer": states} if states else {})},
         fits=limit == "none",
         limit=limit,
         flops=Flops(
@@ -177,7 +190,7 @@ def _crossing(setting: Setting, known: Mapping[int, Prediction]) -> float:
     (x, near), (far, there) = sorted(known.items())
     host = setting.host_memory_bytes or setting.hardware.host_memory_bytes or math.inf
     # Allocated bytes are a straight line; what the allocator reserves on top jumps, so it is scaled.
-    reserved = near.total_bytes - OUTSIDE_BYTES
+    reserved = near.total_bytes - OUTSIDE[setting.stack]
     slope = (there.allocated_bytes - near.allocated_bytes) * reserved / near.allocated_bytes
     meets = x + (setting.hardware.memory_bytes - near.total_bytes) * (far - x) / max(slope, 1)
     if there.host_bytes > near.host_bytes:
@@ -219,19 +232,31 @@ def _data_parallel(config: TrainConfig) -> int:
 def _heads_are_spent(config: TrainConfig) -> bool:
     """Whether ranks are left that cannot share a sample because the heads do not split over more."""
     method = load_method(config.method)
-    if "sp" not in type(method).model_fields:
+    fields = type(method).model_fields
+    if "sp" not in fields or "cp" in fields:  # a ring takes any number of ranks
         return False
     heads = field(published(config.model, config.overrides), "num_attention_heads")
     largest = math.gcd(config.world_size, heads)
     return method.axes(config.world_size)["sp"] == largest < config.world_size
 
 
+def _states(config: TrainConfig, bytes_per_parameter: int) -> int:
+    """Bytes of one rank's optimizer states: engine `plain` has all of them on every rank."""
+    shards = 1 if config.engine.name == "plain" else config.world_size
+    return bytes_per_parameter * structure(config).num_parameters // shards
+
+
+def _device_states(setting: Setting) -> int:
+    """Optimizer states in the memory of one device."""
+    return _states(setting.train, setting.optimizer_on_device or 0)
+
+
 def _host_bytes(setting: Setting, trace: Trace) -> int:
     """Checkpoints and offloaded shards of a node's ranks, and their part of the optimizer states."""
     ranks = min(setting.train.world_size, setting.hardware.devices_per_node)
     held = max(instant.host_bytes for instant in trace.phases.values())
-    states = OPTIMIZER_BYTES * structure(setting.train).num_parameters // setting.train.world_size
-    return ranks * (held + states)
+    on_host = 0 if setting.optimizer_on_device else OPTIMIZER_BYTES
+    return ranks * (held + _states(setting.train, on_host))
 
 
 def _index_range_tokens(config: TrainConfig) -> float:

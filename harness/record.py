@@ -79,6 +79,7 @@ class RankEvidence(Frozen):
     tiles: int
     exchanges: int
     offloaded_bytes: int
+    rotations: int = 0
 
 
 class RankMemory(Frozen):

@@ -160,6 +160,8 @@ def miss_grid(found: Iterable[Evidence]) -> Grid:
 def _quantity(of: Evidence, value: float) -> str:
     if of.quantity == "longest_tokens":
         return tokens_text(value)
+    if of.quantity == "longest_ratio":
+        return ratio_text(value)
     return seconds_text(value) if of.quantity == "step_seconds" else bytes_text(value * 2**30)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from pydantic import Field
+
 from alst_impl.config import Frozen, Spec, TrainConfig
 from alst_impl.models import field, published, unsupported
 from alst_impl.plugin import load
@@ -16,11 +18,14 @@ if TYPE_CHECKING:
 
     from alst_impl.data import Batch
     from alst_impl.engines.base import Runtime
+    from alst_impl.ops.ulysses import UlyssesAttention
     from alst_impl.placement import Placement
 
 
 AXES = ("dp", "pp", "cp", "sp")
 """Every axis that a mesh may have: data, pipeline, context (ring) and sequence (Ulysses) parallel."""
+LOGITS_TILE_BYTES = 2**30
+"""fp32 logits of one loss tile (arXiv:2506.13996, section 3.1.2)."""
 
 
 class Method(Frozen):
@@ -44,6 +49,10 @@ class Method(Frozen):
     def degrees(self, world_size: int) -> dict[str, int]:
         """`axes` with the axes that the method does not have: of degree 1."""
         return {**dict.fromkeys(AXES, 1), **self.axes(world_size)}
+
+    def heaviest_rank(self, world_size: int) -> int:
+        """A rank that no other holds more than: the one that stands for all where one is simulated."""
+        return 0
 
     def local_seqlen(self, config: TrainConfig) -> int:
         """Tokens of one sample that a rank's decoder sees, after padding."""
@@ -100,18 +109,78 @@ class Method(Frozen):
         return loss.detach()
 
 
+class Tiled(Method):
+    """What methods share that cut the sequence over ranks and everything token-wise into tiles."""
+
+    pins_checkpoints: ClassVar[bool] = True
+    tile_mlp: bool = True
+    """Compute MLPs in tiles."""
+    tile_norm: bool = True
+    """Compute norms in tiles."""
+    tile_loss: bool = True
+    """Compute logits and loss in tiles."""
+    tiles: int | None = Field(default=None, ge=1)
+    """Tiles of everything tiled; None follows ALST: about `hidden_size` rows for MLP and norm, 1 GiB of
+    logits for the loss (arXiv:2506.13996, section 3.1)."""
+    offload: bool = True
+    """Keep checkpointed layer inputs in host memory."""
+
+    def check(self, config: TrainConfig) -> None:
+        if self.offload and not config.checkpoint:
+            raise ValueError(
+                "offload moves checkpointed layer inputs, but checkpoint is false; set offload: false"
+            )
+
+    def promises(self, config: TrainConfig) -> set[str]:
+        promised = {"local_seqlen"}
+        if self.tile_mlp or self.tile_norm or self.tile_loss:
+            promised.add("tiles")
+        if self.offload:
+            promised.add("offloaded_bytes")
+        return promised
+
+    def attach(
+        self, model: PreTrainedModel, attention: UlyssesAttention, placement: Placement
+    ) -> None:
+        """`attention` and tiles into `model`, in place."""
+        from alst_impl import hf
+
+        hf.use_attention(model, attention)
+        tiles, evidence, vocab = self.tiles, placement.evidence, model.config.vocab_size
+
+        def rows_of_hidden(x: Tensor) -> int:
+            return tiles or -(-x.shape[1] // x.shape[2:].numel())
+
+        def rows_of_logits(x: Tensor) -> int:
+            return tiles or -(-x.shape[0] * x.shape[1] * vocab * 4 // LOGITS_TILE_BYTES)
+
+        mlps, norms = hf.token_wise_modules(model)
+        for module in (mlps if self.tile_mlp else []) + (norms if self.tile_norm else []):
+            hf.tile_module(module, rows_of_hidden, evidence)
+        if self.tile_loss:
+            hf.tile_loss(model, rows_of_logits, evidence)
+
+    def checkpoint(self, model: PreTrainedModel, placement: Placement) -> None:
+        from alst_impl import hf
+        from alst_impl.ops.offload import HostOffload
+
+        hf.checkpoint_layers(model, HostOffload(placement) if self.offload else None)
+
+
 def divisors(n: int) -> list[int]:
     """All divisors of `n`, ascending."""
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def check_sharded(config: TrainConfig, sp: int, method: str) -> None:
-    """Raise `ValueError` unless ranks and heads split over `sp` and sharding is exact for the model."""
-    if config.world_size % sp:
-        raise ValueError(
-            f"sp ({sp}) must divide world_size ({config.world_size}) for method '{method}'; "
-            f"use sp in {divisors(config.world_size)}"
-        )
+def check_sharded(config: TrainConfig, sp: int, method: str, cp: int = 1) -> None:
+    """Raise `ValueError` unless ranks split over `cp` and `sp`, heads over `sp`, exactly for the model."""
+    for axis, degree, ranks in (("cp", cp, config.world_size), ("sp", sp, config.world_size // cp)):
+        if ranks % degree:
+            of = "world_size" if ranks == config.world_size else "world_size / cp"
+            raise ValueError(
+                f"{axis} ({degree}) must divide {of} ({ranks}) for method '{method}'; "
+                f"use {axis} in {divisors(ranks)}"
+            )
     check_shardable(published(config.model, config.overrides), sp, method, config.model)
 
 

@@ -99,6 +99,13 @@ def unsupported(fields: dict[str, Any]) -> str | None:
     return None
 
 
+def window(fields: dict[str, Any]) -> int | None:
+    """Keys that a query of some layer sees at most, itself included; None if all before it, everywhere."""
+    on = fields.get("use_sliding_window", True)
+    size: int | None = fields.get("sliding_window") if on else None
+    return size
+
+
 def has_weights(model: str) -> bool:
     """Whether `model` is a folder with real weights."""
     return Path(model).is_dir() and any(Path(model).glob("*.safetensors"))

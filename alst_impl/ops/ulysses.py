@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from alst_impl.ops.attention import attend
+from alst_impl.ops.ring import RingAttention
 from alst_impl.placement import Evidence
 
 
@@ -89,6 +91,8 @@ class UlyssesAttention:
     group: ProcessGroup | None
     backend: str
     evidence: Evidence
+    ring: RingAttention | None = None
+    """Attention of a rank's heads in place of `backend`, where what they see goes on over other ranks."""
 
     def __call__(
         self,
@@ -105,20 +109,12 @@ class UlyssesAttention:
         `window` and `documents` speak of the whole sequence, as in `attend`.
         """
         group = self.group
+        core = self.ring or partial(attend, backend=self.backend)
+        options: Any = {"scale": scale, "window": window, "documents": documents}
         if group is None:
-            return attend(
-                query,
-                key,
-                value,
-                scale=scale,
-                window=window,
-                documents=documents,
-                backend=self.backend,
-            )
+            return core(query, key, value, **options)
         key, value = (replicate_kv_heads(x, group.size()) for x in (key, value))
         query, key, value = (sequence_to_heads(x, group) for x in (query, key, value))
-        out = attend(
-            query, key, value, scale=scale, window=window, documents=documents, backend=self.backend
-        )
+        out = core(query, key, value, **options)
         self.evidence.exchanges += 4
         return heads_to_sequence(out, group)

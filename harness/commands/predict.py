@@ -50,7 +50,7 @@ Options = Annotated[
         "--option",
         metavar="KEY=VALUE",
         show_default="the method's own",
-        help="Any option of the method; repeatable. sp is by default the largest legal degree.",
+        help="Any option of the method; repeatable. sp, then cp, is by default the largest legal degree.",
     ),
 ]
 OffloadParameters = Annotated[
@@ -161,8 +161,11 @@ def cell_of(
     """The checked cell of what was asked for. Raises `ValueError` in words."""
     options = parsed(option or [])
     fields = published(model)
-    if "sp" in type(load_method(Spec(name=method))).model_fields:
+    offered = type(load_method(Spec(name=method))).model_fields
+    if "sp" in offered:
         options = {"sp": math.gcd(gpus, field(fields, "num_attention_heads")), **options}
+    if "cp" in offered:
+        options = {"cp": max(gpus // int(options.get("sp", 1)), 1), **options}
     simulation: dict[str, Any] = {
         "offload_parameters": offload_parameters,
         "kernel": kernel,

@@ -39,7 +39,8 @@ def verify(
         int | None, typer.Option(min=1, max=3, show_default="3", help="Of engine zero.")
     ] = None,
     sp: Annotated[int, typer.Option(min=1, help="Ranks that share one sample.")] = 1,
-    dp: Annotated[int, typer.Option(min=1, help="Groups of such ranks.")] = 1,
+    cp: Annotated[int, typer.Option(min=1, help="Places of a ring of such ranks.")] = 1,
+    dp: Annotated[int, typer.Option(min=1, help="Groups of all these ranks.")] = 1,
     seqlen: Annotated[int, typer.Option(min=2, help="Tokens of one sample.")] = 256,
     batch: Annotated[int, typer.Option(min=1, help="Samples per micro-batch.")] = 1,
     accumulation: Annotated[
@@ -89,7 +90,8 @@ def verify(
     Example: alst verify --method alst --model tiny-llama --sp 2 --dp 2 --engine zero --json
     """
     options = {
-        **_offered(method, {"sp": None if sp == 1 else sp, "tiles": tiles, "offload": offload}),
+        **_offered(method, {axis: n for axis, n in (("sp", sp), ("cp", cp)) if n > 1}),
+        **_offered(method, {"tiles": tiles, "offload": offload}),
         **parsed(option or []),
     }
     cell = make_cell(
@@ -98,7 +100,7 @@ def verify(
             "overrides": _given({"num_attention_heads": heads, "num_key_value_heads": kv_heads}),
             "method": {"name": method, **options},
             "engine": _engine(engine, zero_stage),
-            "world_size": sp * dp,
+            "world_size": sp * cp * dp,
             "seqlen": seqlen,
             "batch_size": batch,
             "accumulation": accumulation,
@@ -112,9 +114,11 @@ def verify(
             "timed": False,
         }
     )
-    axes = load_method(cell.train.method).axes(cell.train.world_size)
-    if (axes["sp"], axes["dp"]) != (sp, dp):
-        raise ValueError(f"method '{method}' makes {axes} of {sp * dp} ranks, not sp={sp}, dp={dp}")
+    axes = load_method(cell.train.method).degrees(cell.train.world_size)
+    if (axes["sp"], axes["cp"], axes["dp"]) != (sp, cp, dp):
+        raise ValueError(
+            f"method '{method}' makes {axes} of {sp * cp * dp} ranks, not sp={sp}, cp={cp}, dp={dp}"
+        )
     measurement = _measure(cell, results)
     if measurement.readings is None or measurement.readings.gate is None:
         print(f"alst: {measurement.outcome}: {measurement.detail}", file=sys.stderr)

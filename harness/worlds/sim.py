@@ -196,7 +196,7 @@ def _replaced(*seams: tuple[Any, str, Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def fake_world(config: TrainConfig, *, gpu: bool, cap_tiles: bool) -> Iterator[Any]:
-    """Fake tensors, a fake process group with this process as rank 0, and the mesh of the method."""
+    """Fake tensors, a fake process group with this process as one rank, and the mesh of the method."""
     seams: list[tuple[Any, str, Any]] = [
         (torch.distributed.device_mesh, "init_device_mesh", _mesh_outside_modes),
         # Positions have no values to find documents in, and the documents of a sample are explicit.
@@ -208,9 +208,11 @@ def fake_world(config: TrainConfig, *, gpu: bool, cap_tiles: bool) -> Iterator[A
     if cap_tiles:
         capped = _capped(tiling.tile_bounds)
         seams += [(module, "tile_bounds", capped) for module in (tiling, loss)]
-    dist.init_process_group("fake", rank=0, world_size=config.world_size, store=FakeStore())
+    method, size = load_method(config.method), config.world_size
+    rank = method.heaviest_rank(size)
+    dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
     try:
-        axes = load_method(config.method).axes(config.world_size)
+        axes = method.axes(size)
         mesh = init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
         with _replaced(*seams), FakeTensorMode(allow_non_fake_inputs=True):
             yield mesh
@@ -240,7 +242,7 @@ def simulate(
     explain: bool = False,
     num_layers: int | None = None,
 ) -> Trace:
-    """Forward and backward of one step of `config` on rank 0.
+    """Forward and backward of one step of `config` on the rank that holds the most.
 
     With `num_layers` the step is run at 5 layers and stretched to that many. `gpu` calls CUDA's attention by name and rounds as its allocator does; otherwise the CPU world is
     simulated, which has one kind of memory for both. `kernel` names the attention whose scratch counts.

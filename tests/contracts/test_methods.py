@@ -18,7 +18,7 @@ MEASURED = {"deepspeed_alst"}
 """Peers: what they compute is measured (tests/alst_impl/test_deepspeed_alst.py), not promised."""
 VARIANTS: dict[str, list[dict[str, Any]]] = {"zero": [{"stage": stage} for stage in (1, 2, 3)]}
 """Options under which an engine is another engine."""
-OPTIONS = {"sp": 2, "tiles": 3}
+OPTIONS = {"sp": 2, "cp": 2, "tiles": 3}
 """Given to methods that have such a field."""
 
 
@@ -42,7 +42,7 @@ def cells() -> list[Any]:
                 config = config_of(
                     method={"name": name, **options},
                     engine={"name": engine, **variant},
-                    world_size=2 * options.get("sp", 1),
+                    world_size=2 * options.get("sp", 1) * options.get("cp", 1),
                     accumulation=2,
                     data={"mask": "prefix"},
                     # A large eps keeps the update in proportion to the gradient: Adam forgives scale.

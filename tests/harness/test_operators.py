@@ -25,6 +25,8 @@ ALLOCATES_ITS_RESULT = "CompositeExplicitAutograd"
 METHODS: list[dict[str, Any]] = [
     {"name": "baseline"},
     {"name": "alst", "sp": 4},
+    {"name": "mst"},
+    {"name": "usp", "cp": 2, "sp": 2},
     {"name": "alst_recipe", "sp": 4},
     {"name": "alst_recipe", "sp": 4, "tile_mlp": False, "offload": False},
 ]

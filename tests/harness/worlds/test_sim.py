@@ -36,6 +36,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "baseline": {"name": "baseline"},
     "alst": {"name": "alst", "sp": 4},
     "alst without offload": {"name": "alst", "sp": 4, "offload": False},
+    "usp": {"name": "usp", "cp": 2, "sp": 2},
     "alst_recipe": {"name": "alst_recipe", "sp": 4},
     "alst_recipe without tiles": {
         "name": "alst_recipe",

@@ -1,0 +1,51 @@
+"""Mini-Sequence Transformer: MLP and head in mini-sequences, recomputed in backward (arXiv:2407.15892)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from alst_impl.config import TrainConfig
+from alst_impl.methods.base import Method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.distributed import DeviceMesh
+    from transformers import PreTrainedModel
+
+    from alst_impl.placement import Placement
+
+
+class Mst(Method):
+    """Stock training on one device, or a whole sample on each, but for what grows widest.
+
+    Mini-sequences hold every token, the last one shorter, and gradients of the parameters add up over
+    them in fp32; layers are checkpointed as transformers does it.
+    """
+
+    tiles: int | None = Field(default=None, ge=1)
+    """Mini-sequences of every MLP and of the head. None follows the paper: `hidden_size` tokens for an MLP
+    (sections 3.4 and 5.2), vocabulary over `hidden_size` mini-sequences for the head (section 5.2)."""
+
+    def promises(self, config: TrainConfig) -> set[str]:
+        return {"local_seqlen", "tiles"}
+
+    def apply(
+        self, model: PreTrainedModel, config: TrainConfig, mesh: DeviceMesh, placement: Placement
+    ) -> None:
+        from alst_impl import hf
+
+        tiles, evidence = self.tiles, placement.evidence
+        widening = -(-model.config.vocab_size // model.config.hidden_size)
+
+        def of_mlp(x: Tensor) -> int:
+            return tiles or -(-x.shape[1] // x.shape[2])
+
+        def of_head(x: Tensor) -> int:
+            return tiles or widening
+
+        mlps, _ = hf.token_wise_modules(model)
+        for mlp in mlps:
+            hf.tile_module(mlp, of_mlp, evidence)
+        hf.tile_loss(model, of_head, evidence)

@@ -1,0 +1,241 @@
+"""Ring attention: each rank keeps its queries while keys and values go round, and merges block by block.
+
+Source: Ring Self-Attention (arXiv:2105.13120), in blockwise form (arXiv:2310.01889) on a fused kernel.
+A block is attention of this rank's queries to one rank's keys: an output and its log-sum-exp. Blocks
+merge to the attention over all keys; backward of a block needs the merged output and log-sum-exp
+only, so blocks are computed again, and gradients of keys and values travel with them, home in the end.
+
+Why the error does not grow with the ring: a block is rounded to the dtype once, by its kernel. The
+output is a convex combination of blocks, formed in fp32 (or wider) and rounded once more at the end,
+so its error is at most that of the worst block and one rounding, whatever P is. Gradients are sums of
+blocks, added in fp32: each addend brings its own rounding, relative to its own size, and the sum none;
+P shows only as far as addends cancel. Sums in bf16 would round P times, relative to the whole.
+Legend: B batch, S sequence, P ranks of the ring, s = S/P, H query heads, K kv heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup, Work
+
+from alst_impl.ops import flash
+from alst_impl.placement import Evidence
+
+
+def chunks_of(rank: int, size: int, *, zigzag: bool) -> list[int]:
+    """Chunks of the sequence that `rank` holds, in order: of P chunks, or in zigzag of 2 P.
+
+    In zigzag the rank with the first chunk has the last one, too: every rank has as many visible
+    pairs of a query and a key as every other, in every step.
+    """
+    return [rank, 2 * size - 1 - rank] if zigzag else [rank]
+
+
+class Meeting(NamedTuple):
+    """Which of a rank's s queries see which of another's s keys."""
+
+    queries: slice
+    keys: slice
+    causal: bool
+    """Each query sees the keys up to its own; otherwise all of these."""
+
+
+def meeting(rank: int, source: int, local: int, *, zigzag: bool) -> Meeting | None:
+    """What `rank` does with the keys of `source`; None where every query comes before every key."""
+    whole, half = slice(0, local), local // 2
+    if source == rank:
+        return Meeting(whole, whole, causal=True)
+    if source < rank:
+        return Meeting(whole, slice(0, half) if zigzag else whole, causal=False)
+    return Meeting(slice(half, local), whole, causal=False) if zigzag else None
+
+
+@dataclass
+class _Passing:
+    """A tensor on its way to the next rank, and one from the rank before."""
+
+    works: Sequence[Work]
+    sent: Tensor | None
+    """Held, and to be left as it is, until the exchange is over."""
+    received: Tensor
+
+    def wait(self) -> Tensor:
+        """What arrived; what was sent is let go."""
+        for work in self.works:
+            work.wait()
+        self.sent = None
+        return self.received
+
+
+@dataclass(frozen=True)
+class RingAttention:
+    """Causal attention over a sequence that is cut over `group`: contiguous shards, or in zigzag."""
+
+    group: ProcessGroup
+    zigzag: bool
+    evidence: Evidence
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        documents: tuple[tuple[int, ...], ...] | None,
+    ) -> Tensor:
+        """query [B, H, s, D], key and value [B, K, s, D] -> [B, H, s, D] in their dtype. Collective.
+
+        Raises `ValueError` for a window that ends within the sequence and for packed documents: a ring
+        knows no keys to leave out but those of the future.
+        """
+        seqlen = query.shape[2] * self.group.size()
+        if documents is not None or (window is not None and window < seqlen):
+            hidden = "packed documents" if documents is not None else f"a window of {window} tokens"
+            raise ValueError(
+                f"ring attention over {seqlen} tokens has no {hidden}; use method 'alst' or 'baseline'"
+            )
+        return _Ring.apply(self, scale, query, key, value)  # type: ignore[no-any-return, no-untyped-call]
+
+    def meeting(self, source: int, local: int) -> Meeting | None:
+        """What this rank does with the keys of `source`."""
+        return meeting(self.group.rank(), source, local, zigzag=self.zigzag)
+
+    def pass_on(self, x: Tensor) -> _Passing:
+        """Begin to send `x` to the next rank and to receive as much from the one before. Collective."""
+        size, rank = self.group.size(), self.group.rank()
+        received = torch.empty_like(x)
+        works = dist.batch_isend_irecv(
+            [
+                dist.P2POp(dist.isend, x, group=self.group, group_peer=(rank + 1) % size),
+                dist.P2POp(dist.irecv, received, group=self.group, group_peer=(rank - 1) % size),
+            ]
+        )
+        self.evidence.rotations += 1
+        return _Passing(works, x, received)
+
+    def rotate(self, mine: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """(rank, its tensor) of every rank, this one first. The next is on its way while one is used.
+
+        Who asks for the next must have let go of the one before: there are never more than two.
+        """
+        size, rank = self.group.size(), self.group.rank()
+        held = mine
+        for step in range(size - 1):
+            passing = self.pass_on(held)
+            yield (rank - step) % size, held
+            held = passing.wait()
+            del passing
+        yield (rank + 1) % size, held
+
+
+def merge_(out: Tensor, logsumexp: Tensor, block: Tensor, of_block: Tensor) -> None:
+    """Attention to more keys, in place: `out` [B,H,S,D], `logsumexp` [B,H,S] in fp32 (or wider).
+
+    `block` [B,H,S,D], in any dtype, and `of_block` [B,H,S] are those of the added keys.
+    """
+    # Both shares from their own difference: one less the other would lose the smaller one's digits.
+    kept, added = (logsumexp - of_block).sigmoid_(), (of_block - logsumexp).sigmoid_()
+    out.mul_(kept[..., None]).addcmul_(block, added[..., None])
+    torch.logaddexp(logsumexp, of_block, out=logsumexp)
+
+
+def _forward(
+    ring: RingAttention, query: Tensor, pair: Tensor, scale: float
+) -> tuple[Tensor, Tensor, dict[int, flash.Rest]]:
+    """Output [B,H,s,D] in the dtype of `query`, log-sum-exp [B,H,s], and the kernel's rest by source.
+
+    `pair` [2,B,K,s,D] are keys and values.
+    """
+    forward = flash.operators(query.device).forward
+    wide = torch.promote_types(query.dtype, torch.float32)
+    rests: dict[int, flash.Rest] = {}
+    out = logsumexp = query.new_empty(0)
+    for source, (key, value) in ring.rotate(pair):
+        met = ring.meeting(source, query.shape[2])
+        if met is not None:
+            queries, keys, causal = met
+            block, of_block, rests[source] = forward(
+                query[:, :, queries], key[:, :, keys], value[:, :, keys], None, causal, scale
+            )
+            if source == ring.group.rank():  # the first one: its own keys, which every query sees
+                out, logsumexp = block.to(wide), of_block
+            else:
+                merge_(out[:, :, queries], logsumexp[:, :, queries], block, of_block)
+            del block, of_block
+        del key, value
+    return out.to(query.dtype), logsumexp, rests
+
+
+def _backward(
+    ring: RingAttention,
+    grad: Tensor,
+    query: Tensor,
+    pair: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    rests: dict[int, flash.Rest],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `query` [B,H,s,D] and `pair` [2,B,K,s,D] in fp32 (or wider)."""
+    backward = flash.operators(query.device).backward
+    wide = torch.promote_types(query.dtype, torch.float32)
+    grad_query = torch.zeros_like(query, dtype=wide)
+    passing: _Passing | None = None
+    for source, (key, value) in ring.rotate(pair):
+        met = ring.meeting(source, query.shape[2])
+        grads: flash.Grads | None = None
+        if met is not None:
+            queries, keys, causal = met
+            grads = backward(
+                grad[:, :, queries],
+                query[:, :, queries],
+                key[:, :, keys],
+                value[:, :, keys],
+                out[:, :, queries],
+                logsumexp[:, :, queries],
+                rests[source],
+                None,
+                causal,
+                scale,
+            )
+            grad_query[:, :, queries] += grads[0]
+        del key, value
+        # What ranks before this one found for these keys arrives with them, and goes on with them.
+        totals = torch.zeros_like(pair, dtype=wide) if passing is None else passing.wait()
+        if met is not None and grads is not None:
+            totals[0][:, :, met.keys] += grads[1]
+            totals[1][:, :, met.keys] += grads[2]
+        del grads
+        passing = ring.pass_on(totals)
+        del totals
+    assert passing is not None
+    return grad_query, passing.wait()
+
+
+class _Ring(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, ring: RingAttention, scale: float, query: Tensor, key: Tensor, value: Tensor
+    ) -> Tensor:
+        pair = torch.stack([key, value])  # one message; and the copies can outlive what they are of
+        out, logsumexp, ctx.rests = _forward(ring, query, pair, scale)
+        ctx.ring, ctx.scale = ring, scale
+        ctx.save_for_backward(query, pair, out, logsumexp)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query, pair, out, logsumexp = ctx.saved_tensors
+        grad_query, grad_pair = _backward(
+            ctx.ring, grads[0], query, pair, out, logsumexp, ctx.rests, ctx.scale
+        )
+        grad_key, grad_value = grad_pair.to(pair.dtype)
+        return None, None, grad_query.to(query.dtype), grad_key, grad_value
