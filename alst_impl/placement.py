@@ -22,6 +22,8 @@ class Evidence:
     """Sequence <-> heads all-to-alls issued."""
     offloaded_bytes: int = 0
     """Checkpointed layer inputs copied to the host."""
+    slices: int = 0
+    """Forward passes of slices of a sequence through the layers of a pipeline's stage."""
 
 
 def _ignore(*_: Any) -> None:

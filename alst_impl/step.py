@@ -78,7 +78,6 @@ def accumulate_gradients(method: Method, runtime: Runtime, batches: list[Batch])
     dist.all_reduce(valid)
     # A step without a single valid label has loss and gradients of zero, not 0/0.
     valid = valid.clamp(min=1)
-    runtime.start_step(len(batches))
     runtime.placement.evidence.local_seqlen = batches[0].input_ids.shape[1]
     loss = method.forward_backward(runtime, batches, valid)
     dist.all_reduce(loss)

@@ -70,6 +70,7 @@ class RankEvidence(Frozen):
     tiles: int
     exchanges: int
     offloaded_bytes: int
+    slices: int = 0
 
 
 class RankMemory(Frozen):

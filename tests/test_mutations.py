@@ -151,7 +151,7 @@ MUTATIONS = {
     ),
     "zero averages over ranks": Mutation(
         "engines/zero.py",
-        (("loss * dist.get_world_size()", "loss"),),
+        (("output * dist.get_world_size()", "output"),),
         ("test_engines.py::test_gradients_are_not_clipped_unless_asked[zero]",),
     ),
     "wrapping a model changes its configuration object": Mutation(

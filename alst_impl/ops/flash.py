@@ -24,22 +24,25 @@ Grads = tuple[Tensor, Tensor, Tensor]
 class Operators(NamedTuple):
     """Forward and backward of one fused kernel.
 
-    `forward(query [B,H,S,D], key [B,K,T,D], value [B,K,T,D], mask [S,T] or None, scale)` gives the output
-    [B,H,S,D], its log-sum-exp [B,H,S] in fp32 (or wider), and the rest; without a mask it is causal.
+    `forward(query [B,H,S,D], key [B,K,T,D], value [B,K,T,D], mask [S,T] or None, causal, scale)` gives the
+    output [B,H,S,D], its log-sum-exp [B,H,S] in fp32 (or wider), and the rest. `causal` takes as many keys as
+    queries, and no mask.
     """
 
-    forward: Callable[[Tensor, Tensor, Tensor, Tensor | None, float], tuple[Tensor, Tensor, Rest]]
-    backward: Callable[
-        [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Rest, Tensor | None, float], Grads
+    forward: Callable[
+        [Tensor, Tensor, Tensor, Tensor | None, bool, float], tuple[Tensor, Tensor, Rest]
     ]
-    """Of (gradient of the output, query, key, value, output, log-sum-exp, rest, mask, scale)."""
+    backward: Callable[
+        [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Rest, Tensor | None, bool, float], Grads
+    ]
+    """Of (gradient of the output, query, key, value, output, log-sum-exp, rest, mask, causal, scale)."""
 
 
 def _cpu_forward(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Rest]:
     forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    out, logsumexp = forward(query, key, value, 0.0, mask is None, attn_mask=mask, scale=scale)
+    out, logsumexp = forward(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
     return out, logsumexp, ()
 
 
@@ -52,6 +55,7 @@ def _cpu_backward(
     logsumexp: Tensor,
     rest: Rest,
     mask: Tensor | None,
+    causal: bool,
     scale: float,
 ) -> Grads:
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -63,7 +67,7 @@ def _cpu_backward(
         out,
         logsumexp,
         0.0,
-        mask is None,
+        causal,
         attn_mask=mask,
         scale=scale,
     )
@@ -79,12 +83,12 @@ def _refuse_mask(mask: Tensor | None) -> None:
 
 
 def _cuda_forward(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Rest]:
     _refuse_mask(mask)
     forward = torch.ops.aten._scaled_dot_product_flash_attention
     # out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, rng_state, unused, debug_attn_mask
-    out, logsumexp, *rest, _ = forward(query, key, value, 0.0, True, False, scale=scale)
+    out, logsumexp, *rest, _ = forward(query, key, value, 0.0, causal, False, scale=scale)
     return out, logsumexp, rest
 
 
@@ -97,6 +101,7 @@ def _cuda_backward(
     logsumexp: Tensor,
     rest: Rest,
     mask: Tensor | None,
+    causal: bool,
     scale: float,
 ) -> Grads:
     _refuse_mask(mask)
@@ -114,7 +119,7 @@ def _cuda_backward(
         max_q,
         max_k,
         0.0,
-        True,
+        causal,
         seed,
         offset,
         scale=scale,
@@ -199,7 +204,7 @@ def attend_with_logsumexp(
     forward = operators(query.device).forward
     pieces = _pieces(query.shape, window, documents)
     if len(pieces) == 1:
-        out, logsumexp, rest = forward(query, key, value, None, scale)
+        out, logsumexp, rest = forward(query, key, value, None, True, scale)
         return out, logsumexp, [rest]
     out = torch.empty_like(query)
     dtype = torch.promote_types(query.dtype, torch.float32)
@@ -207,11 +212,13 @@ def attend_with_logsumexp(
     rests = []
     for piece in pieces:
         samples, queries, keys, _ = piece
+        mask = _mask(piece, window, query)
         out[samples, :, queries], logsumexp[samples, :, queries], rest = forward(
             query[samples, :, queries],
             key[samples, :, keys],
             value[samples, :, keys],
-            _mask(piece, window, query),
+            mask,
+            mask is None,
             scale,
         )
         rests.append(rest)
@@ -238,10 +245,11 @@ def attend_backward(
     backward = operators(query.device).backward
     pieces = _pieces(query.shape, window, documents)
     if len(pieces) == 1:
-        return backward(grad, query, key, value, out, logsumexp, rests[0], None, scale)
+        return backward(grad, query, key, value, out, logsumexp, rests[0], None, True, scale)
     grads = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
     for piece, rest in zip(pieces, rests, strict=True):
         samples, queries, keys, _ = piece
+        mask = _mask(piece, window, query)
         of_query, of_key, of_value = backward(
             grad[samples, :, queries],
             query[samples, :, queries],
@@ -250,7 +258,8 @@ def attend_backward(
             out[samples, :, queries],
             logsumexp[samples, :, queries],
             rest,
-            _mask(piece, window, query),
+            mask,
+            mask is None,
             scale,
         )
         grads[0][samples, :, queries] = of_query
