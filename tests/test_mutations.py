@@ -34,6 +34,8 @@ class Mutation:
 SP2 = "test_engines.py::test_alst_at_sp2_has_the_gradients_of_the_stock_model"
 EXCHANGE = "test_ulysses.py::test_the_exchange_and_its_gradient_move_every_element_to_its_place[2]"
 
+SLICES = "test_sliced.py::test_gradients_of_keys_come_back_from_later_slices"
+
 MUTATIONS = {
     "the global token count is local": Mutation(
         "step.py",
@@ -140,6 +142,39 @@ MUTATIONS = {
         "ops/attention.py",
         (("    if window is None or window >= seqlen:\n", "    if True:\n"),),
         ("test_attention.py::test_a_window_ends_where_it_says_at_the_edges_of_blocks[8]",),
+    ),
+    "gradients of keys and values from later slices are dropped": Mutation(
+        "ops/sliced.py",
+        (
+            (
+                "return grads[0] if later is None else grads[0] + later, None",
+                "return grads[0], None",
+            ),
+        ),
+        (f"{SLICES}[run_stock]",),
+    ),
+    "keys and values are kept twice when forward runs again": Mutation(
+        "ops/sliced.py",
+        (
+            (
+                "        if place not in self._kept:  # it is when forward runs again\n",
+                "        if True:\n",
+            ),
+        ),
+        (f"{SLICES}[run_ours]",),
+    ),
+    "slices go back first slice first": Mutation(
+        "ops/schedule.py",
+        (("for i in reversed(range(parts))]", "for i in range(parts)]"),),
+        (
+            "test_schedule.py::test_slices_of_the_last_stage_go_back_from_the_end",
+            f"{SLICES}[run_plain]",
+        ),
+    ),
+    "stages clip by their own norm": Mutation(
+        "engines/plain.py",
+        (("        norm = self._norm_of_all_stages(norm)\n", ""),),
+        ("test_pipeline.py::test_clipping_is_by_the_norm_of_all_stages[plain]",),
     ),
     "fsdp2 averages over ranks": Mutation(
         "engines/fsdp2.py",

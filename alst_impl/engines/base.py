@@ -43,9 +43,7 @@ class Runtime(ABC):
         loss: Tensor = output.loss
         return loss
 
-    def backward(
-        self, output: Tensor | GradientEdge, gradient: Tensor | None = None
-    ) -> None:
+    def backward(self, output: Tensor | GradientEdge, gradient: Tensor | None = None) -> None:
         """Accumulate the gradients of a loss, or of anything else with its `gradient`. Collective."""
         self.placement.on_phase("backward")
         self._backward(output, gradient)
@@ -109,12 +107,12 @@ class Runtime(ABC):
     def save(self, folder: Path) -> None:
         """Write parameters and optimizer to `folder`, which all ranks see, between two steps.
 
-        In the format of the engine's framework that any number of ranks and any sp can read. Collective.
+        In the format of the engine's framework that any number of ranks, sp and pp can read. Collective.
         """
 
     @abstractmethod
     def load(self, folder: Path) -> None:
-        """Go on from what `save` of the same engine wrote, whatever its ranks and sp were. Collective."""
+        """Go on from what `save` of the same engine wrote, whatever its ranks, sp and pp were. Collective."""
 
 
 class Engine(Frozen):
@@ -179,24 +177,35 @@ def optimizer_of(parameters: list[nn.Parameter], config: TrainConfig) -> torch.o
 def save_distributed(module: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
     """`Runtime.save` in the format of `torch.distributed.checkpoint`. Collective."""
     from torch.distributed import checkpoint
-    from torch.distributed.checkpoint.state_dict import get_state_dict
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
-    model, states = get_state_dict(module, optimizer)
+    # Flat: every rank adds its own parameters' entries, whichever layers it has.
+    flat = StateDictOptions(flatten_optimizer_state_dict=True)
+    model, states = get_state_dict(module, optimizer, options=flat)
     checkpoint.save({"model": model, "optimizer": states}, checkpoint_id=folder)
 
 
 def load_distributed(module: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
     """`Runtime.load` of what `save_distributed` wrote. Collective."""
     from torch.distributed import checkpoint
-    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_state_dict,
+        set_state_dict,
+    )
 
-    model, states = get_state_dict(module, optimizer)
+    flat = StateDictOptions(flatten_optimizer_state_dict=True)
+    model, states = get_state_dict(module, optimizer, options=flat)
     state: dict[str, Any] = {"model": model, "optimizer": states}
     checkpoint.load(
         state, checkpoint_id=folder
     )  # fills the tensors that are there, replaces the rest
     set_state_dict(
-        module, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+        module,
+        optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+        options=flat,
     )
 
 

@@ -93,9 +93,7 @@ class Seq1F1B(Method):
 
         if mesh["pp"].get_local_rank() == self.pp - 1:
             return batch
-        return replace(
-            batch, shift_labels=torch.full_like(batch.shift_labels, IGNORE_INDEX)
-        )
+        return replace(batch, shift_labels=torch.full_like(batch.shift_labels, IGNORE_INDEX))
 
     def apply(
         self, model: PreTrainedModel, config: TrainConfig, mesh: DeviceMesh, placement: Placement

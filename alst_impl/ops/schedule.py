@@ -109,9 +109,7 @@ def _ready(
     return max(times)
 
 
-def _refuse_deadlock(
-    orders: Sequence[Sequence[Unit]], played: Sequence[Sequence[Span]]
-) -> None:
+def _refuse_deadlock(orders: Sequence[Sequence[Unit]], played: Sequence[Sequence[Span]]) -> None:
     stuck = [
         f"stage {stage} at {'backward' if unit.backward else 'forward'} of slice {unit.part} of "
         f"micro-batch {unit.micro_batch}"

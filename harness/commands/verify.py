@@ -39,6 +39,7 @@ def verify(
         int | None, typer.Option(min=1, max=3, show_default="3", help="Of engine zero.")
     ] = None,
     sp: Annotated[int, typer.Option(min=1, help="Ranks that share one sample.")] = 1,
+    pp: Annotated[int, typer.Option(min=1, help="Stages of a pipeline.")] = 1,
     dp: Annotated[int, typer.Option(min=1, help="Groups of such ranks.")] = 1,
     seqlen: Annotated[int, typer.Option(min=2, help="Tokens of one sample.")] = 256,
     batch: Annotated[int, typer.Option(min=1, help="Samples per micro-batch.")] = 1,
@@ -79,7 +80,15 @@ def verify(
     Example: alst verify --method alst --model tiny-llama --sp 2 --dp 2 --engine zero --json
     """
     options = {
-        **_offered(method, {"sp": None if sp == 1 else sp, "tiles": tiles, "offload": offload}),
+        **_offered(
+            method,
+            {
+                "sp": None if sp == 1 else sp,
+                "pp": None if pp == 1 else pp,
+                "tiles": tiles,
+                "offload": offload,
+            },
+        ),
         **parsed(option or []),
     }
     cell = make_cell(
@@ -88,7 +97,7 @@ def verify(
             "overrides": _given({"num_attention_heads": heads, "num_key_value_heads": kv_heads}),
             "method": {"name": method, **options},
             "engine": _engine(engine, zero_stage),
-            "world_size": sp * dp,
+            "world_size": pp * sp * dp,
             "seqlen": seqlen,
             "batch_size": batch,
             "accumulation": accumulation,
@@ -102,9 +111,10 @@ def verify(
             "timed": False,
         }
     )
-    axes = load_method(cell.train.method).axes(cell.train.world_size)
-    if (axes["sp"], axes["dp"]) != (sp, dp):
-        raise ValueError(f"method '{method}' makes {axes} of {sp * dp} ranks, not sp={sp}, dp={dp}")
+    asked = {"pp": pp, "sp": sp, "dp": dp}
+    found = load_method(cell.train.method).degrees(cell.train.world_size)
+    if any(found[axis] != degree for axis, degree in asked.items()):
+        raise ValueError(f"method '{method}' makes {found} of {pp * sp * dp} ranks, not {asked}")
     measurement = _measure(cell, results)
     if measurement.readings is None or measurement.readings.gate is None:
         print(f"alst: {measurement.outcome}: {measurement.detail}", file=sys.stderr)
