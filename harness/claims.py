@@ -8,7 +8,8 @@ from enum import StrEnum
 from pydantic import Field
 
 from alst_impl.config import Frozen
-from harness.cell import Claim, Quantity
+from alst_impl.methods.base import load_method
+from harness.cell import Cell, Claim, Quantity
 from harness.prediction import Limit
 from harness.published import look_up
 from harness.record import Measurement
@@ -20,6 +21,7 @@ TOLERANCE = 0.10
 UNITS: dict[Quantity, str] = {
     "longest_tokens": "tokens",
     "step_seconds": "s",
+    "tokens_per_second": "tokens/s",
     "device_bytes": "GiB",
 }
 """As the published tables have them; their GB of NVML readings are GiB."""
@@ -80,9 +82,19 @@ def predicted(quantity: Quantity, m: Measurement | None) -> float | None:
         return None
     if quantity == "longest_tokens":
         return float(m.simulated.search.longest_tokens) if m.simulated.search else None
+    seconds = m.simulated.prediction.step_seconds_modelled
     if quantity == "step_seconds":
-        return m.simulated.prediction.step_seconds_modelled
+        return seconds
+    if quantity == "tokens_per_second":
+        return tokens_of_step(m.cell) / seconds
     return m.simulated.prediction.total_bytes / 2**30
+
+
+def tokens_of_step(cell: Cell) -> int:
+    """Tokens of one step over all ranks."""
+    train, tp = cell.train, cell.simulation.tp if cell.simulation else 1
+    samples = train.batch_size * train.accumulation
+    return samples * train.seqlen * load_method(train.method).axes(train.world_size)["dp"] // tp
 
 
 def evidence(all_results: Iterable[Results]) -> list[Evidence]:

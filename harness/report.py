@@ -155,6 +155,8 @@ def miss_grid(found: Iterable[Evidence]) -> Grid:
 def _quantity(of: Evidence, value: float) -> str:
     if of.quantity == "longest_tokens":
         return tokens_text(value)
+    if of.quantity == "tokens_per_second":
+        return f"{tokens_text(value)}/s"
     return seconds_text(value) if of.quantity == "step_seconds" else bytes_text(value * 2**30)
 
 

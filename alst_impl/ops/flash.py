@@ -25,8 +25,8 @@ class Operators(NamedTuple):
     """Forward and backward of one fused kernel.
 
     `forward(query [B,H,S,D], key [B,K,T,D], value [B,K,T,D], mask [S,T] or None, causal, scale)` gives the
-    output [B,H,S,D], its log-sum-exp [B,H,S] in fp32 (or wider), and the rest. `causal` takes as many keys as
-    queries, and no mask.
+    output [B,H,S,D], its log-sum-exp [B,H,S] in fp32 (or wider), and the rest. A mask says all that is
+    hidden: `causal` is for calls without one, and those with neither see every key.
     """
 
     forward: Callable[
@@ -212,13 +212,12 @@ def attend_with_logsumexp(
     rests = []
     for piece in pieces:
         samples, queries, keys, _ = piece
-        mask = _mask(piece, window, query)
         out[samples, :, queries], logsumexp[samples, :, queries], rest = forward(
             query[samples, :, queries],
             key[samples, :, keys],
             value[samples, :, keys],
-            mask,
-            mask is None,
+            _mask(piece, window, query),
+            not piece.masked,
             scale,
         )
         rests.append(rest)
@@ -249,7 +248,6 @@ def attend_backward(
     grads = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
     for piece, rest in zip(pieces, rests, strict=True):
         samples, queries, keys, _ = piece
-        mask = _mask(piece, window, query)
         of_query, of_key, of_value = backward(
             grad[samples, :, queries],
             query[samples, :, queries],
@@ -258,8 +256,8 @@ def attend_backward(
             out[samples, :, queries],
             logsumexp[samples, :, queries],
             rest,
-            mask,
-            mask is None,
+            _mask(piece, window, query),
+            not piece.masked,
             scale,
         )
         grads[0][samples, :, queries] = of_query
