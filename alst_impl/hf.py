@@ -21,12 +21,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, MoeModelOutput
 from alst_impl.ops.loss import tiled_loss
 from alst_impl.ops.offload import HostOffload, checkpoint
 from alst_impl.ops.tiling import tiled
-from alst_impl.ops.ulysses import UlyssesAttention
 from alst_impl.placement import Evidence
 
 ATTENTION = "alst"
 """Name of our attention in transformers' registry. Transformers builds no mask for a name it does not
 know one for, which is what keeps S x S masks away."""
+Attention = Callable[..., Tensor]
+"""(query [B, H, S/P, D], key and value [B, K, S/P, D], scale=, window=, documents=) -> [B, H, S/P, D]."""
 
 # -- structure ------------------------------------------------------------------------------------
 
@@ -94,6 +95,102 @@ def head_name(model: PreTrainedModel) -> str:
     )
 
 
+# -- stages of a pipeline -------------------------------------------------------------------------
+
+
+class _Elsewhere(nn.Module):
+    """Stands for what another stage has: passes hidden states on."""
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden_states
+
+
+class _Border(nn.Module):
+    """Stands for the first or last layer where another stage has it: hidden states come in or leave here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: Tensor | None = None
+        """What to pass on in place of what comes."""
+        self.seen: Tensor | None = None
+        """What came."""
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        self.seen = hidden_states
+        return hidden_states if self.given is None else self.given
+
+    def clear(self) -> None:
+        """Hold nothing."""
+        self.given = self.seen = None
+
+
+def keep_stage(model: PreTrainedModel, kept: range) -> None:
+    """Leave `model` the decoder layers in `kept`, with the embedding before the first and the head after the last.
+
+    Names of parameters stay. Without the first layer, `model(hidden=, ...)` takes hidden states
+    [B, S, E] in place of token ids; without the last it returns hidden states. Whatever the model does
+    to embeddings before its layers is done on the first stage alone, whatever it does after them on the
+    last. Raises `ValueError` for tied embeddings, which two stages would have to share.
+    """
+    layers = list(decoder_layers(model))
+    first, last = kept.start == 0, kept.stop == len(layers)
+    if not (first and last):
+        _refuse_tied(model)
+    stack = _stack(model, layers)
+    for index in set(range(len(layers))) - set(kept):
+        stack[index] = _Border() if index in (0, len(layers) - 1) else _Elsewhere()
+    if not first:
+        _replace(model, model.get_input_embeddings())
+    if not last:
+        for module in [*final_norms(model), model.get_output_embeddings()]:
+            _replace(model, module)
+    stock = type(model).forward
+
+    def forward(hidden: Tensor | None = None, **kwargs: Any) -> Tensor | CausalLMOutputWithPast:
+        ends = [end for end in (stack[0], stack[-1]) if isinstance(end, _Border)]
+        try:
+            if hidden is not None:
+                ends[0].given = hidden
+                kwargs["inputs_embeds"] = hidden
+            if last:
+                return stock(model, **kwargs)  # type: ignore[no-any-return]
+            model.base_model(**kwargs)
+            out = ends[-1].seen
+            assert out is not None, "the last layer is another stage's"
+            return out
+        finally:
+            for end in ends:
+                end.clear()
+
+    if not (first and last):
+        vars(model)["forward"] = forward
+
+
+def _refuse_tied(model: PreTrainedModel) -> None:
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and head.weight is embedding.weight:
+        raise ValueError(
+            f"{type(model).__name__} shares one weight between embedding and head, which stages of a "
+            "pipeline would each have; use a model without tied embeddings"
+        )
+
+
+def _stack(model: PreTrainedModel, layers: list[nn.Module]) -> nn.ModuleList:
+    """The list that holds all decoder layers."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and list(module) == layers:
+            return module
+    raise ValueError(f"the decoder layers of {type(model).__name__} are not one list")
+
+
+def _replace(model: PreTrainedModel, part: nn.Module) -> None:
+    """Put a stand-in where `part` is."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if child is part:
+                setattr(module, name, _Elsewhere())
+
+
 # -- attention ------------------------------------------------------------------------------------
 
 
@@ -118,7 +215,7 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: [B, H, S/P, D] in, [B, S/P, H, D] out."""
-    attend: UlyssesAttention | None = getattr(module, "alst_attention", None)
+    attend: Attention | None = getattr(module, "alst_attention", None)
     if attend is None:  # a model that merely shares a configuration object with a wrapped one
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -143,15 +240,20 @@ def _attention(
 AttentionInterface.register(ATTENTION, _attention)
 
 
-def use_attention(model: PreTrainedModel, attention: UlyssesAttention) -> None:
+def use_attention(model: PreTrainedModel, attention: Attention) -> None:
     """Route every attention module of `model`, and of no other model, through `attention`."""
+    use_attentions(model, [attention] * len(attention_modules(model)))
+
+
+def use_attentions(model: PreTrainedModel, attentions: Sequence[Attention]) -> None:
+    """As `use_attention`, with one for each attention module, in order."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         config = getattr(module, "config", None)
         if config is not None:  # its own copy: two models may have been built from one object
             vars(module)["config"] = copy.deepcopy(config, memo)
     model.config._attn_implementation = ATTENTION
-    for module in attention_modules(model):
+    for module, attention in zip(attention_modules(model), attentions, strict=True):
         vars(module)["config"]._attn_implementation = ATTENTION
         vars(module)["alst_attention"] = attention
 

@@ -24,6 +24,8 @@ class Evidence:
     """Times that keys and values, or their gradients, went on to the next rank of a ring."""
     offloaded_bytes: int = 0
     """Checkpointed layer inputs copied to the host."""
+    slices: int = 0
+    """Forward passes of slices of a sequence through the layers of a pipeline's stage."""
 
 
 def _ignore(*_: Any) -> None:

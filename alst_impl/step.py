@@ -72,13 +72,16 @@ def micro_batches(
     return batches
 
 
-def accumulate_gradients(method: Method, runtime: Runtime, batches: list[Batch]) -> Tensor:
-    """Forward and backward of all micro-batches of a step. Returns the global mean loss. Collective."""
+def _num_valid(batches: list[Batch]) -> Tensor:
+    """Labels of all micro-batches on all ranks; 1 where there is none: loss zero, not 0/0. Collective."""
     valid = torch.stack([batch.num_valid() for batch in batches]).sum()
     dist.all_reduce(valid)
-    # A step without a single valid label has loss and gradients of zero, not 0/0.
-    valid = valid.clamp(min=1)
-    runtime.start_step(len(batches))
+    return valid.clamp(min=1)
+
+
+def accumulate_gradients(method: Method, runtime: Runtime, batches: list[Batch]) -> Tensor:
+    """Forward and backward of all micro-batches of a step. Returns the global mean loss. Collective."""
+    valid = _num_valid(batches)
     runtime.placement.evidence.local_seqlen = batches[0].input_ids.shape[1]
     loss = method.forward_backward(runtime, batches, valid)
     dist.all_reduce(loss)
@@ -87,11 +90,10 @@ def accumulate_gradients(method: Method, runtime: Runtime, batches: list[Batch])
 
 def evaluate(method: Method, runtime: Runtime, batches: list[Batch]) -> Tensor:
     """Global mean loss over `batches` (this rank's shards), without gradients. Collective."""
-    valid = torch.stack([batch.num_valid() for batch in batches]).sum()
-    dist.all_reduce(valid)
+    valid = _num_valid(batches)
     runtime.module.eval()
     with torch.no_grad():
-        loss = method.loss(runtime, batches, valid.clamp(min=1))
+        loss = method.loss(runtime, batches, valid)
     runtime.module.train()
     dist.all_reduce(loss)
     return loss

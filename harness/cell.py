@@ -23,9 +23,11 @@ from harness.hardware import load_hardware
 from harness.matrix import Matrix, Row, merge
 
 World = Literal["cuda", "cpu", "sim"]
-Quantity = Literal["longest_tokens", "longest_ratio", "step_seconds", "device_bytes"]
+Quantity = Literal[
+    "longest_tokens", "longest_ratio", "step_seconds", "tokens_per_second", "device_bytes"
+]
 """What papers publish of a run: the longest sequence, how many times that of another run it is, time of a
-step, what NVML reads."""
+step, tokens of all ranks over it, what NVML reads."""
 
 NOTHING_TIMED = {"gate": False, "timed": False, "warmup": 0, "steps": 0}
 """Fields of a simulated cell: fake tensors have no values to compare and no time."""
@@ -34,9 +36,11 @@ NOTHING_TIMED = {"gate": False, "timed": False, "warmup": 0, "steps": 0}
 class Simulation(Frozen):
     """What decides a simulated cell besides its training run."""
 
-    part: Literal["step", "mlp", "loss"] = "step"
-    """What runs: a whole step, or forward and backward of one decoder layer's MLP or of head and
-    loss, on their own."""
+    part: Literal["step", "mlp", "loss", "schedule"] = "step"
+    """What runs: a whole step; forward and backward of one decoder layer's MLP or of head and loss, on
+    their own; or nothing but the schedule of a pipeline, with modelled times and bytes."""
+    tp: int = Field(default=1, ge=1)
+    """Tensor-parallel ranks of each stage in part `schedule`: world_size is dp x pp x tp."""
     offload_parameters: bool = False
     """Parameter shards lie in host memory between uses."""
     host_memory_bytes: int | None = Field(default=None, gt=0)
@@ -96,7 +100,7 @@ class Cell(Frozen):
         if self.simulation is None:
             silent["simulation"] = True
         else:
-            late = {"optimizer_on_device": None, "stack": "deepspeed"}
+            late = {"optimizer_on_device": None, "stack": "deepspeed", "tp": 1}
             silent["simulation"] = {
                 field for field, value in late.items() if getattr(self.simulation, field) == value
             }
@@ -280,6 +284,11 @@ def _check_simulation(cell: Cell) -> None:
                     f"{field} is {getattr(cell, field)}, but world 'sim' has no values to compare and no "
                     f"time to measure; leave it out or set it to {value}"
                 )
+        if cell.simulation and cell.simulation.part != "schedule" and cell.simulation.tp > 1:
+            raise ValueError(
+                f"tp ({cell.simulation.tp}) is for part 'schedule', not '{cell.simulation.part}': no "
+                "method is tensor-parallel; leave it out"
+            )
         if cell.train.lora is not None:
             raise ValueError(
                 "lora: optimizer states of adapters alone are not modelled in world 'sim'; use world 'cpu'"

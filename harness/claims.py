@@ -8,7 +8,8 @@ from enum import StrEnum
 from pydantic import Field
 
 from alst_impl.config import Frozen
-from harness.cell import Claim, Quantity
+from alst_impl.methods.base import load_method
+from harness.cell import Cell, Claim, Quantity
 from harness.prediction import Limit
 from harness.published import look_up
 from harness.record import Measurement
@@ -21,6 +22,7 @@ UNITS: dict[Quantity, str] = {
     "longest_tokens": "tokens",
     "longest_ratio": "x",
     "step_seconds": "s",
+    "tokens_per_second": "tokens/s",
     "device_bytes": "GiB",
 }
 """As the published tables have them; their GB of NVML readings are GiB."""
@@ -86,14 +88,24 @@ def predicted(
     if quantity == "longest_ratio":
         longest, base = (predicted("longest_tokens", each) for each in (m, over))
         return longest / base if longest is not None and base else None
+    seconds = m.simulated.prediction.step_seconds_modelled
     if quantity == "step_seconds":
-        return m.simulated.prediction.step_seconds_modelled
+        return seconds
+    if quantity == "tokens_per_second":
+        return tokens_of_step(m.cell) / seconds
     return m.simulated.prediction.total_bytes / 2**30
+
+
+def tokens_of_step(cell: Cell) -> int:
+    """Tokens of one step over all ranks."""
+    train, tp = cell.train, cell.simulation.tp if cell.simulation else 1
+    samples = train.batch_size * train.accumulation
+    return samples * train.seqlen * load_method(train.method).axes(train.world_size)["dp"] // tp
 
 
 def evidence(all_results: Iterable[Results]) -> list[Evidence]:
     """Every claim of every experiment, in order."""
-    found = []
+    found: list[Evidence] = []
     for results in all_results:
         measured = {c.id: results.measurements.get(key) for key, c in results.claims}
         for key, claim in results.claims:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
-from harness import predict
+from harness import pipelines, predict
 from harness.cell import Cell
 from harness.hardware import load_hardware
 from harness.prediction import Holding, Simulated, Timeline
@@ -62,8 +62,24 @@ def _step(cell: Cell, rank: Rank) -> Simulated:
 
 def _part(cell: Cell) -> Simulated:
     assert cell.simulation is not None
-    assert cell.simulation.part != "step"
-    return _simulated(cell, simulate_part(cell.train, cell.simulation.part))
+    part = cell.simulation.part
+    assert part != "step"
+    if part == "schedule":
+        return _schedule(cell, cell.simulation.tp)
+    return _simulated(cell, simulate_part(cell.train, part))
+
+
+def _schedule(cell: Cell, tp: int) -> Simulated:
+    prediction = pipelines.prediction(pipelines.staged(cell.train, tp, cell.hardware))
+    return Simulated(
+        code=fingerprint(),
+        prediction=prediction,
+        peak_bytes=prediction.allocated_bytes,
+        checkpoint_bytes=0,
+        holdings=[],
+        search=None,
+        timeline=None,
+    )
 
 
 def _simulated(cell: Cell, trace: Trace) -> Simulated:

@@ -80,6 +80,7 @@ class RankEvidence(Frozen):
     exchanges: int
     offloaded_bytes: int
     rotations: int = 0
+    slices: int = 0
 
 
 class RankMemory(Frozen):

@@ -162,6 +162,8 @@ def _quantity(of: Evidence, value: float) -> str:
         return tokens_text(value)
     if of.quantity == "longest_ratio":
         return ratio_text(value)
+    if of.quantity == "tokens_per_second":
+        return f"{tokens_text(value)}/s"
     return seconds_text(value) if of.quantity == "step_seconds" else bytes_text(value * 2**30)
 
 

@@ -23,11 +23,15 @@ REFERENCE = "h100-80gb"
 """The hardware of those rows."""
 
 
-def seconds(shape: Shape, seqlen: int, hardware: Hardware) -> float:
-    """Seconds that one GPU would take for one sequence."""
+def speed(hardware: Hardware) -> float:
+    """Times the rates above, by peak FLOP/s."""
     reference = load_hardware(REFERENCE).bf16_flops
     assert reference is not None
-    speed = (hardware.bf16_flops or reference) / reference
+    return (hardware.bf16_flops or reference) / reference
+
+
+def seconds(shape: Shape, seqlen: int, hardware: Hardware) -> float:
+    """Seconds that one GPU would take for one sequence."""
     linear = LINEAR_PASSES * linear_forward(shape, seqlen) / LINEAR_RATE
     attention = ATTENTION_PASSES * attention_forward(shape, seqlen) / ATTENTION_RATE
-    return (linear + attention) / speed
+    return (linear + attention) / speed(hardware)

@@ -14,6 +14,7 @@ HARNESS = (
     "flops",
     "forecast",
     "hardware",
+    "pipelines",
     "predict",
     "repeat",
     "roofline",

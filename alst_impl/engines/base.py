@@ -13,7 +13,8 @@ from alst_impl.plugin import load
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
-    from torch.distributed import DeviceMesh
+    from torch.autograd.graph import GradientEdge
+    from torch.distributed import DeviceMesh, ProcessGroup
     from transformers import PreTrainedModel
 
     from alst_impl.data import Batch
@@ -31,6 +32,8 @@ class Runtime(ABC):
     module: nn.Module
     """What is called in forward: the engine's wrapper where it has one."""
     placement: Placement
+    stages: ProcessGroup | None = None
+    """Ranks that hold the model's other layers; None where every rank has all of them."""
 
     def forward(self, batch: Batch, num_valid: Tensor) -> Tensor:
         """This rank's sum of token losses divided by `num_valid`, a scalar with a graph."""
@@ -40,10 +43,10 @@ class Runtime(ABC):
         loss: Tensor = output.loss
         return loss
 
-    def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradients of `loss`. Collective."""
+    def backward(self, output: Tensor | GradientEdge, gradient: Tensor | None = None) -> None:
+        """Accumulate the gradients of a loss, or of anything else with its `gradient`. Collective."""
         self.placement.on_phase("backward")
-        self._backward(loss)
+        self._backward(output, gradient)
 
     def update(self) -> Tensor:
         """Finish the gradients, clip, take the optimizer step, clear gradients. Collective.
@@ -53,37 +56,63 @@ class Runtime(ABC):
         self.placement.on_phase("update")
         return self._update()
 
-    @abstractmethod
-    def _backward(self, loss: Tensor) -> None: ...
-
-    @abstractmethod
-    def _update(self) -> Tensor: ...
-
-    @abstractmethod
-    def start_step(self, num_micro_batches: int) -> None:
-        """Announce how many `backward` calls make one step."""
-
-    @abstractmethod
     def gradients(self) -> dict[str, Tensor]:
         """Whole gradients by the model's parameter names, on the host. Collective.
 
         Valid between the last `backward` of a step and `update`. Tied parameters appear once.
         """
+        return self._of_all_stages(self._gradients())
 
-    @abstractmethod
     def state_dict(self) -> dict[str, Tensor]:
         """Whole parameters by the model's names, on the host, as `save_pretrained` takes them. Collective."""
+        return self._of_all_stages(self._state_dict())
+
+    def _of_all_stages(self, of_stage: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors by name of all layers from those of this rank's. Collective over `stages`."""
+        import torch.distributed as dist
+
+        if self.stages is None:
+            return of_stage
+        found: list[Any] = [None] * self.stages.size()
+        dist.all_gather_object(found, of_stage, group=self.stages)
+        return {name: tensor for each in found for name, tensor in each.items()}
+
+    def _norm_of_all_stages(self, norm: Tensor) -> Tensor:
+        """Norm over all layers from that over this rank's. Collective over `stages`."""
+        import torch.distributed as dist
+
+        if self.stages is None:
+            return norm
+        square = norm.square()
+        dist.all_reduce(square, group=self.stages)
+        return square.sqrt()
+
+    @abstractmethod
+    def _backward(self, output: Tensor | GradientEdge, gradient: Tensor | None) -> None: ...
+
+    @abstractmethod
+    def _update(self) -> Tensor: ...
+
+    @abstractmethod
+    def start_step(self, num_backwards: int) -> None:
+        """Announce how many `backward` calls make one step."""
+
+    @abstractmethod
+    def _gradients(self) -> dict[str, Tensor]: ...
+
+    @abstractmethod
+    def _state_dict(self) -> dict[str, Tensor]: ...
 
     @abstractmethod
     def save(self, folder: Path) -> None:
         """Write parameters and optimizer to `folder`, which all ranks see, between two steps.
 
-        In the format of the engine's framework that any number of ranks and any sp can read. Collective.
+        In the format of the engine's framework that any number of ranks, sp and pp can read. Collective.
         """
 
     @abstractmethod
     def load(self, folder: Path) -> None:
-        """Go on from what `save` of the same engine wrote, whatever its ranks and sp were. Collective."""
+        """Go on from what `save` of the same engine wrote, whatever its ranks, sp and pp were. Collective."""
 
 
 class Engine(Frozen):
@@ -104,6 +133,26 @@ class Engine(Frozen):
     ) -> Runtime:
         """Shard `model` (on the meta device), fill it with weights, make the optimizer. Collective."""
         raise AssertionError("every engine defines start")
+
+
+def replicas(mesh: DeviceMesh, device: torch.device) -> DeviceMesh:
+    """The ranks that hold the same layers as this one, as a mesh of one axis. Collective."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if stages(mesh) is None:
+        return init_device_mesh(device.type, (mesh.size(),), mesh_dim_names=("replicas",))
+    pp = mesh["pp"].size()
+    shape, names = (pp, mesh.size() // pp), ("pp", "replicas")
+    return init_device_mesh(device.type, shape, mesh_dim_names=names)["replicas"]
+
+
+def stages(mesh: DeviceMesh) -> ProcessGroup | None:
+    """The ranks of this rank's pipeline; None where there is none."""
+    axes = mesh.mesh_dim_names or ()
+    if "pp" not in axes or mesh["pp"].size() == 1:
+        return None
+    assert axes[0] == "pp", "stages are far apart, replicas side by side: pp is outermost"
+    return mesh["pp"].get_group()
 
 
 def optimizer_of(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
@@ -128,24 +177,35 @@ def optimizer_of(parameters: list[nn.Parameter], config: TrainConfig) -> torch.o
 def save_distributed(module: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
     """`Runtime.save` in the format of `torch.distributed.checkpoint`. Collective."""
     from torch.distributed import checkpoint
-    from torch.distributed.checkpoint.state_dict import get_state_dict
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
-    model, states = get_state_dict(module, optimizer)
+    # Flat: every rank adds its own parameters' entries, whichever layers it has.
+    flat = StateDictOptions(flatten_optimizer_state_dict=True)
+    model, states = get_state_dict(module, optimizer, options=flat)
     checkpoint.save({"model": model, "optimizer": states}, checkpoint_id=folder)
 
 
 def load_distributed(module: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
     """`Runtime.load` of what `save_distributed` wrote. Collective."""
     from torch.distributed import checkpoint
-    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_state_dict,
+        set_state_dict,
+    )
 
-    model, states = get_state_dict(module, optimizer)
+    flat = StateDictOptions(flatten_optimizer_state_dict=True)
+    model, states = get_state_dict(module, optimizer, options=flat)
     state: dict[str, Any] = {"model": model, "optimizer": states}
     checkpoint.load(
         state, checkpoint_id=folder
     )  # fills the tensors that are there, replaces the rest
     set_state_dict(
-        module, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+        module,
+        optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+        options=flat,
     )
 
 

@@ -1,4 +1,4 @@
-"""PyTorch's fully_shard: parameters, gradients and optimizer sharded over all ranks."""
+"""PyTorch's fully_shard: parameters, gradients and optimizer sharded over all ranks that hold the same layers."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from alst_impl.engines.base import (
     Runtime,
     load_distributed,
     optimizer_of,
+    replicas,
     save_distributed,
+    stages,
 )
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from torch.autograd.graph import GradientEdge
     from torch.distributed import DeviceMesh
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
@@ -29,22 +32,25 @@ if TYPE_CHECKING:
 class FSDP2Runtime(Runtime):
     """A sharded model; gradients are summed, not averaged."""
 
-    def __init__(self, model: PreTrainedModel, config: TrainConfig, placement: Placement) -> None:
+    def __init__(
+        self, model: PreTrainedModel, config: TrainConfig, mesh: DeviceMesh, placement: Placement
+    ) -> None:
         self.module = model
         self.placement = placement
+        self.stages = stages(mesh)
         self._optimizer = optimizer_of([p for p in model.parameters() if p.requires_grad], config)
         self._max_norm = config.optimizer.max_grad_norm
         self._left = 0
 
-    def start_step(self, num_micro_batches: int) -> None:
-        self._left = num_micro_batches
+    def start_step(self, num_backwards: int) -> None:
+        self._left = num_backwards
 
-    def _backward(self, loss: Tensor) -> None:
+    def _backward(self, output: Tensor | GradientEdge, gradient: Tensor | None) -> None:
         import torch
 
         self._left -= 1
         cast("FSDPModule", self.module).set_requires_gradient_sync(self._left == 0)
-        torch.autograd.backward(loss)
+        torch.autograd.backward(output, gradient)
 
     def _update(self) -> Tensor:
         import torch
@@ -54,20 +60,21 @@ class FSDP2Runtime(Runtime):
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
+        norm = self._norm_of_all_stages(norm)
         if self._max_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, self._max_norm, norm)
         self._optimizer.step()
         self._optimizer.zero_grad()
         return norm
 
-    def gradients(self) -> dict[str, Tensor]:
+    def _gradients(self) -> dict[str, Tensor]:
         return {
             name: cast("DTensor", p.grad).full_tensor().cpu()
             for name, p in self.module.named_parameters()
             if p.grad is not None
         }
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def _state_dict(self) -> dict[str, Tensor]:
         return {
             name: cast("DTensor", p.detach()).full_tensor().cpu()
             for name, p in self.module.named_parameters()
@@ -92,17 +99,18 @@ class FSDP2(Engine):
         placement: Placement,
         mpu: ModuleType | None = None,
     ) -> Runtime:
-        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
         from alst_impl import hf
 
-        ranks = init_device_mesh(placement.device.type, (mesh.size(),), mesh_dim_names=("fsdp",))
+        ranks = replicas(mesh, placement.device)
         units: list[nn.Module] = [*hf.decoder_layers(model)]
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-        untied = head is not None and head.weight is not embedding.weight
+        # A stage of a pipeline has one of them, or neither.
+        ends = [end for end in (embedding, head) if end is not None and [*end.parameters()]]
+        untied = len({end.weight for end in ends}) == len(ends)
         if untied:
-            units += [embedding, head]
+            units += ends
         for unit in [*units, model]:
             # Filled and sharded one by one: a process holds its shards and one whole unit.
             initializer.fill(model, unit, placement.device)
@@ -111,7 +119,7 @@ class FSDP2(Engine):
             # Losses are addends already: the sum over ranks is the gradient.
             sharded.set_gradient_divide_factor(1.0)
             sharded.set_force_sum_reduction_for_comms(True)
-        if untied:
+        if untied and embedding in ends:
             # The gradient of a lookup needs no weights.
             cast("FSDPModule", embedding).set_unshard_in_backward(False)
-        return FSDP2Runtime(model, config, placement)
+        return FSDP2Runtime(model, config, mesh, placement)

@@ -16,6 +16,7 @@ from alst_impl.engines.base import Engine, Runtime, optimizer_of
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+    from torch.autograd.graph import GradientEdge
     from torch.distributed import DeviceMesh
     from transformers import PreTrainedModel
 
@@ -37,20 +38,23 @@ class ZeroRuntime(Runtime):
         self.placement = placement
         self._left = 0
 
-    def start_step(self, num_micro_batches: int) -> None:
-        self._left = num_micro_batches
+    def start_step(self, num_backwards: int) -> None:
+        self._left = num_backwards
 
     def announce_backward(self) -> None:
         """Tell DeepSpeed that a backward follows, and whether it is the step's last."""
         self._left -= 1
         self.module.set_gradient_accumulation_boundary(self._left == 0)
 
-    def _backward(self, loss: Tensor) -> None:
+    def _backward(self, output: Tensor | GradientEdge, gradient: Tensor | None) -> None:
+        import torch
         import torch.distributed as dist
 
+        assert isinstance(output, torch.Tensor), "DeepSpeed takes losses"
+        assert gradient is None, "DeepSpeed takes losses"
         self.announce_backward()
         # DeepSpeed averages gradients over its data-parallel ranks, which here are all ranks.
-        self.module.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
+        self.module.backward(output * dist.get_world_size(), scale_wrt_gas=False)
 
     def _update(self) -> Tensor:
         import torch
@@ -61,13 +65,13 @@ class ZeroRuntime(Runtime):
     def _named(self) -> list[tuple[str, torch.nn.Parameter]]:
         return list(self.module.module.named_parameters())
 
-    def gradients(self) -> dict[str, Tensor]:
+    def _gradients(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_grad
 
         gradients = {name: safe_get_full_grad(p) for name, p in self._named() if p.requires_grad}
         return {name: g.detach().cpu() for name, g in gradients.items() if g is not None}
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def _state_dict(self) -> dict[str, Tensor]:
         import deepspeed
 
         state = {}

@@ -42,7 +42,8 @@ class Method(Frozen):
     def axes(self, world_size: int) -> dict[str, int]:
         """Mesh axes of `world_size` ranks, outermost first: always `dp` and `sp`, others where used.
 
-        `pp` cuts the layers, `cp` and `sp` the sequence; the ranks of `dp` see other samples.
+        `pp` cuts the layers and comes first where it is; `cp` and `sp` cut the sequence; the ranks of
+        `dp` see other samples.
         """
         return {"dp": world_size, "sp": 1}
 
@@ -85,7 +86,7 @@ class Method(Frozen):
         return None
 
     def forward_backward(self, runtime: Runtime, batches: list[Batch], num_valid: Tensor) -> Tensor:
-        """Gradients of all micro-batches of a step into the engine.
+        """Gradients of all micro-batches of a step into the engine, which is told how many backwards come.
 
         `batches` are local. `num_valid` (int64 scalar) counts valid labels over all ranks and
         micro-batches of the step. Returns this rank's addend to the global mean loss: the sum over
@@ -93,6 +94,7 @@ class Method(Frozen):
         """
         import torch
 
+        runtime.start_step(len(batches))
         losses = [self.micro_step(runtime, batch, num_valid) for batch in batches]
         return torch.stack(losses).sum()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -40,6 +41,7 @@ def verify(
     ] = None,
     sp: Annotated[int, typer.Option(min=1, help="Ranks that share one sample.")] = 1,
     cp: Annotated[int, typer.Option(min=1, help="Places of a ring of such ranks.")] = 1,
+    pp: Annotated[int, typer.Option(min=1, help="Stages of a pipeline.")] = 1,
     dp: Annotated[int, typer.Option(min=1, help="Groups of all these ranks.")] = 1,
     seqlen: Annotated[int, typer.Option(min=2, help="Tokens of one sample.")] = 256,
     batch: Annotated[int, typer.Option(min=1, help="Samples per micro-batch.")] = 1,
@@ -89,8 +91,9 @@ def verify(
 
     Example: alst verify --method alst --model tiny-llama --sp 2 --dp 2 --engine zero --json
     """
+    degrees = {"dp": dp, "pp": pp, "cp": cp, "sp": sp}
     options = {
-        **_offered(method, {axis: n for axis, n in (("sp", sp), ("cp", cp)) if n > 1}),
+        **_offered(method, {axis: n for axis, n in degrees.items() if axis != "dp" and n > 1}),
         **_offered(method, {"tiles": tiles, "offload": offload}),
         **parsed(option or []),
     }
@@ -100,7 +103,7 @@ def verify(
             "overrides": _given({"num_attention_heads": heads, "num_key_value_heads": kv_heads}),
             "method": {"name": method, **options},
             "engine": _engine(engine, zero_stage),
-            "world_size": sp * cp * dp,
+            "world_size": math.prod(degrees.values()),
             "seqlen": seqlen,
             "batch_size": batch,
             "accumulation": accumulation,
@@ -114,11 +117,10 @@ def verify(
             "timed": False,
         }
     )
-    axes = load_method(cell.train.method).degrees(cell.train.world_size)
-    if (axes["sp"], axes["cp"], axes["dp"]) != (sp, cp, dp):
-        raise ValueError(
-            f"method '{method}' makes {axes} of {sp * cp * dp} ranks, not sp={sp}, cp={cp}, dp={dp}"
-        )
+    made = load_method(cell.train.method).degrees(cell.train.world_size)
+    if made != degrees:
+        ranks = cell.train.world_size
+        raise ValueError(f"method '{method}' makes {made} of {ranks} ranks, not {degrees}")
     measurement = _measure(cell, results)
     if measurement.readings is None or measurement.readings.gate is None:
         print(f"alst: {measurement.outcome}: {measurement.detail}", file=sys.stderr)

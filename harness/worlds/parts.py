@@ -55,7 +55,7 @@ def simulate_part(config: TrainConfig, part: Literal["mlp", "loss"]) -> Trace:
                 positions = torch.arange(alone.seqlen).expand_as(ids)
                 runtime.start_step(2)  # one of two micro-batches: nothing is summed over ranks yet
                 batch = Batch(ids, ids.clone(), positions)
-                method.forward_backward(runtime, [batch], torch.ones((), dtype=torch.int64))
+                method.micro_step(runtime, batch, torch.ones((), dtype=torch.int64))
     recording = Recording(tracker.allocations, tracker.events)
     return replay(recording, frozenset(tracker.operators), Offload(gradients=False))
 

@@ -195,8 +195,13 @@ def _replaced(*seams: tuple[Any, str, Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def fake_world(config: TrainConfig, *, gpu: bool, cap_tiles: bool) -> Iterator[Any]:
-    """Fake tensors, a fake process group with this process as one rank, and the mesh of the method."""
+def fake_world(
+    config: TrainConfig, *, gpu: bool, cap_tiles: bool, rank: int | None = None
+) -> Iterator[Any]:
+    """Fake tensors, a fake process group with this process as `rank`, and the mesh of the method.
+
+    By default it is the rank that holds the most.
+    """
     seams: list[tuple[Any, str, Any]] = [
         (torch.distributed.device_mesh, "init_device_mesh", _mesh_outside_modes),
         # Positions have no values to find documents in, and the documents of a sample are explicit.
@@ -209,7 +214,7 @@ def fake_world(config: TrainConfig, *, gpu: bool, cap_tiles: bool) -> Iterator[A
         capped = _capped(tiling.tile_bounds)
         seams += [(module, "tile_bounds", capped) for module in (tiling, loss)]
     method, size = load_method(config.method), config.world_size
-    rank = method.heaviest_rank(size)
+    rank = method.heaviest_rank(size) if rank is None else rank
     dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
     try:
         axes = method.axes(size)
@@ -241,8 +246,9 @@ def simulate(
     cap_tiles: bool = True,
     explain: bool = False,
     num_layers: int | None = None,
+    rank: int | None = None,
 ) -> Trace:
-    """Forward and backward of one step of `config` on the rank that holds the most.
+    """Forward and backward of one step of `config` on `rank`, by default the one that holds the most.
 
     With `num_layers` the step is run at 5 layers and stretched to that many. `gpu` calls CUDA's attention by name and rounds as its allocator does; otherwise the CPU world is
     simulated, which has one kind of memory for both. `kernel` names the attention whose scratch counts.
@@ -270,7 +276,7 @@ def simulate(
             on_phase=tracker.phase,
             on_layer=on_layer,
         )
-    with fake_world(config, gpu=gpu, cap_tiles=cap_tiles) as mesh, _uncollected():
+    with fake_world(config, gpu=gpu, cap_tiles=cap_tiles, rank=rank) as mesh, _uncollected():
         method = load_method(config.method)
         batches = [method.shard(_blank_batch(config), mesh) for _ in range(config.accumulation)]
         with tracker:
@@ -384,7 +390,16 @@ def _live_at(recording: Recording, event: int, offload: Offload) -> list[tuple[A
 
 
 def stretched(config: TrainConfig, **options: Any) -> Trace:
-    """`simulate` at the full depth of the model, from 5 layers where all layers are alike."""
+    """`simulate` at the full depth of the model, from 5 layers where all layers are alike.
+
+    Of a pipeline all layers of the first and of the last stage are run: one holds most slices, the
+    other the loss. The trace is that of the one that holds more.
+    """
+    pp = load_method(config.method).degrees(config.world_size)["pp"]
+    if pp > 1:
+        last = config.world_size - config.world_size // pp
+        traces = [simulate(config, rank=rank, **options) for rank in (0, last)]
+        return max(traces, key=lambda trace: trace.phases[trace.peak].allocated_bytes)
     num_layers = field(published(config.model, config.overrides), "num_hidden_layers")
     alike = structure(config).layers_alike
     if not alike or num_layers <= DEPTH or not config.checkpoint or config.accumulation > 1:

@@ -26,6 +26,7 @@ PARAMETERS = {
     "llama2-7b": 6_738_415_616,
     "mistral-7b": 7_241_732_096,
     "qwen2-7b": 7_615_616_512,
+    "gpt-2.7b": 2_775_208_960,
     "tiny-gemma3": 632_000,
     "tiny-llama": 918_144,
     "tiny-mistral": 918_144,

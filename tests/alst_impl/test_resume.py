@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from training import config_of, corpus_of
 
 from alst_impl import step
-from alst_impl.config import OptimizerConfig, TrainConfig
+from alst_impl.config import OptimizerConfig, Spec, TrainConfig
 from alst_impl.methods.base import load_method
 from alst_impl.placement import Placement
 
@@ -96,3 +96,19 @@ def test_a_resumed_run_is_the_uninterrupted_one(ranks: Ranks, tmp_path: Path, en
     whole, _ = ranks(2)(train, config, range(AFTER.stop))[0]
     assert first + second == pytest.approx(whole, rel=1e-6)
     assert fresh != pytest.approx(second, rel=1e-3)  # so what was loaded made a difference
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "plain"])
+def test_what_two_stages_saved_goes_on_in_one(ranks: Ranks, tmp_path: Path, engine: str) -> None:
+    """A checkpoint holds all layers under their names, whoever had them."""
+    folder = tmp_path / "checkpoint"
+    whole = config_at(1, 1, {"name": engine})
+    staged = whole.model_copy(
+        update={"method": Spec(name="seq1f1b", options={"pp": 2}), "world_size": 2}
+    )
+    ranks(2)(train, staged, BEFORE, None, folder)
+    wanted, final = ranks(2)(train, staged, AFTER, folder)[0]
+    losses, parameters = ranks(1)(train, whole, AFTER, folder)[0]
+    assert losses == pytest.approx(wanted, rel=1e-5)
+    for name, expected in final.items():
+        torch.testing.assert_close(parameters[name], expected, rtol=1e-3, atol=2e-4)

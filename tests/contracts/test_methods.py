@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,8 +19,10 @@ MEASURED = {"deepspeed_alst"}
 """Peers: what they compute is measured (tests/alst_impl/test_deepspeed_alst.py), not promised."""
 VARIANTS: dict[str, list[dict[str, Any]]] = {"zero": [{"stage": stage} for stage in (1, 2, 3)]}
 """Options under which an engine is another engine."""
-OPTIONS = {"sp": 2, "cp": 2, "tiles": 3}
+OPTIONS = {"sp": 2, "cp": 2, "pp": 2, "tiles": 3}
 """Given to methods that have such a field."""
+REFUSED = {("seq1f1b", "zero")}
+"""Methods and engines that do not go together."""
 
 
 def methods() -> list[Method]:
@@ -38,11 +41,13 @@ def cells() -> list[Any]:
         options = {name: value for name, value in OPTIONS.items() if name in fields}
         name = type(method).__module__.rsplit(".", 1)[-1]
         for engine in names("alst_impl.engines"):
+            if (name, engine) in REFUSED:
+                continue
             for variant in VARIANTS.get(engine, [{}]):
                 config = config_of(
                     method={"name": name, **options},
                     engine={"name": engine, **variant},
-                    world_size=2 * options.get("sp", 1) * options.get("cp", 1),
+                    world_size=2 * math.prod(options.get(axis, 1) for axis in ("sp", "cp", "pp")),
                     accumulation=2,
                     data={"mask": "prefix"},
                     # A large eps keeps the update in proportion to the gradient: Adam forgives scale.
@@ -59,6 +64,13 @@ def test_a_method_trains_as_the_stock_model_does(ranks: Ranks, config: TrainConf
     run = ranks(config.world_size)(run_steps, config, 2)[0]
     assert run.grad_norms[0] > 0.5  # so clipping did something
     assert_trains_as(run, truth_of(config, 2))
+
+
+@pytest.mark.parametrize(("method", "engine"), REFUSED)
+def test_what_does_not_go_together_is_refused(method: str, engine: str) -> None:
+    """Before anything runs, with the way out."""
+    with pytest.raises(ValueError, match=f"engine '{engine}' .*; use engine"):
+        load_method(Spec(name=method)).check(config_of(method=method, engine=engine))
 
 
 @pytest.mark.parametrize("name", names("alst_impl.methods"))

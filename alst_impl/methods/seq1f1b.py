@@ -1,0 +1,142 @@
+"""Seq1F1B: a pipeline over layers whose unit of work is a slice of the sequence (arXiv:2406.03488)."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from alst_impl.config import TrainConfig
+from alst_impl.methods.base import Method, divisors
+from alst_impl.models import field, published, unsupported
+from alst_impl.ops.schedule import equal_flops, equal_lengths
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.distributed import DeviceMesh
+    from transformers import PreTrainedModel
+
+    from alst_impl.data import Batch
+    from alst_impl.engines.base import Runtime
+    from alst_impl.placement import Placement
+
+
+class Seq1F1B(Method):
+    """One forward, one backward, slice by slice; with one slice it is 1F1B."""
+
+    pp: int = Field(default=1, ge=1)
+    """Stages: ranks that each hold a run of the layers."""
+    slices: int = Field(default=4, ge=1)
+    """Slices of each sequence."""
+    split: Literal["flops", "length"] = "flops"
+    """Slices of equal work ("computation-wise"), or of equal length."""
+
+    def check(self, config: TrainConfig) -> None:
+        fields = published(config.model, config.overrides)
+        layers = field(fields, "num_hidden_layers")
+        if config.world_size % self.pp:
+            raise ValueError(
+                f"pp ({self.pp}) must divide world_size ({config.world_size}) for method 'seq1f1b'; "
+                f"use pp in {divisors(config.world_size)}"
+            )
+        if self.pp > layers:
+            raise ValueError(
+                f"pp ({self.pp}) is more than the {layers} layers of '{config.model}', and a stage needs "
+                f"one; use pp up to {layers}"
+            )
+        if self.slices > config.seqlen:
+            raise ValueError(
+                f"slices ({self.slices}) is more than seqlen ({config.seqlen}), and a slice needs a token; "
+                f"use slices up to {config.seqlen}"
+            )
+        if config.engine.name == "zero":
+            raise ValueError(
+                "engine 'zero' shards over all ranks and takes one backward per forward, but stages of "
+                "method 'seq1f1b' hold other layers and slices wait for each other; use engine 'plain' "
+                "or 'fsdp2'"
+            )
+        reason = unsupported(fields)
+        if reason:
+            raise ValueError(
+                f"model '{config.model}' has {reason}, which method 'seq1f1b' cannot cut exactly; use "
+                "method 'baseline'"
+            )
+        self._check_model(config, fields)
+
+    def _check_model(self, config: TrainConfig, fields: dict[str, Any]) -> None:
+        if self.pp > 1 and fields.get("tie_word_embeddings"):
+            raise ValueError(
+                f"model '{config.model}' ties its embeddings (tie_word_embeddings=True), which the first "
+                "and the last stage would share; use pp: 1 or override tie_word_embeddings: false"
+            )
+        window = fields.get("sliding_window") if fields.get("use_sliding_window", True) else None
+        if self.slices > 1 and window and window < config.seqlen:
+            raise ValueError(
+                f"model '{config.model}' has a sliding window ({window}) shorter than seqlen "
+                f"({config.seqlen}), which attention over slices does not know; use slices: 1"
+            )
+
+    def axes(self, world_size: int) -> dict[str, int]:
+        return {"pp": self.pp, "dp": world_size // self.pp, "sp": 1}
+
+    def promises(self, config: TrainConfig) -> set[str]:
+        return {"local_seqlen", "slices"}
+
+    def shard(self, batch: Batch, mesh: DeviceMesh) -> Batch:
+        """The whole batch; labels count where the loss is, on the last stage."""
+        from dataclasses import replace
+
+        import torch
+
+        from alst_impl.data import IGNORE_INDEX
+
+        if mesh["pp"].get_local_rank() == self.pp - 1:
+            return batch
+        return replace(batch, shift_labels=torch.full_like(batch.shift_labels, IGNORE_INDEX))
+
+    def apply(
+        self, model: PreTrainedModel, config: TrainConfig, mesh: DeviceMesh, placement: Placement
+    ) -> None:
+        from alst_impl import hf
+        from alst_impl.ops.pipeline import Pipeline, links
+        from alst_impl.ops.sliced import Current, SliceAttention
+
+        stage, layers = mesh["pp"].get_local_rank(), hf.decoder_layers(model)
+        # Experts count as if all were used; what that costs is balance.
+        per_token = 2 * sum(p.numel() for p in layers[0].parameters())
+        hf.keep_stage(model, layers_of(stage, self.pp, len(layers)))
+        current = Current(self.slices)
+        attentions = [
+            SliceAttention(current, config.attention) for _ in hf.attention_modules(model)
+        ]
+        hf.use_attentions(model, attentions)
+        ahead, back = links(mesh)
+        vars(model)["pipeline"] = Pipeline(
+            stage=stage,
+            num_stages=self.pp,
+            current=current,
+            attentions=attentions,
+            borders=partial(self.borders, per_token, published(config.model, config.overrides)),
+            ahead=ahead,
+            back=back,
+            hidden_size=model.config.hidden_size,
+            dtype=model.dtype,
+        )
+
+    def borders(self, per_token: float, fields: dict[str, Any], seqlen: int) -> list[int]:
+        """Where slices of `seqlen` tokens end: 0, ..., S. `per_token` counts a layer's FLOPs beside attention."""
+        if self.split == "length":
+            return equal_lengths(seqlen, self.slices)
+        heads = field(fields, "num_attention_heads")
+        head_dim = fields.get("head_dim") or field(fields, "hidden_size") // heads
+        return equal_flops(seqlen, self.slices, per_token, 4 * heads * head_dim)
+
+    def forward_backward(self, runtime: Runtime, batches: list[Batch], num_valid: Tensor) -> Tensor:
+        module: Any = runtime.module
+        return module.pipeline.run(runtime, batches, num_valid)  # type: ignore[no-any-return]
+
+
+def layers_of(stage: int, num_stages: int, num_layers: int) -> range:
+    """The layers of `stage`: runs whose lengths differ by at most one."""
+    return range(num_layers * stage // num_stages, num_layers * (stage + 1) // num_stages)
