@@ -29,7 +29,7 @@ Quantity = Literal[
 """What papers publish of a run: the longest sequence, how many times that of another run it is, time of a
 step, tokens of all ranks over it, what NVML reads."""
 
-NOTHING_TIMED = {"gate": False, "timed": False, "warmup": 0, "steps": 0}
+NOTHING_TIMED = {"gate": False, "followed": False, "timed": False, "warmup": 0, "steps": 0}
 """Fields of a simulated cell: fake tensors have no values to compare and no time."""
 
 
@@ -76,6 +76,8 @@ class Cell(Frozen):
     """Compare every gradient of the first step with the stock model run whole in fp64."""
     update: bool = False
     """Compare the first step's change of every parameter with the stock optimizer's, too."""
+    followed: bool = False
+    """Compare the whole gradient of every step with the stock model's at the run's own weights, too."""
     timed: bool = True
     """Whether step times are read; timed cells never run side by side."""
     timeout_s: int = Field(default=600, gt=0)
@@ -104,8 +106,9 @@ class Cell(Frozen):
             silent["simulation"] = {
                 field for field, value in late.items() if getattr(self.simulation, field) == value
             }
-        if not self.update:
-            silent["update"] = True
+        for comparison in ("update", "followed"):
+            if not getattr(self, comparison):
+                silent[comparison] = True
         train: dict[str, Any] = {}
         if self.train.optimizer.name == "adamw":
             train["optimizer"] = {"name"}

@@ -44,11 +44,12 @@ def corpus_of(train: TrainConfig) -> Corpus:
     return Corpus(train.data, train.seqlen, train.seed, vocab_size, uneven=train.accumulation > 1)
 
 
-def first_step_samples(train: TrainConfig) -> dict[str, Tensor]:
-    """Every sample of step 0 over all ranks and micro-batches; int64 [N, S] each."""
+def samples_of(train: TrainConfig, step: int) -> dict[str, Tensor]:
+    """Every sample of `step` over all ranks and micro-batches; int64 [N, S] each."""
     dp = load_method(train.method).axes(train.world_size)["dp"]
     corpus = corpus_of(train)
-    samples = [corpus.sample(i) for i in range(train.accumulation * dp * train.batch_size)]
+    count = train.accumulation * dp * train.batch_size
+    samples = [corpus.sample(i) for i in range(step * count, (step + 1) * count)]
     ids, labels, positions, _ = zip(*samples, strict=True)
     return {
         "input_ids": torch.stack(ids),
@@ -127,7 +128,7 @@ class _Job:
 def _wanted(train: TrainConfig, cache: Path, jobs: dict[str, _Job]) -> Truth:
     """What `train` is held against; the runs that make it, if they are not done yet, go to `jobs`."""
     model = materialize(train).float()  # exact: weights are drawn in fp32 and rounded to the dtype
-    samples = first_step_samples(train)
+    samples = samples_of(train, 0)
     config = published(train.model, train.overrides)
     if train.lora is not None:
         config["lora"] = train.lora.model_dump(mode="json")
@@ -193,6 +194,27 @@ def compare(ours: dict[str, Tensor], loss: float, truth: Truth, train: TrainConf
         worst=parameters[worst],
         parameters=parameters,
     )
+
+
+class Companion:
+    """The stock model in fp64, given a run's weights before each step and asked for its gradient."""
+
+    def __init__(self, train: TrainConfig) -> None:
+        self._train = train
+        self._model = materialize(train.model_copy(update={"dtype": "float64"}))
+
+    def cosine(self, ours: dict[str, Tensor], weights: dict[str, Tensor], step: int) -> float:
+        """Between the whole gradient `ours` of `step` and the stock model's at the same `weights`."""
+        held = dict(self._model.named_parameters())
+        with torch.no_grad():
+            for name, weight in weights.items():
+                held[name].copy_(weight)
+        expected = truth.gradients_of(self._model, samples_of(self._train, step))
+        del expected["loss"]
+        self._model.zero_grad()
+        mine = torch.cat([ours[name].double().flatten() for name in expected])
+        theirs = torch.cat([gradient.flatten() for gradient in expected.values()])
+        return float(torch.nn.functional.cosine_similarity(mine, theirs, dim=0))
 
 
 def compare_update(

@@ -111,6 +111,9 @@ class Readings(Frozen):
     """Per rank, from the tracked step."""
     evidence: list[RankEvidence]
     """Per rank, of the tracked step."""
+    cosine: list[float] = []
+    """Between the whole gradient of each step and the stock model's with the same weights, where the cell
+    asked for it; the tracked step is left out."""
     gate: Gate | None
     """The gradient comparison, where the cell asked for one."""
 

@@ -168,6 +168,7 @@ def _readings(ranks: list[dict[str, Any]]) -> Readings:
         grad_norm=ranks[0]["grad_norm"],
         memory=[rank["memory"] for rank in ranks if rank["memory"] is not None],
         evidence=[rank["evidence"] for rank in ranks],
+        cosine=ranks[0]["cosine"],
         gate=ranks[0]["gate"],
     )
 

@@ -31,7 +31,12 @@ def gradients(
     folder: str, samples: dict[str, torch.Tensor], dtype: torch.dtype = torch.float64
 ) -> dict[str, torch.Tensor]:
     """Gradients in `dtype` by parameter name, and `loss` in fp64."""
-    model = _model(folder, dtype)
+    return gradients_of(_model(folder, dtype), samples)
+
+
+def gradients_of(model: Any, samples: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same of a model that is there, in its own dtype."""
+    dtype = model.dtype
     model.train()
     count = max(int((samples["labels"][:, 1:] != -100).sum()), 1)
     total = torch.zeros((), dtype=torch.float64)

@@ -136,6 +136,14 @@ class Seq1F1B(Method):
         module: Any = runtime.module
         return module.pipeline.run(runtime, batches, num_valid)  # type: ignore[no-any-return]
 
+    def loss(self, runtime: Runtime, batches: list[Batch], num_valid: Tensor) -> Tensor:
+        if self.pp == 1:
+            return super().loss(runtime, batches, num_valid)
+        raise ValueError(
+            f"method 'seq1f1b' at pp={self.pp} has no pass without gradients to evaluate with; load its "
+            "weights into method 'alst'"
+        )
+
 
 def layers_of(stage: int, num_stages: int, num_layers: int) -> range:
     """The layers of `stage`: runs whose lengths differ by at most one."""

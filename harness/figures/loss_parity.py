@@ -19,6 +19,8 @@ from harness.record import Measurement
 from harness.table import Results, tidy, wide
 
 DIFFERENCE = "difference\nto unsharded"
+LABELS = ("loss [nats/token]", DIFFERENCE, "gradient norm", DIFFERENCE, "1 - cosine\nof gradients")
+RESOLUTION = 2.0**-52
 
 
 class Pairing(NamedTuple):
@@ -64,8 +66,27 @@ def _pair(results: Results, group: pd.DataFrame) -> Pairing | None:
         return None
     by_series: dict[str, list[Measurement]] = {}
     for _, row in sharded.iterrows():
-        by_series.setdefault(str(row["series"]), []).append(results.measurements[row["key"]])
+        by_series.setdefault(_name(row), []).append(results.measurements[row["key"]])
     return Pairing(results.measurements[whole.iloc[0]["key"]], by_series)
+
+
+def _name(row: pd.Series) -> str:
+    """What tells the runs of this figure apart: batches differ so that samples do not."""
+    return f"{row['method']} sp={row['sp']}" if row["sp"] > 1 else str(row["method"])
+
+
+def _draw_cosines(axes: Axes, pairing: Pairing, colours: dict[str, str]) -> None:
+    """1 - cosine of each run's whole gradient and the stock model's at that run's weights."""
+    runs = {"baseline": [pairing.whole], **pairing.sharded}
+    for name, measurements in runs.items():
+        for run in measurements:
+            cosines = run.readings.cosine if run.readings else []
+            # A gap of zero has no place on a logarithmic axis: it stands at the resolution of fp64.
+            gaps = [max(1 - cosine, RESOLUTION) for cosine in cosines]
+            axes.plot(range(1, len(gaps) + 1), gaps, color=colours[name], linewidth=1)
+    axes.set_yscale("log")
+    if not any(run.readings and run.readings.cosine for m in runs.values() for run in m):
+        drawing.say(axes, "not compared")
 
 
 def _losses(m: Measurement) -> list[float]:
@@ -105,22 +126,25 @@ def draw(results: Results) -> Figure:
     """Per model, losses and gradient norms of all runs on the same data, each less the unsharded one's."""
     pairs = list(pairings(results))
     cells = wide(tidy(results))
+    cells["series"] = [_name(row) for _, row in cells.iterrows()]
     colours = drawing.palette(["baseline", *cells["series"]])
     columns = max(len(pairs), 1)
-    figure = Figure(figsize=(max(3.3 * columns + 0.8, 5.6), 8.6), layout="constrained")
-    grid = figure.subplots(4, columns, sharex="col", squeeze=False, height_ratios=[2, 1.2, 2, 1.2])
+    figure = Figure(figsize=(max(3.3 * columns + 0.8, 5.6), 10.2), layout="constrained")
+    ratios = [2, 1.2, 2, 1.2, 1.4]
+    grid = figure.subplots(5, columns, sharex="col", squeeze=False, height_ratios=ratios)
     if not pairs:
         grid[0][0].text(0.5, 0.5, "no length was run both ways", ha="center", va="center")
     for (model, pairing), *axes in zip(pairs, *grid, strict=False):
         _draw_pair(axes[0], axes[1], pairing, _losses, colours)
         _draw_pair(axes[2], axes[3], pairing, _norms, colours)
         axes[0].set_title(f"{model}, {length_text(pairing.whole.cell.train.seqlen)} tokens")
-        axes[3].set_xlabel("step")
-    for row, label in enumerate(("loss [nats/token]", DIFFERENCE, "gradient norm", DIFFERENCE)):
+        _draw_cosines(axes[4], pairing, colours)
+        axes[4].set_xlabel("step")
+    for row, label in enumerate(LABELS):
         grid[row][0].set_ylabel(label)
     note = (
-        "Wide grey line: stock model, unsharded. Below: each run less that one. "
-        "Solid, dashed, dotted: sequence-parallel degree in rising order."
+        "Wide grey line: stock model, unsharded. Differences: each run less that one. Last: the whole gradient "
+        "of a run beside the stock model's in fp64, with the run's weights of that step and the same samples."
     )
     title = "Loss with and without sequence parallelism"
     cells = cells.assign(gate="passed")  # the losses are the comparison here

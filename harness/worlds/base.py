@@ -22,7 +22,7 @@ from alst_impl.methods.base import Method
 from alst_impl.placement import Evidence, Placement
 from alst_impl.step import StepResult, accumulate_gradients, micro_batches, start, train_step
 from harness.cell import Cell
-from harness.gradients import Truth, compare, compare_update, corpus_of
+from harness.gradients import Companion, Truth, compare, compare_update, corpus_of
 from harness.processes import Rank
 from harness.record import Gate, RankEvidence, RankMemory
 
@@ -69,6 +69,8 @@ class RankReadings(Frozen):
     """Of the tracked step."""
     evidence: RankEvidence
     """Of the last step."""
+    cosine: list[float]
+    """Of every step but the tracked one, on rank 0, where the cell asked for it."""
     gate: Gate | None
     """On rank 0, where the cell asked for it."""
 
@@ -108,6 +110,9 @@ class _Run:
         self.step = 0
         self.loss: list[float] = []
         self.grad_norm: list[float] = []
+        self.cosine: list[float] = []
+        followed = cell.followed and rank.index == 0
+        self.companion = Companion(cell.train) if followed else None
 
     def readings(self) -> RankReadings:
         """Run everything."""
@@ -123,6 +128,7 @@ class _Run:
             grad_norm=self.grad_norm,
             memory=memory,
             evidence=RankEvidence(**asdict(self.placement.evidence)),
+            cosine=self.cosine,
             gate=gate,
         )
 
@@ -150,6 +156,7 @@ class _Run:
         if not math.isfinite(float(loss)):
             raise NanLoss(f"loss {float(loss)} in step {self.step}")
         gradients = self.runtime.gradients()
+        self._follow(gradients)
         gate = None
         if self.rank.index == 0:
             assert self.truth is not None
@@ -169,11 +176,26 @@ class _Run:
             return {}
         return {name: p.clone() for name, p in self.runtime.state_dict().items()}
 
+    def _follow(self, gradients: dict[str, Tensor]) -> None:
+        """Compare the step's gradients with the stock model's, if the cell asked for it. Collective."""
+        if not self.cell.followed:
+            return
+        weights = self.runtime.state_dict()
+        if self.companion is not None:
+            self.cosine.append(self.companion.cosine(gradients, weights, self.step - 1))
+
     def _timed(self, doing: str) -> float:
         batches = self._batches(doing)
         dist.barrier()
         begin = self.world.clock()
-        result = train_step(self.method, self.runtime, batches)
+        if self.cell.followed:
+            loss = accumulate_gradients(self.method, self.runtime, batches)
+            paused = self.world.clock()
+            self._follow(self.runtime.gradients())
+            begin += self.world.clock() - paused
+            result = StepResult(loss=loss, grad_norm=self.runtime.update())
+        else:
+            result = train_step(self.method, self.runtime, batches)
         seconds = self.world.clock() - begin
         self._note(result)
         return seconds
