@@ -93,7 +93,7 @@ def predicted(
 
 def evidence(all_results: Iterable[Results]) -> list[Evidence]:
     """Every claim of every experiment, in order."""
-    found = []
+    found: list[Evidence] = []
     for results in all_results:
         measured = {c.id: results.measurements.get(key) for key, c in results.claims}
         for key, claim in results.claims:
