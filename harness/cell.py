@@ -23,9 +23,11 @@ from harness.hardware import load_hardware
 from harness.matrix import Matrix, Row, merge
 
 World = Literal["cuda", "cpu", "sim"]
-Quantity = Literal["longest_tokens", "longest_ratio", "step_seconds", "device_bytes"]
+Quantity = Literal[
+    "longest_tokens", "longest_ratio", "step_seconds", "device_bytes", "allocated_bytes"
+]
 """What papers publish of a run: the longest sequence, how many times that of another run it is, time of a
-step, what NVML reads."""
+step, what NVML reads, what PyTorch's profiler does."""
 
 NOTHING_TIMED = {"gate": False, "timed": False, "warmup": 0, "steps": 0}
 """Fields of a simulated cell: fake tensors have no values to compare and no time."""

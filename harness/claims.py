@@ -22,8 +22,9 @@ UNITS: dict[Quantity, str] = {
     "longest_ratio": "x",
     "step_seconds": "s",
     "device_bytes": "GiB",
+    "allocated_bytes": "GiB",
 }
-"""As the published tables have them; their GB of NVML readings are GiB."""
+"""As the published tables have them; their GB of memory readings are GiB."""
 
 
 class Verdict(StrEnum):
@@ -88,6 +89,8 @@ def predicted(
         return longest / base if longest is not None and base else None
     if quantity == "step_seconds":
         return m.simulated.prediction.step_seconds_modelled
+    if quantity == "allocated_bytes":
+        return m.simulated.prediction.allocated_bytes / 2**30
     return m.simulated.prediction.total_bytes / 2**30
 
 

@@ -131,6 +131,26 @@ MUTATIONS = {
         (("        del out\n", ""),),
         ("test_offload.py::test_the_recomputed_output_is_freed_before_the_layers_backward",),
     ),
+    "blocks of a ring add up in bf16": Mutation(
+        "ops/ring.py",
+        (
+            (
+                "    wide = torch.promote_types(query.dtype, torch.float32)\n    rests",
+                "    wide = query.dtype\n    rests",
+            ),
+        ),
+        ("test_ring.py::test_the_error_does_not_grow_with_the_ring[dtype0-zigzag]",),
+    ),
+    "a ring forgets what it merged": Mutation(
+        "ops/ring.py",
+        (("torch.logaddexp(logsumexp, of_block, out=logsumexp)", "logsumexp.copy_(of_block)"),),
+        ("test_ring.py::test_a_ring_equals_attention_over_the_whole_sequence[ring2]",),
+    ),
+    "gradients of keys stay where they were found": Mutation(
+        "ops/ring.py",
+        (("return grad_query, passing.wait()", "return grad_query, passing.sent"),),
+        ("test_ring.py::test_a_ring_equals_attention_over_the_whole_sequence[ring2]",),
+    ),
     "packed documents see each other": Mutation(
         "ops/attention.py",
         (("    if documents is not None:\n", "    if False:\n"),),
