@@ -18,7 +18,15 @@ by_name = {experiment.name: experiment for experiment in loaded}
 if asked:
     EXPERIMENTS = {name: by_name[name] for name in asked.split(",")}
 else:
-    left_out = {"smoke", "longest", "peers", "loss_parity"}
+    left_out = {
+        "smoke",
+        "longest",
+        "peers",
+        "loss_parity",
+        "methods",
+        "methods_cpu",
+        "paper_mst",
+    }
     EXPERIMENTS = {
         name: e
         for name, e in by_name.items()

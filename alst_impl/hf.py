@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -270,8 +271,12 @@ Tiles = Callable[[Tensor], int]
 """Number of tiles for hidden states [B, S, ..., E]."""
 
 
-def tile_module(module: nn.Module, tiles: Tiles, evidence: Evidence) -> None:
+def tile_module(
+    module: nn.Module, tiles: Tiles, evidence: Evidence, *, recompute: bool = True
+) -> None:
     """Make `module`'s forward run in tiles of the sequence. For modules that map [B, S, ..., E] token-wise.
+
+    Without `recompute`, backward has what forward made in all tiles.
 
     Norms of queries and keys may see [B, H, S, D]: they work on every head alone, so tiles of heads do.
     """
@@ -285,7 +290,10 @@ def tile_module(module: nn.Module, tiles: Tiles, evidence: Evidence) -> None:
             )
         count = min(tiles(hidden_states), hidden_states.shape[1])
         evidence.tiles += count
-        return tiled(stock, hidden_states, count)
+        if recompute:
+            return tiled(stock, hidden_states, count)
+        rows = -(-hidden_states.shape[1] // count)
+        return torch.cat([stock(tile) for tile in hidden_states.split(rows, dim=1)], dim=1)
 
     vars(module).update(forward=forward, is_tiled=True)
 

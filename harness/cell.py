@@ -24,10 +24,15 @@ from harness.matrix import Matrix, Row, merge
 
 World = Literal["cuda", "cpu", "sim"]
 Quantity = Literal[
-    "longest_tokens", "longest_ratio", "step_seconds", "tokens_per_second", "device_bytes"
+    "longest_tokens",
+    "longest_ratio",
+    "step_seconds",
+    "tokens_per_second",
+    "device_bytes",
+    "allocated_bytes",
 ]
 """What papers publish of a run: the longest sequence, how many times that of another run it is, time of a
-step, tokens of all ranks over it, what NVML reads."""
+step, tokens of all ranks over it, what NVML reads, what PyTorch's profiler does."""
 
 NOTHING_TIMED = {"gate": False, "followed": False, "timed": False, "warmup": 0, "steps": 0}
 """Fields of a simulated cell: fake tensors have no values to compare and no time."""

@@ -24,8 +24,9 @@ UNITS: dict[Quantity, str] = {
     "step_seconds": "s",
     "tokens_per_second": "tokens/s",
     "device_bytes": "GiB",
+    "allocated_bytes": "GiB",
 }
-"""As the published tables have them; their GB of NVML readings are GiB."""
+"""As the published tables have them; their GB of memory readings are GiB."""
 
 
 class Verdict(StrEnum):
@@ -93,6 +94,8 @@ def predicted(
         return seconds
     if quantity == "tokens_per_second":
         return tokens_of_step(m.cell) / seconds
+    if quantity == "allocated_bytes":
+        return m.simulated.prediction.allocated_bytes / 2**30
     return m.simulated.prediction.total_bytes / 2**30
 
 

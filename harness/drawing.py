@@ -235,9 +235,19 @@ def frame(
 
 
 def point(
-    axes: Axes, x: float, y: float, colour: str, kind: Kind, label: str = "", side: int = 1
+    axes: Axes,
+    x: float,
+    y: float,
+    colour: str,
+    kind: Kind,
+    label: str = "",
+    side: int = 1,
+    ink: str | None = None,
 ) -> None:
-    """One point with the mark of `kind`, and words beside it: right of it, or left with `side` -1."""
+    """One point with the mark of `kind`, and words beside it: right of it, or left with `side` -1.
+
+    Words are in the point's colour, or in `ink`.
+    """
     axes.plot([x], [y], color=colour, zorder=3, clip_on=False, **MARKS[kind])
     axes.annotate(
         label,
@@ -247,7 +257,7 @@ def point(
         ha="left" if side > 0 else "right",
         va="center",
         fontsize=7.5,
-        color=colour,
+        color=ink or colour,
     )
 
 

@@ -615,7 +615,7 @@ def _claims_block(references: Sequence[Results]) -> str:
         [
             claim_summary(found),
             length_grid(found).markdown(),
-            "Step times and what NVML read, all modelled on top of the counted bytes:",
+            "Times, ratios and memory readings, modelled on top of the counted bytes (`allocated_bytes` is the count alone):",
             Grid(
                 ["claim", "verdict", *rest.headings[1:4]],
                 [[row[0], row[5], *row[1:4]] for row in rest.rows],

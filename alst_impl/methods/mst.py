@@ -20,13 +20,16 @@ if TYPE_CHECKING:
 class Mst(Method):
     """Stock training on one device, or a whole sample on each, but for what grows widest.
 
-    Mini-sequences hold every token, the last one shorter, and gradients of the parameters add up over
-    them in fp32; layers are checkpointed as transformers does it.
+    Mini-sequences hold every token, the last one shorter; layers are checkpointed as transformers does it.
     """
 
     tiles: int | None = Field(default=None, ge=1)
     """Mini-sequences of every MLP and of the head. None follows the paper: `hidden_size` tokens for an MLP
     (sections 3.4 and 5.2), vocabulary over `hidden_size` mini-sequences for the head (section 5.2)."""
+    recompute: bool = True
+    """Recompute the mini-sequences of an MLP one by one in backward, gradients of its parameters adding up
+    in fp32. False keeps what all of them hold until backward has been through, and adds up in the parameters'
+    dtype: as released (minis/mini_sequence.py at 797c54b in wdlctc/mini-s)."""
 
     def promises(self, config: TrainConfig) -> set[str]:
         return {"local_seqlen", "tiles"}
@@ -47,5 +50,5 @@ class Mst(Method):
 
         mlps, _ = hf.token_wise_modules(model)
         for mlp in mlps:
-            hf.tile_module(mlp, of_mlp, evidence)
+            hf.tile_module(mlp, of_mlp, evidence, recompute=self.recompute)
         hf.tile_loss(model, of_head, evidence)

@@ -40,6 +40,8 @@ def test_loss_and_gradients_are_those_of_the_unsplit_model(ranks: Ranks, dtype: 
             (63, {"tiles": 8}, {"data": {"mask": "prefix"}}),
             (67, {"tiles": 8}, {"checkpoint": False, "batch_size": 2}),
             (300, {}, {}),
+            (300, {"recompute": False}, {}),
+            (67, {"tiles": 8, "recompute": False}, {"checkpoint": False}),
         )
     ]
     for config, run in zip(configs, ranks(1)(trained, configs)[0], strict=True):

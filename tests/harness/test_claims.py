@@ -125,6 +125,7 @@ def keep(m: Measurement, folder: Path) -> None:
         ("longest_tokens", 89.0, Verdict.REFUTED),
         ("step_seconds", 111.0, Verdict.REFUTED),
         ("longest_tokens", None, Verdict.NOT_MEASURED),
+        ("longest_ratio", 111.0, Verdict.LONGER),
     ],
 )
 def test_a_verdict_follows_from_the_error(
@@ -169,6 +170,42 @@ def test_rows_of_the_time_model_are_marked_as_fitted(monkeypatch: pytest.MonkeyP
         ]
         assert same
         assert all("step_seconds" in claim.used_for_fit for claim in same)
+
+
+RATIO = """question: q
+source: s
+base: {model: tiny-llama, world: sim, engine: fsdp2, hardware: h100-80gb}
+sweeps:
+  - axes:
+      _row:
+        - {method: baseline, seqlen: 1_000, claim: {id: base, table: told, row: {name: ours}, columns: {}}}
+        - method: mst
+          seqlen: 1_000
+          claim: {id: times, table: told, row: {name: ours}, columns: {longest_ratio: ratio}, over: base}
+figures: []
+"""
+
+
+def test_a_ratio_is_of_two_longest_sequences(checkout: Measurement) -> None:
+    """Of the cell's and of the claim's that it is over; without the other there is none."""
+    record.write_text(paths.published("told"), "name,tokens,ratio\nours,1000,12\n")
+    record.write_text(paths.experiment("told"), RATIO)
+    base, times = load_experiment(paths.experiment("told")).cells().values()
+    keep(simulated(times, longest=26_000), paths.cells("told"))
+    (alone,) = evidence([fresh(paths.experiment("told"))])
+    assert alone.verdict is Verdict.NOT_MEASURED
+    keep(simulated(base, longest=2_000), paths.cells("told"))
+    (found,) = evidence([fresh(paths.experiment("told"))])
+    assert (found.id, found.unit, found.predicted) == ("times-longest_ratio", "x", 13.0)
+    assert found.verdict is Verdict.REPRODUCED
+
+
+@pytest.mark.parametrize(("old", "new"), [(", over: base", ""), ("over: base", "over: nobody")])
+def test_a_ratio_without_its_base_is_refused(checkout: Measurement, old: str, new: str) -> None:
+    """When the experiment is read."""
+    record.write_text(paths.experiment("told"), RATIO.replace(old, new))
+    with pytest.raises(ValueError, match="claim 'times': over is"):
+        load_experiment(paths.experiment("told"))
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,38 @@ def test_nothing_fits() -> None:
     assert (found.longest_tokens, found.limit) == (0, "gpu_memory")
 
 
+def test_optimizer_states_live_on_the_device_or_on_the_host() -> None:
+    """Four bytes a parameter there, sharded like the parameters, or sixteen here; and nothing else moves."""
+    of = setting(small(GIB), gpus=2)
+    on_host = predict(of, slope=False)
+    on_device = predict(of.model_copy(update={"optimizer_on_device": 4}), slope=False)
+    parameters = 918_144
+    assert on_device.by_category["optimizer"] == 4 * parameters // 2
+    for field in ("live_bytes", "allocated_bytes", "total_bytes"):
+        grown = getattr(on_device, field) - getattr(on_host, field)
+        assert grown == 4 * parameters // 2, field
+    assert on_host.host_bytes - on_device.host_bytes == 2 * (16 * parameters // 2)
+    whole = of.train.model_copy(update={"engine": Spec(name="plain")})
+    replicated = of.model_copy(update={"train": whole, "optimizer_on_device": 4})
+    assert predict(replicated, slope=False).by_category["optimizer"] == 4 * parameters
+
+
+def test_one_process_of_pytorch_has_a_context_and_no_more() -> None:
+    """What the published stack holds outside the allocator is not charged to it."""
+    of = setting(small(GIB))
+    alone = of.model_copy(update={"stack": "pytorch"})
+    saved = predict(of, slope=False).total_bytes - predict(alone, slope=False).total_bytes
+    assert saved == OUTSIDE_BYTES - GIB
+
+
+def test_heads_do_not_bound_a_ring() -> None:
+    """Twice as many ranks as heads share a sample; what stops them is memory."""
+    heads = published("tiny-llama")["num_attention_heads"]
+    for method in ({"name": "ring", "cp": 2 * heads}, {"name": "usp", "cp": 2, "sp": heads}):
+        p = predict(setting(small(MIB), gpus=2 * heads, method=method), slope=False)
+        assert p.limit == "gpu_memory"
+
+
 def test_heads_bound_the_ranks_of_a_sample() -> None:
     """Where heads keep ranks from sharing a sample, they are the limit; a smaller sp is a choice."""
     heads = published("tiny-llama")["num_attention_heads"]
