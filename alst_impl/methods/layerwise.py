@@ -45,6 +45,11 @@ class Layerwise(Method):
 
     def check(self, config: TrainConfig) -> None:
         check_sharded(config, self.sp, "layerwise")
+        if config.attention not in ("sdpa", "sdpa_flash"):
+            raise ValueError(
+                f"layerwise calls PyTorch's flash kernel by name, but attention is '{config.attention}'; "
+                "use sdpa or sdpa_flash"
+            )
         if not config.checkpoint:
             raise ValueError(
                 "layerwise keeps nothing but layer inputs, but checkpoint is false; set it to true"
