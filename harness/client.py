@@ -139,7 +139,7 @@ def _start(path: Path, accelerator: Accelerator) -> None:
     log = path.with_suffix(".log")
     with log.open("wb") as output:
         done = subprocess.run(
-            [sys.executable, "-m", "harness.server", str(path), accelerator],
+            [sys.executable, "-m", "harness.server", accelerator, str(path)],
             cwd=root,
             env={**server_environment(accelerator), "PYTHONPATH": search},
             stdin=subprocess.DEVNULL,

@@ -24,12 +24,12 @@ ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 """What CUDA's caching allocator reads as it starts."""
 
 
-def rank_environment(cell: Cell, ours: Mapping[str, str]) -> dict[str, str]:
-    """What the ranks of a CUDA cell find in their environment, before CUDA starts."""
+def rank_environment(expandable_segments: bool, ours: Mapping[str, str]) -> dict[str, str]:
+    """What CUDA ranks find in their environment before CUDA starts."""
     passed = {name: value for name, value in ours.items() if name.startswith(PASSED_ON)}
     # NVML counts devices by their place on the bus; CUDA does if told so.
     order = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-    return {**passed, **order, ALLOCATOR: f"expandable_segments:{cell.expandable_segments}"}
+    return {**passed, **order, ALLOCATOR: f"expandable_segments:{expandable_segments}"}
 
 
 def require_devices(cell: Cell, launch: Launch | None, library: Any = None) -> list[Device]:
@@ -67,25 +67,46 @@ def _require(cell: Cell, device: Device) -> None:
     row = load_hardware(cell.hardware)
     if device.name in row.device_names:
         return
-    fitting = [name for name, each in ROWS.items() if device.name in each.device_names]
+    fitting = row_of(device)
     what = f"device {device.index} is '{device.name}'"
     if device.part is not None:
         what += f", part {device.part} of a device that MIG has split"
-    known = f" (that is '{fitting[0]}')" if fitting else ""
+    known = f" (that is '{fitting}')" if fitting else ""
     raise ValueError(
         f"{cell.label} is for hardware '{cell.hardware}' ({', '.join(row.device_names) or 'no CUDA device'}), "
         f"but {what}{known}; set hardware to its row, or to a YAML file with a row whose device_names has it"
     )
 
 
-def require_clean(cell: Cell) -> None:
-    """Raise `ValueError` unless a record made now says which code made it."""
+def row_of(device: Device) -> str | None:
+    """The hardware row that `device` is of, if there is one."""
+    return next((name for name, row in ROWS.items() if device.name in row.device_names), None)
+
+
+def calibrated_device(library: Any) -> tuple[str, Device]:
+    """The row of the first device that is visible, and the device. Raises `ValueError` for no known row."""
+    found = nvml.visible_devices(library, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    if not found:
+        raise ValueError(
+            f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']} hides all devices"
+        )
+    row = row_of(found[0])
+    if row is None:
+        raise ValueError(
+            f"device {found[0].index} is '{found[0].name}', which no row of harness/hardware.py has among its "
+            f"device_names; add one ({', '.join(name for name, r in ROWS.items() if r.device_names)} are there)"
+        )
+    return row, found[0]
+
+
+def require_clean(what: str) -> None:
+    """Raise `ValueError` unless a record of `what` made now says which code made it."""
     commit, dirty = checkout()
     if dirty is False:
         return
     why = "has uncommitted changes" if commit else "is no checkout with a commit"
     raise ValueError(
-        f"{cell.label}: the tree {why}, so a CUDA record could not say what it measured; commit, or pass "
+        f"{what}: the tree {why}, so a CUDA record could not say what it measured; commit, or pass "
         "--allow-dirty"
     )
 

@@ -24,6 +24,8 @@ GIB = 2**30
 OPTIMIZER_BYTES = 16
 """Host bytes per parameter under optimizer offload: fp32 master weight, two Adam moments and fp32
 gradient (arXiv:2506.13996, section 2.1; DeepSpeed's ZeRO-Offload)."""
+STATES = {"adamw": 2, "sgd": 0}
+"""Copies of the parameters that PyTorch's optimizers keep."""
 OUTSIDE_READINGS = {
     "ArcticTraining run-h100-sp1-llama-8b-baseline.yml, 32,000 tokens": (71.91, 64.03),
     "ArcticTraining run-h200-sp1-llama-8b-liger.yml, 300,000 tokens": (134.96, 126.72),
@@ -61,6 +63,8 @@ class Setting(Frozen):
     """Parameter shards in host memory."""
     kernel: str = "flash_attention_2"
     """Core attention whose scratch counts: a key of `harness.scratch.ATTENTION_BACKWARD`."""
+    optimizer_on_device: bool = False
+    """Gradients and optimizer states on the accelerator."""
 
 
 def predict(setting: Setting, *, slope: bool = True) -> Prediction:
@@ -195,11 +199,18 @@ def _use(prediction: Prediction, setting: Setting) -> float:
 def _trace(setting: Setting, explain: bool) -> Trace:
     config = setting.train
     offload = Offload(
-        gradients=True,
+        gradients=not setting.optimizer_on_device,
+        states=STATES[config.optimizer.name] if setting.optimizer_on_device else 0,
         parameters=setting.offload_parameters,
         pinned=load_method(config.method).pins_checkpoints,
     )
-    return stretched(config, offload=offload, kernel=setting.kernel, explain=explain)
+    return stretched(
+        config,
+        offload=offload,
+        kernel=setting.kernel,
+        hardware=setting.hardware.name,
+        explain=explain,
+    )
 
 
 def _at(setting: Setting, seqlen: int) -> Setting:
@@ -230,6 +241,8 @@ def _host_bytes(setting: Setting, trace: Trace) -> int:
     """Checkpoints and offloaded shards of a node's ranks, and their part of the optimizer states."""
     ranks = min(setting.train.world_size, setting.hardware.devices_per_node)
     held = max(instant.host_bytes for instant in trace.phases.values())
+    if setting.optimizer_on_device:
+        return ranks * held
     states = OPTIMIZER_BYTES * structure(setting.train).num_parameters // setting.train.world_size
     return ranks * (held + states)
 

@@ -35,11 +35,13 @@ from harness.table import (
     Results,
     commit_name,
     duels,
+    measured_part,
     series,
     tidy,
     units,
     wide,
 )
+from harness.twins import twins
 
 OURS, PEERS = "alst", ("deepspeed_alst", "baseline")
 
@@ -80,6 +82,8 @@ class Section:
     progress: str
     summary: str
     verdicts: Grid
+    twins: Grid
+    """What was measured beside what was simulated of the same cells."""
     claims: Grid
     """Published numbers and ours."""
     misses: Grid
@@ -215,7 +219,23 @@ def simulated_grid(results: Results) -> Grid:
 
 def is_simulated(results: Results) -> bool:
     """Whether the cells are simulated: numbers without gradients to compare or steps to time."""
-    return any(cell.world == "sim" for cell in results.cells.values())
+    return all(cell.world == "sim" for cell in results.cells.values())
+
+
+def twin_grid(results: Results) -> Grid:
+    """What a GPU measured beside what was simulated of the same run."""
+    rows = [
+        [
+            f"{t.cell.label}, {t.cell.train.engine.name}",
+            t.quantity,
+            bytes_text(t.measured),
+            bytes_text(t.predicted),
+            f"{t.error:+.1%}",
+            "counted" if t.judged else "modelled",
+        ]
+        for t in twins(results)
+    ]
+    return Grid(["cell", "quantity", "measured", "predicted", "error", "kind"], rows)
 
 
 def claim_summary(found: Sequence[Evidence]) -> str:
@@ -409,6 +429,8 @@ def environment_grid(results: Results) -> Grid:
 
 def section(results: Results, figures: Path) -> Section:
     """The part of the page on one experiment; `figures` holds its drawn SVG files."""
+    beside = twin_grid(results)
+    results = measured_part(results)
     named = series(results.cells)
     views = (gate_view(named[key], m) for key, m in results.measurements.items())
     drawn = [(name, figures / f"{name}.svg") for name in results.figures]
@@ -425,6 +447,7 @@ def section(results: Results, figures: Path) -> Section:
         summary=claim_summary(found) if simulated else summary(results),
         verdicts=verdict_grid(results) if timed else Grid([], []),
         findings=finding_grid(results),
+        twins=beside,
         claims=claim_grid(found),
         misses=miss_grid(found),
         figures=[
@@ -494,7 +517,7 @@ def headline_title(results: Results) -> str:
 def readme_blocks(references: Sequence[Results]) -> dict[str, str]:
     """Content of the README's generated blocks, from committed records."""
     nothing = "No committed records yet; `make` writes its own to `results/`."
-    measured = [r for r in references if not is_simulated(r)]
+    measured = [measured_part(r) for r in references if not is_simulated(r)]
     simulated = [r for r in references if is_simulated(r)]
     headline, results = [], []
     for r in measured:

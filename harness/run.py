@@ -10,6 +10,7 @@ from typing import Any
 
 from alst_impl.config import Frozen
 from harness import client
+from harness.calibration import Calibration
 from harness.cell import Cell
 from harness.client import Listener
 from harness.gate import broken_promises, explain_failure
@@ -152,7 +153,7 @@ def _require(cell: Cell, launch: Launch | None, allow_dirty: bool) -> list[Devic
     devices = require_devices(cell, launch)
     require_attention(cell.train.attention)
     if not allow_dirty:
-        require_clean(cell)
+        require_clean(cell.label)
     return devices
 
 
@@ -284,7 +285,9 @@ def _submit(
     payload = {"cell": cell.model_dump(mode="json"), "truth": truth}
     more = job_fields(launch)
     if cell.world == "cuda":
-        theirs = more.get("environment", {}) | rank_environment(cell, os.environ)
+        theirs = more.get("environment", {}) | rank_environment(
+            bool(cell.expandable_segments), os.environ
+        )
         more |= {"accelerator": "cuda", "environment": theirs}
     leader = 0 if launch is None else launch.rank
     with Sampler(devices) as sampler:
@@ -373,3 +376,28 @@ def _signal_outcome(ending: Ending) -> Outcome:
     if name in DEFECTS:
         return _told((ending.message or "").lower()) or Outcome.SETUP_ERROR
     return CRASHES.get(name, Outcome.KILLED)
+
+
+CALIBRATION_S = 600
+"""Wall time after which a calibration is ended."""
+
+
+def calibration(hardware: str, device: Device) -> Calibration:
+    """What `device`, of row `hardware`, holds and takes. Raises `ValueError` where that fails or is not its own."""
+    begin = time.monotonic()
+    with Sampler([device]) as sampler:
+        ending = client.submit(
+            "harness.calibrate:execute",
+            {},
+            1,
+            CALIBRATION_S,
+            sampler.hear,
+            accelerator="cuda",
+            environment=rank_environment(True, os.environ),
+        )
+    strangers = [name for each in sampler.readings for name in each.strangers]
+    if ending.how != "finished" or strangers:
+        outcome, detail = classify(ending)
+        raise ValueError(f"no calibration: {'; '.join(strangers) or f'{outcome}, {detail}'}")
+    about = provenance(time.monotonic() - begin, device.name, driver_version())
+    return Calibration(hardware=hardware, provenance=about, **ending.results[0])

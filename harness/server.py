@@ -1,6 +1,6 @@
 """The fork server: imports everything slow once, then forks ranks in a tenth of a second.
 
-`python -m harness.server SOCKET ACCELERATOR` serves one code version and leaves when idle, when its socket is
+`python -m harness.server ACCELERATOR SOCKET` serves one code version and leaves when idle, when its socket is
 removed or when the code changes. It has a single thread, so its forks are safe. Process tree of a
 job: server -> supervisor (leads a session of its own) -> one process per rank. Whoever dies takes
 everything below along: the kernel ends a child whose parent is gone, a supervisor ends its ranks,
@@ -212,7 +212,8 @@ def last_words(log: str) -> str | None:
     """The line that tells most of how a process died: the last of those that do, else the last."""
     lines = [line.strip() for line in log.split("\n") if line.strip()]
     telling = [line for line in lines if any(sign in line for sign in TELLING)]
-    return (telling or lines or [None])[-1]
+    chosen = telling or lines
+    return chosen[-1] if chosen else None
 
 
 def _tell(client: socket.socket, event: dict[str, Any]) -> None:
@@ -328,4 +329,4 @@ def serve(path: Path, accelerator: Accelerator) -> None:
 
 
 if __name__ == "__main__":
-    serve(Path(sys.argv[1]), cast("Accelerator", sys.argv[2]))
+    serve(Path(sys.argv[2]), cast("Accelerator", sys.argv[1]))

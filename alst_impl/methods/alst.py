@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch.distributed import DeviceMesh
     from transformers import PreTrainedModel
 
+    from alst_impl.ops.offload import HostOffload
     from alst_impl.placement import Placement
 
 LOGITS_TILE_BYTES = 2**30
@@ -37,6 +38,8 @@ class Alst(Method):
     1 GiB of logits for the loss."""
     offload: bool = True
     """Keep checkpointed layer inputs in host memory."""
+    overlap: bool = True
+    """Copy them beside compute, through pinned memory; off, copies block, as in the released recipes."""
 
     def check(self, config: TrainConfig) -> None:
         check_sharded(config, self.sp, "alst")
@@ -88,6 +91,10 @@ class Alst(Method):
 
     def checkpoint(self, model: PreTrainedModel, placement: Placement) -> None:
         from alst_impl import hf
+
+        hf.checkpoint_layers(model, self._host_offload(placement))
+
+    def _host_offload(self, placement: Placement) -> HostOffload | None:
         from alst_impl.ops.offload import HostOffload
 
-        hf.checkpoint_layers(model, HostOffload(placement) if self.offload else None)
+        return HostOffload(placement, overlap=self.overlap) if self.offload else None

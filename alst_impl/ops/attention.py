@@ -97,7 +97,7 @@ def _torch_varlen(
     """PyTorch's flash kernel over documents."""
     from torch.nn.attention.varlen import varlen_attn
 
-    grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
+    grouped: dict[str, Any] = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
     causal = (-1, 0)  # every key before a query, none after it
     result = varlen_attn(
         query,
@@ -176,7 +176,8 @@ def _packed(
     flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
     out = varlen(flat[0], flat[1], flat[2], offsets, max(lengths), scale)
     # [B * S, H, D] -> [B, H, S, D]
-    return out.unflatten(0, (batch, seqlen)).transpose(1, 2)
+    whole: Tensor = out.unflatten(0, (batch, seqlen))
+    return whole.transpose(1, 2)
 
 
 def _windowed(

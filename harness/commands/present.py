@@ -132,10 +132,11 @@ def summary(names: Names = None) -> None:
     from harness.claims import evidence
     from harness.report import claim_summary, headline_grid, headline_title, is_simulated
     from harness.report import summary as in_words
+    from harness.table import measured_part
 
     console = Console()
     console.width = max(console.width, 100)  # a narrower terminal wraps rather than hides
-    for results in _with_records(names):
+    for results in map(measured_part, _with_records(names)):
         if is_simulated(results):
             found = evidence([results])
             console.print(
