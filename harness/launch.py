@@ -47,15 +47,15 @@ class Launch(Frozen):
 
     def check(self, cell: Cell) -> None:
         """Raise `ValueError` unless these are the ranks of `cell`, on as many nodes as its hardware says."""
-        wanted, per_node = cell.num_processes, load_hardware(cell.hardware).devices_per_node
+        wanted, nodes = cell.num_processes, num_nodes(cell)
         asked = f"{self.num_nodes} nodes x {self.local_world_size} ranks = {self.world_size}"
         if self.world_size != wanted:
             raise ValueError(
                 f"{cell.label} runs on {wanted} ranks, but torchrun started {asked}; "
                 "set --nnodes and --nproc-per-node to that product"
             )
-        nodes = -(-wanted // per_node)
         if cell.world == "cuda" and self.num_nodes != nodes:
+            per_node = load_hardware(cell.hardware).devices_per_node
             raise ValueError(
                 f"{cell.label} on hardware '{cell.hardware}' ({per_node} devices per node) runs on "
                 f"{nodes} nodes, but torchrun started {asked}; use --nnodes {nodes} --nproc-per-node "
@@ -121,6 +121,33 @@ def combined(endings: Sequence[Ending]) -> Ending:
         return Ending(how="finished", results=[r for ending in endings for r in ending.results])
     # Whoever waited for a rank that failed ran out of time, or was told that it is gone.
     return min(failed, key=lambda e: (e.how in ("timeout", "lost"), innocence(e)))
+
+
+PORT = 29_500
+"""Where the first node's torchrun listens."""
+
+
+def command(cell: Cell, python: str) -> str:
+    """The shell words that stand for `alst` where `cell` runs: on one machine itself, which forks all ranks.
+
+    On several it is torchrun on each, started by SLURM inside the job's allocation.
+    """
+    nodes = num_nodes(cell)
+    if nodes == 1:
+        return f"'{python}' -m harness"
+    head = '$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
+    return (
+        f"srun --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 '{python}' -m torch.distributed.run "
+        f"--nnodes={nodes} --nproc-per-node={cell.num_processes // nodes} --rdzv-backend=c10d "
+        f'--rdzv-endpoint="{head}:{PORT}" --rdzv-id="$SLURM_JOB_ID" -m harness'
+    )
+
+
+def num_nodes(cell: Cell) -> int:
+    """Machines that `cell` runs on: GPUs come in nodes of their hardware, other ranks share one."""
+    if cell.world != "cuda":
+        return 1
+    return -(-cell.num_processes // load_hardware(cell.hardware).devices_per_node)
 
 
 def job_fields(launch: Launch | None) -> dict[str, Any]:

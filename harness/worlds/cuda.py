@@ -22,7 +22,6 @@ from torch.distributed import DeviceMesh, init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-import harness.preload  # noqa: F401  what is slow to import
 from alst_impl.engines.base import Runtime
 from alst_impl.methods.base import load_method
 from alst_impl.models import Initializer
