@@ -79,6 +79,12 @@ def read(path: Path) -> Calibration:
         raise ValueError(explain(error, f"{path} is not a calibration", [])) from None
 
 
+def outside_bytes(found: Calibration) -> int:
+    """On the device and not in PyTorch's allocator, once everything of `stages` is in use."""
+    last = found.stages[-1]
+    return last.device_bytes - last.reserved_bytes
+
+
 def backward_scratch(found: Calibration, attention: str, sizes: dict[str, int]) -> int:
     """Scratch of `attention` in backward at `sizes` (tokens, heads, kv_heads, head_dim).
 

@@ -16,6 +16,7 @@ from alst_impl.config import Frozen, TrainConfig
 from alst_impl.methods.base import load_method
 from alst_impl.models import field, published
 from harness import flops, roofline
+from harness.calibration import committed_path, outside_bytes, read
 from harness.hardware import Hardware
 from harness.prediction import Flops, Limit, Prediction, SearchResult
 from harness.worlds.sim import Offload, Trace, stretched, structure
@@ -96,7 +97,7 @@ def explained(setting: Setting, *, explain: bool = True) -> tuple[Prediction, Tr
     config, hardware = setting.train, setting.hardware
     trace = _trace(setting, explain)
     instant = trace.phases[trace.peak]
-    total = trace.reserved_bytes + OUTSIDE_BYTES
+    total = trace.reserved_bytes + _outside_bytes(setting)
     host = _host_bytes(setting, trace)
     limit: Limit = "none"
     if config.seqlen >= _index_range_tokens(config):
@@ -181,13 +182,21 @@ def _crossing(setting: Setting, known: Mapping[int, Prediction]) -> float:
     (x, near), (far, there) = sorted(known.items())
     host = setting.host_memory_bytes or setting.hardware.host_memory_bytes or math.inf
     # Allocated bytes are a straight line; what the allocator reserves on top jumps, so it is scaled.
-    reserved = near.total_bytes - OUTSIDE_BYTES
+    reserved = near.total_bytes - _outside_bytes(setting)
     slope = (there.allocated_bytes - near.allocated_bytes) * reserved / near.allocated_bytes
     meets = x + (setting.hardware.memory_bytes - near.total_bytes) * (far - x) / max(slope, 1)
     if there.host_bytes > near.host_bytes:
         growth = there.host_bytes - near.host_bytes
         meets = min(meets, x + (host - near.host_bytes) * (far - x) / growth)
     return min(meets, _index_range_tokens(setting.train))
+
+
+def _outside_bytes(setting: Setting) -> int:
+    """Outside the allocator: fitted on DeepSpeed's stack, and for a run as on our own GPU what that held."""
+    path = committed_path(setting.hardware.name)
+    if setting.optimizer_on_device and path.is_file():
+        return outside_bytes(read(path))
+    return OUTSIDE_BYTES
 
 
 def _use(prediction: Prediction, setting: Setting) -> float:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from harness import paths
+from harness.cell import load_experiment
 from harness.commands.run import DEFAULT_RESULTS, AllowDirty
 
 Results = Annotated[Path, typer.Option("--results", help="Folder of records.")]
@@ -64,16 +65,19 @@ def confirm(
     name: Annotated[str, typer.Argument(help="An experiment with measured and simulated cells.")],
     results: Results = DEFAULT_RESULTS,
 ) -> int:
-    """Set what a GPU measured beside what was simulated of the same cells, phase by phase.
+    """Set what a GPU measured beside what is simulated of the same cells, phase by phase.
 
-    Exit code 1 where a counted number is further off than 3 %, or nothing can be compared.
+    Simulates what has no record of this code, which needs no GPU. Exit code 1 where a counted number is further off than 3 %, or nothing can be compared.
 
     Example: alst confirm gpu_single
     """
+    from harness.commands.claims import bring_up_to_date, simulated_cells
     from harness.report import twin_grid
     from harness.table import fresh
     from harness.twins import TOLERANCE, twins
 
+    experiment = load_experiment(paths.experiment(name))
+    bring_up_to_date([(experiment, simulated_cells(experiment))], results)
     found = fresh(paths.experiment(name), results / "cells" / name)
     pairs = twins(found)
     grid = twin_grid(found)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from harness import drawing
 from harness.table import NOT_MEASURED, Results
 from harness.twins import TOLERANCE, Twin, twins
 
-SHOWN = {"allocated, forward": "forward", "allocated, backward": "backward", "reserved": "reserved"}
+SHOWN = {
+    "allocated, forward": "allocated, forward",
+    "allocated, backward": "allocated, backward",
+    "reserved": "reserved",
+    "nvml": "NVML",
+}
 """Quantity -> its panel."""
 
 
@@ -17,18 +23,19 @@ def draw(results: Results) -> Figure:
     found = twins(results)
     rows = list(dict.fromkeys(f"{t.cell.label}, {t.cell.train.engine.name}" for t in found))
     colours = drawing.palette(t.cell.train.method.name for t in found)
-    height = 2.2 + 0.3 * len(rows)
-    figure = Figure(figsize=(10.5, height), layout="constrained")
+    height = 3.2 + 0.32 * len(rows)
+    figure = Figure(figsize=(14, height), layout="constrained")
     panels = figure.subplots(1, len(SHOWN), sharey=True)
     for axes, (quantity, title) in zip(panels, SHOWN.items(), strict=True):
         axes.set_title(title)
         axes.set_xlabel("GiB")
-        axes.set_xlim(left=0)
         for twin in found:
             if twin.quantity == quantity:
                 _draw_pair(axes, twin, rows, colours)
+        # Room for the words right of the last point; a limit that is set first would stay.
+        axes.set_xlim(0, 1.35 * max((t.measured / 2**30 for t in found), default=1))
         axes.set_yticks(range(len(rows)), rows)
-        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_ylim(max(len(rows), 1) - 0.5, -0.5)
     if not found:
         drawing.say(panels[1], NOT_MEASURED)
     handles = [
@@ -38,7 +45,7 @@ def draw(results: Results) -> Figure:
     return drawing.frame(figure, results, "Peak bytes of one GPU", handles, NOTE)
 
 
-def _draw_pair(axes: drawing.Axes, twin: Twin, rows: list[str], colours: dict[str, str]) -> None:
+def _draw_pair(axes: Axes, twin: Twin, rows: list[str], colours: dict[str, str]) -> None:
     y = rows.index(f"{twin.cell.label}, {twin.cell.train.engine.name}")
     colour = colours[twin.cell.train.method.name]
     measured, predicted = twin.measured / 2**30, twin.predicted / 2**30
@@ -49,5 +56,5 @@ def _draw_pair(axes: drawing.Axes, twin: Twin, rows: list[str], colours: dict[st
 
 NOTE = (
     f"Allocated: live tensors and kernel scratch, counted; within {TOLERANCE:.0%} or explained. Reserved: the "
-    "allocator's cache, modelled. The update is not simulated. Percentages: predicted over measured, less one."
+    "allocator's cache, modelled. NVML: that and what lies outside, modelled. The update is not simulated. Percentages: predicted over measured, less one."
 )

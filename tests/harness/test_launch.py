@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 from torch.distributed import HashStore
 
-from harness.cell import Cell, make_cell
+from harness import record
+from harness.cell import Cell, load_experiment, make_cell
 from harness.launch import Launch, Meeting, combined, command, job_fields, launched, num_nodes
 from harness.processes import Ending
+from harness.record import Outcome
+from harness.run import measure
 
 ENVIRONMENT = {
     "TORCHELASTIC_RUN_ID": "none",
@@ -131,3 +137,43 @@ def test_one_node_needs_no_launcher_and_several_have_one_each() -> None:
     assert words.startswith("srun --nodes=4 --ntasks=4 --ntasks-per-node=1 'python' -m torch.dist")
     assert "--nnodes=4 --nproc-per-node=8 " in words
     assert words.endswith("-m harness")
+
+
+EXPERIMENT = """
+question: Do ranks of a launcher leave the record that forked ones leave?
+source: here
+base:
+  {model: tiny-llama, engine: plain, world_size: 2, seqlen: 64, gate: false, timed: false, warmup: 0, steps: 2}
+sweeps:
+  - axes: {method: [baseline, {name: alst, sp: 2}]}
+"""
+
+
+@pytest.mark.slow
+def test_a_launch_leaves_the_records_of_forked_ranks(tmp_path: Path) -> None:
+    """Two processes of torchrun measure cell after cell, and one of them writes; a third is refused."""
+    path = tmp_path / "two.yaml"
+    path.write_text(EXPERIMENT)
+
+    def torchrun(ranks: int, results: Path) -> subprocess.CompletedProcess[str]:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+        meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+        alst = ["-m", "harness", "run", str(path), "--results", str(results)]
+        return subprocess.run(
+            [*launcher, *meeting, *alst], capture_output=True, text=True, check=False, timeout=240
+        )
+
+    done = torchrun(2, tmp_path / "together")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("[2/2]") == 1  # one rank speaks
+    for cell in load_experiment(path).cells().values():
+        here = record.read(tmp_path / "together" / "cells" / "two" / f"{cell.key}.json")
+        assert here.outcome is Outcome.OK, here.detail
+        alone = measure(cell, tmp_path)
+        assert here.readings is not None
+        assert alone.readings is not None
+        assert here.readings.loss == alone.readings.loss
+        assert len(here.readings.memory) == 2
+    refused = torchrun(3, tmp_path / "three")
+    assert "runs on 2 ranks, but torchrun started 1 nodes x 3 ranks" in refused.stderr
+    assert not (tmp_path / "three").exists()
