@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 
 from harness.cell import load_experiment
+from harness.launch import command, num_nodes
 from harness.sources import code_files
 
 # Sweeps to run: `--config experiments=smoke`, several with commas between. By default the
 # CPU sweep and the paper; other questions are asked for by name, so that all stays within 15 minutes,
-# and matrices are run by `alst matrix` on warm ranks.
+# those for a GPU (`gpu_...`) among them, and matrices are run by `alst matrix` on warm ranks.
 asked = str(config.get("experiments", ""))
 loaded = [load_experiment(path) for path in sorted(Path("experiments").glob("*.yaml"))]
 by_name = {experiment.name: experiment for experiment in loaded}
@@ -30,7 +31,7 @@ else:
     EXPERIMENTS = {
         name: e
         for name, e in by_name.items()
-        if name not in left_out and e.matrix is None
+        if name not in left_out and not name.startswith("gpu_") and e.matrix is None
     }
 CELLS = {name: experiment.cells() for name, experiment in EXPERIMENTS.items()}
 ALST = f"'{sys.executable}' -m harness"
@@ -50,10 +51,35 @@ def drawn(name):
     ]
 
 
+CORES_PER_GPU = 8
+
+
 def threads(wildcards):
-    """A timed cell has the machine for itself; others share it."""
+    """A timed cell has the machine for itself, and every one on a GPU; others share it."""
     cell = CELLS[wildcards.name][wildcards.key]
-    return workflow.cores if cell.timed else cell.num_processes
+    if workflow.resource_settings.cores is None:  # a cluster, where each job has its own share
+        return CORES_PER_GPU * max(gpus(wildcards), 1)
+    alone = cell.timed or cell.world == "cuda"
+    return workflow.cores if alone else cell.num_processes
+
+
+def gpus(wildcards):
+    cell = CELLS[wildcards.name][wildcards.key]
+    return cell.num_processes if cell.world == "cuda" else 0
+
+
+def nodes(wildcards):
+    return num_nodes(CELLS[wildcards.name][wildcards.key])
+
+
+def launcher(wildcards):
+    """What stands for `alst`: on several nodes, torchrun on each of them."""
+    return command(CELLS[wildcards.name][wildcards.key], sys.executable)
+
+
+def minutes(wildcards):
+    """A cell's own limit, twice for the truth that comes first, and some to start."""
+    return 2 * CELLS[wildcards.name][wildcards.key].timeout_s // 60 + 10
 
 
 def code_of(wildcards):
@@ -93,8 +119,11 @@ rule cell:
     threads: threads
     resources:
         timed=lambda w: int(CELLS[w.name][w.key].timed),
+        gpu=gpus,
+        nodes=nodes,
+        runtime=minutes,
     params:
-        alst=ALST,
+        alst=launcher,
     message:
         "{wildcards.name}: {wildcards.key}"
     shell:

@@ -7,6 +7,14 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
 
 DType = Literal["float64", "float32", "bfloat16"]
+Attention = Literal[
+    "sdpa",
+    "sdpa_flash",
+    "sdpa_cudnn",
+    "flash_attention_2",
+    "flash_attention_3",
+    "flash_attention_4",
+]
 LabelMask = Literal["none", "prefix", "rank", "border", "imbalance", "all"]
 
 
@@ -104,8 +112,9 @@ class TrainConfig(Frozen):
     """Ranks."""
     dtype: DType = "float32"
     """Parameters and activations."""
-    attention: Literal["sdpa"] = "sdpa"
-    """Core attention, a key of `alst_impl.ops.attention.BACKENDS`."""
+    attention: Attention = "sdpa"
+    """Core attention, a key of `alst_impl.ops.attention.BACKENDS`: PyTorch's own choice, or one CUDA
+    kernel and no other."""
     lora: LoraConfig | None = None
     """Train adapters alone; None trains every weight."""
     checkpoint: bool = True

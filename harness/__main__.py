@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from harness.commands import claims, defects, matrix, plan, predict, present, run, verify
+from harness.commands import claims, defects, gpu, matrix, plan, predict, present, run, verify
 
 app = typer.Typer(
     name="alst",
@@ -27,6 +27,9 @@ app.command("search")(predict.search)
 app.command("plan")(plan.plan)
 app.command("claims")(claims.claims)
 app.command("compare")(claims.compare)
+app.command("devices")(gpu.devices)
+app.command("calibrate")(gpu.calibrate)
+app.command("confirm")(gpu.confirm)
 app.command("table")(present.table)
 app.command("figures")(present.figures)
 app.command("report")(present.report)

@@ -61,6 +61,9 @@ class Simulation(Frozen):
     """Look for the longest sequence that fits, too."""
     timeline: bool = False
     """Keep live bytes over the course of the step."""
+    resident: bool = False
+    """Gradients and optimizer states lie on the accelerator, as they do without offload; else in host
+    memory."""
 
 
 class Cell(Frozen):
@@ -89,6 +92,9 @@ class Cell(Frozen):
     """Wall time after which the cell's processes are ended."""
     simulation: Simulation | None = None
     """Of a cell in world `sim`; None in every other."""
+    expandable_segments: bool | None = None
+    """Setting of CUDA's caching allocator in world `cuda`, on by default as in the paper (arXiv:2506.13996,
+    section 5.2); None in every other."""
 
     @property
     def key(self) -> str:
@@ -107,10 +113,12 @@ class Cell(Frozen):
         if self.simulation is None:
             silent["simulation"] = True
         else:
-            late = {"optimizer_on_device": None, "stack": "deepspeed", "tp": 1}
+            late = {"optimizer_on_device": None, "stack": "deepspeed", "tp": 1, "resident": False}
             silent["simulation"] = {
                 field for field, value in late.items() if getattr(self.simulation, field) == value
             }
+        if self.expandable_segments is None:
+            silent["expandable_segments"] = True
         for comparison in ("update", "followed"):
             if not getattr(self, comparison):
                 silent[comparison] = True
@@ -130,7 +138,9 @@ class Cell(Frozen):
     def label(self) -> str:
         """A short name for progress lines and legends."""
         t = self.train
-        return f"{t.model} {t.method.name} x{t.world_size} @ {t.seqlen:,}"
+        depth = t.overrides.get("num_hidden_layers")
+        model = t.model if depth is None else f"{t.model}, {depth} layers,"
+        return f"{model} {t.method.name} x{t.world_size} @ {t.seqlen:,}"
 
 
 class Claim(Frozen):
@@ -257,6 +267,8 @@ def make_cell(settings: dict[str, Any]) -> Cell:
     """A checked cell from flat settings: fields of `TrainConfig` and of `Cell` side by side."""
     if settings.get("world") == "sim":
         settings = {**NOTHING_TIMED, "simulation": {}, **settings}
+    if settings.get("world") == "cuda":
+        settings = {"expandable_segments": True, **settings}
     outer = {k: v for k, v in settings.items() if k in Cell.model_fields and k != "train"}
     inner = {k: v for k, v in settings.items() if k not in outer}
     known = sorted({*Cell.model_fields, *TrainConfig.model_fields} - {"train"})
@@ -270,6 +282,7 @@ def make_cell(settings: dict[str, Any]) -> Cell:
         raise ValueError(
             f"world '{cell.world}' cannot execute cells yet; use {' or '.join(worlds)}"
         )
+    _check_world(cell)
     _check_simulation(cell)
     load_hardware(cell.hardware)
     published(train.model, train.overrides)
@@ -281,6 +294,23 @@ def make_cell(settings: dict[str, Any]) -> Cell:
     load_method(train.method).check(train)
     load_engine(train.engine).check(train)
     return cell
+
+
+def _check_world(cell: Cell) -> None:
+    """Raise `ValueError` for what only CUDA has, in another world."""
+    if cell.world == "cuda":
+        return
+    if cell.expandable_segments is not None:
+        raise ValueError(
+            f"expandable_segments ({cell.expandable_segments}) is a setting of CUDA's allocator, and world "
+            f"'{cell.world}' has none; leave it out"
+        )
+    if cell.train.attention != "sdpa":
+        way_out = ", whose 'simulation' names the kernel," if cell.world == "sim" else ""
+        raise ValueError(
+            f"attention '{cell.train.attention}' is a CUDA kernel, which world '{cell.world}' cannot run; "
+            f"use attention 'sdpa'{way_out} or world 'cuda'"
+        )
 
 
 def _check_simulation(cell: Cell) -> None:

@@ -13,11 +13,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from harness.processes import Ending, Job, fingerprint, runtime_folder
+from harness.processes import Accelerator, Ending, Job, fingerprint, runtime_folder
 
 ATTEMPTS = 3
 SOCKET_PATH_BYTES = 103
 """What the smallest system takes."""
+PER_JOB = (
+    "CUDA_VISIBLE_DEVICES",
+    "CUDA_DEVICE_ORDER",
+    "NCCL_",
+    "TORCH_NCCL_",
+    "PYTORCH_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "TORCHELASTIC_",
+)
+"""Beginnings of variables that a server must not hand on: it serves clients with others."""
 
 Listener = Callable[[dict[str, Any]], None]
 
@@ -36,13 +46,17 @@ def submit(
     world_size: int,
     timeout_s: float,
     listener: Listener = _ignore,
-    sources: Path | None = None,
+    *,
+    accelerator: Accelerator = "cpu",
+    **more: Any,
 ) -> Ending:
     """Run `entry` ("module:function") on `world_size` forked ranks and wait for the end.
 
+    `more` are fields of `Job`: environment and sources of the ranks, and which of them are forked here.
+
     `listener` hears `{"event": "started", "pids": [...]}` and
     `{"event": "progress", "rank": r, "doing": text}`. An exception here, Ctrl-C included, and the
-    death of this process end all ranks. `sources` holds another `alst_impl` for them.
+    death of this process end all ranks.
     """
     job = Job(
         entry=entry,
@@ -51,12 +65,12 @@ def submit(
         timeout_s=timeout_s,
         folder=os.getcwd(),
         path=[p or os.getcwd() for p in sys.path],
-        sources=None if sources is None else str(sources),
+        **more,
     )
     for _ in range(ATTEMPTS):
         started = False
         try:
-            connection = _connect()
+            connection = _connect(accelerator)
         except ServerError as error:
             return Ending(how="lost", error=type(error).__name__, message=str(error))
         with connection:
@@ -79,22 +93,22 @@ def _events(connection: socket.socket) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
-def _socket_path() -> Path:
-    path = runtime_folder() / f"{fingerprint()}.sock"
+def _socket_path(accelerator: Accelerator) -> Path:
+    path = runtime_folder() / f"{fingerprint(accelerator)}.sock"
     if len(str(path).encode()) > SOCKET_PATH_BYTES:
         raise ValueError(f"{path} is too long for a socket; set TMPDIR to a shorter path")
     return path
 
 
-def _connect() -> socket.socket:
+def _connect(accelerator: Accelerator) -> socket.socket:
     """A connection to the server of this code version."""
-    path = _socket_path()
+    path = _socket_path(accelerator)
     with (runtime_folder() / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
             return _open(path)
         path.unlink(missing_ok=True)
-        _start(path)
+        _start(path, accelerator)
         return _open(path)
 
 
@@ -108,16 +122,26 @@ def _open(path: Path) -> socket.socket:
     return connection
 
 
-def _start(path: Path) -> None:
+def server_environment(accelerator: Accelerator) -> dict[str, str]:
+    """Of a new server: ours, less what each job decides for its own ranks."""
+    ours = {k: v for k, v in os.environ.items() if not k.startswith(PER_JOB)}
+    ours["DS_ACCELERATOR"] = accelerator
+    if accelerator == "cuda":
+        # PyTorch else asks CUDA whether it is there, and who has asked cannot fork ranks that use it.
+        ours["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    return ours
+
+
+def _start(path: Path, accelerator: Accelerator) -> None:
     """Start a server that outlives us and has nothing of our terminal; it listens on return."""
     root = str(Path(__file__).parents[1])
     search = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     log = path.with_suffix(".log")
     with log.open("wb") as output:
         done = subprocess.run(
-            [sys.executable, "-m", "harness.server", str(path)],
+            [sys.executable, "-m", "harness.server", accelerator, str(path)],
             cwd=root,
-            env={**os.environ, "PYTHONPATH": search},
+            env={**server_environment(accelerator), "PYTHONPATH": search},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

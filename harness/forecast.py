@@ -42,6 +42,7 @@ def setting(cell: Cell) -> predict.Setting:
         kernel=cell.simulation.kernel,
         optimizer_on_device=cell.simulation.optimizer_on_device,
         stack=cell.simulation.stack,
+        resident=cell.simulation.resident,
     )
 
 
@@ -90,6 +91,9 @@ def _simulated(cell: Cell, trace: Trace) -> Simulated:
         prediction=None,
         peak_bytes=peak.allocated_bytes,
         checkpoint_bytes=max(instant.host_bytes for instant in trace.phases.values()),
+        phase_peak_bytes={name: i.allocated_bytes for name, i in trace.phases.items()},
+        phase_scratch_bytes={name: i.scratch_bytes for name, i in trace.phases.items()},
+        reserved_bytes=trace.reserved_bytes,
         holdings=holdings(trace.live[trace.peak]),
         search=None,
         timeline=thinned(trace.moments) if cell.simulation.timeline else None,

@@ -39,6 +39,8 @@ class Hardware(Frozen):
     """Accelerators of one node."""
     source: str
     """Title of the datasheets the numbers are from."""
+    device_names: tuple[str, ...] = ()
+    """What the driver calls this accelerator; none for what is not CUDA's."""
 
 
 ROWS = {
@@ -62,6 +64,7 @@ ROWS = {
             host_memory_bytes=2 * TIB,
             devices_per_node=8,
             source="NVIDIA A100 80GB Tensor Core GPU datasheet (SXM); NVIDIA DGX A100 640GB datasheet",
+            device_names=("NVIDIA A100-SXM4-80GB",),
         ),
         Hardware(
             name="h100-80gb",
@@ -74,6 +77,7 @@ ROWS = {
             host_memory_bytes=2 * TIB,
             devices_per_node=8,
             source="NVIDIA H100 Tensor Core GPU datasheet (SXM); NVIDIA DGX H100 datasheet",
+            device_names=("NVIDIA H100 80GB HBM3",),
         ),
         Hardware(
             name="h200-141gb",
@@ -86,6 +90,7 @@ ROWS = {
             host_memory_bytes=2 * TIB,
             devices_per_node=8,
             source="NVIDIA H200 Tensor Core GPU datasheet (SXM); NVIDIA DGX H200 datasheet",
+            device_names=("NVIDIA H200",),
         ),
         Hardware(
             name="b200-192gb",
@@ -98,6 +103,7 @@ ROWS = {
             host_memory_bytes=2 * TIB,
             devices_per_node=8,
             source="NVIDIA Blackwell Architecture Technical Brief (HGX B200); NVIDIA DGX B200 datasheet",
+            device_names=("NVIDIA B200",),
         ),
     )
 }

@@ -16,6 +16,7 @@ from alst_impl.config import Frozen, TrainConfig
 from alst_impl.methods.base import load_method
 from alst_impl.models import field, published
 from harness import flops, roofline
+from harness.calibration import committed_path, outside_bytes, read
 from harness.hardware import Hardware
 from harness.prediction import Flops, Limit, Prediction, SearchResult
 from harness.worlds.sim import Offload, Trace, stretched, structure
@@ -24,6 +25,8 @@ GIB = 2**30
 OPTIMIZER_BYTES = 16
 """Host bytes per parameter under optimizer offload: fp32 master weight, two Adam moments and fp32
 gradient (arXiv:2506.13996, section 2.1; DeepSpeed's ZeRO-Offload)."""
+STATES = {"adamw": 2, "sgd": 0}
+"""Copies of the parameters that PyTorch's optimizers keep."""
 OUTSIDE_READINGS = {
     "ArcticTraining run-h100-sp1-llama-8b-baseline.yml, 32,000 tokens": (71.91, 64.03),
     "ArcticTraining run-h200-sp1-llama-8b-liger.yml, 300,000 tokens": (134.96, 126.72),
@@ -72,6 +75,8 @@ class Setting(Frozen):
     `OPTIMIZER_BYTES` on the host. Temporaries of one parameter's update are not counted."""
     stack: str = "deepspeed"
     """A key of `OUTSIDE`."""
+    resident: bool = False
+    """Gradients and optimizer states on the accelerator, as in a run of ours on one."""
 
 
 def predict(setting: Setting, *, slope: bool = True) -> Prediction:
@@ -105,7 +110,7 @@ def explained(setting: Setting, *, explain: bool = True) -> tuple[Prediction, Tr
     instant = trace.phases[trace.peak]
     states = _device_states(setting)
     allocated = instant.allocated_bytes + states
-    total = trace.reserved_bytes + states + OUTSIDE[setting.stack]
+    total = trace.reserved_bytes + states + _outside_bytes(setting)
     host = _host_bytes(setting, trace)
     limit: Limit = "none"
     if config.seqlen >= _index_range_tokens(config):
@@ -190,13 +195,21 @@ def _crossing(setting: Setting, known: Mapping[int, Prediction]) -> float:
     (x, near), (far, there) = sorted(known.items())
     host = setting.host_memory_bytes or setting.hardware.host_memory_bytes or math.inf
     # Allocated bytes are a straight line; what the allocator reserves on top jumps, so it is scaled.
-    reserved = near.total_bytes - OUTSIDE[setting.stack]
+    reserved = near.total_bytes - _outside_bytes(setting)
     slope = (there.allocated_bytes - near.allocated_bytes) * reserved / near.allocated_bytes
     meets = x + (setting.hardware.memory_bytes - near.total_bytes) * (far - x) / max(slope, 1)
     if there.host_bytes > near.host_bytes:
         growth = there.host_bytes - near.host_bytes
         meets = min(meets, x + (host - near.host_bytes) * (far - x) / growth)
     return min(meets, _index_range_tokens(setting.train))
+
+
+def _outside_bytes(setting: Setting) -> int:
+    """Outside the allocator: fitted on DeepSpeed's stack, and for a run as on our own GPU what that held."""
+    path = committed_path(setting.hardware.name)
+    if setting.resident and path.is_file():
+        return outside_bytes(read(path))
+    return OUTSIDE[setting.stack]
 
 
 def _use(prediction: Prediction, setting: Setting) -> float:
@@ -208,11 +221,18 @@ def _use(prediction: Prediction, setting: Setting) -> float:
 def _trace(setting: Setting, explain: bool) -> Trace:
     config = setting.train
     offload = Offload(
-        gradients=True,
+        gradients=not setting.resident,
+        states=STATES[config.optimizer.name] if setting.resident else 0,
         parameters=setting.offload_parameters,
         pinned=load_method(config.method).pins_checkpoints,
     )
-    return stretched(config, offload=offload, kernel=setting.kernel, explain=explain)
+    return stretched(
+        config,
+        offload=offload,
+        kernel=setting.kernel,
+        hardware=setting.hardware.name,
+        explain=explain,
+    )
 
 
 def _at(setting: Setting, seqlen: int) -> Setting:
@@ -255,7 +275,7 @@ def _host_bytes(setting: Setting, trace: Trace) -> int:
     """Checkpoints and offloaded shards of a node's ranks, and their part of the optimizer states."""
     ranks = min(setting.train.world_size, setting.hardware.devices_per_node)
     held = max(instant.host_bytes for instant in trace.phases.values())
-    on_host = 0 if setting.optimizer_on_device else OPTIMIZER_BYTES
+    on_host = 0 if setting.optimizer_on_device or setting.resident else OPTIMIZER_BYTES
     return ranks * (held + _states(setting.train, on_host))
 
 

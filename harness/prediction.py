@@ -95,6 +95,12 @@ class Simulated(Frozen):
     """At the cell's length; None for a part of a step."""
     peak_bytes: int
     """Live tensors and kernel scratch at their largest."""
+    phase_peak_bytes: Mapping[str, int] = {}
+    """`peak_bytes` of forward and of backward; empty in records from before it was kept."""
+    phase_scratch_bytes: Mapping[str, int] = {}
+    """Kernel scratch at each of these instants."""
+    reserved_bytes: int | None = None
+    """What the model of the caching allocator holds: modelled."""
     checkpoint_bytes: int
     """Host memory of one rank that checkpoints, and parameters that live there, fill."""
     holdings: list[Holding]

@@ -17,8 +17,20 @@ from typing import Any, Literal
 
 from alst_impl.config import Frozen
 
+Accelerator = Literal["cpu", "cuda"]
+"""What ranks compute on. A fork server serves one: DeepSpeed chooses as it is imported."""
 SOURCES = [Path(__file__).parents[1] / package for package in ("alst_impl", "harness")]
 PR_SET_PDEATHSIG = 1
+
+CONSEQUENCES = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Connect",
+    "remote process exited",
+    "NCCL communicator was aborted",
+)
+"""In the messages of ranks whose peer has died."""
 
 
 class Job(Frozen):
@@ -38,6 +50,14 @@ class Job(Frozen):
     """Module search path of the ranks."""
     sources: str | None = None
     """Folder of another `alst_impl`, which the ranks import in place of ours."""
+    environment: dict[str, str] = {}
+    """Set in every rank before it does anything."""
+    ranks: list[int] | None = None
+    """Those that are forked here, where other jobs fork the others; None is all of them."""
+    first_local: int = 0
+    """Number on this machine of the first rank that is forked here."""
+    meeting: str | None = None
+    """`host:port` of the store where ranks of several jobs meet; None where one job forks all."""
 
 
 class Ending(Frozen):
@@ -73,6 +93,16 @@ class Rank:
     """An empty folder shared by the ranks, gone after the job."""
     progress: Callable[[str], None]
     """Reports what the rank does now."""
+    local: int = 0
+    """Number among the ranks of this machine: that of its device."""
+    meeting: str | None = None
+    """`host:port` of the store where the ranks of all machines meet; None where `scratch` is shared."""
+
+
+def innocence(failure: Ending) -> tuple[bool, bool]:
+    """Sorts causes before consequences; the order of arrival settles the rest."""
+    consequence = any(text in (failure.message or "") for text in CONSEQUENCES)
+    return failure.error == "SIGABRT" or consequence, failure.how != "signal"
 
 
 def runtime_folder() -> Path:
@@ -87,9 +117,9 @@ def runtime_folder() -> Path:
     return folder
 
 
-def fingerprint() -> str:
+def fingerprint(accelerator: Accelerator = "cpu") -> str:
     """Changes with our code, the interpreter and its packages: a server of another is stale."""
-    digest = hashlib.sha256(f"{sys.executable} {sys.version}".encode())
+    digest = hashlib.sha256(f"{sys.executable} {sys.version} {accelerator}".encode())
     packages = Path(sysconfig.get_paths()["purelib"])
     files = [p for root in SOURCES for p in root.rglob("*") if p.suffix in (".py", ".json")]
     for path in (packages, *sorted(files)):

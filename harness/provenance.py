@@ -13,23 +13,38 @@ from pathlib import Path
 from harness.record import Provenance
 from harness.sources import judging_fingerprint
 
-LIBRARIES = ("torch", "transformers", "deepspeed", "flash-attn", "numpy")
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "deepspeed",
+    "flash-attn",
+    "flash-attn-4",
+    "nvidia-cudnn-cu12",
+    "nvidia-cudnn-cu13",
+    "nvidia-nccl-cu12",
+    "nvidia-nccl-cu13",
+    "numpy",
+)
 ROOT = Path(__file__).parents[1]
 
 
-def provenance(wall_s: float) -> Provenance:
-    """Of a run that ends now after `wall_s` seconds."""
-    commit, dirty = _checkout()
+def provenance(
+    wall_s: float, device: str | None = None, driver: str | None = None, nodes: int = 1
+) -> Provenance:
+    """Of a run that ends now after `wall_s` seconds; on the processor where no `device` is named."""
+    commit, dirty = checkout()
     return Provenance(
         commit=commit,
         dirty=dirty,
-        device=_processor(),
+        device=device or _processor(),
         cores=len(os.sched_getaffinity(0)),
         python=platform.python_version(),
         versions=_versions(),
         utc=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         wall_s=wall_s,
         code=judging_fingerprint(),
+        driver=driver,
+        nodes=nodes,
     )
 
 
@@ -44,7 +59,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _checkout() -> tuple[str | None, bool | None]:
+def checkout() -> tuple[str | None, bool | None]:
     """Commit and whether files differ from it; None where this is no checkout with a commit."""
     commit = _git("rev-parse", "HEAD")
     if commit is None:

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from alst_impl.config import Frozen
 from alst_impl.plugin import explain
 from harness.cell import Cell
+from harness.nvml import DeviceReadings
 from harness.prediction import Simulated
 
 
@@ -83,11 +84,30 @@ class RankEvidence(Frozen):
     slices: int = 0
 
 
+class CudaMemory(Frozen):
+    """What CUDA and PyTorch's allocators say of one rank, by phase of one tracked step."""
+
+    allocated_bytes: dict[str, int]
+    """`max_memory_allocated`: live tensors and kernel scratch."""
+    reserved_bytes: dict[str, int]
+    """`max_memory_reserved`: what the caching allocator holds."""
+    device_bytes: dict[str, int]
+    """In use on the device at the end of the phase, by whomever, as CUDA says."""
+    pinned_bytes: int | None
+    """Largest pinned host memory in use, each block rounded as the allocator does; None where this
+    PyTorch does not say."""
+    retries: int
+    """Times that the allocator gave all cached memory back and asked again, over the whole run."""
+    allocator: dict[str, str]
+    """Settings of the allocator, as it says itself."""
+
+
 class RankMemory(Frozen):
     """Bytes of live tensors of one rank over one tracked step."""
 
     peak_bytes: int
-    """Largest sum of live storages on the compute device."""
+    """Largest sum of live storages on the compute device; in world `cuda` kernel scratch is part of it,
+    as PyTorch's allocator counts both."""
     host_peak_bytes: int
     """Largest sum of live storages that hold offloaded data."""
     phase_peak_bytes: dict[str, int]
@@ -96,6 +116,10 @@ class RankMemory(Frozen):
     """Live on the compute device after the step: parameters, optimizer, what an engine keeps."""
     rss_bytes: int
     """Largest resident set of the process, from the operating system."""
+    attention: list[str] = []
+    """Operators of core attention that ran, backward too: what was used, whatever was asked for."""
+    cuda: CudaMemory | None = None
+    """In world `cuda`."""
 
 
 class Readings(Frozen):
@@ -116,6 +140,10 @@ class Readings(Frozen):
     asked for it; the tracked step is left out."""
     gate: Gate | None
     """The gradient comparison, where the cell asked for one."""
+    num_parameters: int | None = None
+    """Of the model, tied ones once; None in records from before it was read."""
+    devices: list[DeviceReadings] = []
+    """What NVML read of every device, in world `cuda`."""
 
 
 class Provenance(Frozen):
@@ -139,6 +167,10 @@ class Provenance(Frozen):
     """Wall time of the whole cell."""
     code: str | None = None
     """Fingerprint of the code that trained and compared."""
+    driver: str | None = None
+    """Of the accelerator."""
+    nodes: int = 1
+    """Machines."""
 
 
 class Measurement(Frozen):

@@ -36,11 +36,13 @@ from harness.table import (
     Results,
     commit_name,
     duels,
+    measured_part,
     series,
     tidy,
     units,
     wide,
 )
+from harness.twins import twins
 
 OURS, PEERS = "alst", ("deepspeed_alst", "baseline")
 
@@ -81,6 +83,8 @@ class Section:
     progress: str
     summary: str
     verdicts: Grid
+    twins: Grid
+    """What was measured beside what was simulated of the same cells."""
     claims: Grid
     """Published numbers and ours."""
     misses: Grid
@@ -262,7 +266,23 @@ def defect_grid(results: Results) -> Grid:
 
 def is_simulated(results: Results) -> bool:
     """Whether the cells are simulated: numbers without gradients to compare or steps to time."""
-    return any(cell.world == "sim" for cell in results.cells.values())
+    return all(cell.world == "sim" for cell in results.cells.values())
+
+
+def twin_grid(results: Results) -> Grid:
+    """What a GPU measured beside what was simulated of the same run."""
+    rows = [
+        [
+            f"{t.cell.label}, {t.cell.train.engine.name}",
+            t.quantity,
+            bytes_text(t.measured),
+            bytes_text(t.predicted),
+            f"{t.error:+.1%}",
+            "counted" if t.judged else "modelled",
+        ]
+        for t in twins(results)
+    ]
+    return Grid(["cell", "quantity", "measured", "predicted", "error", "kind"], rows)
 
 
 def claim_summary(found: Sequence[Evidence]) -> str:
@@ -456,6 +476,8 @@ def environment_grid(results: Results) -> Grid:
 
 def section(results: Results, figures: Path) -> Section:
     """The part of the page on one experiment; `figures` holds its drawn SVG files."""
+    beside = twin_grid(results)
+    results = measured_part(results)
     named = series(results.cells)
     views = (gate_view(named[key], m) for key, m in results.measurements.items())
     drawn = [(name, figures / f"{name}.svg") for name in results.figures]
@@ -474,6 +496,7 @@ def section(results: Results, figures: Path) -> Section:
         findings=finding_grid(results),
         refusals=refusal_grid(results),
         defects=defect_grid(results),
+        twins=beside,
         claims=claim_grid(found),
         misses=miss_grid(found),
         figures=[
@@ -544,7 +567,7 @@ def readme_blocks(references: Sequence[Results]) -> dict[str, str]:
     """Content of the README's generated blocks, from committed records."""
     nothing = "No committed records yet; `make` writes its own to `results/`."
     compared = [r for r in references if is_compared(r)]
-    measured = [r for r in references if not is_simulated(r) and not is_compared(r)]
+    measured = [measured_part(r) for r in references if not is_simulated(r) and not is_compared(r)]
     simulated = [r for r in references if is_simulated(r)]
     headline, results = [], []
     for r in measured:

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from alst_impl.config import Frozen
 from harness import client
+from harness.calibration import Calibration
 from harness.cell import Cell
 from harness.client import Listener
 from harness.gate import broken_promises, explain_failure
+from harness.launch import Launch, Meeting, combined, job_fields, launched
+from harness.machine import (
+    rank_environment,
+    require_attention,
+    require_clean,
+    require_devices,
+)
+from harness.nvml import Device, DeviceReadings, Sampler, driver_version
 from harness.prediction import Simulated
 from harness.processes import Ending
 from harness.provenance import provenance
 from harness.record import Finding, Measurement, Outcome, Readings, read, write
 from harness.sources import fingerprint, judging_fingerprint
 
-RETRIED = {Outcome.KILLED}
+RETRIED = {Outcome.KILLED, Outcome.FOREIGN_PROCESS}
 """Outcomes that say nothing about the cell: the next run measures it again."""
 
 CRASHES = {"SIGSEGV": Outcome.ILLEGAL_ACCESS, "SIGBUS": Outcome.ILLEGAL_ACCESS}
@@ -25,7 +36,30 @@ DEFECTS = ("SIGABRT", "SIGILL", "SIGFPE")
 """Signals a program sends itself; every other one comes from outside."""
 
 HOST_OOM = ("can't allocate memory", "cannot allocate memory", "std::bad_alloc")
-COMM_TIMEOUT = ("timed out waiting", "timeout waiting", "wait timeout", "timed out after")
+PINNED = ("pin_memory", "_new_piece", "cudahostalloc")
+"""In the trace of an allocation in pinned host memory, whose failure CUDA words as its own."""
+GPU_OOM = (
+    "cuda out of memory",
+    "cuda error: out of memory",
+    "cublas_status_alloc_failed",
+    "cudnn_status_alloc_failed",
+    "cuda failure 'out of memory'",
+    "cuda failure 2 'out of memory'",
+)
+ILLEGAL_ACCESS = (
+    "illegal memory access",
+    "misaligned address",
+    "device-side assert",
+    "unspecified launch failure",
+    "an illegal instruction was encountered",
+)
+COMM_TIMEOUT = (
+    "timed out waiting",
+    "timeout waiting",
+    "wait timeout",
+    "timed out after",
+    "watchdog caught collective operation timeout",
+)
 
 
 TRUTHS_AT_ONCE = 16
@@ -47,32 +81,132 @@ def measure(
     begin = time.monotonic()
     if cell.world == "sim":
         return _simulate(cell, listener, begin)
-    ending, results = _execute(cell, cache, listener, truth, sources)
-    readings = _readings(results) if ending.how == "finished" else None
+    devices = require_devices(cell, None) if cell.world == "cuda" else []
+    ran = _execute(cell, cache, listener, truth, devices, sources)
+    return measurement(cell, ran, time.monotonic() - begin)
+
+
+class Ran(Frozen):
+    """What running a cell gave, on one machine or on several."""
+
+    ending: Ending
+    """Of all ranks together."""
+    devices: list[DeviceReadings] = []
+    """What their devices read meanwhile."""
+    driver: str | None = None
+    """Of these devices."""
+    nodes: int = 1
+    """Machines."""
+
+
+def measurement(cell: Cell, ran: Ran, wall_s: float) -> Measurement:
+    """The record of a cell that ran."""
+    ending = ran.ending
+    readings = _readings(ending.results, ran.devices) if ending.how == "finished" else None
     outcome, detail = classify(ending)
+    strangers = [name for each in ran.devices for name in each.strangers]
     if readings is not None and readings.gate is not None:
         readings, problem = _judge(cell, readings)
         if problem:
             outcome, detail = Outcome.WRONG_GRADIENT, problem
+    if strangers:
+        # Neither numbers nor a failure say anything of the cell alone.
+        outcome, detail, readings = Outcome.FOREIGN_PROCESS, "; ".join(strangers), None
+    names = list(dict.fromkeys(each.device.name for each in ran.devices))
     return Measurement(
         cell=cell,
         outcome=outcome,
         detail=detail,
         readings=readings,
-        provenance=provenance(time.monotonic() - begin),
+        provenance=provenance(wall_s, ", ".join(names) or None, ran.driver, ran.nodes),
     )
 
 
 def measure_to(
-    path: Path, cell: Cell, cache: Path, force: bool, listener: Listener = client._ignore
+    path: Path,
+    cell: Cell,
+    cache: Path,
+    force: bool,
+    listener: Listener = client._ignore,
+    *,
+    allow_dirty: bool = False,
 ) -> tuple[Measurement, bool]:
-    """The record at `path`, and whether it was measured now because there was no final one."""
+    """The record at `path`, and whether it was measured now because there was no final one.
+
+    Raises `ValueError`, before anything runs or is written, for a cell of world `cuda` that this machine
+    or its checkout is not fit for. Under torchrun it is collective.
+    """
+    launch = launched(os.environ)
+    if launch is not None and cell.world != "sim":
+        return _measure_together(launch, path, cell, cache, force, listener, allow_dirty)
     existing = None if force else final(path, cell)
     if existing is not None:
         return existing, False
-    measurement = measure(cell, cache, listener)
-    write(path, measurement)
-    return measurement, True
+    _require(cell, None, allow_dirty)
+    measured = measure(cell, cache, listener)
+    write(path, measured)
+    return measured, True
+
+
+def _require(cell: Cell, launch: Launch | None, allow_dirty: bool) -> list[Device]:
+    """Refuse a CUDA cell that cannot be measured here; the devices that its ranks run on."""
+    if cell.world != "cuda":
+        return []
+    devices = require_devices(cell, launch)
+    require_attention(cell.train.attention)
+    if not allow_dirty:
+        require_clean(cell.label)
+    return devices
+
+
+def _measure_together(
+    launch: Launch,
+    path: Path,
+    cell: Cell,
+    cache: Path,
+    force: bool,
+    listener: Listener,
+    allow_dirty: bool,
+) -> tuple[Measurement, bool]:
+    """`measure_to` by all processes of a launch: the first decides, judges and writes. Collective."""
+    launch.check(cell)
+    devices = _require(cell, launch, allow_dirty)
+    begin, first = time.monotonic(), launch.rank == 0
+    meeting = Meeting(launch, cell)
+    if first:
+        existing = None if force else final(path, cell)
+        meeting.say("kept", "" if existing is None else existing.model_dump_json())
+    kept = meeting.hear("kept")
+    if kept:
+        return Measurement.model_validate_json(kept), False
+    mine = _execute_one(launch, cell, cache, listener, devices)
+    meeting.say(f"ran {launch.rank}", mine.model_dump_json())
+    if first:
+        all_ran = [Ran.model_validate_json(text) for text in meeting.hear_all("ran")]
+        ran = Ran(
+            ending=combined([each.ending for each in all_ran]),
+            devices=[reading for each in all_ran for reading in each.devices],
+            driver=mine.driver,
+            nodes=launch.num_nodes,
+        )
+        measured = measurement(cell, ran, time.monotonic() - begin)
+        write(path, measured)
+        meeting.say("record", measured.model_dump_json())
+    return Measurement.model_validate_json(meeting.hear("record")), True
+
+
+def _execute_one(
+    launch: Launch, cell: Cell, cache: Path, listener: Listener, devices: Sequence[Device]
+) -> Ran:
+    """The rank of `launch`; the first of them has the truth, the first of a machine watches its devices."""
+    truth = None
+    if cell.gate and launch.rank == 0:
+        prepared = _prepare([cell], cache, listener)
+        if prepared.how != "finished":
+            return Ran(ending=prepared)
+        ((truth,),) = prepared.results
+    watched = devices if launch.local_rank == 0 else []
+    return _submit(cell, truth, listener, watched, launch)
 
 
 def final(path: Path, cell: Cell) -> Measurement | None:
@@ -140,27 +274,50 @@ def _execute(
     cache: Path,
     listener: Listener,
     truth: dict[str, Any] | None,
+    devices: Sequence[Device],
     sources: Path | None,
-) -> tuple[Ending, list[dict[str, Any]]]:
+) -> Ran:
     """The truth, if the cell wants one, then the cell."""
-    payload: dict[str, Any] = {"cell": cell.model_dump(mode="json"), "truth": truth}
     if cell.gate and truth is None:
         ending = _prepare([cell], cache, listener)
         if ending.how != "finished":
-            return ending, []
-        ((payload["truth"],),) = ending.results
-    ending = client.submit(
-        "harness.worlds.base:execute",
-        payload,
-        cell.num_processes,
-        cell.timeout_s,
-        listener,
-        sources,
-    )
-    return ending, ending.results
+            return Ran(ending=ending)
+        ((truth,),) = ending.results
+    return _submit(cell, truth, listener, devices, None, sources)
 
 
-def _readings(ranks: list[dict[str, Any]]) -> Readings:
+def _submit(
+    cell: Cell,
+    truth: dict[str, Any] | None,
+    listener: Listener,
+    devices: Sequence[Device],
+    launch: Launch | None,
+    sources: Path | None = None,
+) -> Ran:
+    """The ranks of `cell` that are forked here, and what `devices` read meanwhile."""
+    payload = {"cell": cell.model_dump(mode="json"), "truth": truth}
+    more = job_fields(launch)
+    if sources is not None:
+        more["sources"] = str(sources)
+    if cell.world == "cuda":
+        theirs = more.get("environment", {}) | rank_environment(
+            bool(cell.expandable_segments), os.environ
+        )
+        more |= {"accelerator": "cuda", "environment": theirs}
+    leader = 0 if launch is None else launch.rank
+    with Sampler(devices) as sampler:
+
+        def heard(event: dict[str, Any]) -> None:
+            sampler.hear(event, leader)
+            listener(event)
+
+        entry, patience_s = "harness.worlds.base:execute", cell.timeout_s
+        ending = client.submit(entry, payload, cell.num_processes, patience_s, heard, **more)
+    driver = driver_version() if devices else None
+    return Ran(ending=ending, devices=sampler.readings, driver=driver)
+
+
+def _readings(ranks: list[dict[str, Any]], devices: list[DeviceReadings]) -> Readings:
     """The readings of all ranks, with ranks innermost."""
     return Readings(
         step_s=[list(step) for step in zip(*(rank["step_s"] for rank in ranks), strict=True)],
@@ -170,6 +327,8 @@ def _readings(ranks: list[dict[str, Any]]) -> Readings:
         evidence=[rank["evidence"] for rank in ranks],
         cosine=ranks[0]["cosine"],
         gate=ranks[0]["gate"],
+        num_parameters=ranks[0]["num_parameters"],
+        devices=devices,
     )
 
 
@@ -203,14 +362,27 @@ def classify(ending: Ending) -> tuple[Outcome, str | None]:
         outcome = _signal_outcome(ending)
         # What a rank wrote before it was killed has nothing to do with its death.
         return outcome, f"{where}: {ending.error}" if outcome is Outcome.KILLED else line
-    text = f"{ending.error} {ending.message} {ending.trace}".lower()
-    if ending.error == "MemoryError" or any(sign in text for sign in HOST_OOM):
+    if ending.error == "MemoryError":
         return Outcome.HOST_OOM, line
     if ending.error == "NanLoss":
         return Outcome.NAN_LOSS, line
+    text = f"{ending.error} {ending.message} {ending.trace}".lower()
+    return _told(text) or Outcome.SETUP_ERROR, line
+
+
+def _told(text: str) -> Outcome | None:
+    """The outcome that an error's words, in lower case, tell of; an illegal access outlives its cause."""
+    if any(sign in text for sign in ILLEGAL_ACCESS):
+        return Outcome.ILLEGAL_ACCESS
+    if any(sign in text for sign in GPU_OOM):
+        # PyTorch's own allocator says which memory; a bare CUDA error may be of either.
+        pinned = "cuda out of memory" not in text and any(sign in text for sign in PINNED)
+        return Outcome.HOST_OOM if pinned else Outcome.GPU_OOM
+    if any(sign in text for sign in HOST_OOM):
+        return Outcome.HOST_OOM
     if any(sign in text for sign in COMM_TIMEOUT):
-        return Outcome.COMM_TIMEOUT, line
-    return Outcome.SETUP_ERROR, line
+        return Outcome.COMM_TIMEOUT
+    return None
 
 
 def _signal_outcome(ending: Ending) -> Outcome:
@@ -218,6 +390,30 @@ def _signal_outcome(ending: Ending) -> Outcome:
     if name == "SIGKILL" and ending.out_of_memory:
         return Outcome.HOST_OOM
     if name in DEFECTS:
-        bad_alloc = any(sign in (ending.message or "").lower() for sign in HOST_OOM)
-        return Outcome.HOST_OOM if bad_alloc else Outcome.SETUP_ERROR
+        return _told((ending.message or "").lower()) or Outcome.SETUP_ERROR
     return CRASHES.get(name, Outcome.KILLED)
+
+
+CALIBRATION_S = 600
+"""Wall time after which a calibration is ended."""
+
+
+def calibration(hardware: str, device: Device) -> Calibration:
+    """What `device`, of row `hardware`, holds and takes. Raises `ValueError` where that fails or is not its own."""
+    begin = time.monotonic()
+    with Sampler([device]) as sampler:
+        ending = client.submit(
+            "harness.calibrate:execute",
+            {},
+            1,
+            CALIBRATION_S,
+            sampler.hear,
+            accelerator="cuda",
+            environment=rank_environment(True, os.environ),
+        )
+    strangers = [name for each in sampler.readings for name in each.strangers]
+    if ending.how != "finished" or strangers:
+        outcome, detail = classify(ending)
+        raise ValueError(f"no calibration: {'; '.join(strangers) or f'{outcome}, {detail}'}")
+    about = provenance(time.monotonic() - begin, device.name, driver_version())
+    return Calibration(hardware=hardware, provenance=about, **ending.results[0])

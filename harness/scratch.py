@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from harness.calibration import backward_scratch, committed_path, read
+
 FP32 = 4
 """Bytes of one fp32 element."""
 
@@ -67,11 +69,32 @@ ATTENTION_BACKWARD: dict[str, Callable[[Tensor, Tensor], dict[str, int]]] = {
 """Kernel -> its scratch, tensor by tensor in the order of allocation; PyTorch's own is version 2."""
 
 
+def calibrated(kernel: str, hardware: str) -> Callable[[Tensor, Tensor], dict[str, int]]:
+    """Scratch of a kernel whose source is not in the table, as it was measured on `hardware`.
+
+    Raises `ValueError` where it was not.
+    """
+    path = committed_path(hardware)
+    if not path.is_file():
+        raise ValueError(
+            f"kernel '{kernel}' is not in the table of scratch ({', '.join(ATTENTION_BACKWARD)}), and there "
+            f"is no {path}; run `alst calibrate` on '{hardware}', or use a kernel of the table"
+        )
+    found = read(path)
+
+    def backward(query: Tensor, key: Tensor) -> dict[str, int]:
+        batch, heads, tokens, dim = query.shape
+        sizes = {"tokens": tokens, "heads": heads, "kv_heads": key.shape[1], "head_dim": dim}
+        return {"measured": batch * backward_scratch(found, kernel, sizes)}
+
+    return backward
+
+
 def cuda_scratch(
-    kernel: str,
+    kernel: str, hardware: str = ""
 ) -> Callable[[Any, tuple[Any, ...], Mapping[str, Any]], dict[str, int]]:
     """The table, with core attention done by `kernel`, as `harness.tracker.Tracker` takes it."""
-    backward = ATTENTION_BACKWARD[kernel]
+    backward = ATTENTION_BACKWARD.get(kernel) or calibrated(kernel, hardware)
 
     def scratch(operator: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, int]:
         if operator._name == "aten::_scaled_dot_product_flash_attention_backward":

@@ -1,6 +1,6 @@
 """The fork server: imports everything slow once, then forks ranks in a tenth of a second.
 
-`python -m harness.server SOCKET` serves one code version and leaves when idle, when its socket is
+`python -m harness.server ACCELERATOR SOCKET` serves one code version and leaves when idle, when its socket is
 removed or when the code changes. It has a single thread, so its forks are safe. Process tree of a
 job: server -> supervisor (leads a session of its own) -> one process per rank. Whoever dies takes
 everything below along: the kernel ends a child whose parent is gone, a supervisor ends its ranks,
@@ -24,18 +24,20 @@ import traceback
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 
 from harness.processes import (
     SOURCES,
+    Accelerator,
     Ending,
     Job,
     Rank,
     die_with_parent,
     end_session,
     fingerprint,
+    innocence,
     oom_kills,
     runtime_folder,
 )
@@ -47,8 +49,8 @@ SETTLE_S = 0.5
 FAREWELL_S = 10
 """How long ranks may take to leave after their results are in."""
 
-CONSEQUENCES = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connect")
-"""In the messages of ranks whose peer has died."""
+TELLING = ("what():", "Watchdog caught", "CUDA error", "CUDA out of memory", "std::bad_alloc")
+"""In what C++ writes before it aborts; a stack trace follows it."""
 
 FORK = multiprocessing.get_context("fork")
 
@@ -57,9 +59,12 @@ def _rank(job: Job, index: int, scratch: Path, pipe: Connection, supervisor: int
     """Body of one rank: calls the job's function, sends its result or its error."""
     os.setpgid(0, 0)  # whatever the rank starts ends with it
     die_with_parent(supervisor)
+    here = ranks_here(job)
+    local = job.first_local + here.index(index)
     # What any launcher tells its ranks; DeepSpeed reads it.
-    places = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": job.world_size}
+    places = {"RANK": index, "LOCAL_RANK": local, "WORLD_SIZE": job.world_size}
     os.environ.update({name: str(value) for name, value in places.items()})
+    os.environ.update(job.environment)
     output = os.open(scratch / f"rank{index}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -68,11 +73,17 @@ def _rank(job: Job, index: int, scratch: Path, pipe: Connection, supervisor: int
         entry = getattr(importlib.import_module(module), function)
         folder = scratch / "shared"
         progress = lambda doing: pipe.send(("progress", doing))  # noqa: E731
-        result = entry(Rank(index, job.world_size, folder, progress), job.payload)
+        rank = Rank(index, job.world_size, folder, progress, local, job.meeting)
+        result = entry(rank, job.payload)
         pipe.send(("result", result))
     except BaseException as error:
         pipe.send(("error", (type(error).__name__, _one_line(error), traceback.format_exc())))
         raise SystemExit(1) from None
+
+
+def ranks_here(job: Job) -> list[int]:
+    """The ranks that this job forks."""
+    return list(range(job.world_size)) if job.ranks is None else job.ranks
 
 
 def _one_line(error: BaseException) -> str:
@@ -91,9 +102,9 @@ class Supervisor:
         self.job = job
         self.client = client
         self.scratch = scratch
-        self.processes: list[ForkProcess] = []
+        self.processes: dict[int, ForkProcess] = {}
         self.pipes: dict[Connection, int] = {}
-        self.doing = ["start-up"] * job.world_size
+        self.doing = dict.fromkeys(ranks_here(job), "start-up")
         self.results: dict[int, Any] = {}
         self.failures: list[Ending] = []
 
@@ -118,12 +129,12 @@ class Supervisor:
         finally:
             self._kill()
         if self.failures:
-            cause = min(self.failures, key=_innocence)
+            cause = min(self.failures, key=innocence)
             return cause.model_copy(update={"out_of_memory": oom_kills() > kills})
         if self.pipes:
             slowest = min(self.pipes.values())
             return Ending(how="timeout", rank=slowest, during=self.doing[slowest])
-        return Ending(how="finished", results=[self.results[i] for i in range(self.job.world_size)])
+        return Ending(how="finished", results=[self.results[i] for i in ranks_here(self.job)])
 
     def _start(self) -> None:
         os.chdir(self.job.folder)
@@ -132,17 +143,18 @@ class Supervisor:
             sys.path.insert(0, self.job.sources)
             _forget(*(root.name for root in SOURCES))
         (self.scratch / "shared").mkdir(parents=True, mode=0o700)
-        for index in range(self.job.world_size):
+        for index in ranks_here(self.job):
             reader, writer = FORK.Pipe(duplex=False)
             process = FORK.Process(
                 target=_rank, args=(self.job, index, self.scratch, writer, os.getpid())
             )
             process.start()
             writer.close()  # before the next fork, or a rank's death would go unheard
-            self.processes.append(process)
+            self.processes[index] = process
             self.pipes[reader] = index
         _tell(
-            self.client, {"event": "started", "pids": [process.pid for process in self.processes]}
+            self.client,
+            {"event": "started", "pids": [process.pid for process in self.processes.values()]},
         )
 
     def _hear(self, pipe: Connection) -> None:
@@ -184,16 +196,15 @@ class Supervisor:
 
     def _last_line(self, index: int) -> str | None:
         log = self.scratch / f"rank{index}.log"
-        lines = log.read_text(errors="replace").split("\n") if log.exists() else []
-        return next((line.strip() for line in reversed(lines) if line.strip()), None)
+        return last_words(log.read_text(errors="replace") if log.exists() else "")
 
     def _farewell(self, patience_s: float) -> None:
         deadline = time.monotonic() + patience_s
-        for process in self.processes:
+        for process in self.processes.values():
             process.join(max(deadline - time.monotonic(), 0))
 
     def _kill(self) -> None:
-        for process in self.processes:
+        for process in self.processes.values():
             assert process.pid is not None
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -207,15 +218,17 @@ def _forget(*packages: str) -> None:
         del sys.modules[name]
 
 
+def last_words(log: str) -> str | None:
+    """The line that tells most of how a process died: the last of those that do, else the last."""
+    lines = [line.strip() for line in log.split("\n") if line.strip()]
+    telling = [line for line in lines if any(sign in line for sign in TELLING)]
+    chosen = telling or lines
+    return chosen[-1] if chosen else None
+
+
 def _tell(client: socket.socket, event: dict[str, Any]) -> None:
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         client.sendall(json.dumps(event).encode() + b"\n")
-
-
-def _innocence(failure: Ending) -> tuple[bool, bool]:
-    """Sorts causes before consequences; the order of arrival settles the rest."""
-    consequence = any(text in (failure.message or "") for text in CONSEQUENCES)
-    return failure.error == "SIGABRT" or consequence, failure.how != "signal"
 
 
 def _supervise(client: socket.socket) -> None:
@@ -260,11 +273,13 @@ def _reap(supervisors: set[int]) -> None:
             shutil.rmtree(_scratch(pid), ignore_errors=True)
 
 
-def _preload() -> Ending | None:
+def _preload(accelerator: Accelerator) -> Ending | None:
     """Import everything; what went wrong, if it did."""
     try:
         importlib.import_module("harness.preload")
         importlib.import_module("harness.worlds.base")
+        if accelerator == "cuda":
+            importlib.import_module("harness.worlds.cuda").require_forkable()
     except Exception as error:
         trace = traceback.format_exc()
         return Ending(how="lost", error=type(error).__name__, message=str(error), trace=trace)
@@ -285,7 +300,7 @@ def _sweep(folder: Path) -> None:
                 path.with_suffix(".log").unlink(missing_ok=True)
 
 
-def serve(path: Path) -> None:
+def serve(path: Path, accelerator: Accelerator) -> None:
     """Serve jobs on a new socket at `path` until there is no reason to."""
     _sweep(path.parent)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -294,7 +309,7 @@ def serve(path: Path) -> None:
     if os.fork():
         os._exit(0)  # tells the client that it can connect; clients queue while we import
     inode = path.stat().st_ino
-    problem = _preload()
+    problem = _preload(accelerator)
     supervisors: set[int] = set()
     last_busy = time.monotonic()
     while True:
@@ -314,7 +329,7 @@ def serve(path: Path) -> None:
             problem is not None
             or gone
             or time.monotonic() - last_busy > IDLE_S
-            or fingerprint() != path.stem
+            or fingerprint(accelerator) != path.stem
         )
         if obsolete and not supervisors:
             break
@@ -324,4 +339,4 @@ def serve(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    serve(Path(sys.argv[1]))
+    serve(Path(sys.argv[2]), cast("Accelerator", sys.argv[1]))

@@ -11,6 +11,7 @@ from harness.processes import SOURCES
 
 HARNESS = (
     "allocator",
+    "calibration",
     "flops",
     "forecast",
     "hardware",
@@ -25,7 +26,7 @@ HARNESS = (
 )
 """Modules of the harness; of the implementation, every file counts."""
 
-JUDGES = ("gate", "gradients", "truth", "worlds/base", "worlds/cpu")
+JUDGES = ("gate", "gradients", "truth", "worlds/base", "worlds/cpu", "worlds/cuda")
 """Modules of the harness that run and judge gradients; of the implementation, every file counts."""
 
 

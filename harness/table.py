@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,15 @@ class Results:
     def provenances(self) -> list[Provenance]:
         """Of every record, oldest first."""
         return sorted((m.provenance for m in self.measurements.values()), key=lambda p: p.utc)
+
+
+def measured_part(results: Results) -> Results:
+    """`results` without simulated cells, where it has others: these have steps, gates and peers."""
+    cells = {key: cell for key, cell in results.cells.items() if cell.world != "sim"}
+    if not cells or len(cells) == len(results.cells):
+        return results
+    measurements = {key: m for key, m in results.measurements.items() if key in cells}
+    return replace(results, cells=cells, measurements=measurements)
 
 
 def fresh(path: Path, folder: Path | None = None) -> Results:
@@ -116,7 +125,26 @@ def _gate(results: Results, key: str, states: dict[str, str]) -> str:
         lengths = [results.cells[k].train.seqlen for k, s in states.items() if s == state]
         if lengths:
             return f"{state} at {max(lengths):,}"
+    return _gate_at_small_scale(results, results.cells[key])
+
+
+def _gate_at_small_scale(results: Results, cell: Cell) -> str:
+    """A model too large to be run whole in fp64 stands on the same method, engine and kernels on the same
+    hardware with a small one.
+    """
+    if cell.world != "cuda":
+        return NOT_COMPARED
+    for state in ("failed", "passed"):
+        for key, m in results.measurements.items():
+            if _at_any_scale(results.cells[key]) == _at_any_scale(cell) and gate_state(m) == state:
+                return f"{state} on {m.cell.train.model}"
     return NOT_COMPARED
+
+
+def _at_any_scale(cell: Cell) -> str:
+    """Equal for cells that run the same code on models and sequences of other sizes."""
+    sized = {"model", "overrides", "seqlen"}
+    return f"{cell.world} {cell.hardware} {cell.train.model_dump_json(exclude=sized)}"
 
 
 def _options(cell: Cell) -> dict[str, Any]:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from alst_impl.config import TrainConfig
 from harness.cell import Cell, make_cell
+from harness.nvml import Device, DeviceReadings, Section
+from harness.prediction import Simulated
 from harness.record import (
+    CudaMemory,
     Gate,
     Measurement,
     Outcome,
@@ -94,6 +98,130 @@ def measurement(
         ),
         provenance=PROVENANCE,
     )
+
+
+def cuda_cell(method: str = "alst", seqlen: int = 32_768, **settings: Any) -> Cell:
+    """A cell that a GPU measures: full width, two layers."""
+    options = settings.pop("options", {})
+    return make_cell(
+        {
+            "model": "llama3.1-8b",
+            "overrides": {"num_hidden_layers": 2},
+            "method": {"name": method, **options},
+            "engine": "fsdp2",
+            "dtype": "bfloat16",
+            "seqlen": seqlen,
+            "world": "cuda",
+            "hardware": "h100-80gb",
+            "gate": False,
+            "steps": 2,
+            **settings,
+        }
+    )
+
+
+def twin_of(cell: Cell) -> Cell:
+    """The simulated cell of the same run."""
+    train = {name: getattr(cell.train, name) for name in TrainConfig.model_fields}
+    simulation = {"search": False, "resident": True}
+    return make_cell({**train, "world": "sim", "hardware": cell.hardware, "simulation": simulation})
+
+
+GPU = Device(index=0, uuid="GPU-0", name="NVIDIA H100 80GB HBM3", memory_bytes=80 * 2**30)
+
+
+def cuda_measurement(of: Cell | None = None, allocated: int = 20 * 2**30) -> Measurement:
+    """A record of a GPU with every reading; forward holds half of what backward does."""
+    of = of or cuda_cell()
+    phases = {"forward": allocated // 2, "backward": allocated, "update": allocated // 4}
+    memory = RankMemory(
+        peak_bytes=allocated,
+        host_peak_bytes=512 * MIB,
+        phase_peak_bytes=phases,
+        resting_bytes=12 * 2**30,
+        rss_bytes=9 * 2**30,
+        attention=["aten::_scaled_dot_product_flash_attention"],
+        cuda=CudaMemory(
+            allocated_bytes=phases,
+            reserved_bytes={name: nbytes + 2**30 for name, nbytes in phases.items()},
+            device_bytes={name: nbytes + 2**31 for name, nbytes in phases.items()},
+            pinned_bytes=512 * MIB,
+            retries=0,
+            allocator={"expandable_segments": "True"},
+        ),
+    )
+    section = Section(
+        doing="memory step, backward",
+        seconds=1.5,
+        readings=30,
+        used_bytes=allocated + 3 * 2**30,
+        process_bytes=allocated + 2**31,
+        sm_hz=[1.62e9, 1.98e9],
+        watts=690.0,
+        celsius=64,
+        throttled=["SwPowerCap"],
+    )
+    watched = DeviceReadings(device=GPU, before_bytes=600 * MIB, sections=[section], strangers=[])
+    evidence = RankEvidence(
+        local_seqlen=of.train.seqlen, tiles=26, exchanges=0, offloaded_bytes=512 * MIB
+    )
+    seconds = of.train.seqlen / 32_768
+    return Measurement(
+        cell=of,
+        outcome=Outcome.OK,
+        readings=Readings(
+            step_s=[[seconds * (1 + 0.01 * step)] for step in range(of.steps)],
+            loss=[11.8 - 0.1 * step for step in range(of.warmup + of.steps + 1)],
+            grad_norm=[2.0] * (of.warmup + of.steps + 1),
+            memory=[memory],
+            evidence=[evidence],
+            gate=gate() if of.gate else None,
+            num_parameters=1_486_909_440,
+            devices=[watched],
+        ),
+        provenance=PROVENANCE.model_copy(
+            update={"device": GPU.name, "driver": "580.95.05", "cores": 16}
+        ),
+    )
+
+
+def simulated(of: Cell, allocated: int = 20 * 2**30) -> Measurement:
+    """A record of a simulated cell with nothing but the bytes of its phases."""
+    return Measurement(
+        cell=of,
+        outcome=Outcome.OK,
+        readings=None,
+        simulated=Simulated(
+            code="0",
+            prediction=None,
+            peak_bytes=allocated,
+            phase_peak_bytes={"forward": allocated // 2, "backward": allocated},
+            phase_scratch_bytes={"forward": 0, "backward": allocated // 10},
+            reserved_bytes=allocated + 2**30,
+            checkpoint_bytes=512 * MIB,
+            holdings=[],
+            search=None,
+            timeline=None,
+        ),
+        provenance=PROVENANCE,
+    )
+
+
+def gpu_sweep(error: float = 0.0) -> Results:
+    """Measured cells, a gate at small scale, and a twin of every cell whose engine can be simulated."""
+    small = {"model": "tiny-llama", "overrides": {}, "seqlen": 1024, "gate": True}
+    cells = [cuda_cell("alst", **small, timed=False, warmup=0, steps=0)]
+    lengths = (32_768, 131_072)
+    cells += [cuda_cell(method, n) for method in ("baseline", "alst") for n in lengths]
+    records = {of.key: cuda_measurement(of) for of in cells}
+    oom = cells[2]  # the baseline at the longer length
+    records[oom.key] = failure(oom, Outcome.GPU_OOM)
+    twins = [twin_of(of) for of in cells[1:]]
+    records |= {of.key: simulated(of, int(20 * 2**30 * (1 + error))) for of in twins}
+    cells.append(cuda_cell("layerwise"))  # not measured
+    everything = {of.key: of for of in [*cells, *twins]}
+    figures = ["measured_beside_predicted", "peak_memory", "step_time", "headline"]
+    return Results("gpu_sample", "Is it right?", "made by hand", figures, everything, records)
 
 
 def failure(of: Cell, outcome: Outcome) -> Measurement:

@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import yaml
+
 from harness.cell import load_experiment
 
 ROOT = Path(__file__).parents[1]
@@ -34,6 +37,40 @@ def test_dry_run_lists_every_cell(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for key in load_experiment(ROOT / "experiments" / "smoke.yaml").cells():
         assert key in done.stdout
+
+
+@pytest.mark.parametrize("name", ["gpu_single", "gpu_node"])
+def test_experiments_for_a_gpu_are_listed_without_one(tmp_path: Path, name: str) -> None:
+    """Every cell is a job with its GPUs and nodes, when asked for by name."""
+    for folder in ("experiments", "harness", "profiles"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    done = snakemake("-n", "-p", "--config", f"experiments={name}", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    cells = load_experiment(ROOT / "experiments" / f"{name}.yaml").cells()
+    assert all(key in done.stdout for key in cells)
+    if name == "gpu_node":
+        assert "gpu=32, nodes=4" in done.stdout
+        assert "srun --nodes=4" in done.stdout
+
+
+def test_the_default_sweep_needs_no_gpu(tmp_path: Path) -> None:
+    """A cell of world `cuda` is run when it is asked for."""
+    for folder in ("experiments", "harness", "profiles"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    done = snakemake("-n", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "gpu_" not in done.stdout
+
+
+def test_the_profile_for_slurm_differs_in_where_cells_run() -> None:
+    """It resumes and goes on as the default one does."""
+    default, slurm = (
+        yaml.safe_load((ROOT / "profiles" / name / "config.yaml").read_text())
+        for name in ("default", "slurm")
+    )
+    shared = ["keep-going", "rerun-incomplete", "rerun-triggers"]
+    assert {key: slurm[key] for key in shared} == {key: default[key] for key in shared}
+    assert slurm["executor"] == "slurm"
 
 
 def test_parsing_imports_no_torch() -> None:

@@ -126,6 +126,8 @@ class Tiled(Method):
     logits for the loss (arXiv:2506.13996, section 3.1)."""
     offload: bool = True
     """Keep checkpointed layer inputs in host memory."""
+    overlap: bool = True
+    """Copy them beside compute, through pinned memory; off, copies block, as in the released recipes."""
 
     def check(self, config: TrainConfig) -> None:
         if self.offload and not config.checkpoint:
@@ -166,7 +168,8 @@ class Tiled(Method):
         from alst_impl import hf
         from alst_impl.ops.offload import HostOffload
 
-        hf.checkpoint_layers(model, HostOffload(placement) if self.offload else None)
+        offload = HostOffload(placement, overlap=self.overlap) if self.offload else None
+        hf.checkpoint_layers(model, offload)
 
 
 def divisors(n: int) -> list[int]:

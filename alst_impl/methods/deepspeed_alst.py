@@ -48,6 +48,11 @@ class DeepspeedAlst(Method):
                 f"method 'deepspeed_alst' runs under DeepSpeed only, not engine '{config.engine.name}'; "
                 "use engine 'zero'"
             )
+        if config.attention not in ("sdpa", "flash_attention_2"):
+            raise ValueError(
+                f"method 'deepspeed_alst' hands attention to transformers, which has no '{config.attention}'; "
+                "use sdpa or flash_attention_2"
+            )
         if config.seqlen % self.sp:
             raise ValueError(
                 f"seqlen ({config.seqlen}) must be divisible by sp ({self.sp}) for method "
@@ -103,9 +108,11 @@ class DeepspeedAlst(Method):
 
         # Takes over the group that stands; its classes ask for it.
         deepspeed.init_distributed(dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+        if config.attention != model.config._attn_implementation:
+            model.set_attn_implementation(config.attention)
         UlyssesSPAttentionHF.register_with_transformers(
             model_name_or_path=model,
-            core_attn_implementation="sdpa",
+            core_attn_implementation=config.attention,
             sequence_parallel_size=self.sp,
             micro_batch_size=config.batch_size,
             seq_length_is_variable=True,

@@ -50,6 +50,11 @@ class Layerwise(Method):
                 f"layerwise reads the weights of projections itself, not adapters beside them (lora={config.lora}); "
                 "use method 'alst'"
             )
+        if config.attention not in ("sdpa", "sdpa_flash"):
+            raise ValueError(
+                f"layerwise calls PyTorch's flash kernel by name, but attention is '{config.attention}'; "
+                "use sdpa or sdpa_flash"
+            )
         if not config.checkpoint:
             raise ValueError(
                 "layerwise keeps nothing but layer inputs, but checkpoint is false; set it to true"

@@ -5,11 +5,16 @@ Legend: B batch, S sequence, H query heads, K kv heads, D head dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from alst_impl.ops.kernels import MODULES, missing
 
 Causal = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 """(query [B,H,S,D], key [B,K,S,D], value [B,K,S,D], scale) -> [B,H,S,D], causal, same dtype."""
@@ -22,8 +27,106 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     )
 
 
-BACKENDS: dict[str, Causal] = {"sdpa": _sdpa}
+def _sdpa_by(kernel: SDPBackend) -> Causal:
+    """PyTorch's attention by `kernel` alone: what it cannot compute is an error, not another kernel."""
+
+    def causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        with sdpa_kernel(kernel):
+            return _sdpa(query, key, value, scale)
+
+    return causal
+
+
+Varlen = Callable[[Tensor, Tensor, Tensor, Tensor, int, float], Tensor]
+"""(query [T,H,D], key [T,K,D], value [T,K,D], int32 offsets [N+1] of documents, the longest of them,
+scale) -> [T,H,D]: causal within each document. T counts the tokens of all samples."""
+
+
+def _module(name: str) -> Any:
+    """The module of `MODULES[name]`. Raises `ValueError` where it is missing: nothing stands in for it."""
+    try:
+        return importlib.import_module(MODULES[name])
+    except ImportError as error:
+        raise ValueError(f"{missing(name)} ({' '.join(str(error).split())})") from None
+
+
+def _output(result: Any) -> Tensor:
+    """The attention of what some versions return together with its statistics."""
+    out: Tensor = result[0] if isinstance(result, tuple) else result
+    return out
+
+
+def _flash_attn(name: str) -> Causal:
+    """The dense function of a flash-attn package; it has sequence before heads, and knows grouped queries."""
+
+    def causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        # [B, H, S, D] -> [B, S, H, D]: views, any strides will do but those of D
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        attention = _module(name).flash_attn_func
+        return _output(attention(query, key, value, softmax_scale=scale, causal=True)).transpose(
+            1, 2
+        )
+
+    return causal
+
+
+def _flash_attn_varlen(name: str) -> Varlen:
+    def varlen(
+        query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int, scale: float
+    ) -> Tensor:
+        attention = _module(name).flash_attn_varlen_func
+        result = attention(
+            query,
+            key,
+            value,
+            cu_seqlens_q=offsets,
+            cu_seqlens_k=offsets,
+            max_seqlen_q=longest,
+            max_seqlen_k=longest,
+            softmax_scale=scale,
+            causal=True,
+        )
+        return _output(result)
+
+    return varlen
+
+
+def _torch_varlen(
+    query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int, scale: float
+) -> Tensor:
+    """PyTorch's flash kernel over documents."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    grouped: dict[str, Any] = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
+    causal = (-1, 0)  # every key before a query, none after it
+    result = varlen_attn(
+        query,
+        key,
+        value,
+        offsets,
+        offsets,
+        longest,
+        longest,
+        scale=scale,
+        window_size=causal,
+        **grouped,
+    )
+    return _output(result)
+
+
+BACKENDS: dict[str, Causal] = {
+    "sdpa": _sdpa,
+    "sdpa_flash": _sdpa_by(SDPBackend.FLASH_ATTENTION),
+    "sdpa_cudnn": _sdpa_by(SDPBackend.CUDNN_ATTENTION),
+    **{name: _flash_attn(name) for name in MODULES},
+}
 """Core attention by the name that stands in a cell."""
+
+VARLEN: Mapping[str, Varlen] = {
+    "sdpa_flash": _torch_varlen,
+    **{name: _flash_attn_varlen(name) for name in MODULES},
+}
+"""Those that take packed documents in one call; others compute one document after the other."""
 
 
 def attend(
@@ -43,6 +146,8 @@ def attend(
     document lengths, adding up to S: no query sees a key of another document.
     """
     causal = BACKENDS[backend]
+    if documents is not None and window is None and backend in VARLEN:
+        return _packed(VARLEN[backend], query, key, value, scale, documents)
     if documents is not None:
         samples = []
         for index, lengths in enumerate(documents):
@@ -53,6 +158,26 @@ def attend(
             samples.append(torch.cat(parts, dim=2))
         return torch.cat(samples)
     return _windowed(causal, query, key, value, scale, window)
+
+
+def _packed(
+    varlen: Varlen,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    documents: Sequence[Sequence[int]],
+) -> Tensor:
+    """All documents of all samples in one call."""
+    batch, _, seqlen, _ = query.shape
+    lengths = [length for sample in documents for length in sample]
+    offsets = torch.tensor([0, *lengths], device=query.device).cumsum(0).to(torch.int32)
+    # [B, H, S, D] -> [B * S, H, D]
+    flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
+    out = varlen(flat[0], flat[1], flat[2], offsets, max(lengths), scale)
+    # [B * S, H, D] -> [B, H, S, D]
+    whole: Tensor = out.unflatten(0, (batch, seqlen))
+    return whole.transpose(1, 2)
 
 
 def _windowed(

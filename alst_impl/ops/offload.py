@@ -38,10 +38,11 @@ class _Parked:
 class HostOffload:
     """Moves layer inputs between `placement.device` and `placement.host`."""
 
-    def __init__(self, placement: Placement) -> None:
+    def __init__(self, placement: Placement, *, overlap: bool = True) -> None:
+        """`overlap` copies beside compute, through pinned memory, and fetches ahead; else copies block."""
         self._placement = placement
-        self._apart = placement.device.type != placement.host.type
-        self._streams = placement.device.type == "cuda"
+        self._apart = overlap and placement.device.type != placement.host.type
+        self._streams = overlap and placement.device.type == "cuda"
         self._side = torch.cuda.Stream(placement.device) if self._streams else None
         self._last: _Parked | None = None
 

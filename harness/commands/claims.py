@@ -48,7 +48,7 @@ def claims(
     experiments = [load_experiment(path) for path in sorted(paths.EXPERIMENTS.glob("*.yaml"))]
     simulated = [(e, cells) for e in experiments if (cells := _simulated(e))]
     if not stored:
-        _bring_up_to_date(simulated, results)
+        bring_up_to_date(simulated, results)
     from harness.table import fresh
 
     all_results = [
@@ -96,10 +96,21 @@ def reference_records(name: str) -> dict[str, Measurement]:
 
 
 def _simulated(experiment: Experiment) -> dict[str, Cell]:
+    """Its simulated cells, without the twins of measured ones: `alst confirm` is for those."""
+    return {key: cell for key, cell in simulated_cells(experiment).items() if not is_twin(cell)}
+
+
+def simulated_cells(experiment: Experiment) -> dict[str, Cell]:
+    """The cells of world `sim` by key."""
     return {key: cell for key, cell in experiment.cells().items() if cell.world == "sim"}
 
 
-def _bring_up_to_date(simulated: list[tuple[Experiment, dict[str, Cell]]], results: Path) -> None:
+def is_twin(cell: Cell) -> bool:
+    """Whether a simulated cell stands beside a measured one."""
+    return cell.simulation is not None and cell.simulation.resident
+
+
+def bring_up_to_date(simulated: list[tuple[Experiment, dict[str, Cell]]], results: Path) -> None:
     """Simulate all cells without a record of this code, as many at a time as there are cores."""
     from harness.run import measure_to
 

@@ -145,10 +145,11 @@ def summary(names: Names = None) -> None:
         verdict_counts,
     )
     from harness.report import summary as in_words
+    from harness.table import measured_part
 
     console = Console()
     console.width = max(console.width, 100)  # a narrower terminal wraps rather than hides
-    for results in _with_records(names):
+    for results in map(measured_part, _with_records(names)):
         if is_simulated(results):
             found = evidence([results])
             console.print(
@@ -191,6 +192,9 @@ def reference(
     dirty: Annotated[
         bool, typer.Option("--dirty", help="Accept records of a tree with uncommitted changes.")
     ] = False,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Accept an experiment with cells not measured yet.")
+    ] = False,
     reason: Annotated[
         str | None, typer.Option(help="Why numbers move; needed where some do, and kept with them.")
     ] = None,
@@ -210,7 +214,7 @@ def reference(
         raise ValueError("references are not updated in CI; do it at your desk and commit them")
     results = fresh(paths.experiment(name))
     missing = sorted(set(results.cells) - set(results.measurements))
-    if missing:
+    if missing and not (partial and results.measurements):
         raise ValueError(
             f"{name}: no record of {missing[0]} and {len(missing) - 1} more; run `make`"
         )
@@ -253,8 +257,8 @@ def _promote(results: Results, hardware: str) -> None:
     folder = paths.REFERENCE / hardware / results.name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    for key, cell in results.cells.items():
-        if cell.hardware == hardware:
+    for key, m in results.measurements.items():
+        if m.cell.hardware == hardware:
             shutil.copyfile(paths.cells(results.name) / f"{key}.json", folder / f"{key}.json")
     from harness import drawing
     from harness.figures.base import draw

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +13,7 @@ from rich.table import Table
 
 from harness.cell import Cell, Experiment, load_experiment
 from harness.commands.live import CellLine
+from harness.launch import launched
 from harness.record import Measurement
 from harness.run import measure_to
 
@@ -20,6 +22,12 @@ ExperimentPath = Annotated[
 ]
 Force = Annotated[bool, typer.Option("--force", help="Measure again what has a record.")]
 Results = Annotated[Path, typer.Option("--results", help="Folder of records and caches.")]
+AllowDirty = Annotated[
+    bool,
+    typer.Option(
+        "--allow-dirty", help="Measure CUDA cells of a tree with uncommitted changes, and say so."
+    ),
+]
 DEFAULT_RESULTS = Path("results")
 
 
@@ -34,20 +42,24 @@ def truth_cache(results: Path) -> Path:
 
 
 def run(
-    experiment: ExperimentPath, force: Force = False, results: Results = DEFAULT_RESULTS
+    experiment: ExperimentPath,
+    force: Force = False,
+    allow_dirty: AllowDirty = False,
+    results: Results = DEFAULT_RESULTS,
 ) -> None:
     """Measure all cells of an experiment that have no final record yet.
 
     Every outcome is a record: out of memory, a hang, a crash, a wrong gradient. A cell that was
-    killed from outside is measured again by the next run.
+    killed from outside is measured again by the next run. Under torchrun all of its ranks take part.
+    Exit code 2: a cell of world 'cuda' is not for this machine, and nothing of it was written.
 
     Example: alst run experiments/smoke.yaml
     """
     loaded = load_experiment(experiment)
     cells = loaded.cells()
-    console = Console()
+    console = quiet_console()
     measured = [
-        _run_one(console, loaded, key, cell, number, len(cells), force, results)
+        _run_one(console, loaded, key, cell, number, len(cells), force, allow_dirty, results)
         for number, (key, cell) in enumerate(cells.items(), start=1)
     ]
     console.print(_summary(loaded, measured))
@@ -57,6 +69,7 @@ def cell(
     experiment: ExperimentPath,
     key: Annotated[str, typer.Argument(help="Key of the cell, as `alst cells` lists it.")],
     force: Force = False,
+    allow_dirty: AllowDirty = False,
     results: Results = DEFAULT_RESULTS,
 ) -> None:
     """Measure one cell of an experiment and write RESULTS/cells/EXPERIMENT/KEY.json."""
@@ -65,13 +78,21 @@ def cell(
     if key not in cells:
         raise ValueError(f"{experiment} has no cell '{key}'; `alst cells {experiment}` lists them")
     number = list(cells).index(key) + 1
-    _run_one(Console(), loaded, key, cells[key], number, len(cells), force, results)
+    _run_one(
+        quiet_console(), loaded, key, cells[key], number, len(cells), force, allow_dirty, results
+    )
 
 
 def cells(experiment: ExperimentPath) -> None:
     """List the keys of an experiment's cells."""
     for key in load_experiment(experiment).cells():
         print(key)
+
+
+def quiet_console() -> Console:
+    """A console; of the ranks that torchrun starts, the first alone has one that speaks."""
+    launch = launched(os.environ)
+    return Console(quiet=launch is not None and launch.rank > 0)
 
 
 def _run_one(
@@ -82,11 +103,14 @@ def _run_one(
     number: int,
     total: int,
     force: bool,
+    allow_dirty: bool,
     results: Path,
 ) -> Measurement:
-    path = record_path(results, experiment, key)
+    path, cache = record_path(results, experiment, key), truth_cache(results)
     with CellLine(console, cell, number, total) as line:
-        measurement, fresh = measure_to(path, cell, truth_cache(results), force, line.hear)
+        measurement, fresh = measure_to(
+            path, cell, cache, force, line.hear, allow_dirty=allow_dirty
+        )
     line.done(measurement, fresh)
     return measurement
 

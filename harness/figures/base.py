@@ -17,7 +17,7 @@ from alst_impl.plugin import names
 from harness import drawing
 from harness.cell import Cell
 from harness.prediction import Simulated
-from harness.table import NOT_MEASURED, Results, tidy, wide
+from harness.table import NOT_MEASURED, Results, measured_part, tidy, wide
 
 
 def draw(name: str, results: Results) -> Figure:
@@ -96,7 +96,7 @@ def draw_grid(results: Results, metric: str, title: str, note: str = "") -> Figu
 
     A pair of model and ranks that the sweep does not have leaves its place empty.
     """
-    cells = wide(tidy(results))
+    cells = wide(tidy(measured_part(results)))
     models, sizes = list(dict.fromkeys(cells["model"])), sorted(set(cells["world_size"]))
     colours = drawing.palette(cells["series"])
     lengths = sorted(set(cells["seqlen"]))

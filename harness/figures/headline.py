@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from harness import drawing
 from harness.figures.base import draw_panel
-from harness.table import Results, tidy, wide
+from harness.table import Results, measured_part, tidy, wide
 
 
 def longest_series(cells: pd.DataFrame) -> pd.DataFrame:
@@ -20,7 +20,7 @@ def longest_series(cells: pd.DataFrame) -> pd.DataFrame:
 
 def draw(results: Results) -> Figure:
     """Peak bytes and step time against length, side by side."""
-    cells = longest_series(wide(tidy(results)))
+    cells = longest_series(wide(tidy(measured_part(results))))
     colours = drawing.palette(cells["series"])
     lengths = sorted(set(cells["seqlen"]))
     figure = Figure(figsize=(9, 4.1), layout="constrained")

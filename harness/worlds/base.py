@@ -6,23 +6,25 @@ import importlib
 import math
 import resource
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import DeviceMesh
 
 from alst_impl.config import Frozen
 from alst_impl.engines.base import Runtime
 from alst_impl.methods.base import Method
+from alst_impl.models import Initializer
 from alst_impl.placement import Evidence, Placement
 from alst_impl.step import StepResult, accumulate_gradients, micro_batches, start, train_step
 from harness.cell import Cell
 from harness.gradients import Companion, Truth, compare, compare_update, corpus_of
+from harness.launch import store_at
 from harness.processes import Rank
 from harness.record import Gate, RankEvidence, RankMemory
 
@@ -44,6 +46,13 @@ class World(ABC):
     @abstractmethod
     def track(self, step: Callable[[], StepResult], runtime: Runtime) -> RankMemory:
         """Run `step`, watching what lives."""
+
+    def initializer(self, cell: Cell) -> Initializer | None:
+        """What draws the weights; None is the one that all worlds share."""
+        return None
+
+    def settle(self) -> None:
+        """The model stands: give back what building it left behind."""
 
     def on_host(self, tensor: Tensor) -> None:
         """`tensor` is about to hold offloaded data."""
@@ -73,6 +82,8 @@ class RankReadings(Frozen):
     """Of every step but the tracked one, on rank 0, where the cell asked for it."""
     gate: Gate | None
     """On rank 0, where the cell asked for it."""
+    num_parameters: int
+    """Of the model that this rank knows, tied ones once."""
 
 
 def load_world(name: str) -> World:
@@ -105,7 +116,8 @@ class _Run:
             device=world.device, on_host=world.on_host, on_phase=world.on_phase
         )
         self.method: Method
-        self.method, self.runtime = start(cell.train, mesh, self.placement)
+        self.method, self.runtime = start(cell.train, mesh, self.placement, world.initializer(cell))
+        world.settle()
         self.corpus = corpus_of(cell.train)
         self.step = 0
         self.loss: list[float] = []
@@ -130,6 +142,7 @@ class _Run:
             evidence=RankEvidence(**asdict(self.placement.evidence)),
             cosine=self.cosine,
             gate=gate,
+            num_parameters=num_parameters(self.runtime.module),
         )
 
     def _batches(self, doing: str) -> list[Any]:
@@ -211,6 +224,24 @@ class _Run:
             return result
 
         return step
+
+
+def num_parameters(module: nn.Module) -> int:
+    """Elements of all parameters, tied ones once, whole ones where an engine has sharded them."""
+    # ZeRO-3 keeps the true number beside an empty tensor; a DTensor counts as the whole.
+    return sum(int(getattr(p, "ds_numel", p.numel())) for p in module.parameters())
+
+
+def attention_operators(operators: Iterable[str]) -> list[str]:
+    """Those of `operators` that are core attention, sorted."""
+    return sorted(name for name in operators if "attention" in name or "attn" in name)
+
+
+def store_of(rank: Rank, cell: Cell) -> dist.Store:
+    """Where the ranks of `cell` find each other."""
+    if rank.meeting is not None:
+        return store_at(rank.meeting, f"ranks/{cell.key}")
+    return dist.FileStore(str(rank.scratch / "store"), rank.world_size)
 
 
 def rss_bytes() -> int:

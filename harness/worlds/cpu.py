@@ -21,7 +21,7 @@ from harness.cell import Cell
 from harness.processes import Rank
 from harness.record import RankMemory
 from harness.tracker import Tracker
-from harness.worlds.base import World, rss_bytes
+from harness.worlds.base import World, attention_operators, rss_bytes, store_of
 
 
 class Cpu(World):
@@ -35,7 +35,7 @@ class Cpu(World):
     def group(self, rank: Rank, cell: Cell) -> Iterator[DeviceMesh]:
         dist.init_process_group(
             "gloo",
-            store=dist.FileStore(str(rank.scratch / "store"), rank.world_size),
+            store=store_of(rank, cell),
             rank=rank.index,
             world_size=rank.world_size,
             # Before the cell's own limit, so that ranks that wait for each other say so.
@@ -67,6 +67,7 @@ class Cpu(World):
             phase_peak_bytes=tracker.phase_peaks,
             resting_bytes=tracker.live_bytes,
             rss_bytes=rss_bytes(),
+            attention=attention_operators(tracker.operators),
         )
 
     def on_host(self, tensor: Tensor) -> None:

@@ -109,6 +109,9 @@ class Offload:
     """Parameter shards live in host memory."""
     pinned: bool = False
     """Checkpoints lie in pinned memory: each allocation takes a power of two."""
+    states: int = 0
+    """Optimizer states on the accelerator, as copies of the parameters: two for Adam, in their dtype;
+    0 where they lie in host memory."""
 
     def host_bytes(self, nbytes: int) -> int:
         """Host memory that an allocation of a checkpoint takes.
@@ -242,6 +245,7 @@ def simulate(
     *,
     gpu: bool = True,
     kernel: str = "flash_attention_2",
+    hardware: str = "",
     offload: Offload | None = None,
     cap_tiles: bool = True,
     explain: bool = False,
@@ -251,12 +255,13 @@ def simulate(
     """Forward and backward of one step of `config` on `rank`, by default the one that holds the most.
 
     With `num_layers` the step is run at 5 layers and stretched to that many. `gpu` calls CUDA's attention by name and rounds as its allocator does; otherwise the CPU world is
-    simulated, which has one kind of memory for both. `kernel` names the attention whose scratch counts.
+    simulated, which has one kind of memory for both. `kernel` names the attention whose scratch counts, on
+    `hardware` where it was measured there.
     """
     tracker = Tracker(
         rounding=CUDA_ROUNDING if gpu else 1,
         host=HOST.type,
-        scratch=cuda_scratch(kernel) if gpu else None,
+        scratch=cuda_scratch(kernel, hardware) if gpu else None,
         events=True,
         explain=explain,
     )
@@ -327,7 +332,9 @@ def replay(recording: Recording, operators: frozenset[str], offload: Offload) ->
     peaks: dict[str, tuple[int, int, int]] = {}  # phase -> (device bytes, event, host bytes)
     sizes: dict[int, int] = {}
     moments: list[Moment] = []
-    device = host = 0
+    # Made in the first update, they stay.
+    states = offload.states * sum(_parameters(recording).values())
+    device, host = states, 0
     taken = [offload.takes(allocation) for allocation in recording.allocations]
     for index, (number, raw, on_host, phase) in enumerate(recording.events):
         nbytes = offload.host_bytes(raw) if on_host else raw
@@ -349,6 +356,8 @@ def replay(recording: Recording, operators: frozenset[str], offload: Offload) ->
         by_category: dict[str, int] = {}
         for allocation, nbytes in live[phase]:
             by_category[allocation.category] = by_category.get(allocation.category, 0) + nbytes
+        if states:
+            by_category["optimizer"] = by_category.get("optimizer", 0) + states
         phases[phase] = Instant(by_category=by_category, host_bytes=peaks[phase][2])
     return Trace(
         phases=phases,
@@ -357,6 +366,13 @@ def replay(recording: Recording, operators: frozenset[str], offload: Offload) ->
         reserved_bytes=reserved_bytes(_two_steps(recording, offload)),
         moments=moments,
     )
+
+
+def _parameters(recording: Recording) -> dict[int, int]:
+    """Allocation -> bytes, of what holds parameters at rest."""
+    sizes = {number: nbytes for number, nbytes, _, phase in recording.events if phase not in PHASES}
+    categories = [allocation.category for allocation in recording.allocations]
+    return {n: nbytes for n, nbytes in sizes.items() if nbytes and categories[n] == "parameters"}
 
 
 def _two_steps(recording: Recording, offload: Offload) -> Iterator[tuple[int, int]]:
@@ -373,6 +389,10 @@ def _two_steps(recording: Recording, offload: Offload) -> Iterator[tuple[int, in
     count = len(recording.allocations)
     made = {number for number, _ in step}
     # What the first step left behind (gradients) is gone before the second makes it again.
+    # The update between them makes the optimizer's states while gradients are still there.
+    for copy in range(offload.states):
+        for number, nbytes in _parameters(recording).items():
+            yield number + (2 + copy) * count, nbytes
     yield from ((number, 0) for number in made if sizes[number])
     yield from ((number + count, nbytes) for number, nbytes in step)
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+from typing import Any, get_args
+
 import pytest
 import torch
 from torch import Tensor
 
-from alst_impl.ops.attention import attend
+from alst_impl.config import Attention
+from alst_impl.ops.attention import BACKENDS, VARLEN, attend
+from alst_impl.ops.kernels import MODULES
 
 Documents = tuple[tuple[int, ...], ...] | None
 
@@ -53,6 +59,77 @@ def test_attention_equals_the_explicit_mask(window: int | None, documents: Docum
         results.append([out.detach(), *(x.grad for x in tensors)])
     for ours, truth in zip(*results, strict=True):
         torch.testing.assert_close(ours, truth, rtol=1e-11, atol=1e-12)
+
+
+def flash_attn(monkeypatch: pytest.MonkeyPatch, module: str, returns_statistics: bool) -> list[str]:
+    """Stand-ins for a flash-attn package, with its layouts; the calls that were made."""
+    calls: list[str] = []
+
+    def one(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        assert q.shape[0] == k.shape[0] == v.shape[0]
+        heads = [x.transpose(0, 1)[None] for x in (q, k, v)]  # [S, H, D] -> [1, H, S, D]
+        return attend(*heads, scale=scale)[0].transpose(0, 1)
+
+    def dense(q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, causal: bool) -> Any:
+        calls.append("dense")
+        assert causal
+        out = torch.stack([one(*sample, softmax_scale) for sample in zip(q, k, v, strict=True)])
+        return (out, None) if returns_statistics else out
+
+    def varlen(q: Tensor, k: Tensor, v: Tensor, **more: Any) -> Any:
+        calls.append("varlen")
+        offsets = more["cu_seqlens_q"]
+        assert offsets.dtype == torch.int32
+        lengths = offsets.diff().tolist()
+        assert max(lengths) == more["max_seqlen_q"] == more["max_seqlen_k"]
+        parts = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
+        out = torch.cat([one(*part, more["softmax_scale"]) for part in parts])
+        return (out, None) if returns_statistics else out
+
+    fake = SimpleNamespace(flash_attn_func=dense, flash_attn_varlen_func=varlen)
+    monkeypatch.setitem(sys.modules, module, fake)
+    if "." in module:
+        monkeypatch.setitem(sys.modules, module.partition(".")[0], SimpleNamespace())
+    return calls
+
+
+@pytest.mark.parametrize("statistics", [False, True])
+@pytest.mark.parametrize("documents", [None, DOCUMENTS])
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_a_kernel_of_a_package_is_called_in_its_layout(
+    monkeypatch: pytest.MonkeyPatch, name: str, documents: Documents, statistics: bool
+) -> None:
+    """Sequence before heads, grouped queries as they are; packed documents in one call by offsets."""
+    calls = flash_attn(monkeypatch, MODULES[name], statistics)
+    tensors = [x.detach() for x in qkv(17)]
+    out = attend(*tensors, scale=0.7, documents=documents, backend=name)
+    torch.testing.assert_close(out, masked(tensors, None, documents), rtol=1e-11, atol=1e-12)
+    assert calls == ["dense" if documents is None else "varlen"]
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_a_missing_package_is_an_error_that_names_it(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """No other kernel stands in."""
+    monkeypatch.setitem(sys.modules, MODULES[name], None)
+    with pytest.raises(ValueError, match=f"attention '{name}' needs .* not installed"):
+        attend(*qkv(17), scale=0.7, backend=name)
+
+
+def test_a_named_kernel_runs_or_fails() -> None:
+    """The flash kernel of the CPU by its name; a kernel that only CUDA has fails, and is not replaced."""
+    tensors = [x.float() for x in qkv(17)]
+    named, chosen = (attend(*tensors, scale=0.7, backend=b) for b in ("sdpa_flash", "sdpa"))
+    assert torch.equal(named, chosen)
+    with pytest.raises(RuntimeError):
+        attend(*tensors, scale=0.7, backend="sdpa_cudnn")
+
+
+def test_every_name_of_the_configuration_is_a_backend() -> None:
+    """And those that take packed documents are some of them."""
+    assert set(get_args(Attention)) <= BACKENDS.keys()
+    assert VARLEN.keys() <= BACKENDS.keys()
 
 
 @pytest.mark.parametrize("position", [7, 8, 9, 15, 16])

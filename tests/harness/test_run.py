@@ -15,9 +15,11 @@ from harness.__main__ import main
 from harness.cell import Cell, load_experiment, make_cell
 from harness.client import submit
 from harness.commands import run as commands
+from harness.nvml import Device, DeviceReadings
 from harness.processes import Ending, Rank
 from harness.record import Measurement, Outcome
-from harness.run import classify, measure, measure_to
+from harness.run import RETRIED, Ran, classify, measure, measure_to, measurement
+from harness.server import last_words
 
 TINY: dict[str, Any] = {
     "model": "tiny-llama",
@@ -76,6 +78,8 @@ def test_cell_is_measured(tmp_path: Path) -> None:
     assert {"forward", "backward", "update"} <= readings.memory[0].phase_peak_bytes.keys()
     assert readings.memory[0].host_peak_bytes > 0
     assert readings.evidence[0].exchanges > 0
+    assert readings.num_parameters == 918_144
+    assert any(name.endswith("_backward") for name in readings.memory[0].attention)
     assert readings.gate is not None
     assert readings.gate.passed
 
@@ -212,6 +216,113 @@ def test_real_failures_are_told_apart(function: Any, outcome: Outcome) -> None:
 def test_ending_has_one_outcome(ending: Ending, outcome: Outcome) -> None:
     """Every way to end is one of the closed set."""
     assert classify(ending)[0] is outcome
+
+
+WATCHDOG = (
+    "what():  [PG ID 0 PG GUID 0(default_pg) Rank 1] Process group watchdog thread terminated with "
+    "exception: "
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "trace", "outcome"),
+    [
+        (
+            "OutOfMemoryError",
+            "CUDA out of memory. Tried to allocate 32.00 GiB. GPU 0 has a total capacity of 79.11 GiB of "
+            "which 4.75 GiB is free.",
+            "",
+            Outcome.GPU_OOM,
+        ),
+        # Reserving pinned memory may come to mind in a trace of the allocator's own error, too.
+        (
+            "OutOfMemoryError",
+            "CUDA out of memory. Tried to allocate",
+            "_new_piece",
+            Outcome.GPU_OOM,
+        ),
+        ("AcceleratorError", "CUDA error: out of memory", "in _step", Outcome.GPU_OOM),
+        ("AcceleratorError", "CUDA error: out of memory", "in _new_piece", Outcome.HOST_OOM),
+        (
+            "RuntimeError",
+            "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+            "",
+            Outcome.GPU_OOM,
+        ),
+        (
+            "DistBackendError",
+            "NCCL error in: ../NCCLUtils.cpp:77, unhandled cuda error",
+            "Cuda failure 2 'out of memory'",
+            Outcome.GPU_OOM,
+        ),
+        (
+            "AcceleratorError",
+            "CUDA error: an illegal memory access was encountered",
+            "",
+            Outcome.ILLEGAL_ACCESS,
+        ),
+        (
+            "RuntimeError",
+            "Triton Error [CUDA]: an illegal memory access was",
+            "",
+            Outcome.ILLEGAL_ACCESS,
+        ),
+        (
+            "AcceleratorError",
+            "CUDA error: device-side assert triggered",
+            "",
+            Outcome.ILLEGAL_ACCESS,
+        ),
+        ("RuntimeError", "No available kernel. Aborting execution.", "", Outcome.SETUP_ERROR),
+        ("RuntimeError", "the cell asks for expandable_segments True", "", Outcome.SETUP_ERROR),
+    ],
+)
+def test_words_of_cuda_have_one_outcome(
+    error: str, message: str, trace: str, outcome: Outcome
+) -> None:
+    """Memory of the device, memory of the host and an illegal access are told apart."""
+    ending = Ending(how="error", rank=0, error=error, message=message, trace=trace)
+    assert classify(ending)[0] is outcome
+
+
+@pytest.mark.parametrize(
+    ("words", "outcome"),
+    [
+        (
+            WATCHDOG + "[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, "
+            "OpType=ALLTOALL_BASE, Timeout(ms)=300000) ran for 300006 milliseconds before timing out.",
+            Outcome.COMM_TIMEOUT,
+        ),
+        (
+            WATCHDOG + "CUDA error: an illegal memory access was encountered",
+            Outcome.ILLEGAL_ACCESS,
+        ),
+        (WATCHDOG + "CUDA error: unknown error", Outcome.SETUP_ERROR),
+    ],
+)
+def test_a_watchdog_that_ends_a_rank_says_why(words: str, outcome: Outcome) -> None:
+    """NCCL's watchdog aborts the process; what it wrote before its stack trace tells the outcome."""
+    log = f"warming up\nterminate called after throwing an instance of 'c10::DistBackendError'\n  {words}\n"
+    log += "Exception raised from checkTimeout at ProcessGroupNCCL.cpp:632:\nframe #7: clone + 0x44\n\n"
+    said = last_words(log)
+    assert said == words
+    ending = Ending(how="signal", rank=1, error="SIGABRT", message=said)
+    assert classify(ending)[0] is outcome
+
+
+def test_a_stranger_on_the_device_is_no_result_of_the_cell() -> None:
+    """Whatever was read beside somebody else says nothing, and is measured again."""
+    whole = Device(index=0, uuid="GPU-0", name="NVIDIA H100 80GB HBM3", memory_bytes=80 * 2**30)
+    readings = DeviceReadings(
+        device=whole, before_bytes=0, sections=[], strangers=["process 99 during the run"]
+    )
+    oom = Ending(how="error", rank=0, error="OutOfMemoryError", message="CUDA out of memory")
+    ran = Ran(ending=oom, devices=[readings], driver="580.1", nodes=2)
+    found = measurement(cell_of(), ran, 1.0)
+    assert (found.outcome, found.detail) == (Outcome.FOREIGN_PROCESS, "process 99 during the run")
+    assert found.outcome in RETRIED
+    assert found.provenance.device == whole.name
+    assert (found.provenance.driver, found.provenance.nodes) == ("580.1", 2)
 
 
 def test_cell_command_writes_one_record(

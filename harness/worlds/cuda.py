@@ -1,0 +1,305 @@
+"""Real processes on NVIDIA GPUs: NCCL, one device a rank, what PyTorch's allocators count.
+
+With `alst_impl.ops.offload` the only file that names `torch.cuda`. Importing it touches no device: the
+fork server does so, and a process that has touched one cannot fork ranks that use it.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import gc
+import os
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import DeviceMesh, init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
+
+from alst_impl.engines.base import Runtime
+from alst_impl.methods.base import load_method
+from alst_impl.models import Initializer
+from alst_impl.step import StepResult
+from harness.cell import Cell
+from harness.processes import Rank
+from harness.record import CudaMemory, RankMemory
+from harness.worlds.base import World, attention_operators, rss_bytes, store_of
+
+
+def require_forkable() -> None:
+    """Raise `RuntimeError` if this process has touched a device, so that its children cannot."""
+    if torch.cuda.is_initialized():
+        raise RuntimeError("an import has initialised CUDA, so that forked ranks cannot use it")
+
+
+class Meter:
+    """The counters of one device. Counting happens as work is issued, so none of it waits for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all work."""
+        torch.cuda.synchronize(self.device)
+
+    def reset_peaks(self) -> None:
+        """Let peaks start from what is held now."""
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def reset_pinned_peak(self) -> None:
+        """The same for pinned host memory."""
+        torch.cuda.reset_peak_host_memory_stats()
+
+    def empty_cache(self) -> None:
+        """Give back to the device what is reserved and free."""
+        torch.cuda.empty_cache()
+
+    def allocated(self) -> int:
+        """Bytes handed out."""
+        return torch.cuda.memory_allocated(self.device)
+
+    def peak_allocated(self) -> int:
+        """Most bytes handed out since peaks were reset."""
+        return torch.cuda.max_memory_allocated(self.device)
+
+    def peak_reserved(self) -> int:
+        """Most bytes held since peaks were reset."""
+        return torch.cuda.max_memory_reserved(self.device)
+
+    def in_use(self) -> int:
+        """Bytes of the device that anybody uses."""
+        free, total = torch.cuda.mem_get_info(self.device)
+        return total - free
+
+    def peak_pinned(self) -> int | None:
+        """Most bytes of pinned host memory handed out since that peak was reset."""
+        found: int | None = torch.cuda.host_memory_stats().get("active_bytes.peak")
+        return found
+
+    def retries(self) -> int:
+        """Times that the cache was emptied to satisfy a request."""
+        found: int = torch.cuda.memory_stats(self.device).get("num_alloc_retries", 0)
+        return found
+
+    def settings(self) -> dict[str, str]:
+        """Of the allocator, as it says itself."""
+        found = torch.cuda.memory._snapshot().get("allocator_settings", {})
+        return {name: str(value) for name, value in found.items()}
+
+
+class Phases:
+    """Peaks of each phase of a step, by phase; a phase that comes again keeps its larger peaks."""
+
+    def __init__(self, meter: Meter) -> None:
+        self._meter = meter
+        self._name: str | None = None
+        self.allocated: dict[str, int] = {}
+        self.reserved: dict[str, int] = {}
+        self.device: dict[str, int] = {}
+
+    def begin(self, name: str | None) -> None:
+        """`name` begins, and what ran before has ended; None only ends it."""
+        self._meter.synchronize()
+        if self._name is not None:
+            self._note(self.allocated, self._meter.peak_allocated())
+            self._note(self.reserved, self._meter.peak_reserved())
+            self._note(self.device, self._meter.in_use())
+        self._meter.reset_peaks()
+        self._name = name
+
+    def _note(self, peaks: dict[str, int], nbytes: int) -> None:
+        assert self._name is not None
+        peaks[self._name] = max(nbytes, peaks.get(self._name, 0))
+
+
+class HostBytes:
+    """Bytes of tensors that hold offloaded data, as asked for; freed ones leave."""
+
+    def __init__(self) -> None:
+        self.live = self.peak = 0
+
+    def add(self, tensor: Tensor) -> None:
+        """Count the storage of `tensor` while it lives."""
+        storage = tensor.untyped_storage()
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._drop, storage.nbytes()).atexit = False
+
+    def _drop(self, nbytes: int) -> None:
+        self.live -= nbytes
+
+
+class OperatorNames(TorchDispatchMode):
+    """Notes the operators that run, whoever calls them."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.names.add(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+class ScratchProbe(TorchDispatchMode):
+    """Largest scratch of each operator: what it held at its peak beside its inputs and outputs.
+
+    An allocator counts as work is issued, so a call can be looked at without waiting for the device.
+    """
+
+    def __init__(self, meter: Meter) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._meter = meter
+        self.backward = False
+        """Whether what runs now is a backward; set by whoever runs it."""
+        self.largest: dict[tuple[str, bool], int] = {}
+        """(operator, in backward) -> bytes."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self._meter.reset_peaks()
+        before = self._meter.allocated()
+        out = func(*args, **(kwargs or {}))
+        scratch = self._meter.peak_allocated() - max(before, self._meter.allocated())
+        place = func._schema.name, self.backward
+        self.largest[place] = max(scratch, self.largest.get(place, 0))
+        return out
+
+
+@contextmanager
+def alone(rank: Rank) -> Iterator[Meter]:
+    """The device of a job's only rank, with a group of one."""
+    device = torch.device("cuda", rank.local)
+    torch.cuda.set_device(device)
+    torch.cuda.init()
+    store = dist.FileStore(str(rank.scratch / "store"), 1)
+    dist.init_process_group("nccl", store=store, rank=0, world_size=1)
+    yield Meter(device)
+    dist.destroy_process_group()
+
+
+class DrawnOnDevice(Initializer):
+    """Weights drawn where they will lie: other values than all worlds share, in a tenth of the time."""
+
+    def values(self, model: PreTrainedModel, path: str, module: nn.Module) -> dict[str, Tensor]:
+        """As the base class, on the current device."""
+        if self.weights is not None:
+            return super().values(model, path, module)
+        with torch.device("cuda", torch.cuda.current_device()):
+            return super().values(model, path, module)
+
+
+class Cuda(World):
+    """Every rank is a process with one device."""
+
+    def __init__(self) -> None:
+        self._phases: Phases | None = None
+        self._host = HostBytes()
+
+    @contextmanager
+    def group(self, rank: Rank, cell: Cell) -> Iterator[DeviceMesh]:
+        self._rank = rank
+        self.device = torch.device("cuda", rank.local)
+        torch.cuda.set_device(self.device)
+        torch.cuda.init()
+        self._meter = Meter(self.device)
+        require_settings(self._meter.settings(), cell)
+        # Optimizer states in host memory are updated by this process.
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", rank.world_size))
+        torch.set_num_threads(max(len(os.sched_getaffinity(0)) // here, 1))
+        dist.init_process_group(
+            "nccl",
+            store=store_of(rank, cell),
+            rank=rank.index,
+            world_size=rank.world_size,
+            # Before the cell's own limit, so that ranks that wait for each other say so.
+            timeout=dt.timedelta(seconds=cell.timeout_s / 2),
+            device_id=self.device,
+        )
+        axes = load_method(cell.train.method).axes(cell.train.world_size)
+        yield init_device_mesh("cuda", tuple(axes.values()), mesh_dim_names=tuple(axes))
+        # Not after a failure: peers that wait would never answer, and the process ends anyway.
+        dist.destroy_process_group()
+
+    def initializer(self, cell: Cell) -> Initializer | None:
+        if cell.gate:
+            return None  # the truth starts from the weights that all worlds share
+        return DrawnOnDevice(cell.train.seed, weights_of(cell))
+
+    def settle(self) -> None:
+        gc.collect()
+        self._meter.empty_cache()
+
+    def clock(self) -> float:
+        # Not events of one stream: copies run on another, and a host optimizer on none.
+        self._meter.synchronize()
+        return time.perf_counter()
+
+    def track(self, step: Callable[[], StepResult], runtime: Runtime) -> RankMemory:
+        gc.collect()
+        meter = self._meter
+        meter.reset_pinned_peak()
+        self._host.peak = self._host.live
+        self._phases = phases = Phases(meter)
+        phases.begin("setup")
+        names = OperatorNames()
+        try:
+            with names:
+                step()
+            phases.begin(None)
+        finally:
+            self._phases = None
+        return RankMemory(
+            peak_bytes=max(phases.allocated.values()),
+            host_peak_bytes=self._host.peak,
+            phase_peak_bytes=phases.allocated,
+            resting_bytes=meter.allocated(),
+            rss_bytes=rss_bytes(),
+            attention=attention_operators(names.names),
+            cuda=CudaMemory(
+                allocated_bytes=phases.allocated,
+                reserved_bytes=phases.reserved,
+                device_bytes=phases.device,
+                pinned_bytes=meter.peak_pinned(),
+                retries=meter.retries(),
+                allocator=meter.settings(),
+            ),
+        )
+
+    def on_host(self, tensor: Tensor) -> None:
+        self._host.add(tensor)
+
+    def on_phase(self, name: str) -> None:
+        if self._phases is not None:
+            self._phases.begin(name)
+            self._rank.progress(f"memory step, {name}")
+
+
+def weights_of(cell: Cell) -> str | None:
+    """The folder with the weights of the cell's model, where it is one."""
+    from alst_impl.models import has_weights
+
+    return cell.train.model if has_weights(cell.train.model) else None
+
+
+def require_settings(found: dict[str, str], cell: Cell) -> None:
+    """Raise `RuntimeError` if the allocator says that it does not run as the cell asks."""
+    said = found.get("expandable_segments")
+    if said in ("True", "False") and said != str(cell.expandable_segments):
+        raise RuntimeError(
+            f"the cell asks for expandable_segments {cell.expandable_segments}, the allocator says {said}"
+        )
+
+
+def world() -> World:
+    """What `harness.worlds.base.load_world` loads."""
+    return Cuda()

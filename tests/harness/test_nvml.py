@@ -1,0 +1,190 @@
+"""What NVML says, by a library that says what a test wants."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from fake_nvml import GIB, H100, FakeNvml, device
+
+from harness import nvml
+from harness.nvml import Device, lines_of, strangers, throttle_reasons, visible_devices, watch
+
+FOUR = [device(n) for n in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("asked", "indices"),
+    [
+        (None, [0, 1, 2, 3]),
+        ("2,0", [2, 0]),
+        ("GPU-333-aaaa, 1", [3, 1]),
+        ("GPU-1", [1]),  # the beginning that tells it apart
+        ("", []),
+        ("-1", []),
+        ("1,7,2", [1]),  # the first that names nothing ends the list
+        ("1,1", [1]),
+        ("GPU-", []),  # names them all, so none
+    ],
+)
+def test_visible_devices_are_those_of_cuda(asked: str | None, indices: list[int]) -> None:
+    """Indices and UUIDs, in the order asked for."""
+    assert [d.index for d in visible_devices(FakeNvml(FOUR), asked)] == indices
+
+
+def test_a_part_of_a_split_device_is_told_by_its_uuid_and_its_name() -> None:
+    """MIG: an index is the first part; each part is visible by its own name; a whole one beside it too."""
+    parts = [{"uuid": f"MIG-{n}", "name": f"{H100} MIG 1g.10gb"} for n in range(2)]
+    fake = FakeNvml([device(0, mig=parts), device(1, mig=[])])
+    first, second = visible_devices(fake, None)
+    assert (first.index, first.part, first.uuid) == (0, 0, "MIG-0")
+    assert first.name.endswith("MIG 1g.10gb")
+    assert (second.index, second.part, second.name) == (1, None, H100)
+    (other,) = visible_devices(fake, "MIG-1")
+    assert (other.index, other.part) == (0, 1)
+
+
+def test_absent_library_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is missing is named: the package, or the driver behind it."""
+    import pynvml
+
+    def fail() -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+    monkeypatch.setattr(pynvml, "nvmlInit", fail)
+    with pytest.raises(ValueError, match="no NVIDIA driver answers here"):
+        nvml.library()
+    monkeypatch.setitem(__import__("sys").modules, "pynvml", None)
+    with pytest.raises(ValueError, match="pip install nvidia-ml-py"):
+        nvml.library()
+
+
+def spoken(*lines: str | None) -> Iterator[str | None]:
+    """What `watch` hears, and the end."""
+    yield from lines
+    yield ""
+
+
+def watched(devices: list[dict[str, Any]], *lines: str | None) -> list[nvml.DeviceReadings]:
+    """What `watch` makes of devices and lines; a second passes between two looks at the clock."""
+    fake = FakeNvml(devices)
+    script, ticks = spoken(*lines), iter(range(1000))
+    found = visible_devices(fake, None)
+    return watch(fake, found, lambda _: next(script), lambda: next(ticks))
+
+
+def test_sections_hold_the_extremes_of_what_was_done_meanwhile() -> None:
+    """Memory, clocks, power, temperature and throttling of each thing that rank 0 reports."""
+    one = device(
+        0,
+        used=[GIB, 3 * GIB, 9 * GIB, 4 * GIB],
+        moves=True,
+        mhz=1755,
+        milliwatts=612_500,
+        celsius=61,
+        reasons=4 | 64 | 1,
+        processes={11: 2 * GIB},
+    )
+    # The first memory reading describes the device, the second is from before the run.
+    one["used"].insert(0, GIB)
+    one["processes"] = [{}, {11: 2 * GIB}]
+    (read,) = watched([one], "pids 11", None, "memory step, forward", None)
+    assert read.before_bytes == GIB
+    assert [s.doing for s in read.sections] == ["start-up", "memory step, forward"]
+    start, step = read.sections
+    assert (start.used_bytes, start.readings) == (9 * GIB, 2)
+    assert step.used_bytes == 4 * GIB
+    assert step.process_bytes == 2 * GIB
+    assert step.sm_hz == [1755e6, 1755e6]
+    assert (step.watts, step.celsius) == (612.5, 61)
+    assert step.throttled == ["SwPowerCap", "HwThermalSlowdown"]
+    assert read.strangers == []
+
+
+def test_what_a_device_does_not_tell_is_none() -> None:
+    """A MIG instance has no clock, power or temperature of its own."""
+    (read,) = watched([device(0)], None)
+    (section,) = read.sections
+    assert (section.sm_hz, section.watts, section.celsius, section.throttled) == (
+        None,
+        None,
+        None,
+        [],
+    )
+    assert section.process_bytes is None
+
+
+def test_several_devices_are_watched_apart() -> None:
+    """Each has its own readings."""
+    reads = watched([device(0, used=[GIB]), device(1, used=[5 * GIB])], None)
+    assert [r.sections[0].used_bytes for r in reads] == [GIB, 5 * GIB]
+
+
+READING = nvml.Reading(
+    used_bytes=GIB, processes={}, sm_hz=None, watts=None, celsius=None, throttled=[]
+)
+
+
+@pytest.mark.parametrize(
+    ("before", "seen", "ours", "found"),
+    [
+        ({}, {11: 1}, {11}, 0),
+        ({}, {11: 2, 99: 2}, {11}, 1),  # somebody came
+        ({99: None}, {99: 1, 11: 2}, {11}, 1),  # somebody was there
+        ({}, {71_234: 1}, {11}, 0),  # a container: ours under the host's number
+        ({}, {71_234: 2, 71_999: 2}, {11}, 1),  # and somebody beside it
+        ({}, {}, {11}, 0),  # a container that hides all processes
+    ],
+)
+def test_strangers_are_found(
+    before: dict[int, int | None], seen: dict[int, int], ours: set[int], found: int
+) -> None:
+    """Whoever is not of the run, by process id or, where those are another machine's, by number."""
+    reading = READING.model_copy(update={"processes": before})
+    assert len(strangers(reading, seen, ours)) == found
+
+
+def test_memory_in_use_before_a_run_is_a_stranger() -> None:
+    """Where processes are hidden, the memory they hold still shows."""
+    reading = READING.model_copy(update={"used_bytes": 30 * GIB})
+    assert strangers(reading, {}, {11}) == ["30.0 GiB in use before the run"]
+
+
+def test_throttle_reasons_have_nvmls_names() -> None:
+    """An idle clock is none."""
+    assert throttle_reasons(FakeNvml([]), 1) == []
+    assert throttle_reasons(FakeNvml([]), 4) == ["SwPowerCap"]
+
+
+def test_the_real_library_names_its_reasons() -> None:
+    """The constants that `throttle_reasons` looks for are those of the installed package."""
+    import pynvml
+
+    assert throttle_reasons(pynvml, 0x4 | 0x40) == ["SwPowerCap", "HwThermalSlowdown"]
+    for name in vars(FakeNvml):
+        if name.startswith(("nvml", "NVML")):
+            assert hasattr(pynvml, name), name
+
+
+def test_lines_are_read_as_they_come() -> None:
+    """Half a line is none yet, two at once are two, and the end is the end."""
+    reader, writer = os.pipe()
+    with io.FileIO(reader) as stream, io.FileIO(writer, "w") as out:
+        next_line = lines_of(stream)  # type: ignore[arg-type]
+        assert next_line(0) is None
+        out.write(b"pids 1 2\nsta")
+        assert next_line(0) == "pids 1 2"
+        assert next_line(0) is None
+        out.write(b"rt\nstop\n")
+        assert [next_line(0), next_line(0), next_line(0)] == ["start", "stop", None]
+        out.close()
+        assert next_line(0) == ""
+
+
+def test_a_device_survives_the_way_to_the_sampler() -> None:
+    """The sampler gets its devices as JSON."""
+    (found,) = visible_devices(FakeNvml([device(0)]), None)
+    assert Device(**found.model_dump()) == found
