@@ -7,6 +7,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
 
 DType = Literal["float64", "float32", "bfloat16"]
+Precision = DType | Literal["float8_e4m3fn"]
+"""What may round a gradient: the run's dtype, or a coarser one that a method's option brings in."""
 LabelMask = Literal["none", "prefix", "rank", "border", "imbalance", "all"]
 
 

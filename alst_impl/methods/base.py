@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from alst_impl.config import Frozen, Spec, TrainConfig
+from alst_impl.config import Frozen, Precision, Spec, TrainConfig
 from alst_impl.models import field, published, unsupported
 from alst_impl.plugin import load
 
@@ -70,6 +70,10 @@ class Method(Frozen):
     def promises(self, config: TrainConfig) -> set[str]:
         """Counters of `Evidence` that must be non-zero after a step, or the method did nothing."""
         return set()
+
+    def precision(self, config: TrainConfig) -> Precision:
+        """The coarsest format that gradients depend on: of an exact method, the run's dtype."""
+        return config.dtype
 
     def mpu(self) -> ModuleType | None:
         """Parallel state for engines that take one (Megatron's protocol); usually none."""

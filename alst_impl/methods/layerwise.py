@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from alst_impl.config import TrainConfig
+from alst_impl.config import Precision, TrainConfig
 from alst_impl.methods.base import Method, check_sharded
 from alst_impl.models import field, published
 from alst_impl.ops.headgroups import HeadGroups
@@ -42,6 +42,11 @@ class Layerwise(Method):
     """Keep in host memory what is kept for backward."""
     stream: bool = False
     """Fetch layer inputs tile by tile in backward, once for each head group, instead of whole."""
+    eight_bits: bool = False
+    """Layer inputs on the host in float8_e4m3fn with a scale for each token: half of what bf16 takes, and
+    gradients that are near, not exact."""
+    overlap: bool = False
+    """Exchange a head group while attention of the one before runs: room for one more of them."""
 
     def check(self, config: TrainConfig) -> None:
         check_sharded(config, self.sp, "layerwise")
@@ -49,10 +54,13 @@ class Layerwise(Method):
             raise ValueError(
                 "layerwise keeps nothing but layer inputs, but checkpoint is false; set it to true"
             )
-        if self.stream and not self.offload:
-            raise ValueError(
-                "stream fetches tiles from host memory, but offload is false; set stream: false"
-            )
+        for name in ("stream", "eight_bits"):
+            if getattr(self, name) and not self.offload:
+                raise ValueError(
+                    f"{name} is for tiles in host memory, but offload is false; set {name}: false"
+                )
+        if self.overlap and self.sp == 1:
+            raise ValueError("overlap is of exchanges between ranks, but sp is 1; set overlap: false")
         fields = published(config.model, config.overrides)
         heads = field(fields, "num_attention_heads")
         HeadGroups.of(heads, fields.get("num_key_value_heads") or heads, self.sp, self.groups)
@@ -67,6 +75,9 @@ class Layerwise(Method):
         if self.offload:
             promised.add("offloaded_bytes")
         return promised
+
+    def precision(self, config: TrainConfig) -> Precision:
+        return "float8_e4m3fn" if self.eight_bits else config.dtype
 
     def apply(
         self, model: PreTrainedModel, config: TrainConfig, mesh: DeviceMesh, placement: Placement
@@ -90,11 +101,12 @@ class Layerwise(Method):
                 groups=HeadGroups.of(
                     layer.query.num_heads, layer.key.num_heads, self.sp, self.groups
                 ),
-                exchange=Exchange(group, evidence),
+                exchange=Exchange(group, evidence, self.overlap),
                 rows=rows,
                 keep_attention=self.keep_attention,
                 offload=offload,
                 stream=self.stream,
+                eight_bits=self.eight_bits,
                 placement=placement,
             )
 

@@ -26,11 +26,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from alst_impl.ops import tiling
-from alst_impl.ops.exchange import Exchange
+from alst_impl.ops import float8, tiling
+from alst_impl.ops.exchange import Arriving, Exchange
 from alst_impl.ops.flash import Documents, Rest, attend_backward, attend_with_logsumexp
 from alst_impl.ops.headgroups import HeadGroups
-from alst_impl.ops.offload import HostOffload
+from alst_impl.ops.offload import HostOffload, OnHost
 from alst_impl.ops.tiling import GradientSum, TokenWise, accumulation_dtype, parameters_of
 from alst_impl.placement import Placement
 
@@ -144,18 +144,35 @@ class Resident:
         return self.like[:, rows]
 
 
-class Streamed:
+class Parked:
     """Tiles that wait on the host and come one at a time, as often as they are asked for."""
 
-    def __init__(self, x: Tensor, size: int, offload: HostOffload) -> None:
+    def __init__(self, x: Tensor, size: int, offload: HostOffload, *, eight_bits: bool) -> None:
         self.shape, self.like = x.shape, x.new_empty(0)
-        self._offload = offload
-        parts = x.split(size, dim=1)
-        self._parked = {i * size: offload.keep(part) for i, part in enumerate(parts)}
+        self._offload, self._eight_bits = offload, eight_bits
+        self._tiles = {
+            i * size: [offload.keep(each) for each in (float8.pack(part) if eight_bits else (part,))]
+            for i, part in enumerate(x.split(size, dim=1))
+        }
 
     def tile(self, rows: slice) -> Tensor:
         """A copy on the device."""
-        return self._offload.look(self._parked[rows.start])
+        return self._on_device(self._tiles[rows.start])
+
+    def whole(self) -> Tensor:
+        """All rows on the device, and no longer on the host."""
+        x = self.like.new_empty(self.shape)
+        for start in list(self._tiles):
+            tile = self._on_device(self._tiles.pop(start))
+            x[:, start : start + tile.shape[1]] = tile
+        return x
+
+    def _on_device(self, parts: list[OnHost]) -> Tensor:
+        found = [self._offload.look(part) for part in parts]
+        if not self._eight_bits:
+            return found[0]
+        packed, scale = found
+        return float8.unpack(packed, scale, self.like.dtype)
 
 
 @dataclass(frozen=True)
@@ -168,6 +185,35 @@ class _Attended:
     """[G, B, h, S], of this rank's heads; fp32 (or wider)."""
     rests: list[Rest]
     """Of any group: they are of equal shapes."""
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A head group whose tensors may still travel."""
+
+    group: int
+    kv_group: int
+    last: bool
+    """Whether it is the last one that attends to its kv group."""
+    query: Arriving
+    pair: Arriving | None
+    """Keys beside values; None where a group before it brought them."""
+    slots: list[Arriving]
+
+
+@dataclass(frozen=True)
+class _Group:
+    """What attention takes of a head group."""
+
+    group: int
+    kv_group: int
+    query: Tensor
+    """[B, h, S, D]."""
+    key: Tensor
+    """[B, k, S, D]."""
+    value: Tensor
+    slots: list[Tensor]
+    """As `query`, each."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +232,8 @@ class Layerwise:
     stream: bool
     """Fetch the layer's input tile by tile in backward, whenever one is needed, instead of whole; once its
     tiles are on the host, the output takes its place on the device."""
+    eight_bits: bool
+    """Keep the layer's input rounded to eight bits: backward computes with that one."""
     placement: Placement
 
     def __call__(self, x: Tensor, call: Call) -> Tensor:
@@ -198,6 +246,11 @@ class Layerwise:
             return self.forward(x, call)[0]
         parameters = parameters_of(self.decoder.module)
         return _Layer.apply(self, call, x, *parameters)  # type: ignore[no-any-return, no-untyped-call]
+
+    def park(self, x: Tensor) -> Parked:
+        """The layer's input on the host, in tiles."""
+        assert self.offload is not None, "tiles wait on the host"
+        return Parked(x, self.size(x.shape[1]), self.offload, eight_bits=self.eight_bits)
 
     # -- forward ----------------------------------------------------------------------------------
 
@@ -223,36 +276,60 @@ class Layerwise:
         shape = self.groups.num_groups, batch, self.groups.heads, local * self.groups.degree
         logsumexp = out.new_empty(shape, dtype=accumulation_dtype(out))
         rests: list[Rest] = []
-        for group, query, key, value in self._projected(x, call):
-            found, logsumexp[group], rests = attend_with_logsumexp(
-                query,
-                key,
-                value,
-                scale=self.decoder.scale,
-                window=self.decoder.window,
-                documents=call.documents,
+        for each in self._by_group(x, call):
+            found, logsumexp[each.group], rests = attend_with_logsumexp(
+                each.query, each.key, each.value, **self._attention(call)
             )
-            self.exchange.to_sequence(found, out[group])
-            del found, query, key, value  # before the next group's are made
+            self.exchange.to_sequence(found, out[each.group])
+            del found, each  # before the next group's are made
         return _Attended(out, logsumexp, rests)
 
-    def _projected(self, x: Rows, call: Call) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-        """(group, query [B, h, S, D], key, value [B, k, S, D]) of this rank's heads, group by group."""
-        groups, kv_group = self.groups, -1
-        key_value = x.like.new_empty(0)
-        for group, _ in tiling.tile_bounds(groups.num_groups, groups.num_groups):
-            fresh = groups.kv_group(group) != kv_group
-            if fresh:
-                del key_value  # before the next one is made
-                kv_group = groups.kv_group(group)
-            query, sent = self._project(x, call, group, kv_group if fresh else None)
-            query = self.exchange.to_heads(query)
-            if sent is not None:
-                key_value = self.exchange.to_heads(sent)
-                del sent
-            key, value = key_value.chunk(2, dim=1)
-            yield group, query, key, value
-            del query, key, value
+    def _attention(self, call: Call) -> dict[str, Any]:
+        """What attention is told beside tensors."""
+        decoder = self.decoder
+        return {"scale": decoder.scale, "window": decoder.window, "documents": call.documents}
+
+    def _by_group(self, x: Rows, call: Call, *slots: Tensor) -> Iterator[_Group]:
+        """What attention takes of each head group, with whole sequences of this rank's heads.
+
+        Queries, keys and values are projected from x; `slots` [G, P, s, B, h, D] are in send order, and
+        a group's part of them is not to be read afterwards: its room is used again.
+        """
+        begun = self._begun(x, call, slots)
+        pair = x.like.new_empty(0)
+        for each in _one_ahead(begun) if self.exchange.overlap else begun:
+            if each.pair is not None:
+                pair = each.pair.arrive()
+            key, value = pair.chunk(2, dim=1)
+            arrived = [one.arrive() for one in each.slots]
+            yield _Group(each.group, each.kv_group, each.query.arrive(), key, value, arrived)
+            del key, value, arrived
+            if each.last:
+                pair = x.like.new_empty(0)  # before the next kv group's is made
+            del each
+
+    def _begun(self, x: Rows, call: Call, slots: Sequence[Tensor]) -> Iterator[_Begun]:
+        """The exchanges of each group, begun; keys and values for the first one that shares them."""
+        groups = self.groups
+        shared = groups.num_groups // groups.num_kv_groups
+        for kv_group, _ in tiling.tile_bounds(groups.num_kv_groups, groups.num_kv_groups):
+            members = tiling.tile_bounds(shared, shared)
+            for index, (member, _) in enumerate(members):
+                group, room = kv_group * shared + member, None
+                arriving = []
+                for slot in slots:
+                    arriving.append(self.exchange.start(slot[group], room))
+                    room = slot[group]
+                query, sent = self._project(x, call, group, kv_group if index == 0 else None)
+                yield _Begun(
+                    group,
+                    kv_group,
+                    index == len(members) - 1,
+                    self.exchange.start(query, room),
+                    None if sent is None else self.exchange.start(sent),
+                    arriving,
+                )
+                del query, sent, arriving  # before the next group's are made
 
     def _project(
         self, x: Rows, call: Call, group: int, kv_group: int | None
@@ -325,33 +402,54 @@ class Layerwise:
         self, x: Rows, call: Call, attended: _Attended, grad_out: Tensor
     ) -> Tensor:
         """Second pass: dQ replaces `attended.out`; returns dK beside dV [G', P, s, B, 2 k, D]."""
-        groups, out = self.groups, attended.out
-        grad_key_value = self._key_value_slots(grad_out)
-        last = groups.num_groups // groups.num_kv_groups - 1
-        sums: list[Tensor] = []
-        for group, query, key, value in self._projected(x, call):
-            of_query, *gradients = attend_backward(
-                self.exchange.to_heads(grad_out[group]),
-                query,
-                key,
-                value,
-                self.exchange.to_heads(out[group]),
-                attended.logsumexp[group],
+        out = attended.out
+        slots: Tensor | None = None
+        pair: Tensor | None = None
+        done = 0
+        for each in self._by_group(x, call, out, grad_out):
+            if pair is not None and each.kv_group != done:
+                slots = self._give_back(pair, done, grad_out, slots)
+                pair = None
+            whole_out, whole_grad = each.slots
+            of_query, *of_pair = attend_backward(
+                whole_grad,
+                each.query,
+                each.key,
+                each.value,
+                whole_out,
+                attended.logsumexp[each.group],
                 attended.rests,
-                scale=self.decoder.scale,
-                window=self.decoder.window,
-                documents=call.documents,
+                **self._attention(call),
             )
+            group, done = each.group, each.kv_group
+            del each, whole_out, whole_grad
             self.exchange.to_sequence(of_query, out[group])
-            del of_query, query, key, value
-            # Groups that share kv heads add up. Their gradients' slots are free once all are through.
-            sums = _sum(sums, gradients)
-            del gradients
-            if group % (last + 1) == last:
-                slot = grad_key_value[groups.kv_group(group)]
-                self.exchange.to_sequence(torch.cat(sums, dim=1), slot)
-                sums = []
-        return grad_key_value
+            del of_query
+            pair = self._summed(pair, *of_pair)
+            del of_pair
+        assert pair is not None, "there is at least one group"
+        return self._give_back(pair, done, grad_out, slots)
+
+    def _summed(self, total: Tensor | None, key: Tensor, value: Tensor) -> Tensor:
+        """[S, B, 2 k, D]: `total` with dK and dV [B, k, S, D] of one more group that shares them."""
+        batch, heads, seqlen, dim = key.shape
+        pair = key.new_empty(seqlen, batch, 2 * heads, dim) if total is None else total
+        for part, one in zip(pair.chunk(2, dim=2), (key, value), strict=True):
+            by_token = one.permute(2, 0, 1, 3)
+            if total is None:
+                part.copy_(by_token)
+            else:
+                part.add_(by_token)
+        return pair
+
+    def _give_back(
+        self, pair: Tensor, kv_group: int, grad_out: Tensor, slots: Tensor | None
+    ) -> Tensor:
+        """Sends dK and dV of `kv_group` to the ranks of their tokens; returns the slots of all."""
+        # The slots of the group's output gradients are free once all that share its heads are through.
+        slots = self._key_value_slots(grad_out) if slots is None else slots
+        self.exchange.to_sequence(pair.permute(1, 2, 0, 3), slots[kv_group])
+        return slots
 
     def _key_value_slots(self, grad_out: Tensor) -> Tensor:
         """Room for dK and dV of each kv group: inside `grad_out` where it is large enough."""
@@ -441,13 +539,15 @@ class Layerwise:
         return query.transpose(1, 2), key, value
 
 
-def _sum(totals: list[Tensor], more: list[Tensor]) -> list[Tensor]:
-    """`totals` with `more` added in place; the first `more` are the totals."""
-    if not totals:
-        return more
-    for total, addend in zip(totals, more, strict=True):
-        total.add_(addend)
-    return totals
+def _one_ahead(items: Iterator[_Begun]) -> Iterator[_Begun]:
+    """`items`, each handed on when the next one has been made."""
+    before: _Begun | None = None
+    for item in items:
+        if before is not None:
+            yield before
+        before = item
+    if before is not None:
+        yield before
 
 
 class _Layer(torch.autograd.Function):
@@ -456,14 +556,12 @@ class _Layer(torch.autograd.Function):
         ctx: Any, layer: Layerwise, call: Call, x: Tensor, *parameters: nn.Parameter
     ) -> Tensor:
         ctx.layer, ctx.call = layer, call
-        if layer.stream:
-            assert layer.offload is not None, "tiles are streamed from the host"
-            ctx.streamed = Streamed(x, layer.size(x.shape[1]), layer.offload)
+        ctx.tiles = layer.park(x) if layer.stream or layer.eight_bits else None
         # Under its own name: for autograd the output is a tensor of its own, which nobody has saved.
         y, attended = layer.forward(x, call, into=x.data if layer.stream else None)
         # Parameters are not saved: an engine may free and gather them again in between. They are looked
         # up again in backward.
-        kept = [] if layer.stream else [x]
+        kept = [x] if ctx.tiles is None else []
         if layer.keep_attention:
             kept += [attended.out, attended.logsumexp]
             ctx.rests = attended.rests
@@ -482,11 +580,13 @@ class _Layer(torch.autograd.Function):
         else:
             kept = [layer.offload.load(parked) for parked in reversed(ctx.parked)][::-1]
             ctx.parked = None
+        tiles, ctx.tiles = ctx.tiles, None
         x: Rows
-        if layer.stream:
-            x, ctx.streamed = ctx.streamed, None
-        else:
+        if tiles is None:
             x = Resident(kept.pop(0).detach())
+        else:
+            x = tiles if layer.stream else Resident(tiles.whole())
+        del tiles
         if layer.keep_attention:
             out, logsumexp = kept
             attended = _Attended(out, logsumexp, ctx.rests)

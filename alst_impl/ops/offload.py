@@ -23,13 +23,13 @@ PREFETCH_BYTES = 2**29
 what attention takes at such lengths."""
 
 
-class _Parked:
-    """One layer input on its way to the host and back."""
+class OnHost:
+    """One tensor on its way to the host and back."""
 
     def __init__(self, x: Tensor) -> None:
         self.shape, self.dtype = x.shape, x.dtype
         self.nbytes = x.numel() * x.element_size()
-        self.before: _Parked | None = None
+        self.before: OnHost | None = None
         self.host: list[Tensor] | None = None
         self.fetched: Tensor | None = None
         self.event: Any = None
@@ -43,17 +43,17 @@ class HostOffload:
         self._apart = placement.device.type != placement.host.type
         self._streams = placement.device.type == "cuda"
         self._side = torch.cuda.Stream(placement.device) if self._streams else None
-        self._last: _Parked | None = None
+        self._last: OnHost | None = None
 
-    def store(self, x: Tensor) -> _Parked:
+    def store(self, x: Tensor) -> OnHost:
         """Begin copying `x` to the host; the caller may drop `x` at once. Backward loads in reverse."""
         parked = self.keep(x)
         parked.before, self._last = self._last, parked
         return parked
 
-    def keep(self, x: Tensor) -> _Parked:
+    def keep(self, x: Tensor) -> OnHost:
         """As `store`, but in no order: to be looked at, any number of times."""
-        parked = _Parked(x)
+        parked = OnHost(x)
         parked.host = [self._new_piece(piece) for piece in _pieces(x)]
         if self._side is None:
             self._copy(parked.host, _pieces(x))
@@ -69,7 +69,7 @@ class HostOffload:
         if self._side is not None:
             torch.cuda.current_stream().wait_stream(self._side)
 
-    def look(self, parked: _Parked) -> Tensor:
+    def look(self, parked: OnHost) -> Tensor:
         """A copy on the device; the one on the host stays."""
         assert parked.host is not None
         self.settle()
@@ -88,7 +88,7 @@ class HostOffload:
         for target, piece in zip(into, pieces, strict=True):
             target.copy_(piece, non_blocking=self._streams)
 
-    def load(self, parked: _Parked) -> Tensor:
+    def load(self, parked: OnHost) -> Tensor:
         """The input back on the device. A small one starts fetching what backward needs next."""
         self._fetch(parked)
         x, parked.fetched = parked.fetched, None
@@ -103,7 +103,7 @@ class HostOffload:
         parked.before = None
         return x
 
-    def _fetch(self, parked: _Parked) -> None:
+    def _fetch(self, parked: OnHost) -> None:
         if parked.fetched is not None:
             return
         host, parked.host = parked.host, None
@@ -115,7 +115,7 @@ class HostOffload:
             parked.fetched = self._fetched(parked, host)
             parked.event = self._side.record_event()
 
-    def _fetched(self, parked: _Parked, host: list[Tensor]) -> Tensor:
+    def _fetched(self, parked: OnHost, host: list[Tensor]) -> Tensor:
         x = torch.empty(parked.shape, dtype=parked.dtype, device=self._placement.device)
         self._copy(_pieces(x), host)
         return x
