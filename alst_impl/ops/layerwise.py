@@ -315,21 +315,22 @@ class Layerwise:
         for kv_group, _ in tiling.tile_bounds(groups.num_kv_groups, groups.num_kv_groups):
             members = tiling.tile_bounds(shared, shared)
             for index, (member, _) in enumerate(members):
-                group, room = kv_group * shared + member, None
-                arriving = []
-                for slot in slots:
-                    arriving.append(self.exchange.start(slot[group], room))
-                    room = slot[group]
-                query, sent = self._project(x, call, group, kv_group if index == 0 else None)
-                yield _Begun(
-                    group,
-                    kv_group,
-                    index == len(members) - 1,
-                    self.exchange.start(query, room),
-                    None if sent is None else self.exchange.start(sent),
-                    arriving,
-                )
-                del query, sent, arriving  # before the next group's are made
+                fresh, last = index == 0, index == len(members) - 1
+                yield self._begin(x, call, slots, kv_group * shared + member, fresh, last)
+
+    def _begin(
+        self, x: Rows, call: Call, slots: Sequence[Tensor], group: int, fresh: bool, last: bool
+    ) -> _Begun:
+        kv_group, room = self.groups.kv_group(group), None
+        arriving = []
+        for slot in slots:
+            arriving.append(self.exchange.start(slot[group], room))
+            room = slot[group]
+        query, sent = self._project(x, call, group, kv_group if fresh else None)
+        pair = None if sent is None else self.exchange.start(sent)
+        return _Begun(
+            group, kv_group, last, self.exchange.start(query, room), pair, arriving
+        )
 
     def _project(
         self, x: Rows, call: Call, group: int, kv_group: int | None
