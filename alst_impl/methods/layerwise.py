@@ -41,7 +41,8 @@ class Layerwise(Method):
     offload: bool = True
     """Keep in host memory what is kept for backward."""
     stream: bool = False
-    """Fetch layer inputs tile by tile in backward, once for each head group, instead of whole."""
+    """Hold layer inputs, attention's output and its gradient on the host, and fetch what is needed by tile or
+    head group: layer inputs come once for each head group."""
     eight_bits: bool = False
     """Layer inputs on the host in float8_e4m3fn with a scale for each token: half of what bf16 takes, and
     gradients that are near, not exact."""
@@ -60,7 +61,9 @@ class Layerwise(Method):
                     f"{name} is for tiles in host memory, but offload is false; set {name}: false"
                 )
         if self.overlap and self.sp == 1:
-            raise ValueError("overlap is of exchanges between ranks, but sp is 1; set overlap: false")
+            raise ValueError(
+                "overlap is of exchanges between ranks, but sp is 1; set overlap: false"
+            )
         fields = published(config.model, config.overrides)
         heads = field(fields, "num_attention_heads")
         HeadGroups.of(heads, fields.get("num_key_value_heads") or heads, self.sp, self.groups)
@@ -120,8 +123,12 @@ class Layerwise(Method):
             return -(-x.shape[1] // min(rows, LOSS_ROWS))
 
         for norm in hf.final_norms(model):
-            hf.tile_module(norm, tiles, evidence)
-        hf.tile_loss(model, loss_tiles, evidence)
+            if self.stream:
+                assert offload is not None, "checked when the sweep was read"
+                decoder.run_in_place(norm, rows, offload)
+            else:
+                hf.tile_module(norm, tiles, evidence)
+        hf.tile_loss(model, loss_tiles, evidence, overwrite=self.stream)
 
     def checkpoint(self, model: PreTrainedModel, placement: Placement) -> None:
         """Layers keep their inputs alone as they are."""

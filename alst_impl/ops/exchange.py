@@ -21,7 +21,9 @@ from alst_impl.placement import Evidence
 class Arriving:
     """Whole sequences of a rank's heads that may still be on their way."""
 
-    def __init__(self, received: Tensor, sent: Tensor | None = None, work: Work | None = None) -> None:
+    def __init__(
+        self, received: Tensor, sent: Tensor | None = None, work: Work | None = None
+    ) -> None:
         self._received, self._sent, self._work = received, sent, work
 
     def arrive(self) -> Tensor:

@@ -20,17 +20,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from alst_impl.ops import float8, tiling
+from alst_impl.ops import tiling
 from alst_impl.ops.exchange import Arriving, Exchange
 from alst_impl.ops.flash import Documents, Rest, attend_backward, attend_with_logsumexp
 from alst_impl.ops.headgroups import HeadGroups
-from alst_impl.ops.offload import HostOffload, OnHost
+from alst_impl.ops.offload import HostOffload
+from alst_impl.ops.parked import DeviceSlots, HostSlots, Parked, Resident, Rows, Slots
 from alst_impl.ops.tiling import GradientSum, TokenWise, accumulation_dtype, parameters_of
 from alst_impl.placement import Placement
 
@@ -118,69 +119,11 @@ class Call:
         return self.cos[:, rows], self.sin[:, rows]
 
 
-class Rows(Protocol):
-    """A layer's input, by tile."""
-
-    @property
-    def shape(self) -> torch.Size:
-        """[B, s, E]."""
-
-    @property
-    def like(self) -> Tensor:
-        """Any tensor of its dtype and device."""
-
-    def tile(self, rows: slice) -> Tensor:
-        """Those rows [B, rows, E]."""
-
-
-class Resident:
-    """All rows on the device."""
-
-    def __init__(self, x: Tensor) -> None:
-        self.shape, self.like = x.shape, x
-
-    def tile(self, rows: slice) -> Tensor:
-        """A view."""
-        return self.like[:, rows]
-
-
-class Parked:
-    """Tiles that wait on the host and come one at a time, as often as they are asked for."""
-
-    def __init__(self, x: Tensor, size: int, offload: HostOffload, *, eight_bits: bool) -> None:
-        self.shape, self.like = x.shape, x.new_empty(0)
-        self._offload, self._eight_bits = offload, eight_bits
-        self._tiles = {
-            i * size: [offload.keep(each) for each in (float8.pack(part) if eight_bits else (part,))]
-            for i, part in enumerate(x.split(size, dim=1))
-        }
-
-    def tile(self, rows: slice) -> Tensor:
-        """A copy on the device."""
-        return self._on_device(self._tiles[rows.start])
-
-    def whole(self) -> Tensor:
-        """All rows on the device, and no longer on the host."""
-        x = self.like.new_empty(self.shape)
-        for start in list(self._tiles):
-            tile = self._on_device(self._tiles.pop(start))
-            x[:, start : start + tile.shape[1]] = tile
-        return x
-
-    def _on_device(self, parts: list[OnHost]) -> Tensor:
-        found = [self._offload.look(part) for part in parts]
-        if not self._eight_bits:
-            return found[0]
-        packed, scale = found
-        return float8.unpack(packed, scale, self.like.dtype)
-
-
 @dataclass(frozen=True)
 class _Attended:
     """What attention's backward needs of all groups."""
 
-    out: Tensor
-    """[G, P, s, B, h, D]."""
+    out: Slots
     logsumexp: Tensor
     """[G, B, h, S], of this rank's heads; fp32 (or wider)."""
     rests: list[Rest]
@@ -230,8 +173,8 @@ class Layerwise:
     offload: HostOffload | None
     """Where what is kept waits for backward; None leaves it on the device."""
     stream: bool
-    """Fetch the layer's input tile by tile in backward, whenever one is needed, instead of whole; once its
-    tiles are on the host, the output takes its place on the device."""
+    """Hold the layer's input, attention's output and its gradient on the host, and fetch what is needed by
+    tile or head group; once its tiles are there, the layer's output takes the input's place."""
     eight_bits: bool
     """Keep the layer's input rounded to eight bits: backward computes with that one."""
     placement: Placement
@@ -264,7 +207,7 @@ class Layerwise:
             self.offload.settle()
         y = torch.empty_like(x) if into is None else into
         for rows in self._tiles(x.shape[1]):
-            residual = x[:, rows] + self.decoder.output(self._by_token(attended.out, rows))
+            residual = x[:, rows] + self.decoder.output(_by_token(attended.out.tile(rows)))
             y[:, rows] = residual.add_(self.decoder.feed_forward(residual))
             self.placement.evidence.tiles += 1
         return y, attended
@@ -274,13 +217,13 @@ class Layerwise:
         out = self._slots(x)
         batch, local, _ = x.shape
         shape = self.groups.num_groups, batch, self.groups.heads, local * self.groups.degree
-        logsumexp = out.new_empty(shape, dtype=accumulation_dtype(out))
+        logsumexp = x.like.new_empty(shape, dtype=accumulation_dtype(x.like))
         rests: list[Rest] = []
         for each in self._by_group(x, call):
             found, logsumexp[each.group], rests = attend_with_logsumexp(
                 each.query, each.key, each.value, **self._attention(call)
             )
-            self.exchange.to_sequence(found, out[each.group])
+            self._to_slot(found, out, each.group)
             del found, each  # before the next group's are made
         return _Attended(out, logsumexp, rests)
 
@@ -289,7 +232,13 @@ class Layerwise:
         decoder = self.decoder
         return {"scale": decoder.scale, "window": decoder.window, "documents": call.documents}
 
-    def _by_group(self, x: Rows, call: Call, *slots: Tensor) -> Iterator[_Group]:
+    def _to_slot(self, x: Tensor, slots: Slots, group: int) -> None:
+        """[B, h, S, D], this rank's heads of `group`, to the ranks of their tokens. Collective."""
+        room = slots.room(group)
+        self.exchange.to_sequence(x, room)
+        slots.put(group, room)
+
+    def _by_group(self, x: Rows, call: Call, *slots: Slots) -> Iterator[_Group]:
         """What attention takes of each head group, with whole sequences of this rank's heads.
 
         Queries, keys and values are projected from x; `slots` [G, P, s, B, h, D] are in send order, and
@@ -308,7 +257,7 @@ class Layerwise:
                 pair = x.like.new_empty(0)  # before the next kv group's is made
             del each
 
-    def _begun(self, x: Rows, call: Call, slots: Sequence[Tensor]) -> Iterator[_Begun]:
+    def _begun(self, x: Rows, call: Call, slots: Sequence[Slots]) -> Iterator[_Begun]:
         """The exchanges of each group, begun; keys and values for the first one that shares them."""
         groups = self.groups
         shared = groups.num_groups // groups.num_kv_groups
@@ -319,18 +268,18 @@ class Layerwise:
                 yield self._begin(x, call, slots, kv_group * shared + member, fresh, last)
 
     def _begin(
-        self, x: Rows, call: Call, slots: Sequence[Tensor], group: int, fresh: bool, last: bool
+        self, x: Rows, call: Call, slots: Sequence[Slots], group: int, fresh: bool, last: bool
     ) -> _Begun:
-        kv_group, room = self.groups.kv_group(group), None
-        arriving = []
+        kv_group, arriving = self.groups.kv_group(group), []
+        room: Tensor | None = None
         for slot in slots:
-            arriving.append(self.exchange.start(slot[group], room))
-            room = slot[group]
+            sending = slot.group(group)
+            arriving.append(self.exchange.start(sending, room))
+            room = sending
+            del sending
         query, sent = self._project(x, call, group, kv_group if fresh else None)
         pair = None if sent is None else self.exchange.start(sent)
-        return _Begun(
-            group, kv_group, last, self.exchange.start(query, room), pair, arriving
-        )
+        return _Begun(group, kv_group, last, self.exchange.start(query, room), pair, arriving)
 
     def _project(
         self, x: Rows, call: Call, group: int, kv_group: int | None
@@ -377,14 +326,14 @@ class Layerwise:
         self,
         x: Rows,
         grad: Tensor,
-        out: Tensor,
+        out: Slots,
         parameters: list[nn.Parameter],
         sums: GradientSum,
-    ) -> Tensor:
+    ) -> Slots:
         """First pass: `grad` becomes the gradient of the residual; returns that of `out`, as `out`."""
-        grad_out = torch.empty_like(out)
+        grad_out = out.another()
         for rows in self._tiles(x.shape[1]):
-            attended = self._by_token(out, rows).requires_grad_()
+            attended = _by_token(out.tile(rows)).requires_grad_()
             with torch.enable_grad():
                 residual = x.tile(rows) + self.decoder.output(attended)
                 y = residual + self.decoder.feed_forward(residual)
@@ -394,17 +343,17 @@ class Layerwise:
                 edge, [residual, attended, *parameters], grad[:, rows], allow_unused=True
             )
             grad[:, rows] = of_residual
-            grad_out[:, :, rows] = self._in_slots(of_attended)
+            grad_out.put_tile(rows, self._in_slots(of_attended))
             sums.add(tuple(gradients))
             del of_residual, of_attended, gradients, residual, attended, edge
         return grad_out
 
     def _through_attention(
-        self, x: Rows, call: Call, attended: _Attended, grad_out: Tensor
-    ) -> Tensor:
+        self, x: Rows, call: Call, attended: _Attended, grad_out: Slots
+    ) -> Slots:
         """Second pass: dQ replaces `attended.out`; returns dK beside dV [G', P, s, B, 2 k, D]."""
         out = attended.out
-        slots: Tensor | None = None
+        slots: Slots | None = None
         pair: Tensor | None = None
         done = 0
         for each in self._by_group(x, call, out, grad_out):
@@ -424,7 +373,7 @@ class Layerwise:
             )
             group, done = each.group, each.kv_group
             del each, whole_out, whole_grad
-            self.exchange.to_sequence(of_query, out[group])
+            self._to_slot(of_query, out, group)
             del of_query
             pair = self._summed(pair, *of_pair)
             del of_pair
@@ -444,33 +393,24 @@ class Layerwise:
         return pair
 
     def _give_back(
-        self, pair: Tensor, kv_group: int, grad_out: Tensor, slots: Tensor | None
-    ) -> Tensor:
+        self, pair: Tensor, kv_group: int, grad_out: Slots, slots: Slots | None
+    ) -> Slots:
         """Sends dK and dV of `kv_group` to the ranks of their tokens; returns the slots of all."""
-        # The slots of the group's output gradients are free once all that share its heads are through.
-        slots = self._key_value_slots(grad_out) if slots is None else slots
-        self.exchange.to_sequence(pair.permute(1, 2, 0, 3), slots[kv_group])
-        return slots
-
-    def _key_value_slots(self, grad_out: Tensor) -> Tensor:
-        """Room for dK and dV of each kv group: inside `grad_out` where it is large enough."""
         groups = self.groups
-        _, degree, local, batch, _, dim = grad_out.shape
-        shape = groups.num_kv_groups, degree, local, batch, 2 * groups.kv_heads, dim
-        of_group = shape[1:]
-        whole = grad_out.view(groups.num_kv_groups, -1)
-        size = torch.Size(of_group).numel()
-        if whole.shape[1] < size:
-            return grad_out.new_empty(shape)
-        return whole[:, :size].view(shape)
+        # The slots of the group's output gradients are free once all that share its heads are through.
+        slots = (
+            grad_out.pairs(groups.num_kv_groups, 2 * groups.kv_heads) if slots is None else slots
+        )
+        self._to_slot(pair.permute(1, 2, 0, 3), slots, kv_group)
+        return slots
 
     def _before_attention(
         self,
         x: Rows,
         call: Call,
         grad: Tensor,
-        grad_query: Tensor,
-        grad_key_value: Tensor,
+        grad_query: Slots,
+        grad_key_value: Slots,
         parameters: list[nn.Parameter],
         sums: GradientSum,
     ) -> None:
@@ -479,7 +419,7 @@ class Layerwise:
             tile = x.tile(rows).detach().requires_grad_()
             with torch.enable_grad():
                 outputs = self.decoder.qkv(self.decoder.before(tile), *call.tile(rows))
-            of_outputs = self._of_qkv(grad_query, grad_key_value, rows)
+            of_outputs = self._of_qkv(grad_query.tile(rows), grad_key_value.tile(rows))
             of_tile, *gradients = torch.autograd.grad(
                 outputs, [tile, *parameters], of_outputs, allow_unused=True
             )
@@ -497,27 +437,20 @@ class Layerwise:
         """Rows of every tile of `local` but the last."""
         return -(-local // -(-local // self.rows))
 
-    def _slots(self, x: Rows) -> Tensor:
-        """[G, P, s, B, h, D]: one contiguous slot in send order for each group."""
+    def _slots(self, x: Rows) -> Slots:
+        """A contiguous slot in send order for each group."""
         groups = self.groups
-        return x.like.new_empty(
-            groups.num_groups,
-            groups.degree,
-            x.shape[1],
-            x.shape[0],
-            groups.heads,
-            self.decoder.query.dim,
-        )
+        batch, local, _ = x.shape
+        shape = groups.num_groups, groups.degree, local, batch, groups.heads, self.decoder.query.dim
+        if self.stream:
+            assert self.offload is not None, "tiles wait on the host"
+            return HostSlots(torch.Size(shape), self.size(local), x.like.new_empty(0), self.offload)
+        return DeviceSlots(x.like.new_empty(shape))
 
     def _in_send_order(self, x: Tensor) -> Tensor:
         """[B, P h, s, D] -> [P, s, B, h, D]."""
         by_rank: Tensor = x.unflatten(1, (self.groups.degree, -1))
         return by_rank.permute(1, 3, 0, 2, 4)
-
-    def _by_token(self, slots: Tensor, rows: slice) -> Tensor:
-        """Rows of [G, P, s, B, h, D] -> [B, rows, H D], a copy."""
-        # heads of a rank stand together: [G, P, s, B, h, D] -> [B, s, P, G, h, D]
-        return slots[:, :, rows].permute(3, 2, 1, 0, 4, 5).flatten(2).contiguous()
 
     def _in_slots(self, x: Tensor) -> Tensor:
         """[B, rows, H D] -> [G, P, rows, B, h, D]."""
@@ -526,18 +459,22 @@ class Layerwise:
         by_head: Tensor = x.unflatten(-1, shape)
         return by_head.permute(3, 2, 1, 0, 4, 5)
 
-    def _of_qkv(
-        self, grad_query: Tensor, grad_key_value: Tensor, rows: slice
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of some rows as `Decoder.qkv` returns the tensors themselves."""
-        query = self._by_token(grad_query, rows).unflatten(-1, (-1, self.decoder.query.dim))
+    def _of_qkv(self, grad_query: Tensor, grad_key_value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of a tile of slots, as `Decoder.qkv` returns the tensors themselves."""
+        query = _by_token(grad_query).unflatten(-1, (-1, self.decoder.query.dim))
         # [G', P, s, B, 2 k, D] -> [B, P, G', 2 k, s, D] -> 2 x [B, P, G', k, s, D]
-        pair = grad_key_value[:, :, rows].permute(3, 1, 0, 4, 2, 5).chunk(2, dim=3)
+        pair = grad_key_value.permute(3, 1, 0, 4, 2, 5).chunk(2, dim=3)
         # -> [B, K, copies, s, D]: the gradient of a head is the sum over its copies
         key, value = (
             x.flatten(1, 3).unflatten(1, (-1, self.groups.copies)).sum(dim=2) for x in pair
         )
         return query.transpose(1, 2), key, value
+
+
+def _by_token(slots: Tensor) -> Tensor:
+    """A tile [G, P, rows, B, h, D] -> [B, rows, H D], a copy."""
+    # heads of a rank stand together: [G, P, s, B, h, D] -> [B, s, P, G, h, D]
+    return slots.permute(3, 2, 1, 0, 4, 5).flatten(2).contiguous()
 
 
 def _one_ahead(items: Iterator[_Begun]) -> Iterator[_Begun]:
@@ -564,7 +501,11 @@ class _Layer(torch.autograd.Function):
         # up again in backward.
         kept = [x] if ctx.tiles is None else []
         if layer.keep_attention:
-            kept += [attended.out, attended.logsumexp]
+            kept.append(attended.logsumexp)
+            if isinstance(attended.out, DeviceSlots):
+                kept.append(attended.out.slots)
+            else:
+                ctx.out = attended.out
             ctx.rests = attended.rests
         if layer.offload is None:
             ctx.save_for_backward(*kept)
@@ -589,10 +530,58 @@ class _Layer(torch.autograd.Function):
             x = tiles if layer.stream else Resident(tiles.whole())
         del tiles
         if layer.keep_attention:
-            out, logsumexp = kept
-            attended = _Attended(out, logsumexp, ctx.rests)
+            logsumexp, *slots = kept
+            attended = _Attended(DeviceSlots(*slots) if slots else ctx.out, logsumexp, ctx.rests)
+            ctx.out = None
         else:
             attended = layer.attend(x, ctx.call)
         grad = grads[0].contiguous()
         gradients = layer.backward(x, ctx.call, grad, attended)
         return None, None, grad, *gradients
+
+
+class _InPlace(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        fn: TokenWise,
+        size: int,
+        offload: HostOffload,
+        x: Tensor,
+        *parameters: nn.Parameter,
+    ) -> Tensor:
+        ctx.fn, ctx.size = fn, size
+        ctx.tiles = Parked(x, size, offload, eight_bits=False)
+        offload.settle()
+        y = x.data
+        for part in y.split(size, dim=1):
+            part.copy_(fn(part))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        tiles, ctx.tiles = ctx.tiles, None
+        parameters = parameters_of(ctx.fn)
+        sums = GradientSum(parameters)
+        grad = grads[0].contiguous()
+        for start, stop in tiling.tile_bounds(grad.shape[1], -(-grad.shape[1] // ctx.size)):
+            tile = tiles.tile(slice(start, stop)).requires_grad_()
+            with torch.enable_grad():
+                out = ctx.fn(tile)
+            of_tile, *gradients = torch.autograd.grad(
+                out, [tile, *parameters], grad[:, start:stop], allow_unused=True
+            )
+            grad[:, start:stop] = of_tile
+            sums.add(tuple(gradients))
+        return None, None, None, grad, *sums.take()
+
+
+def in_place(fn: TokenWise, x: Tensor, size: int, offload: HostOffload) -> Tensor:
+    """`fn(x)` in tiles of `size` rows, in the place of x, which waits on the host for backward.
+
+    `fn` maps [B, s, E] to the same shape token by token. Backward overwrites the incoming gradient: like x,
+    the output must have one consumer. Local.
+    """
+    if not torch.is_grad_enabled():
+        return fn(x)
+    return _InPlace.apply(fn, size, offload, x, *parameters_of(fn))  # type: ignore[no-any-return, no-untyped-call]

@@ -75,11 +75,31 @@ class HostOffload:
         self.settle()
         return self._fetched(parked, parked.host)
 
+    def put(self, x: Tensor, into: Tensor) -> None:
+        """Begin copying `x` to `into`, which `room` gave; the caller may drop `x` at once."""
+        x = x.contiguous()
+        if self._side is None:
+            self._copy([into], [x])
+            return
+        self._side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side):
+            self._copy([into], [x])
+            x.record_stream(self._side)
+
+    def get(self, host: Tensor) -> Tensor:
+        """A copy on the device of what `put` left."""
+        self.settle()
+        x = torch.empty(host.shape, dtype=host.dtype, device=self._placement.device)
+        self._copy([x], [host])
+        return x
+
     def _new_piece(self, piece: Tensor) -> Tensor:
+        return self.room(piece.shape, piece.dtype)
+
+    def room(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Host memory to `put` something into."""
         placement = self._placement
-        host = torch.empty(
-            piece.shape, dtype=piece.dtype, device=placement.host, pin_memory=self._streams
-        )
+        host = torch.empty(shape, dtype=dtype, device=placement.host, pin_memory=self._streams)
         placement.on_host(host)
         placement.evidence.offloaded_bytes += host.numel() * host.element_size()
         return host
