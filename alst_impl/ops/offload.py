@@ -47,14 +47,9 @@ class HostOffload:
 
     def store(self, x: Tensor) -> OnHost:
         """Begin copying `x` to the host; the caller may drop `x` at once. Backward loads in reverse."""
-        parked = self.keep(x)
-        parked.before, self._last = self._last, parked
-        return parked
-
-    def keep(self, x: Tensor) -> OnHost:
-        """As `store`, but in no order: to be looked at, any number of times."""
         parked = OnHost(x)
-        parked.host = [self._new_piece(piece) for piece in _pieces(x)]
+        parked.before, self._last = self._last, parked
+        parked.host = [self.room(piece.shape, piece.dtype) for piece in _pieces(x)]
         if self._side is None:
             self._copy(parked.host, _pieces(x))
         else:
@@ -68,12 +63,6 @@ class HostOffload:
         """What was to be copied may be overwritten from here on."""
         if self._side is not None:
             torch.cuda.current_stream().wait_stream(self._side)
-
-    def look(self, parked: OnHost) -> Tensor:
-        """A copy on the device; the one on the host stays."""
-        assert parked.host is not None
-        self.settle()
-        return self._fetched(parked, parked.host)
 
     def put(self, x: Tensor, into: Tensor) -> None:
         """Begin copying `x` to `into`, which `room` gave; the caller may drop `x` at once."""
@@ -92,9 +81,6 @@ class HostOffload:
         x = torch.empty(host.shape, dtype=host.dtype, device=self._placement.device)
         self._copy([x], [host])
         return x
-
-    def _new_piece(self, piece: Tensor) -> Tensor:
-        return self.room(piece.shape, piece.dtype)
 
     def room(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Host memory to `put` something into."""
@@ -145,6 +131,35 @@ def _pieces(x: Tensor) -> tuple[Tensor, ...]:
     """`x` flat, in order, in views of `PIECE_BYTES` and a rest; small ones whole, in their shape."""
     size = PIECE_BYTES // x.element_size()
     return (x,) if x.numel() <= size else x.contiguous().view(-1).split(size)
+
+
+class HostTiles:
+    """Rows of `width` elements on the host, `size` of them at a time, in pieces as of `HostOffload`."""
+
+    def __init__(
+        self, offload: HostOffload, rows: int, size: int, width: int, dtype: torch.dtype
+    ) -> None:
+        self._offload, self._width = offload, width
+        self._rows_of_piece = max(PIECE_BYTES // (size * width * dtype.itemsize), 1) * size
+        starts = range(0, rows, self._rows_of_piece)
+        self._pieces = [
+            offload.room((min(self._rows_of_piece, rows - start) * width,), dtype)
+            for start in starts
+        ]
+
+    def put(self, start: int, x: Tensor) -> None:
+        """Begin copying `x`, which is whole rows from `start` on, within a tile; it may be dropped."""
+        self._offload.put(x, self.view(start, x.shape))
+
+    def get(self, start: int, shape: Sequence[int]) -> Tensor:
+        """A copy on the device of what lies from row `start` on, as `shape`."""
+        return self._offload.get(self.view(start, shape))
+
+    def view(self, start: int, shape: Sequence[int]) -> Tensor:
+        """The same, on the host itself."""
+        piece, first = divmod(start, self._rows_of_piece)
+        begin = first * self._width
+        return self._pieces[piece][begin : begin + torch.Size(shape).numel()].view(shape)
 
 
 class _Incoming:

@@ -11,8 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from alst_impl.ops import float8
-from alst_impl.ops.offload import HostOffload, OnHost
+from alst_impl.ops import float8, tiling
+from alst_impl.ops.offload import HostOffload, HostTiles
 
 
 class Rows(Protocol):
@@ -42,36 +42,43 @@ class Resident:
 
 
 class Parked:
-    """Tiles that wait on the host and come one at a time, as often as they are asked for."""
+    """Tiles of `size` rows that wait on the host and come one at a time, as often as they are asked for."""
 
     def __init__(self, x: Tensor, size: int, offload: HostOffload, *, eight_bits: bool) -> None:
         self.shape, self.like = x.shape, x.new_empty(0)
-        self._offload, self._eight_bits = offload, eight_bits
-        self._tiles = {
-            i * size: [
-                offload.keep(each) for each in (float8.pack(part) if eight_bits else (part,))
-            ]
-            for i, part in enumerate(x.split(size, dim=1))
-        }
+        self._size, self._eight_bits = size, eight_bits
+        batch, local, width = x.shape
+        formats = [(width, float8.DTYPE), (1, torch.float32)] if eight_bits else [(width, x.dtype)]
+        self._parts = [HostTiles(offload, local, size, batch * w, dtype) for w, dtype in formats]
+        for start, stop in self._bounds():
+            tile = x[:, start:stop]
+            for part, each in zip(
+                self._parts, float8.pack(tile) if eight_bits else (tile,), strict=True
+            ):
+                part.put(start, each)
 
     def tile(self, rows: slice) -> Tensor:
         """A copy on the device."""
-        return self._on_device(self._tiles[rows.start])
+        batch, local, width = self.shape
+        shape = batch, min(rows.stop, local) - rows.start
+        if not self._eight_bits:
+            return self._parts[0].get(rows.start, (*shape, width))
+        packed, scale = self._parts
+        return float8.unpack(
+            packed.get(rows.start, (*shape, width)),
+            scale.get(rows.start, (*shape, 1)),
+            self.like.dtype,
+        )
 
     def whole(self) -> Tensor:
-        """All rows on the device, and no longer on the host."""
+        """All rows on the device."""
         x = self.like.new_empty(self.shape)
-        for start in list(self._tiles):
-            tile = self._on_device(self._tiles.pop(start))
-            x[:, start : start + tile.shape[1]] = tile
+        for start, stop in self._bounds():
+            x[:, start:stop] = self.tile(slice(start, stop))
         return x
 
-    def _on_device(self, parts: list[OnHost]) -> Tensor:
-        found = [self._offload.look(part) for part in parts]
-        if not self._eight_bits:
-            return found[0]
-        packed, scale = found
-        return float8.unpack(packed, scale, self.like.dtype)
+    def _bounds(self) -> list[tuple[int, int]]:
+        return tiling.tile_bounds(self.shape[1], -(-self.shape[1] // self._size))
 
 
 class Slots(Protocol):
@@ -138,22 +145,19 @@ class DeviceSlots:
 
 
 class HostSlots:
-    """On the host, a tensor for each tile, so that groups and tiles both are few copies."""
+    """On the host by tile, all groups of a tile side by side, so that either is read in few copies."""
 
     def __init__(self, shape: torch.Size, size: int, like: Tensor, offload: HostOffload) -> None:
         self._shape, self._size, self._like, self._offload = shape, size, like, offload
         groups, degree, local, *rest = shape
-        starts = range(0, local, size)
-        self._tiles = {
-            start: offload.room((groups, degree, min(size, local - start), *rest), like.dtype)
-            for start in starts
-        }
+        width = torch.Size((groups, degree, *rest)).numel()
+        self._tiles = HostTiles(offload, local, size, width, like.dtype)
 
     def group(self, group: int) -> Tensor:
         """A copy."""
         heads = self.room(group)
-        for start, tile in self._tiles.items():
-            heads[:, start : start + self._size] = self._offload.get(tile[group])
+        for start, stop in self._bounds():
+            heads[:, start:stop] = self._offload.get(self._of(start, stop)[group])
         return heads
 
     def room(self, group: int) -> Tensor:
@@ -162,16 +166,16 @@ class HostSlots:
 
     def put(self, group: int, heads: Tensor) -> None:
         """Copies."""
-        for start, tile in self._tiles.items():
-            self._offload.put(heads[:, start : start + self._size], tile[group])
+        for start, stop in self._bounds():
+            self._offload.put(heads[:, start:stop], self._of(start, stop)[group])
 
     def tile(self, rows: slice) -> Tensor:
         """A copy."""
-        return self._offload.get(self._tiles[rows.start])
+        return self._offload.get(self._of(rows.start, rows.stop))
 
     def put_tile(self, rows: slice, heads: Tensor) -> None:
         """Copies."""
-        self._offload.put(heads, self._tiles[rows.start])
+        self._offload.put(heads, self._of(rows.start, rows.stop))
 
     def another(self) -> HostSlots:
         """Beside these."""
@@ -182,3 +186,11 @@ class HostSlots:
         _, degree, local, batch, _, dim = self._shape
         shape = torch.Size((num_groups, degree, local, batch, heads, dim))
         return HostSlots(shape, self._size, self._like, self._offload)
+
+    def _of(self, start: int, stop: int) -> Tensor:
+        groups, degree, _, *rest = self._shape
+        return self._tiles.view(start, (groups, degree, stop - start, *rest))
+
+    def _bounds(self) -> list[tuple[int, int]]:
+        local = self._shape[2]
+        return tiling.tile_bounds(local, -(-local // self._size))
