@@ -18,7 +18,7 @@ by_name = {experiment.name: experiment for experiment in loaded}
 if asked:
     EXPERIMENTS = {name: by_name[name] for name in asked.split(",")}
 else:
-    left_out = {"smoke", "longest", "peers", "loss_parity"}
+    left_out = {"smoke", "longest", "layerwise_cpu", "peers", "loss_parity"}
     EXPERIMENTS = {
         name: e
         for name, e in by_name.items()

@@ -68,6 +68,8 @@ class Cell(Frozen):
     """Compare the first step's change of every parameter with the stock optimizer's, too."""
     timed: bool = True
     """Whether step times are read; timed cells never run side by side."""
+    repetition: int = Field(default=0, ge=0)
+    """Tells apart runs of the same cell; cells of one repetition are compared with each other alone."""
     timeout_s: int = Field(default=600, gt=0)
     """Wall time after which the cell's processes are ended."""
     simulation: Simulation | None = None
@@ -91,6 +93,8 @@ class Cell(Frozen):
             silent["simulation"] = True
         if not self.update:
             silent["update"] = True
+        if not self.repetition:
+            silent["repetition"] = True
         if self.train.optimizer.name == "adamw":
             silent["train"] = {"optimizer": {"name"}}
         return silent

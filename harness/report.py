@@ -35,6 +35,7 @@ from harness.table import (
     Results,
     commit_name,
     duels,
+    repeated_duels,
     series,
     tidy,
     units,
@@ -289,6 +290,39 @@ def verdict_grid(results: Results) -> Grid:
     )
 
 
+def is_repeated(results: Results) -> bool:
+    """Whether cells were run several times, in turn, for their ratios."""
+    return any(cell.repetition for cell in results.cells.values())
+
+
+def ratio_grid(results: Results) -> Grid:
+    """`layerwise` beside ours in the same repetition: median ratios, with the least and the largest."""
+    rows = []
+    for row in _rows(repeated_duels(results, "layerwise", OURS)):
+        peak, time = (
+            [_ratio(row[name]) for name in (q, f"{q}_low", f"{q}_high")] for q in ("peak", "time")
+        )
+        rows.append(
+            [
+                length_text(row["seqlen"]),
+                row["series_ours"],
+                str(row["repetitions"]),
+                peak[0],
+                f"{time[0]} ({time[1]} to {time[2]})",
+                row["gate"],
+            ]
+        )
+    headings = [
+        "length",
+        "method",
+        "runs",
+        f"peak to {OURS}",
+        f"step to {OURS} (spread)",
+        "gradients",
+    ]
+    return Grid(headings, rows)
+
+
 def _ratio(value: float) -> str:
     return MISSING if math.isnan(value) else ratio_text(value)
 
@@ -423,7 +457,7 @@ def section(results: Results, figures: Path) -> Section:
         source=results.source,
         progress=f"{progress}: {counted}" if counted else progress,
         summary=claim_summary(found) if simulated else summary(results),
-        verdicts=verdict_grid(results) if timed else Grid([], []),
+        verdicts=_verdicts(results) if timed else Grid([], []),
         findings=finding_grid(results),
         claims=claim_grid(found),
         misses=miss_grid(found),
@@ -436,6 +470,10 @@ def section(results: Results, figures: Path) -> Section:
         environments=environment_grid(results),
         command=f"snakemake --cores all --config experiments={results.name}",
     )
+
+
+def _verdicts(results: Results) -> Grid:
+    return ratio_grid(results) if is_repeated(results) else verdict_grid(results)
 
 
 def _data_uri(file: Path) -> str:
@@ -498,6 +536,9 @@ def readme_blocks(references: Sequence[Results]) -> dict[str, str]:
     simulated = [r for r in references if is_simulated(r)]
     headline, results = [], []
     for r in measured:
+        if is_repeated(r):
+            results.append(f"`{r.name}`: {r.question}\n\n{ratio_grid(r).markdown()}")
+            continue
         hardware = next(iter(r.cells.values())).hardware
         image = paths.REFERENCE / hardware / r.name / "headline.png"
         headline.append(f"![{headline_title(r)}: peak memory and step time by length]({image})")

@@ -130,7 +130,14 @@ def summary(names: Names = None) -> None:
     from rich.table import Table
 
     from harness.claims import evidence
-    from harness.report import claim_summary, headline_grid, headline_title, is_simulated
+    from harness.report import (
+        claim_summary,
+        headline_grid,
+        headline_title,
+        is_repeated,
+        is_simulated,
+        ratio_grid,
+    )
     from harness.report import summary as in_words
 
     console = Console()
@@ -143,7 +150,7 @@ def summary(names: Names = None) -> None:
             )
             console.print(f"figures: {paths.figures(results.name)}/", highlight=False)
             continue
-        grid = headline_grid(results)
+        grid = ratio_grid(results) if is_repeated(results) else headline_grid(results)
         shown = Table(title=f"{results.name}: {headline_title(results)}", title_justify="left")
         for i, heading in enumerate(grid.headings):
             shown.add_column(heading, justify="right" if i > 1 else "left", no_wrap=True)
@@ -228,7 +235,7 @@ def _promote(results: Results, hardware: str) -> None:
     from harness import drawing
     from harness.figures.base import draw
 
-    # Simulated cells have no step times: their first figure stands for them.
-    simulated = any(cell.world == "sim" for cell in results.cells.values())
+    # Simulated cells have no step times, repeated ones several: their first figure stands for them.
+    simulated = any(cell.world == "sim" or cell.repetition for cell in results.cells.values())
     headline = results.figures[0] if simulated else "headline"
     (folder / "headline.png").write_bytes(drawing.png(draw(headline, results)))
