@@ -17,13 +17,15 @@ from alst_impl.methods.base import load_method
 from alst_impl.models import field, published
 from harness import flops, roofline
 from harness.hardware import Hardware
-from harness.prediction import Flops, Limit, Prediction, SearchResult
+from harness.prediction import Cost, Flops, Limit, Prediction, SearchResult
 from harness.worlds.sim import Offload, Trace, stretched, structure
 
 GIB = 2**30
 OPTIMIZER_BYTES = 16
 """Host bytes per parameter under optimizer offload: fp32 master weight, two Adam moments and fp32
 gradient (arXiv:2506.13996, section 2.1; DeepSpeed's ZeRO-Offload)."""
+BF16 = 2
+"""Bytes of one element."""
 OUTSIDE_READINGS = {
     "ArcticTraining run-h100-sp1-llama-8b-baseline.yml, 32,000 tokens": (71.91, 64.03),
     "ArcticTraining run-h200-sp1-llama-8b-liger.yml, 300,000 tokens": (134.96, 126.72),
@@ -105,6 +107,12 @@ def explained(setting: Setting, *, explain: bool = True) -> tuple[Prediction, Tr
     shape = flops.shape_of(
         published(config.model, config.overrides), structure(config).num_parameters
     )
+    method = load_method(config.method)
+    cost = None if method.simulation_only else _cost(setting, trace.cost)
+    if cost is None or method.recomputes_layers:
+        seconds = sequences * roofline.seconds(shape, config.seqlen, hardware) / config.world_size
+    else:
+        seconds = roofline.seconds_of(cost, hardware)
     prediction = Prediction(
         live_bytes=instant.allocated_bytes - instant.scratch_bytes,
         scratch_bytes=instant.scratch_bytes,
@@ -120,9 +128,9 @@ def explained(setting: Setting, *, explain: bool = True) -> tuple[Prediction, Tr
             paper_formula=sequences * flops.paper_formula(shape, config.seqlen),
             model_causal=sequences * flops.model_causal(shape, config.seqlen),
         ),
-        step_seconds_modelled=sequences
-        * roofline.seconds(shape, config.seqlen, hardware)
-        / config.world_size,
+        step_seconds_modelled=seconds,
+        cost=cost,
+        least_seconds_modelled=cost and roofline.least_seconds(cost, hardware, config.world_size),
     )
     return prediction, trace
 
@@ -200,6 +208,21 @@ def _trace(setting: Setting, explain: bool) -> Trace:
         pinned=load_method(config.method).pins_checkpoints,
     )
     return stretched(config, offload=offload, kernel=setting.kernel, explain=explain)
+
+
+def _cost(setting: Setting, counted: Cost) -> Cost:
+    """`counted`, and what the optimizer in host memory moves: gradients there, parameters here.
+
+    Both in the run's dtype and sharded; parameters that live on the host come for forward and for backward.
+    """
+    train = setting.train
+    shard = BF16 * structure(train).num_parameters / train.world_size
+    fetched = shard * (2 if setting.offload_parameters else 1)
+    more = {
+        "host_in_bytes": counted.host_in_bytes + fetched,
+        "host_out_bytes": counted.host_out_bytes + shard,
+    }
+    return counted.model_copy(update=more)
 
 
 def _at(setting: Setting, seqlen: int) -> Setting:

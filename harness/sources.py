@@ -11,6 +11,7 @@ from harness.processes import SOURCES
 
 HARNESS = (
     "allocator",
+    "cost",
     "flops",
     "forecast",
     "hardware",

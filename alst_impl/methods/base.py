@@ -31,6 +31,9 @@ class Method(Frozen):
     pins_checkpoints: ClassVar[bool] = False
     """Whether what it offloads lies in pinned memory on a GPU's host."""
 
+    recomputes_layers: ClassVar[bool] = True
+    """Whether each layer runs forward, forward again, and backward once, as in published runs."""
+
     def check(self, config: TrainConfig) -> None:
         """Raise `ValueError` for settings that cannot work: the values, the rule, the way out."""
 

@@ -29,6 +29,7 @@ class Layerwise(Method):
     """Ours: exact, with about four layer inputs of full length at the peak of backward."""
 
     pins_checkpoints: ClassVar[bool] = True
+    recomputes_layers: ClassVar[bool] = False
     sp: int = Field(default=1, ge=1)
     """Sequence-parallel degree: ranks that share one sample."""
     groups: int | None = Field(default=None, ge=1)
