@@ -15,6 +15,7 @@ import jinja2
 import pandas as pd
 
 from harness import paths
+from harness.cell import Cell
 from harness.claims import TOLERANCE, Evidence, evidence
 from harness.drawing import rank
 from harness.figures.headline import longest_series
@@ -28,6 +29,7 @@ from harness.plain import (
     seconds_text,
     tokens_text,
 )
+from harness.prediction import Prediction
 from harness.published import records
 from harness.record import Gate, Measurement, Outcome, ParameterGate
 from harness.table import (
@@ -193,6 +195,7 @@ def simulated_grid(results: Results) -> Grid:
                 bytes_text(p.total_bytes) if p else MISSING,
                 bytes_text(p.host_bytes) if p else MISSING,
                 seconds_text(p.step_seconds_modelled) if p else MISSING,
+                *_roofline(cell, p),
                 f"{search.longest_tokens:,}" if search else MISSING,
                 search.limit if search else MISSING,
             ]
@@ -207,11 +210,25 @@ def simulated_grid(results: Results) -> Grid:
             "total (modelled)",
             "host per node",
             "step (modelled)",
+            "FLOPs / needed",
+            "host traffic per GPU",
+            "step at least (modelled)",
             "longest that fits",
             "limit",
         ],
         rows,
     )
+
+
+def _roofline(cell: Cell, p: Prediction | None) -> list[str]:
+    """FLOPs over those that training needs, bytes between GPU and host, and the time of it all at the peaks."""
+    if p is None or p.cost is None or p.least_seconds_modelled is None:
+        return [MISSING] * 3
+    return [
+        ratio_text(p.cost.flops * cell.train.world_size / p.flops.model_causal),
+        bytes_text(p.cost.host_in_bytes + p.cost.host_out_bytes),
+        seconds_text(p.least_seconds_modelled),
+    ]
 
 
 def is_simulated(results: Results) -> bool:
@@ -567,8 +584,10 @@ def records_grid(references: Sequence[Results]) -> Grid:
             search = m.simulated.search if m and m.simulated else None
             method = cell.train.method.name
             if search and cell.train.model == "llama3.1-8b" and method in (OURS, "layerwise"):
-                if cell.train.method.options.keys() - {"sp"}:
+                options = sorted(cell.train.method.options.keys() - {"sp"})
+                if options and method == OURS:
                     continue
+                method = ", ".join([method, *options])
                 assert cell.simulation is not None
                 host = bytes_text(cell.simulation.host_memory_bytes or 0)
                 limit = f"stopped by {search.limit}, host {host} per node"

@@ -90,7 +90,7 @@ def test_what_stands_for_others_counts_as_often() -> None:
 
 def test_the_busiest_resource_bounds_a_step() -> None:
     """At the peaks of an H100: 989.4 TFLOP/s, 3.35 TB/s, 64 GB/s to the host, 450 GB/s to neighbours."""
-    idle = {name: 0.0 for name in Cost.model_fields}
+    idle = dict.fromkeys(Cost.model_fields, 0.0)
     h100 = load_hardware("h100-80gb")
     for field, load, seconds in [
         ("matmul_flops", 989.4e12, 1.0),
