@@ -28,7 +28,8 @@ TOLERANCES: dict[Precision, Tolerance] = {
     # 8 bits of mantissa, accumulated over layers; a wrong factor or a lost tile is far outside.
     "bfloat16": Tolerance(ratio=5e-2, cosine=1e-2),
     # 4 bits of mantissa in what backward computes with; forward and loss are as exact as their dtype.
-    "float8_e4m3fn": Tolerance(ratio=1e-1, cosine=2e-2),
+    # Four layers are off by 5e-2 of a gradient's norm at most, which is 1e-3 in cosine.
+    "float8_e4m3fn": Tolerance(ratio=5e-2, cosine=5e-3),
 }
 
 UPDATE_TOLERANCES: dict[Precision, Tolerance] = {

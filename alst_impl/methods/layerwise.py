@@ -35,6 +35,9 @@ class Layerwise(Method):
     groups: int | None = Field(default=None, ge=1)
     """Head groups that attention runs in, one after another; None is one query head of each rank at a
     time."""
+    blocks: int | None = Field(default=None, ge=1)
+    """Parts of the sequence whose queries meet the keys of one part at a time: what attention's kernel holds
+    inside shrinks with them, sums over parts are in fp32. None is the whole sequence at once."""
     keep_attention: bool = False
     """Keep attention's output and log-sum-exp for backward: twice the host bytes, no attention twice."""
     rows: int | None = Field(default=None, ge=1)
@@ -106,6 +109,7 @@ class Layerwise(Method):
                     layer.query.num_heads, layer.key.num_heads, self.sp, self.groups
                 ),
                 exchange=Exchange(group, evidence, self.overlap),
+                blocks=self.blocks,
                 rows=rows,
                 keep_attention=self.keep_attention,
                 offload=offload,

@@ -166,6 +166,8 @@ class Layerwise:
     decoder: Decoder
     groups: HeadGroups
     exchange: Exchange
+    blocks: int | None
+    """Parts of the sequence whose queries meet the keys of one part at a time; None for all at once."""
     rows: int
     """Tokens of a tile."""
     keep_attention: bool
@@ -221,16 +223,21 @@ class Layerwise:
         rests: list[Rest] = []
         for each in self._by_group(x, call):
             found, logsumexp[each.group], rests = attend_with_logsumexp(
-                each.query, each.key, each.value, **self._attention(call)
+                each.query, each.key, each.value, **self._attention(x, call)
             )
             self._to_slot(found, out, each.group)
             del found, each  # before the next group's are made
         return _Attended(out, logsumexp, rests)
 
-    def _attention(self, call: Call) -> dict[str, Any]:
+    def _attention(self, x: Rows, call: Call) -> dict[str, Any]:
         """What attention is told beside tensors."""
-        decoder = self.decoder
-        return {"scale": decoder.scale, "window": decoder.window, "documents": call.documents}
+        decoder, seqlen = self.decoder, x.shape[1] * self.groups.degree
+        return {
+            "scale": decoder.scale,
+            "window": decoder.window,
+            "documents": call.documents,
+            "block": None if self.blocks is None else -(-seqlen // self.blocks),
+        }
 
     def _to_slot(self, x: Tensor, slots: Slots, group: int) -> None:
         """[B, h, S, D], this rank's heads of `group`, to the ranks of their tokens. Collective."""
@@ -369,7 +376,7 @@ class Layerwise:
                 whole_out,
                 attended.logsumexp[each.group],
                 attended.rests,
-                **self._attention(call),
+                **self._attention(x, call),
             )
             group, done = each.group, each.kv_group
             del each, whole_out, whole_grad

@@ -132,6 +132,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"groups": 2, "rows": 50, "offload": False},
     {"groups": 4, "rows": 7, "keep_attention": True},
     {"rows": 50, "keep_attention": True, "offload": False},
+    {"rows": 50, "blocks": 3},
     {"rows": 50, "stream": True},
     {"rows": 50, "stream": True, "keep_attention": True},
 ]
@@ -147,7 +148,7 @@ def test_options_change_no_gradient(ranks: Ranks) -> None:
 def test_inputs_in_eight_bits_bend_gradients_within_their_tolerance(
     ranks: Ranks, sp: int, stream: bool
 ) -> None:
-    """Off by up to 10 % in length and 2 % in direction, and not by nothing."""
+    """Four layers are off by 5 % of a gradient's norm at most, and not by nothing."""
     method = {"name": "layerwise", "rows": 50, "eight_bits": True, "stream": stream}
     ours = config_of(
         seqlen=131, dtype="float64", method={**method, "sp": sp}, world_size=sp, overrides=DEEP
@@ -162,8 +163,7 @@ def test_inputs_in_eight_bits_bend_gradients_within_their_tolerance(
         assert abs(ratio - 1) <= tolerance.ratio, name
         assert 1 - cosine <= tolerance.cosine, name
         errors[name] = float((found[name] - expected).norm() / expected.norm())
-    print(sorted(errors.items(), key=lambda e: -e[1])[:3])
-    assert max(errors.values()) > 1e-3
+    assert 1e-3 < max(errors.values()) < 6e-2
 
 
 def test_eight_bits_hold_every_value_to_a_sixteenth() -> None:
@@ -202,8 +202,12 @@ def test_packed_documents_do_not_see_each_other(ranks: Ranks) -> None:
 @pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("documents", [None, ((9, 14), (23,))])
+@pytest.mark.parametrize("block", [None, 10, 1])
 def test_attention_by_operator_equals_attention_by_autograd(
-    num_kv_heads: int, window: int | None, documents: tuple[tuple[int, ...], ...] | None
+    num_kv_heads: int,
+    window: int | None,
+    documents: tuple[tuple[int, ...], ...] | None,
+    block: int | None,
 ) -> None:
     """Output and the three gradients."""
     torch.manual_seed(0)
@@ -214,6 +218,7 @@ def test_attention_by_operator_equals_attention_by_autograd(
     expected = attend(*tensors, **options)
     expected_grads = torch.autograd.grad(expected, tensors, upstream)
     with torch.no_grad():
+        options["block"] = block
         out, logsumexp, rests = attend_with_logsumexp(*tensors, **options)
         grads = attend_backward(upstream, *tensors, out, logsumexp, rests, **options)
     for ours, truth in zip([out, *grads], [expected, *expected_grads], strict=True):
