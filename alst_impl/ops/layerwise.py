@@ -10,7 +10,8 @@ Backward, from the layer's input x, the incoming gradient dY, and attention's ou
    dK and dV that of its gradient;
 3. by tile: go back through projections and norm into dY, which is now the gradient of x.
 
-Of full length there are x, dY, and two buffers [S, H D], beside what one group needs. Weight
+Of full length there are x, dY, and two buffers [S, H D], beside what one group needs; with `stream` there
+is dY alone, and the rest waits on the host by tile. Weight
 gradients add up over tiles in fp32 (or wider) and leave as one gradient per parameter.
 Legend: B batch, S sequence, s = S/P, P sequence-parallel degree, E hidden size, H query heads, K kv heads,
 D head dim, G head groups, h query and k kv heads of a group on one rank; send order as in `exchange`.
