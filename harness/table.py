@@ -227,7 +227,7 @@ def repeated_duels(results: Results, ours: str, peer: str) -> pd.DataFrame:
     pairs["time_ratio"] = pairs["time_ratio"].astype(float)
     by = pairs.groupby(["model", "seqlen", "series_ours"], sort=False)
     return by.agg(
-        repetitions=("peak_ratio", "size"),
+        repetitions=("peak_ratio", "count"),
         peak=("peak_ratio", "median"),
         peak_low=("peak_ratio", "min"),
         peak_high=("peak_ratio", "max"),

@@ -35,7 +35,8 @@ def draw(results: Results) -> Figure:
             )
             drawing.point(axes, row[column], place, colour, "measured", ratio_text(row[column]))
         axes.axvline(1, color=drawing.FAINT, linewidth=1)
-        axes.set_xlim(0, 1.35)
+        axes.margins(x=0.2)
+        axes.set_xlim(left=0)
         axes.set_xlabel(title)
         axes.set_yticks(
             range(len(rows)),
@@ -44,7 +45,7 @@ def draw(results: Results) -> Figure:
                 for n, k in zip(rows["seqlen"], rows["repetitions"], strict=True)
             ],
         )
-        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_ylim(max(len(rows), 1) - 0.5, -0.5)
         if rows.empty:
             drawing.say(axes, NOT_MEASURED)
     handles = [drawing.handle(name, colours[name], "measured") for name in names]
