@@ -15,6 +15,8 @@ Attention = Literal[
     "flash_attention_3",
     "flash_attention_4",
 ]
+Precision = DType | Literal["float8_e4m3fn"]
+"""What may round a gradient: the run's dtype, or a coarser one that a method's option brings in."""
 LabelMask = Literal["none", "prefix", "rank", "border", "imbalance", "all"]
 
 

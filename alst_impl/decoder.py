@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from alst_impl import hf
-from alst_impl.ops.layerwise import Call, Decoder, Heads, Layerwise
+from alst_impl.ops.layerwise import Call, Decoder, Heads, Layerwise, in_place
+from alst_impl.ops.offload import HostOffload
 
 LAYER = {
     "input_layernorm",
@@ -90,6 +91,17 @@ def run_layers(model: PreTrainedModel, layers: list[Layerwise]) -> None:
     """Have the decoder layers of `model` run as `layers`, on the instances."""
     for module, layer in zip(hf.decoder_layers(model), layers, strict=True):
         vars(module).update(forward=_forward(layer), is_tiled=True)
+
+
+def run_in_place(norm: nn.Module, size: int, offload: HostOffload) -> None:
+    """Have `norm` run in tiles of at most `size` rows, in the place of its input, on the instance."""
+    stock = norm.forward
+
+    def forward(hidden_states: Tensor) -> Tensor:
+        local = hidden_states.shape[1]
+        return in_place(stock, hidden_states, -(-local // -(-local // size)), offload)
+
+    vars(norm).update(forward=forward, is_tiled=True)
 
 
 def _forward(layer: Layerwise) -> Any:

@@ -317,13 +317,15 @@ class _Projection(nn.Module):
         return self._stock(self._head[0], hidden)  # type: ignore[no-any-return]
 
 
-def tile_loss(model: PreTrainedModel, tiles: Tiles, evidence: Evidence) -> None:
+def tile_loss(
+    model: PreTrainedModel, tiles: Tiles, evidence: Evidence, *, overwrite: bool = False
+) -> None:
     """Make `model(..., shift_labels=, num_items_in_batch=)` compute logits and loss in tiles.
 
     What follows the decoder (head, logit scale, soft-cap, loss) is the model's own code: each tile goes
     through the class's forward, with the decoder's output given. Without labels the model returns
     logits as always. The loss is computed inside the head's call, so that an engine that gathers
-    parameters around a module's call gathers the head's once for all tiles.
+    parameters around a module's call gathers the head's once for all tiles. `overwrite` as in `tiled_loss`.
     """
     name = head_name(model)
     head = getattr(model, name)
@@ -354,7 +356,7 @@ def tile_loss(model: PreTrainedModel, tiles: Tiles, evidence: Evidence) -> None:
             return stock_head(hidden)  # type: ignore[no-any-return]
         num_tiles = min(tiles(hidden), hidden.shape[1])
         evidence.tiles += num_tiles
-        return tiled_loss(loss_of, hidden, labels, count, num_tiles)
+        return tiled_loss(loss_of, hidden, labels, count, num_tiles, overwrite=overwrite)
 
     def model_forward(*args: Any, **kwargs: Any) -> CausalLMOutputWithPast:
         shift_labels, count = kwargs.get("shift_labels"), kwargs.get("num_items_in_batch")

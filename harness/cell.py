@@ -88,6 +88,8 @@ class Cell(Frozen):
     """Compare the whole gradient of every step with the stock model's at the run's own weights, too."""
     timed: bool = True
     """Whether step times are read; timed cells never run side by side."""
+    repetition: int = Field(default=0, ge=0)
+    """Tells apart runs of the same cell; cells of one repetition are compared with each other alone."""
     timeout_s: int = Field(default=600, gt=0)
     """Wall time after which the cell's processes are ended."""
     simulation: Simulation | None = None
@@ -122,6 +124,8 @@ class Cell(Frozen):
         for comparison in ("update", "followed"):
             if not getattr(self, comparison):
                 silent[comparison] = True
+        if not self.repetition:
+            silent["repetition"] = True
         train: dict[str, Any] = {}
         if self.train.optimizer.name == "adamw":
             train["optimizer"] = {"name"}

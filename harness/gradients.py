@@ -31,6 +31,7 @@ from harness.gate import (
     UPDATE_TOLERANCES,
     Tolerance,
     excess,
+    precision,
 )
 from harness.processes import Rank
 from harness.record import Gate, ParameterGate
@@ -183,7 +184,7 @@ def compare(ours: dict[str, Tensor], loss: float, truth: Truth, train: TrainConf
     truth_loss = float(expected.pop("loss"))
     compared = _compared(ours, expected)
     limits = _limits(expected, truth.rounded, train)
-    used = [_used(*one, limits, TOLERANCES[train.dtype]) for one in compared]
+    used = [_used(*one, limits, TOLERANCES[precision(train)]) for one in compared]
     worst = max(range(len(used)), key=used.__getitem__)
     parameters = [parameter for parameter, _ in compared]
     loss_close = abs(loss - truth_loss) <= TOLERANCES[train.dtype].ratio * abs(truth_loss)
@@ -233,7 +234,7 @@ def compare_update(
     expected |= {name: torch.zeros_like(c) for name, c in change.items() if name not in expected}
     limits = _limits(gradients, truth.rounded, train)
     compared = _compared(change, expected)
-    used = [_used(*one, limits, UPDATE_TOLERANCES[train.dtype]) for one in compared]
+    used = [_used(*one, limits, UPDATE_TOLERANCES[precision(train)]) for one in compared]
     worst = max(range(len(used)), key=used.__getitem__)
     updates = [parameter for parameter, _ in compared]
     found: dict[str, Any] = {"updates": updates}
@@ -288,7 +289,7 @@ def _limits(
     stock = load_file(rounded)
     del stock["loss"]
     alone = _compared(stock, expected)
-    tolerance = TOLERANCES[train.dtype]
+    tolerance = TOLERANCES[precision(train)]
     return {p.parameter: max(1.0, ROUNDING_ROOM * excess(p, tolerance)) for p, _ in alone}
 
 

@@ -18,7 +18,7 @@ from alst_impl.models import field, published
 from harness import flops, roofline
 from harness.calibration import committed_path, outside_bytes, read
 from harness.hardware import Hardware
-from harness.prediction import Flops, Limit, Prediction, SearchResult
+from harness.prediction import Cost, Flops, Limit, Prediction, SearchResult
 from harness.worlds.sim import Offload, Trace, stretched, structure
 
 GIB = 2**30
@@ -27,6 +27,8 @@ OPTIMIZER_BYTES = 16
 gradient (arXiv:2506.13996, section 2.1; DeepSpeed's ZeRO-Offload)."""
 STATES = {"adamw": 2, "sgd": 0}
 """Copies of the parameters that PyTorch's optimizers keep."""
+BF16 = 2
+"""Bytes of one element."""
 OUTSIDE_READINGS = {
     "ArcticTraining run-h100-sp1-llama-8b-baseline.yml, 32,000 tokens": (71.91, 64.03),
     "ArcticTraining run-h200-sp1-llama-8b-liger.yml, 300,000 tokens": (134.96, 126.72),
@@ -123,6 +125,12 @@ def explained(setting: Setting, *, explain: bool = True) -> tuple[Prediction, Tr
     shape = flops.shape_of(
         published(config.model, config.overrides), structure(config).num_parameters
     )
+    method = load_method(config.method)
+    cost = None if method.simulation_only else _cost(setting, trace.cost)
+    if cost is None or method.recomputes_layers:
+        seconds = sequences * roofline.seconds(shape, config.seqlen, hardware) / config.world_size
+    else:
+        seconds = roofline.seconds_of(cost, hardware)
     prediction = Prediction(
         live_bytes=allocated - instant.scratch_bytes,
         scratch_bytes=instant.scratch_bytes,
@@ -138,9 +146,9 @@ def explained(setting: Setting, *, explain: bool = True) -> tuple[Prediction, Tr
             paper_formula=sequences * flops.paper_formula(shape, config.seqlen),
             model_causal=sequences * flops.model_causal(shape, config.seqlen),
         ),
-        step_seconds_modelled=sequences
-        * roofline.seconds(shape, config.seqlen, hardware)
-        / config.world_size,
+        step_seconds_modelled=seconds,
+        cost=cost,
+        least_seconds_modelled=cost and roofline.least_seconds(cost, hardware, config.world_size),
     )
     return prediction, trace
 
@@ -233,6 +241,23 @@ def _trace(setting: Setting, explain: bool) -> Trace:
         hardware=setting.hardware.name,
         explain=explain,
     )
+
+
+def _cost(setting: Setting, counted: Cost) -> Cost:
+    """`counted`, and what the optimizer in host memory moves: gradients there, parameters here.
+
+    Both in the run's dtype and sharded; parameters that live on the host come for forward and for backward.
+    """
+    if setting.optimizer_on_device or setting.resident:
+        return counted
+    train = setting.train
+    shard = BF16 * structure(train).num_parameters / train.world_size
+    fetched = shard * (2 if setting.offload_parameters else 1)
+    more = {
+        "host_in_bytes": counted.host_in_bytes + fetched,
+        "host_out_bytes": counted.host_out_bytes + shard,
+    }
+    return counted.model_copy(update=more)
 
 
 def _at(setting: Setting, seqlen: int) -> Setting:

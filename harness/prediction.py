@@ -25,6 +25,28 @@ class Flops(Frozen):
     model_causal: float
 
 
+class Cost(Frozen):
+    """What one rank's forward and backward compute and move, counted: see `harness.cost`."""
+
+    matmul_flops: float
+    """Of matrix products, whatever is computed again included."""
+    attention_flops: float
+    """Of attention, over visible pairs of a query and a key."""
+    device_bytes: float
+    """Operands and results of both, each once: what no fusion of the operators between them avoids."""
+    host_in_bytes: float
+    """From host memory."""
+    host_out_bytes: float
+    """To host memory."""
+    link_bytes: float
+    """Sent to other ranks."""
+
+    @property
+    def flops(self) -> float:
+        """All of them."""
+        return self.matmul_flops + self.attention_flops
+
+
 class Prediction(Frozen):
     """What a step holds, per GPU unless said, and whether it fits."""
 
@@ -49,6 +71,10 @@ class Prediction(Frozen):
     """What it exceeds, or `none`."""
     flops: Flops
     step_seconds_modelled: float
+    cost: Cost | None = None
+    """None of a method that computes nothing."""
+    least_seconds_modelled: float | None = None
+    """What `cost` takes at least, if everything runs at the peak of the datasheet and side by side."""
 
 
 class SearchResult(Frozen):

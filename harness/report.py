@@ -15,6 +15,7 @@ import jinja2
 import pandas as pd
 
 from harness import paths
+from harness.cell import Cell
 from harness.claims import TOLERANCE, Evidence, evidence
 from harness.defects import read_catches
 from harness.drawing import rank
@@ -29,6 +30,7 @@ from harness.plain import (
     seconds_text,
     tokens_text,
 )
+from harness.prediction import Prediction
 from harness.published import records
 from harness.record import Gate, Measurement, Outcome, ParameterGate
 from harness.table import (
@@ -37,6 +39,7 @@ from harness.table import (
     commit_name,
     duels,
     measured_part,
+    repeated_duels,
     series,
     tidy,
     units,
@@ -205,6 +208,7 @@ def simulated_grid(results: Results) -> Grid:
                 bytes_text(p.total_bytes) if p else MISSING,
                 bytes_text(p.host_bytes) if p else MISSING,
                 seconds_text(p.step_seconds_modelled) if p else MISSING,
+                *_roofline(cell, p),
                 f"{search.longest_tokens:,}" if search else MISSING,
                 search.limit if search else MISSING,
             ]
@@ -219,6 +223,9 @@ def simulated_grid(results: Results) -> Grid:
             "total (modelled)",
             "host per node",
             "step (modelled)",
+            "FLOPs / needed",
+            "host traffic per GPU",
+            "step at least (modelled)",
             "longest that fits",
             "limit",
         ],
@@ -262,6 +269,17 @@ def defect_grid(results: Results) -> Grid:
     catches = read_catches(paths.CAUGHT) if results.refused else []
     rows = [[c.defect, c.cell, c.detail or c.outcome] for c in catches]
     return Grid(["planted defect", "caught by", "what it said"], rows)
+
+
+def _roofline(cell: Cell, p: Prediction | None) -> list[str]:
+    """FLOPs over those that training needs, bytes between GPU and host, and the time of it all at the peaks."""
+    if p is None or p.cost is None or p.least_seconds_modelled is None:
+        return [MISSING] * 3
+    return [
+        ratio_text(p.cost.flops * cell.train.world_size / p.flops.model_causal),
+        bytes_text(p.cost.host_in_bytes + p.cost.host_out_bytes),
+        seconds_text(p.least_seconds_modelled),
+    ]
 
 
 def is_simulated(results: Results) -> bool:
@@ -354,6 +372,39 @@ def verdict_grid(results: Results) -> Grid:
         ],
         rows,
     )
+
+
+def is_repeated(results: Results) -> bool:
+    """Whether cells were run several times, in turn, for their ratios."""
+    return any(cell.repetition for cell in results.cells.values())
+
+
+def ratio_grid(results: Results) -> Grid:
+    """`layerwise` beside ours in the same repetition: median ratios, with the least and the largest."""
+    rows = []
+    for row in _rows(repeated_duels(results, "layerwise", OURS)):
+        peak, time = (
+            [_ratio(row[name]) for name in (q, f"{q}_low", f"{q}_high")] for q in ("peak", "time")
+        )
+        rows.append(
+            [
+                length_text(row["seqlen"]),
+                row["series_ours"],
+                str(row["repetitions"]),
+                peak[0],
+                f"{time[0]} ({time[1]} to {time[2]})",
+                row["gate"],
+            ]
+        )
+    headings = [
+        "length",
+        "method",
+        "runs",
+        f"peak to {OURS}",
+        f"step to {OURS} (spread)",
+        "gradients",
+    ]
+    return Grid(headings, rows)
 
 
 def _ratio(value: float) -> str:
@@ -492,7 +543,7 @@ def section(results: Results, figures: Path) -> Section:
         source=results.source,
         progress=f"{progress}: {counted}" if counted else progress,
         summary=claim_summary(found) if simulated else summary(results),
-        verdicts=verdict_grid(results) if timed else Grid([], []),
+        verdicts=_verdicts(results) if timed else Grid([], []),
         findings=finding_grid(results),
         refusals=refusal_grid(results),
         defects=defect_grid(results),
@@ -508,6 +559,10 @@ def section(results: Results, figures: Path) -> Section:
         environments=environment_grid(results),
         command=f"snakemake --cores all --config experiments={results.name}",
     )
+
+
+def _verdicts(results: Results) -> Grid:
+    return ratio_grid(results) if is_repeated(results) else verdict_grid(results)
 
 
 def _data_uri(file: Path) -> str:
@@ -571,6 +626,9 @@ def readme_blocks(references: Sequence[Results]) -> dict[str, str]:
     simulated = [r for r in references if is_simulated(r)]
     headline, results = [], []
     for r in measured:
+        if is_repeated(r):
+            results.append(f"`{r.name}`: {r.question}\n\n{ratio_grid(r).markdown()}")
+            continue
         hardware = next(iter(r.cells.values())).hardware
         image = paths.REFERENCE / hardware / r.name / "headline.png"
         headline.append(f"![{headline_title(r)}: peak memory and step time by length]({image})")
@@ -611,8 +669,10 @@ def records_grid(references: Sequence[Results]) -> Grid:
             search = m.simulated.search if m and m.simulated else None
             method = cell.train.method.name
             if search and cell.train.model == "llama3.1-8b" and method in (OURS, "layerwise"):
-                if cell.train.method.options.keys() - {"sp"}:
+                options = sorted(cell.train.method.options.keys() - {"sp"})
+                if options and method == OURS:
                     continue
+                method = ", ".join([method, *options])
                 assert cell.simulation is not None
                 host = bytes_text(cell.simulation.host_memory_bytes or 0)
                 limit = f"stopped by {search.limit}, host {host} per node"

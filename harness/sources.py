@@ -12,6 +12,7 @@ from harness.processes import SOURCES
 HARNESS = (
     "allocator",
     "calibration",
+    "cost",
     "flops",
     "forecast",
     "hardware",

@@ -261,6 +261,23 @@ def wide(table: pd.DataFrame) -> pd.DataFrame:
     )
 
 
+def repeated_duels(results: Results, ours: str, peer: str) -> pd.DataFrame:
+    """A row for each length and series of `ours` beside `peer`: median, least and largest ratio over repetitions."""
+    pairs = duels(wide(tidy(results)), ours, peer)
+    pairs["time_ratio"] = pairs["time_ratio"].astype(float)
+    by = pairs.groupby(["model", "seqlen", "series_ours"], sort=False)
+    return by.agg(
+        repetitions=("peak_ratio", "count"),
+        peak=("peak_ratio", "median"),
+        peak_low=("peak_ratio", "min"),
+        peak_high=("peak_ratio", "max"),
+        time=("time_ratio", "median"),
+        time_low=("time_ratio", "min"),
+        time_high=("time_ratio", "max"),
+        gate=("gate_ours", "first"),
+    ).reset_index()
+
+
 def duels(cells: pd.DataFrame, ours: str, peer: str) -> pd.DataFrame:
     """Pairs of rows of a `wide` table: method `ours` beside `peer`, all else in `SAME` equal.
 

@@ -28,6 +28,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 Scratch = Callable[[Any, tuple[Any, ...], Mapping[str, Any]], Mapping[str, int]]
 """(operator overload, args, kwargs) -> name -> bytes of what its kernel holds besides inputs and outputs."""
 
+Observer = Callable[[Any, tuple[Any, ...], Mapping[str, Any], Any], None]
+"""Told (operator overload, args, kwargs, result) of everything that ran."""
+
 START = "start"
 """The phase before the first call of `Tracker.phase`."""
 
@@ -114,6 +117,7 @@ class Tracker:
         rounding: int = 1,
         host: str | None = None,
         scratch: Scratch | None = None,
+        observer: Observer | None = None,
         events: bool = False,
         explain: bool = False,
     ) -> None:
@@ -126,6 +130,7 @@ class Tracker:
         self._rounding = rounding
         self._host_type = host
         self._scratch = scratch
+        self._observer = observer
         self._record = events or explain
         self._explain = explain
         self._mode = _Mode(self)
@@ -262,6 +267,8 @@ class Tracker:
         self._settle()
         result = func(*args, **kwargs)
         self._drain()
+        if self._observer is not None:
+            self._observer(func, args, kwargs, result)
         communicates = func.namespace in ("c10d", "_c10d_functional")
         self.operators.add(func._name)
         location = self._locate() if self._explain else None

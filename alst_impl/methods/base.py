@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from alst_impl.config import Frozen, Spec, TrainConfig
+from alst_impl.config import Frozen, Precision, Spec, TrainConfig
 from alst_impl.models import field, published, unsupported
 from alst_impl.plugin import load
 
@@ -35,6 +35,9 @@ class Method(Frozen):
     """Whether it computes nothing and runs on fake tensors alone."""
     pins_checkpoints: ClassVar[bool] = False
     """Whether what it offloads lies in pinned memory on a GPU's host."""
+
+    recomputes_layers: ClassVar[bool] = True
+    """Whether each layer runs forward, forward again, and backward once, as in published runs."""
 
     def check(self, config: TrainConfig) -> None:
         """Raise `ValueError` for settings that cannot work: the values, the rule, the way out."""
@@ -80,6 +83,10 @@ class Method(Frozen):
     def promises(self, config: TrainConfig) -> set[str]:
         """Counters of `Evidence` that must be non-zero after a step, or the method did nothing."""
         return set()
+
+    def precision(self, config: TrainConfig) -> Precision:
+        """The coarsest format that gradients depend on: of an exact method, the run's dtype."""
+        return config.dtype
 
     def mpu(self) -> ModuleType | None:
         """Parallel state for engines that take one (Megatron's protocol); usually none."""

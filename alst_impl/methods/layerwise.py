@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from alst_impl.config import TrainConfig
+from alst_impl.config import Precision, TrainConfig
 from alst_impl.methods.base import Method, check_sharded
 from alst_impl.models import field, published
 from alst_impl.ops.headgroups import HeadGroups
@@ -29,11 +29,15 @@ class Layerwise(Method):
     """Ours: exact, with about four layer inputs of full length at the peak of backward."""
 
     pins_checkpoints: ClassVar[bool] = True
+    recomputes_layers: ClassVar[bool] = False
     sp: int = Field(default=1, ge=1)
     """Sequence-parallel degree: ranks that share one sample."""
     groups: int | None = Field(default=None, ge=1)
     """Head groups that attention runs in, one after another; None is one query head of each rank at a
     time."""
+    blocks: int | None = Field(default=None, ge=1)
+    """Parts of the sequence whose queries meet the keys of one part at a time: what attention's kernel holds
+    inside shrinks with them, sums over parts are in fp32. None is the whole sequence at once."""
     keep_attention: bool = False
     """Keep attention's output and log-sum-exp for backward: twice the host bytes, no attention twice."""
     rows: int | None = Field(default=None, ge=1)
@@ -41,7 +45,13 @@ class Layerwise(Method):
     offload: bool = True
     """Keep in host memory what is kept for backward."""
     stream: bool = False
-    """Fetch layer inputs tile by tile in backward, once for each head group, instead of whole."""
+    """Hold layer inputs, attention's output and its gradient on the host, and fetch what is needed by tile or
+    head group: layer inputs come once for each head group."""
+    eight_bits: bool = False
+    """Layer inputs on the host in float8_e4m3fn with a scale for each token: half of what bf16 takes, and
+    gradients that are near, not exact."""
+    overlap: bool = False
+    """Exchange a head group while attention of the one before runs: room for one more of them."""
 
     def check(self, config: TrainConfig) -> None:
         check_sharded(config, self.sp, "layerwise")
@@ -59,9 +69,14 @@ class Layerwise(Method):
             raise ValueError(
                 "layerwise keeps nothing but layer inputs, but checkpoint is false; set it to true"
             )
-        if self.stream and not self.offload:
+        for name in ("stream", "eight_bits"):
+            if getattr(self, name) and not self.offload:
+                raise ValueError(
+                    f"{name} is for tiles in host memory, but offload is false; set {name}: false"
+                )
+        if self.overlap and self.sp == 1:
             raise ValueError(
-                "stream fetches tiles from host memory, but offload is false; set stream: false"
+                "overlap is of exchanges between ranks, but sp is 1; set overlap: false"
             )
         fields = published(config.model, config.overrides)
         heads = field(fields, "num_attention_heads")
@@ -77,6 +92,9 @@ class Layerwise(Method):
         if self.offload:
             promised.add("offloaded_bytes")
         return promised
+
+    def precision(self, config: TrainConfig) -> Precision:
+        return "float8_e4m3fn" if self.eight_bits else config.dtype
 
     def apply(
         self, model: PreTrainedModel, config: TrainConfig, mesh: DeviceMesh, placement: Placement
@@ -100,11 +118,13 @@ class Layerwise(Method):
                 groups=HeadGroups.of(
                     layer.query.num_heads, layer.key.num_heads, self.sp, self.groups
                 ),
-                exchange=Exchange(group, evidence),
+                exchange=Exchange(group, evidence, self.overlap),
+                blocks=self.blocks,
                 rows=rows,
                 keep_attention=self.keep_attention,
                 offload=offload,
                 stream=self.stream,
+                eight_bits=self.eight_bits,
                 placement=placement,
             )
 
@@ -118,8 +138,12 @@ class Layerwise(Method):
             return -(-x.shape[1] // min(rows, LOSS_ROWS))
 
         for norm in hf.final_norms(model):
-            hf.tile_module(norm, tiles, evidence)
-        hf.tile_loss(model, loss_tiles, evidence)
+            if self.stream:
+                assert offload is not None, "checked when the sweep was read"
+                decoder.run_in_place(norm, rows, offload)
+            else:
+                hf.tile_module(norm, tiles, evidence)
+        hf.tile_loss(model, loss_tiles, evidence, overwrite=self.stream)
 
     def checkpoint(self, model: PreTrainedModel, placement: Placement) -> None:
         """Layers keep their inputs alone as they are."""

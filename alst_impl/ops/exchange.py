@@ -13,9 +13,26 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, Work
 
 from alst_impl.placement import Evidence
+
+
+class Arriving:
+    """Whole sequences of a rank's heads that may still be on their way."""
+
+    def __init__(
+        self, received: Tensor, sent: Tensor | None = None, work: Work | None = None
+    ) -> None:
+        self._received, self._sent, self._work = received, sent, work
+
+    def arrive(self) -> Tensor:
+        """[B, h, S, D], this rank's heads; what is computed next waits for it."""
+        if self._work is not None:
+            self._work.wait()
+            self._sent = self._work = None
+        # [P, s, B, h, D] = [S, B, h, D] -> [B, h, S, D]: attention takes strides
+        return self._received.flatten(0, 1).permute(1, 2, 0, 3)
 
 
 @dataclass(frozen=True)
@@ -24,16 +41,20 @@ class Exchange:
 
     group: ProcessGroup | None
     evidence: Evidence
+    overlap: bool = False
+    """Let what is started travel while other work goes on."""
 
-    def to_heads(self, send: Tensor) -> Tensor:
-        """[P, s, B, h, D] in send order -> [B, h, S, D], this rank's heads. Collective."""
-        received = send
-        if self.group is not None:
-            received = send.new_empty(send.shape)
-            dist.all_to_all_single(received, send, group=self.group)
-            self.evidence.exchanges += 1
-        # [P, s, B, h, D] = [S, B, h, D] -> [B, h, S, D]: attention takes strides
-        return received.flatten(0, 1).permute(1, 2, 0, 3)
+    def start(self, send: Tensor, into: Tensor | None = None) -> Arriving:
+        """[P, s, B, h, D] in send order, on its way to [B, h, S, D] with this rank's heads. Collective.
+
+        `into` is room of the shape of `send` that nobody needs any more; what overlaps leaves it alone.
+        """
+        if self.group is None:
+            return Arriving(send)
+        received = send.new_empty(send.shape) if into is None or self.overlap else into
+        work = dist.all_to_all_single(received, send, group=self.group, async_op=self.overlap)
+        self.evidence.exchanges += 1
+        return Arriving(received, send, work) if self.overlap else Arriving(received)
 
     def to_sequence(self, x: Tensor, into: Tensor) -> None:
         """[B, h, S, D], this rank's heads -> `into` [P, s, B, h, D] in send order. Collective."""

@@ -7,10 +7,13 @@ Legend: B batch, S sequence, H query heads, K kv heads, D head dim.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from alst_impl.ops.tiling import accumulation_dtype
 
 Documents = Sequence[Sequence[int]] | None
 """Lengths of each sample's packed documents, adding up to S; None for one document."""
@@ -144,34 +147,48 @@ class _Piece(NamedTuple):
     keys: slice
     masked: bool
     """Whether a window hides some of these keys beside the future ones."""
+    causal: bool
+    """Whether future ones are among them: as many keys as queries, at the same places."""
 
 
-def _pieces(shape: Sequence[int], window: int | None, documents: Documents) -> list[_Piece]:
-    """Blocks that cover every pair of a query and a key it sees: O(S * window) of them under a window."""
+def _pieces(
+    shape: Sequence[int], window: int | None, documents: Documents, block: int | None
+) -> list[_Piece]:
+    """Pieces that cover every pair of a query and a key it sees: O(S * window) of them under a window."""
     batch, _, seqlen, _ = shape
     if documents is None:
-        return _blocks(slice(0, batch), 0, seqlen, window)
+        return _of_document(slice(0, batch), 0, seqlen, window, block)
     pieces = []
     for sample, lengths in enumerate(documents):
         start = 0
         for length in lengths:
-            pieces += _blocks(slice(sample, sample + 1), start, start + length, window)
+            samples = slice(sample, sample + 1)
+            pieces += _of_document(samples, start, start + length, window, block)
             start += length
     return pieces
 
 
-def _blocks(samples: slice, start: int, stop: int, window: int | None) -> list[_Piece]:
-    """Pieces of one document, `window` queries at a time where the window is shorter than it."""
-    if window is None or window >= stop - start:
-        return [_Piece(samples, slice(start, stop), slice(start, stop), masked=False)]
+def _of_document(
+    samples: slice, start: int, stop: int, window: int | None, block: int | None
+) -> list[_Piece]:
+    """Pieces of one document: `window` queries at a time where the window is shorter, or in blocks."""
+    if window is not None and window < stop - start:
+        return [
+            _Piece(
+                samples,
+                slice(first, min(first + window, stop)),
+                slice(max(first - window + 1, start), min(first + window, stop)),
+                masked=True,
+                causal=False,
+            )
+            for first in range(start, stop, window)
+        ]
+    size = block or stop - start
+    blocks = [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
     return [
-        _Piece(
-            samples,
-            slice(first, min(first + window, stop)),
-            slice(max(first - window + 1, start), min(first + window, stop)),
-            masked=True,
-        )
-        for first in range(start, stop, window)
+        _Piece(samples, queries, keys, masked=False, causal=keys is queries)
+        for index, queries in enumerate(blocks)
+        for keys in blocks[: index + 1]
     ]
 
 
@@ -186,6 +203,17 @@ def _mask(piece: _Piece, window: int | None, query: Tensor) -> Tensor | None:
     return query.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
 
 
+Merged = tuple[Tensor, Tensor]
+"""Output [B, H, S, D] and log-sum-exp [B, H, S] of queries over some of their keys."""
+
+
+def _merge(a: Merged, b: Merged) -> Merged:
+    """Of the same queries over the keys of both, in the log-sum-exp's dtype."""
+    both = torch.logaddexp(a[1], b[1])
+    out = a[0] * (a[1] - both).exp().unsqueeze(-1) + b[0] * (b[1] - both).exp().unsqueeze(-1)
+    return out, both
+
+
 def attend_with_logsumexp(
     query: Tensor,
     key: Tensor,
@@ -194,33 +222,38 @@ def attend_with_logsumexp(
     scale: float,
     window: int | None = None,
     documents: Documents = None,
+    block: int | None = None,
 ) -> tuple[Tensor, Tensor, list[Rest]]:
     """Causal attention as `alst_impl.ops.attention.attend`, and what `attend_backward` needs. No graph.
 
     query [B, H, S, D], key and value [B, K, S, D] with K dividing H, any strides with D innermost.
     Returns the output [B, H, S, D] in their dtype, its log-sum-exp [B, H, S] in fp32 (or wider), and the
-    rest by piece.
+    rest by piece. With `block`, that many queries meet that many keys at a time.
     """
     forward = operators(query.device).forward
-    pieces = _pieces(query.shape, window, documents)
+    pieces = _pieces(query.shape, window, documents, block)
     if len(pieces) == 1:
         out, logsumexp, rest = forward(query, key, value, None, True, scale)
         return out, logsumexp, [rest]
     out = torch.empty_like(query)
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    logsumexp = query.new_empty(query.shape[:3], dtype=dtype)
+    logsumexp = query.new_empty(query.shape[:3], dtype=accumulation_dtype(query))
     rests = []
-    for piece in pieces:
-        samples, queries, keys, _ = piece
-        out[samples, :, queries], logsumexp[samples, :, queries], rest = forward(
-            query[samples, :, queries],
-            key[samples, :, keys],
-            value[samples, :, keys],
-            _mask(piece, window, query),
-            not piece.masked,
-            scale,
-        )
-        rests.append(rest)
+    for (samples, queries), some in groupby(pieces, lambda piece: piece[:2]):
+        merged: Merged | None = None
+        for piece in some:
+            *found, rest = forward(
+                query[samples, :, queries],
+                key[samples, :, piece.keys],
+                value[samples, :, piece.keys],
+                _mask(piece, window, query),
+                piece.causal,
+                scale,
+            )
+            part = found[0], found[1]
+            merged = part if merged is None else _merge(merged, part)
+            rests.append(rest)
+        assert merged is not None, "queries come with keys"
+        out[samples, :, queries], logsumexp[samples, :, queries] = merged
     return out, logsumexp, rests
 
 
@@ -236,31 +269,47 @@ def attend_backward(
     scale: float,
     window: int | None = None,
     documents: Documents = None,
+    block: int | None = None,
 ) -> Grads:
     """Gradients of query [B, H, S, D], key and value [B, K, S, D], in their dtype; no graph.
 
-    `grad` [B, H, S, D] is the output's gradient; `out`, `logsumexp` and `rests` are what forward gave.
+    `grad` [B, H, S, D] is the output's gradient; `out`, `logsumexp` and `rests` are what forward gave for
+    the same `block`. Sums over blocks are in fp32 (or wider).
     """
     backward = operators(query.device).backward
-    pieces = _pieces(query.shape, window, documents)
+    pieces = _pieces(query.shape, window, documents, block)
     if len(pieces) == 1:
         return backward(grad, query, key, value, out, logsumexp, rests[0], None, True, scale)
-    grads = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-    for piece, rest in zip(pieces, rests, strict=True):
-        samples, queries, keys, _ = piece
-        of_query, of_key, of_value = backward(
-            grad[samples, :, queries],
-            query[samples, :, queries],
-            key[samples, :, keys],
-            value[samples, :, keys],
-            out[samples, :, queries],
-            logsumexp[samples, :, queries],
-            rest,
-            _mask(piece, window, query),
-            not piece.masked,
-            scale,
-        )
-        grads[0][samples, :, queries] = of_query
-        grads[1][samples, :, keys] += of_key  # neighbouring blocks see the same keys
-        grads[2][samples, :, keys] += of_value
-    return grads
+    wide = accumulation_dtype(query) if block else query.dtype
+    of_query = torch.zeros_like(query, dtype=wide)
+    of_key, of_value = torch.zeros_like(key), torch.zeros_like(value)
+    # By keys, so that those of one block are done before the next one's begin.
+    in_order = sorted(
+        zip(pieces, rests, strict=True),
+        key=lambda pair: (pair[0].samples.start, pair[0].keys.start),
+    )
+    for (samples, keys), some in groupby(in_order, lambda pair: (pair[0].samples, pair[0].keys)):
+        sums: list[Tensor] = []
+        for piece, rest in some:
+            queries = piece.queries
+            found = backward(
+                grad[samples, :, queries],
+                query[samples, :, queries],
+                key[samples, :, keys],
+                value[samples, :, keys],
+                out[samples, :, queries],
+                logsumexp[samples, :, queries],
+                rest,
+                _mask(piece, window, query),
+                piece.causal,
+                scale,
+            )
+            of_query[samples, :, queries] += found[0]
+            sums = [x.to(wide) for x in found[1:]] if not sums else _added(sums, found[1:])
+        of_key[samples, :, keys] += sums[0]  # neighbouring windows see the same keys
+        of_value[samples, :, keys] += sums[1]
+    return of_query.to(query.dtype), of_key, of_value
+
+
+def _added(sums: list[Tensor], more: Sequence[Tensor]) -> list[Tensor]:
+    return [total.add_(addend) for total, addend in zip(sums, more, strict=True)]

@@ -10,7 +10,8 @@ Backward, from the layer's input x, the incoming gradient dY, and attention's ou
    dK and dV that of its gradient;
 3. by tile: go back through projections and norm into dY, which is now the gradient of x.
 
-Of full length there are x, dY, and two buffers [S, H D], beside what one group needs. Weight
+Of full length there are x, dY, and two buffers [S, H D], beside what one group needs; with `stream` there
+is dY alone, and the rest waits on the host by tile. Weight
 gradients add up over tiles in fp32 (or wider) and leave as one gradient per parameter.
 Legend: B batch, S sequence, s = S/P, P sequence-parallel degree, E hidden size, H query heads, K kv heads,
 D head dim, G head groups, h query and k kv heads of a group on one rank; send order as in `exchange`.
@@ -20,17 +21,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alst_impl.ops import tiling
-from alst_impl.ops.exchange import Exchange
+from alst_impl.ops.exchange import Arriving, Exchange
 from alst_impl.ops.flash import Documents, Rest, attend_backward, attend_with_logsumexp
 from alst_impl.ops.headgroups import HeadGroups
 from alst_impl.ops.offload import HostOffload
+from alst_impl.ops.parked import DeviceSlots, HostSlots, Parked, Resident, Rows, Slots
 from alst_impl.ops.tiling import GradientSum, TokenWise, accumulation_dtype, parameters_of
 from alst_impl.placement import Placement
 
@@ -118,56 +120,44 @@ class Call:
         return self.cos[:, rows], self.sin[:, rows]
 
 
-class Rows(Protocol):
-    """A layer's input, by tile."""
-
-    @property
-    def shape(self) -> torch.Size:
-        """[B, s, E]."""
-
-    @property
-    def like(self) -> Tensor:
-        """Any tensor of its dtype and device."""
-
-    def tile(self, rows: slice) -> Tensor:
-        """Those rows [B, rows, E]."""
-
-
-class Resident:
-    """All rows on the device."""
-
-    def __init__(self, x: Tensor) -> None:
-        self.shape, self.like = x.shape, x
-
-    def tile(self, rows: slice) -> Tensor:
-        """A view."""
-        return self.like[:, rows]
-
-
-class Streamed:
-    """Tiles that wait on the host and come one at a time, as often as they are asked for."""
-
-    def __init__(self, x: Tensor, size: int, offload: HostOffload) -> None:
-        self.shape, self.like = x.shape, x.new_empty(0)
-        self._offload = offload
-        parts = x.split(size, dim=1)
-        self._parked = {i * size: offload.keep(part) for i, part in enumerate(parts)}
-
-    def tile(self, rows: slice) -> Tensor:
-        """A copy on the device."""
-        return self._offload.look(self._parked[rows.start])
-
-
 @dataclass(frozen=True)
 class _Attended:
     """What attention's backward needs of all groups."""
 
-    out: Tensor
-    """[G, P, s, B, h, D]."""
+    out: Slots
     logsumexp: Tensor
     """[G, B, h, S], of this rank's heads; fp32 (or wider)."""
     rests: list[Rest]
     """Of any group: they are of equal shapes."""
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A head group whose tensors may still travel."""
+
+    group: int
+    kv_group: int
+    last: bool
+    """Whether it is the last one that attends to its kv group."""
+    query: Arriving
+    pair: Arriving | None
+    """Keys beside values; None where a group before it brought them."""
+    slots: list[Arriving]
+
+
+@dataclass(frozen=True)
+class _Group:
+    """What attention takes of a head group."""
+
+    group: int
+    kv_group: int
+    query: Tensor
+    """[B, h, S, D]."""
+    key: Tensor
+    """[B, k, S, D]."""
+    value: Tensor
+    slots: list[Tensor]
+    """As `query`, each."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +167,8 @@ class Layerwise:
     decoder: Decoder
     groups: HeadGroups
     exchange: Exchange
+    blocks: int | None
+    """Parts of the sequence whose queries meet the keys of one part at a time; None for all at once."""
     rows: int
     """Tokens of a tile."""
     keep_attention: bool
@@ -184,8 +176,10 @@ class Layerwise:
     offload: HostOffload | None
     """Where what is kept waits for backward; None leaves it on the device."""
     stream: bool
-    """Fetch the layer's input tile by tile in backward, whenever one is needed, instead of whole; once its
-    tiles are on the host, the output takes its place on the device."""
+    """Hold the layer's input, attention's output and its gradient on the host, and fetch what is needed by
+    tile or head group; once its tiles are there, the layer's output takes the input's place."""
+    eight_bits: bool
+    """Keep the layer's input rounded to eight bits: backward computes with that one."""
     placement: Placement
 
     def __call__(self, x: Tensor, call: Call) -> Tensor:
@@ -199,6 +193,11 @@ class Layerwise:
         parameters = parameters_of(self.decoder.module)
         return _Layer.apply(self, call, x, *parameters)  # type: ignore[no-any-return, no-untyped-call]
 
+    def park(self, x: Tensor) -> Parked:
+        """The layer's input on the host, in tiles."""
+        assert self.offload is not None, "tiles wait on the host"
+        return Parked(x, self.size(x.shape[1]), self.offload, eight_bits=self.eight_bits)
+
     # -- forward ----------------------------------------------------------------------------------
 
     def forward(
@@ -211,7 +210,7 @@ class Layerwise:
             self.offload.settle()
         y = torch.empty_like(x) if into is None else into
         for rows in self._tiles(x.shape[1]):
-            residual = x[:, rows] + self.decoder.output(self._by_token(attended.out, rows))
+            residual = x[:, rows] + self.decoder.output(_by_token(attended.out.tile(rows)))
             y[:, rows] = residual.add_(self.decoder.feed_forward(residual))
             self.placement.evidence.tiles += 1
         return y, attended
@@ -221,38 +220,74 @@ class Layerwise:
         out = self._slots(x)
         batch, local, _ = x.shape
         shape = self.groups.num_groups, batch, self.groups.heads, local * self.groups.degree
-        logsumexp = out.new_empty(shape, dtype=accumulation_dtype(out))
+        logsumexp = x.like.new_empty(shape, dtype=accumulation_dtype(x.like))
         rests: list[Rest] = []
-        for group, query, key, value in self._projected(x, call):
-            found, logsumexp[group], rests = attend_with_logsumexp(
-                query,
-                key,
-                value,
-                scale=self.decoder.scale,
-                window=self.decoder.window,
-                documents=call.documents,
+        for each in self._by_group(x, call):
+            found, logsumexp[each.group], rests = attend_with_logsumexp(
+                each.query, each.key, each.value, **self._attention(x, call)
             )
-            self.exchange.to_sequence(found, out[group])
-            del found, query, key, value  # before the next group's are made
+            self._to_slot(found, out, each.group)
+            del found, each  # before the next group's are made
         return _Attended(out, logsumexp, rests)
 
-    def _projected(self, x: Rows, call: Call) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-        """(group, query [B, h, S, D], key, value [B, k, S, D]) of this rank's heads, group by group."""
-        groups, kv_group = self.groups, -1
-        key_value = x.like.new_empty(0)
-        for group, _ in tiling.tile_bounds(groups.num_groups, groups.num_groups):
-            fresh = groups.kv_group(group) != kv_group
-            if fresh:
-                del key_value  # before the next one is made
-                kv_group = groups.kv_group(group)
-            query, sent = self._project(x, call, group, kv_group if fresh else None)
-            query = self.exchange.to_heads(query)
-            if sent is not None:
-                key_value = self.exchange.to_heads(sent)
-                del sent
-            key, value = key_value.chunk(2, dim=1)
-            yield group, query, key, value
-            del query, key, value
+    def _attention(self, x: Rows, call: Call) -> dict[str, Any]:
+        """What attention is told beside tensors."""
+        decoder, seqlen = self.decoder, x.shape[1] * self.groups.degree
+        return {
+            "scale": decoder.scale,
+            "window": decoder.window,
+            "documents": call.documents,
+            "block": None if self.blocks is None else -(-seqlen // self.blocks),
+        }
+
+    def _to_slot(self, x: Tensor, slots: Slots, group: int) -> None:
+        """[B, h, S, D], this rank's heads of `group`, to the ranks of their tokens. Collective."""
+        room = slots.room(group)
+        self.exchange.to_sequence(x, room)
+        slots.put(group, room)
+
+    def _by_group(self, x: Rows, call: Call, *slots: Slots) -> Iterator[_Group]:
+        """What attention takes of each head group, with whole sequences of this rank's heads.
+
+        Queries, keys and values are projected from x; `slots` [G, P, s, B, h, D] are in send order, and
+        a group's part of them is not to be read afterwards: its room is used again.
+        """
+        begun = self._begun(x, call, slots)
+        pair = x.like.new_empty(0)
+        for each in _one_ahead(begun) if self.exchange.overlap else begun:
+            if each.pair is not None:
+                pair = each.pair.arrive()
+            key, value = pair.chunk(2, dim=1)
+            arrived = [one.arrive() for one in each.slots]
+            yield _Group(each.group, each.kv_group, each.query.arrive(), key, value, arrived)
+            del key, value, arrived
+            if each.last:
+                pair = x.like.new_empty(0)  # before the next kv group's is made
+            del each
+
+    def _begun(self, x: Rows, call: Call, slots: Sequence[Slots]) -> Iterator[_Begun]:
+        """The exchanges of each group, begun; keys and values for the first one that shares them."""
+        groups = self.groups
+        shared = groups.num_groups // groups.num_kv_groups
+        for kv_group, _ in tiling.tile_bounds(groups.num_kv_groups, groups.num_kv_groups):
+            members = tiling.tile_bounds(shared, shared)
+            for index, (member, _) in enumerate(members):
+                fresh, last = index == 0, index == len(members) - 1
+                yield self._begin(x, call, slots, kv_group * shared + member, fresh, last)
+
+    def _begin(
+        self, x: Rows, call: Call, slots: Sequence[Slots], group: int, fresh: bool, last: bool
+    ) -> _Begun:
+        kv_group, arriving = self.groups.kv_group(group), []
+        room: Tensor | None = None
+        for slot in slots:
+            sending = slot.group(group)
+            arriving.append(self.exchange.start(sending, room))
+            room = sending
+            del sending
+        query, sent = self._project(x, call, group, kv_group if fresh else None)
+        pair = None if sent is None else self.exchange.start(sent)
+        return _Begun(group, kv_group, last, self.exchange.start(query, room), pair, arriving)
 
     def _project(
         self, x: Rows, call: Call, group: int, kv_group: int | None
@@ -299,14 +334,14 @@ class Layerwise:
         self,
         x: Rows,
         grad: Tensor,
-        out: Tensor,
+        out: Slots,
         parameters: list[nn.Parameter],
         sums: GradientSum,
-    ) -> Tensor:
+    ) -> Slots:
         """First pass: `grad` becomes the gradient of the residual; returns that of `out`, as `out`."""
-        grad_out = torch.empty_like(out)
+        grad_out = out.another()
         for rows in self._tiles(x.shape[1]):
-            attended = self._by_token(out, rows).requires_grad_()
+            attended = _by_token(out.tile(rows)).requires_grad_()
             with torch.enable_grad():
                 residual = x.tile(rows) + self.decoder.output(attended)
                 y = residual + self.decoder.feed_forward(residual)
@@ -316,62 +351,74 @@ class Layerwise:
                 edge, [residual, attended, *parameters], grad[:, rows], allow_unused=True
             )
             grad[:, rows] = of_residual
-            grad_out[:, :, rows] = self._in_slots(of_attended)
+            grad_out.put_tile(rows, self._in_slots(of_attended))
             sums.add(tuple(gradients))
             del of_residual, of_attended, gradients, residual, attended, edge
         return grad_out
 
     def _through_attention(
-        self, x: Rows, call: Call, attended: _Attended, grad_out: Tensor
-    ) -> Tensor:
+        self, x: Rows, call: Call, attended: _Attended, grad_out: Slots
+    ) -> Slots:
         """Second pass: dQ replaces `attended.out`; returns dK beside dV [G', P, s, B, 2 k, D]."""
-        groups, out = self.groups, attended.out
-        grad_key_value = self._key_value_slots(grad_out)
-        last = groups.num_groups // groups.num_kv_groups - 1
-        sums: list[Tensor] = []
-        for group, query, key, value in self._projected(x, call):
-            of_query, *gradients = attend_backward(
-                self.exchange.to_heads(grad_out[group]),
-                query,
-                key,
-                value,
-                self.exchange.to_heads(out[group]),
-                attended.logsumexp[group],
+        out = attended.out
+        slots: Slots | None = None
+        pair: Tensor | None = None
+        done = 0
+        for each in self._by_group(x, call, out, grad_out):
+            if pair is not None and each.kv_group != done:
+                slots = self._give_back(pair, done, grad_out, slots)
+                pair = None
+            whole_out, whole_grad = each.slots
+            of_query, *of_pair = attend_backward(
+                whole_grad,
+                each.query,
+                each.key,
+                each.value,
+                whole_out,
+                attended.logsumexp[each.group],
                 attended.rests,
-                scale=self.decoder.scale,
-                window=self.decoder.window,
-                documents=call.documents,
+                **self._attention(x, call),
             )
-            self.exchange.to_sequence(of_query, out[group])
-            del of_query, query, key, value
-            # Groups that share kv heads add up. Their gradients' slots are free once all are through.
-            sums = _sum(sums, gradients)
-            del gradients
-            if group % (last + 1) == last:
-                slot = grad_key_value[groups.kv_group(group)]
-                self.exchange.to_sequence(torch.cat(sums, dim=1), slot)
-                sums = []
-        return grad_key_value
+            group, done = each.group, each.kv_group
+            del each, whole_out, whole_grad
+            self._to_slot(of_query, out, group)
+            del of_query
+            pair = self._summed(pair, *of_pair)
+            del of_pair
+        assert pair is not None, "there is at least one group"
+        return self._give_back(pair, done, grad_out, slots)
 
-    def _key_value_slots(self, grad_out: Tensor) -> Tensor:
-        """Room for dK and dV of each kv group: inside `grad_out` where it is large enough."""
+    def _summed(self, total: Tensor | None, key: Tensor, value: Tensor) -> Tensor:
+        """[S, B, 2 k, D]: `total` with dK and dV [B, k, S, D] of one more group that shares them."""
+        batch, heads, seqlen, dim = key.shape
+        pair = key.new_empty(seqlen, batch, 2 * heads, dim) if total is None else total
+        for part, one in zip(pair.chunk(2, dim=2), (key, value), strict=True):
+            by_token = one.permute(2, 0, 1, 3)
+            if total is None:
+                part.copy_(by_token)
+            else:
+                part.add_(by_token)
+        return pair
+
+    def _give_back(
+        self, pair: Tensor, kv_group: int, grad_out: Slots, slots: Slots | None
+    ) -> Slots:
+        """Sends dK and dV of `kv_group` to the ranks of their tokens; returns the slots of all."""
         groups = self.groups
-        _, degree, local, batch, _, dim = grad_out.shape
-        shape = groups.num_kv_groups, degree, local, batch, 2 * groups.kv_heads, dim
-        of_group = shape[1:]
-        whole = grad_out.view(groups.num_kv_groups, -1)
-        size = torch.Size(of_group).numel()
-        if whole.shape[1] < size:
-            return grad_out.new_empty(shape)
-        return whole[:, :size].view(shape)
+        # The slots of the group's output gradients are free once all that share its heads are through.
+        slots = (
+            grad_out.pairs(groups.num_kv_groups, 2 * groups.kv_heads) if slots is None else slots
+        )
+        self._to_slot(pair.permute(1, 2, 0, 3), slots, kv_group)
+        return slots
 
     def _before_attention(
         self,
         x: Rows,
         call: Call,
         grad: Tensor,
-        grad_query: Tensor,
-        grad_key_value: Tensor,
+        grad_query: Slots,
+        grad_key_value: Slots,
         parameters: list[nn.Parameter],
         sums: GradientSum,
     ) -> None:
@@ -380,7 +427,7 @@ class Layerwise:
             tile = x.tile(rows).detach().requires_grad_()
             with torch.enable_grad():
                 outputs = self.decoder.qkv(self.decoder.before(tile), *call.tile(rows))
-            of_outputs = self._of_qkv(grad_query, grad_key_value, rows)
+            of_outputs = self._of_qkv(grad_query.tile(rows), grad_key_value.tile(rows))
             of_tile, *gradients = torch.autograd.grad(
                 outputs, [tile, *parameters], of_outputs, allow_unused=True
             )
@@ -398,27 +445,20 @@ class Layerwise:
         """Rows of every tile of `local` but the last."""
         return -(-local // -(-local // self.rows))
 
-    def _slots(self, x: Rows) -> Tensor:
-        """[G, P, s, B, h, D]: one contiguous slot in send order for each group."""
+    def _slots(self, x: Rows) -> Slots:
+        """A contiguous slot in send order for each group."""
         groups = self.groups
-        return x.like.new_empty(
-            groups.num_groups,
-            groups.degree,
-            x.shape[1],
-            x.shape[0],
-            groups.heads,
-            self.decoder.query.dim,
-        )
+        batch, local, _ = x.shape
+        shape = groups.num_groups, groups.degree, local, batch, groups.heads, self.decoder.query.dim
+        if self.stream:
+            assert self.offload is not None, "tiles wait on the host"
+            return HostSlots(torch.Size(shape), self.size(local), x.like.new_empty(0), self.offload)
+        return DeviceSlots(x.like.new_empty(shape))
 
     def _in_send_order(self, x: Tensor) -> Tensor:
         """[B, P h, s, D] -> [P, s, B, h, D]."""
         by_rank: Tensor = x.unflatten(1, (self.groups.degree, -1))
         return by_rank.permute(1, 3, 0, 2, 4)
-
-    def _by_token(self, slots: Tensor, rows: slice) -> Tensor:
-        """Rows of [G, P, s, B, h, D] -> [B, rows, H D], a copy."""
-        # heads of a rank stand together: [G, P, s, B, h, D] -> [B, s, P, G, h, D]
-        return slots[:, :, rows].permute(3, 2, 1, 0, 4, 5).flatten(2).contiguous()
 
     def _in_slots(self, x: Tensor) -> Tensor:
         """[B, rows, H D] -> [G, P, rows, B, h, D]."""
@@ -427,13 +467,11 @@ class Layerwise:
         by_head: Tensor = x.unflatten(-1, shape)
         return by_head.permute(3, 2, 1, 0, 4, 5)
 
-    def _of_qkv(
-        self, grad_query: Tensor, grad_key_value: Tensor, rows: slice
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of some rows as `Decoder.qkv` returns the tensors themselves."""
-        query = self._by_token(grad_query, rows).unflatten(-1, (-1, self.decoder.query.dim))
+    def _of_qkv(self, grad_query: Tensor, grad_key_value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of a tile of slots, as `Decoder.qkv` returns the tensors themselves."""
+        query = _by_token(grad_query).unflatten(-1, (-1, self.decoder.query.dim))
         # [G', P, s, B, 2 k, D] -> [B, P, G', 2 k, s, D] -> 2 x [B, P, G', k, s, D]
-        pair = grad_key_value[:, :, rows].permute(3, 1, 0, 4, 2, 5).chunk(2, dim=3)
+        pair = grad_key_value.permute(3, 1, 0, 4, 2, 5).chunk(2, dim=3)
         # -> [B, K, copies, s, D]: the gradient of a head is the sum over its copies
         key, value = (
             x.flatten(1, 3).unflatten(1, (-1, self.groups.copies)).sum(dim=2) for x in pair
@@ -441,13 +479,21 @@ class Layerwise:
         return query.transpose(1, 2), key, value
 
 
-def _sum(totals: list[Tensor], more: list[Tensor]) -> list[Tensor]:
-    """`totals` with `more` added in place; the first `more` are the totals."""
-    if not totals:
-        return more
-    for total, addend in zip(totals, more, strict=True):
-        total.add_(addend)
-    return totals
+def _by_token(slots: Tensor) -> Tensor:
+    """A tile [G, P, rows, B, h, D] -> [B, rows, H D], a copy."""
+    # heads of a rank stand together: [G, P, s, B, h, D] -> [B, s, P, G, h, D]
+    return slots.permute(3, 2, 1, 0, 4, 5).flatten(2).contiguous()
+
+
+def _one_ahead(items: Iterator[_Begun]) -> Iterator[_Begun]:
+    """`items`, each handed on when the next one has been made."""
+    before: _Begun | None = None
+    for item in items:
+        if before is not None:
+            yield before
+        before = item
+    if before is not None:
+        yield before
 
 
 class _Layer(torch.autograd.Function):
@@ -456,16 +502,18 @@ class _Layer(torch.autograd.Function):
         ctx: Any, layer: Layerwise, call: Call, x: Tensor, *parameters: nn.Parameter
     ) -> Tensor:
         ctx.layer, ctx.call = layer, call
-        if layer.stream:
-            assert layer.offload is not None, "tiles are streamed from the host"
-            ctx.streamed = Streamed(x, layer.size(x.shape[1]), layer.offload)
+        ctx.tiles = layer.park(x) if layer.stream or layer.eight_bits else None
         # Under its own name: for autograd the output is a tensor of its own, which nobody has saved.
         y, attended = layer.forward(x, call, into=x.data if layer.stream else None)
         # Parameters are not saved: an engine may free and gather them again in between. They are looked
         # up again in backward.
-        kept = [] if layer.stream else [x]
+        kept = [x] if ctx.tiles is None else []
         if layer.keep_attention:
-            kept += [attended.out, attended.logsumexp]
+            kept.append(attended.logsumexp)
+            if isinstance(attended.out, DeviceSlots):
+                kept.append(attended.out.slots)
+            else:
+                ctx.out = attended.out
             ctx.rests = attended.rests
         if layer.offload is None:
             ctx.save_for_backward(*kept)
@@ -482,16 +530,66 @@ class _Layer(torch.autograd.Function):
         else:
             kept = [layer.offload.load(parked) for parked in reversed(ctx.parked)][::-1]
             ctx.parked = None
+        tiles, ctx.tiles = ctx.tiles, None
         x: Rows
-        if layer.stream:
-            x, ctx.streamed = ctx.streamed, None
-        else:
+        if tiles is None:
             x = Resident(kept.pop(0).detach())
+        else:
+            x = tiles if layer.stream else Resident(tiles.whole())
+        del tiles
         if layer.keep_attention:
-            out, logsumexp = kept
-            attended = _Attended(out, logsumexp, ctx.rests)
+            logsumexp, *slots = kept
+            attended = _Attended(DeviceSlots(*slots) if slots else ctx.out, logsumexp, ctx.rests)
+            ctx.out = None
         else:
             attended = layer.attend(x, ctx.call)
         grad = grads[0].contiguous()
         gradients = layer.backward(x, ctx.call, grad, attended)
         return None, None, grad, *gradients
+
+
+class _InPlace(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        fn: TokenWise,
+        size: int,
+        offload: HostOffload,
+        x: Tensor,
+        *parameters: nn.Parameter,
+    ) -> Tensor:
+        ctx.fn, ctx.size = fn, size
+        ctx.tiles = Parked(x, size, offload, eight_bits=False)
+        offload.settle()
+        y = x.data
+        for part in y.split(size, dim=1):
+            part.copy_(fn(part))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        tiles, ctx.tiles = ctx.tiles, None
+        parameters = parameters_of(ctx.fn)
+        sums = GradientSum(parameters)
+        grad = grads[0].contiguous()
+        for start, stop in tiling.tile_bounds(grad.shape[1], -(-grad.shape[1] // ctx.size)):
+            tile = tiles.tile(slice(start, stop)).requires_grad_()
+            with torch.enable_grad():
+                out = ctx.fn(tile)
+            of_tile, *gradients = torch.autograd.grad(
+                out, [tile, *parameters], grad[:, start:stop], allow_unused=True
+            )
+            grad[:, start:stop] = of_tile
+            sums.add(tuple(gradients))
+        return None, None, None, grad, *sums.take()
+
+
+def in_place(fn: TokenWise, x: Tensor, size: int, offload: HostOffload) -> Tensor:
+    """`fn(x)` in tiles of `size` rows, in the place of x, which waits on the host for backward.
+
+    `fn` maps [B, s, E] to the same shape token by token. Backward overwrites the incoming gradient: like x,
+    the output must have one consumer. Local.
+    """
+    if not torch.is_grad_enabled():
+        return fn(x)
+    return _InPlace.apply(fn, size, offload, x, *parameters_of(fn))  # type: ignore[no-any-return, no-untyped-call]

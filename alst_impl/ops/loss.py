@@ -27,15 +27,18 @@ class _TiledLoss(torch.autograd.Function):
         ctx: Any,
         fn: TokenLoss,
         num_tiles: int,
+        overwrite: bool,
         hidden: Tensor,
         labels: Tensor,
         count: Tensor,
         *parameters: nn.Parameter,
     ) -> Tensor:
-        needs_hidden = ctx.needs_input_grad[2]
+        needs_hidden = ctx.needs_input_grad[3]
         needs_grad = any(ctx.needs_input_grad)
         sums = GradientSum(list(parameters))
-        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_hidden: Tensor | None = None
+        if needs_hidden:
+            grad_hidden = hidden.detach() if overwrite else torch.empty_like(hidden)
         loss: Tensor | None = None
         for start, stop in tile_bounds(hidden.shape[1], num_tiles):
             tile = hidden[:, start:stop].contiguous().detach().requires_grad_(needs_hidden)
@@ -64,20 +67,27 @@ class _TiledLoss(torch.autograd.Function):
         ctx.grad_hidden = ctx.sums = None
         if grad_hidden is not None:
             grad_hidden.mul_(grad)
-        return None, None, grad_hidden, None, None, *sums.take(grad)
+        return None, None, None, grad_hidden, None, None, *sums.take(grad)
 
 
 def tiled_loss(
-    fn: TokenLoss, hidden: Tensor, labels: Tensor, count: Tensor, num_tiles: int
+    fn: TokenLoss,
+    hidden: Tensor,
+    labels: Tensor,
+    count: Tensor,
+    num_tiles: int,
+    *,
+    overwrite: bool = False,
 ) -> Tensor:
     """`fn(hidden, labels, count)` in `num_tiles` pieces of the sequence, forward and backward.
 
     hidden [B, S, E], labels int64 [B, S], count a scalar; returns a scalar in `fn`'s dtype. Gradients
     reach `hidden` and every parameter that `fn` can reach, once, summed in fp32 (or wider), whatever
-    gradient comes from above; none is formed where PyTorch's are off. Local.
+    gradient comes from above; none is formed where PyTorch's are off. With `overwrite`, the gradient of
+    `hidden` takes its place: nothing else may need it any more. Local.
     """
     if not torch.is_grad_enabled():
         bounds = tile_bounds(hidden.shape[1], num_tiles)
         tiles = ((hidden[:, a:b].contiguous(), labels[:, a:b].contiguous()) for a, b in bounds)
         return torch.stack([fn(*tile, count) for tile in tiles]).sum()
-    return _TiledLoss.apply(fn, num_tiles, hidden, labels, count, *parameters_of(fn))  # type: ignore[no-any-return, no-untyped-call]
+    return _TiledLoss.apply(fn, num_tiles, overwrite, hidden, labels, count, *parameters_of(fn))  # type: ignore[no-any-return, no-untyped-call]

@@ -23,13 +23,13 @@ PREFETCH_BYTES = 2**29
 what attention takes at such lengths."""
 
 
-class _Parked:
-    """One layer input on its way to the host and back."""
+class OnHost:
+    """One tensor on its way to the host and back."""
 
     def __init__(self, x: Tensor) -> None:
         self.shape, self.dtype = x.shape, x.dtype
         self.nbytes = x.numel() * x.element_size()
-        self.before: _Parked | None = None
+        self.before: OnHost | None = None
         self.host: list[Tensor] | None = None
         self.fetched: Tensor | None = None
         self.event: Any = None
@@ -44,18 +44,13 @@ class HostOffload:
         self._apart = overlap and placement.device.type != placement.host.type
         self._streams = overlap and placement.device.type == "cuda"
         self._side = torch.cuda.Stream(placement.device) if self._streams else None
-        self._last: _Parked | None = None
+        self._last: OnHost | None = None
 
-    def store(self, x: Tensor) -> _Parked:
+    def store(self, x: Tensor) -> OnHost:
         """Begin copying `x` to the host; the caller may drop `x` at once. Backward loads in reverse."""
-        parked = self.keep(x)
+        parked = OnHost(x)
         parked.before, self._last = self._last, parked
-        return parked
-
-    def keep(self, x: Tensor) -> _Parked:
-        """As `store`, but in no order: to be looked at, any number of times."""
-        parked = _Parked(x)
-        parked.host = [self._new_piece(piece) for piece in _pieces(x)]
+        parked.host = [self.room(piece.shape, piece.dtype) for piece in _pieces(x)]
         if self._side is None:
             self._copy(parked.host, _pieces(x))
         else:
@@ -70,17 +65,28 @@ class HostOffload:
         if self._side is not None:
             torch.cuda.current_stream().wait_stream(self._side)
 
-    def look(self, parked: _Parked) -> Tensor:
-        """A copy on the device; the one on the host stays."""
-        assert parked.host is not None
-        self.settle()
-        return self._fetched(parked, parked.host)
+    def put(self, x: Tensor, into: Tensor) -> None:
+        """Begin copying `x` to `into`, which `room` gave; the caller may drop `x` at once."""
+        x = x.contiguous()
+        if self._side is None:
+            self._copy([into], [x])
+            return
+        self._side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side):
+            self._copy([into], [x])
+            x.record_stream(self._side)
 
-    def _new_piece(self, piece: Tensor) -> Tensor:
+    def get(self, host: Tensor) -> Tensor:
+        """A copy on the device of what `put` left."""
+        self.settle()
+        x = torch.empty(host.shape, dtype=host.dtype, device=self._placement.device)
+        self._copy([x], [host])
+        return x
+
+    def room(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Host memory to `put` something into."""
         placement = self._placement
-        host = torch.empty(
-            piece.shape, dtype=piece.dtype, device=placement.host, pin_memory=self._streams
-        )
+        host = torch.empty(shape, dtype=dtype, device=placement.host, pin_memory=self._streams)
         placement.on_host(host)
         placement.evidence.offloaded_bytes += host.numel() * host.element_size()
         return host
@@ -89,7 +95,7 @@ class HostOffload:
         for target, piece in zip(into, pieces, strict=True):
             target.copy_(piece, non_blocking=self._streams)
 
-    def load(self, parked: _Parked) -> Tensor:
+    def load(self, parked: OnHost) -> Tensor:
         """The input back on the device. A small one starts fetching what backward needs next."""
         self._fetch(parked)
         x, parked.fetched = parked.fetched, None
@@ -104,7 +110,7 @@ class HostOffload:
         parked.before = None
         return x
 
-    def _fetch(self, parked: _Parked) -> None:
+    def _fetch(self, parked: OnHost) -> None:
         if parked.fetched is not None:
             return
         host, parked.host = parked.host, None
@@ -116,7 +122,7 @@ class HostOffload:
             parked.fetched = self._fetched(parked, host)
             parked.event = self._side.record_event()
 
-    def _fetched(self, parked: _Parked, host: list[Tensor]) -> Tensor:
+    def _fetched(self, parked: OnHost, host: list[Tensor]) -> Tensor:
         x = torch.empty(parked.shape, dtype=parked.dtype, device=self._placement.device)
         self._copy(_pieces(x), host)
         return x
@@ -126,6 +132,35 @@ def _pieces(x: Tensor) -> tuple[Tensor, ...]:
     """`x` flat, in order, in views of `PIECE_BYTES` and a rest; small ones whole, in their shape."""
     size = PIECE_BYTES // x.element_size()
     return (x,) if x.numel() <= size else x.contiguous().view(-1).split(size)
+
+
+class HostTiles:
+    """Rows of `width` elements on the host, `size` of them at a time, in pieces as of `HostOffload`."""
+
+    def __init__(
+        self, offload: HostOffload, rows: int, size: int, width: int, dtype: torch.dtype
+    ) -> None:
+        self._offload, self._width = offload, width
+        self._rows_of_piece = max(PIECE_BYTES // (size * width * dtype.itemsize), 1) * size
+        starts = range(0, rows, self._rows_of_piece)
+        self._pieces = [
+            offload.room((min(self._rows_of_piece, rows - start) * width,), dtype)
+            for start in starts
+        ]
+
+    def put(self, start: int, x: Tensor) -> None:
+        """Begin copying `x`, which is whole rows from `start` on, within a tile; it may be dropped."""
+        self._offload.put(x, self.view(start, x.shape))
+
+    def get(self, start: int, shape: Sequence[int]) -> Tensor:
+        """A copy on the device of what lies from row `start` on, as `shape`."""
+        return self._offload.get(self.view(start, shape))
+
+    def view(self, start: int, shape: Sequence[int]) -> Tensor:
+        """The same, on the host itself."""
+        piece, first = divmod(start, self._rows_of_piece)
+        begin = first * self._width
+        return self._pieces[piece][begin : begin + torch.Size(shape).numel()].view(shape)
 
 
 class _Incoming:

@@ -20,7 +20,7 @@ from alst_impl.models import field, published
 from harness.cell import Cell, make_cell
 from harness.commands.options import parsed
 from harness.plain import bytes_text, bytes_value, seconds_text
-from harness.prediction import LIMITS, Prediction, SearchResult
+from harness.prediction import LIMITS, Cost, Prediction, SearchResult
 
 if TYPE_CHECKING:
     from harness.tracker import Allocation
@@ -249,7 +249,26 @@ def _print_prediction(console: Console, cell: Cell, p: Prediction) -> None:
         f"{p.flops.model_causal:.3e} causal model FLOPs",
         highlight=False,
     )
+    if p.cost is not None:
+        _print_cost(console, p, p.cost, cell.train.world_size)
     console.print(f"step: {seconds_text(p.step_seconds_modelled)} (modelled)", highlight=False)
+
+
+def _print_cost(console: Console, p: Prediction, cost: Cost, ranks: int) -> None:
+    """What the method itself computes and moves, and the least time that takes."""
+    work = cost.flops * ranks
+    console.print(
+        f"computed: {work:.3e} FLOPs, {work / p.flops.model_causal:.2f} times what training needs; per GPU "
+        f"{bytes_text(cost.device_bytes)} through matrix products and attention, "
+        f"{bytes_text(cost.host_in_bytes)} from and {bytes_text(cost.host_out_bytes)} to the host, "
+        f"{bytes_text(cost.link_bytes)} to other GPUs",
+        highlight=False,
+    )
+    if p.least_seconds_modelled is not None:
+        least = seconds_text(p.least_seconds_modelled)
+        console.print(
+            f"at the peaks of the datasheet: {least} at least (modelled)", highlight=False
+        )
 
 
 def _print_overhead(console: Console, p: Prediction) -> None:

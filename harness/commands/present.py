@@ -141,7 +141,9 @@ def summary(names: Names = None) -> None:
         headline_grid,
         headline_title,
         is_compared,
+        is_repeated,
         is_simulated,
+        ratio_grid,
         verdict_counts,
     )
     from harness.report import summary as in_words
@@ -163,7 +165,8 @@ def summary(names: Names = None) -> None:
                 console.print(_shown(finding_grid(results), "what did not pass", wrapped=(0, 6)))
             continue
         title = f"{results.name}: {headline_title(results)}"
-        console.print(_shown(headline_grid(results), title))
+        grid = ratio_grid(results) if is_repeated(results) else headline_grid(results)
+        console.print(_shown(grid, title))
         console.print(in_words(results), highlight=False)
         console.print(f"figures: {paths.figures(results.name)}/", highlight=False)
     console.print(f"report:  {paths.REPORT.absolute().as_uri()}", highlight=False, soft_wrap=True)
@@ -262,10 +265,11 @@ def _promote(results: Results, hardware: str) -> None:
             shutil.copyfile(paths.cells(results.name) / f"{key}.json", folder / f"{key}.json")
     from harness import drawing
     from harness.figures.base import draw
-    from harness.report import is_compared, is_simulated
+    from harness.report import is_compared, is_repeated, is_simulated
 
     if is_compared(results):
         return  # nothing to draw
-    # Simulated cells have no step times: their first figure stands for them.
-    headline = results.figures[0] if is_simulated(results) else "headline"
+    # Simulated cells have no step times, repeated ones several: their first figure stands for them.
+    first = is_simulated(results) or is_repeated(results)
+    headline = results.figures[0] if first else "headline"
     (folder / "headline.png").write_bytes(drawing.png(draw(headline, results)))

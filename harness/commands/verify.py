@@ -18,6 +18,7 @@ from harness.cell import Cell, World, make_cell
 from harness.commands.live import CellLine
 from harness.commands.options import parsed
 from harness.commands.run import DEFAULT_RESULTS, truth_cache
+from harness.gate import exactness
 from harness.record import Measurement, Outcome, Readings
 from harness.run import measure, probed
 
@@ -177,6 +178,7 @@ def _answer(cell: Cell, readings: Readings) -> dict[str, Any]:
         "cell": cell.model_dump(mode="json"),
         "loss": {"ours": gate.loss, "truth": gate.truth_loss},
         "worst": gate.worst.model_dump(),
+        "exactness": exactness(gate, cell.train) or "exact within the dtype",
         "parameters": [parameter.model_dump() for parameter in gate.parameters],
         # The least busy rank: one that did nothing must show.
         "evidence": {name: min(c[name] for c in counters) for name in counters[0]},
@@ -195,6 +197,7 @@ def _print(answer: dict[str, Any]) -> None:
             table.add_row(row["parameter"], f"{row['ratio'] - 1:+.1e}", f"{1 - row['cosine']:+.1e}")
     console.print(table)
     console.print("worst:", answer["worst"]["parameter"])
+    console.print(answer["exactness"])
     console.print("loss:", answer["loss"])
     console.print("evidence, least over ranks:", answer["evidence"])
     for finding in answer.get("probes", []):

@@ -1,4 +1,4 @@
-"""Bytes that one more token costs at the peak, by method and option."""
+"""What one more token costs by method and option: bytes at the peak, work, and traffic with the host."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from harness import drawing
 from harness.cell import Cell
 from harness.figures.base import simulated
 from harness.plain import tokens_text
+from harness.prediction import Prediction
 from harness.table import NOT_MEASURED, Results
+
+Numbers = tuple[float, float | None, float | None]
+"""KiB per token of a rank; FLOPs over those that training needs; MiB between GPU and host per token."""
 
 
 def _label(cell: Cell) -> str:
@@ -18,34 +22,57 @@ def _label(cell: Cell) -> str:
     return ", ".join([cell.train.method.name, *(n for n in named if n != "sp 1")])
 
 
+def _numbers(cell: Cell, p: Prediction) -> Numbers:
+    slope = (p.bytes_per_local_token or 0.0) / 1024
+    if p.cost is None:
+        return slope, None, None
+    ranks = cell.train.world_size
+    moved = (p.cost.host_in_bytes + p.cost.host_out_bytes) * ranks / cell.train.seqlen
+    return slope, p.cost.flops * ranks / p.flops.model_causal, moved / 2**20
+
+
 def draw(results: Results) -> Figure:
-    """One row per cell that asks for no search: its slope of allocated bytes, in KiB."""
+    """One row per cell that asks for no search; a panel for each of its numbers."""
     rows = [
-        (_label(cell), cell.train, s.prediction.bytes_per_local_token)
+        (_label(cell), cell.train, _numbers(cell, s.prediction))
         for cell, s in simulated(results)
         if s.prediction and s.prediction.bytes_per_local_token and s.search is None
     ]
-    rows.sort(key=lambda row: -row[2])
+    rows.sort(key=lambda row: -row[2][0])
     methods = list(dict.fromkeys(train.method.name for _, train, _ in rows))
     colours = drawing.palette(methods)
-    figure = Figure(figsize=(8.2, 0.9 + 0.36 * max(len(rows), 3)), layout="constrained")
-    axes = figure.subplots()
-    for place, (_, train, slope) in enumerate(rows):
-        colour = colours[train.method.name]
-        axes.plot([0, slope / 1024], [place, place], color=colour, linewidth=1, alpha=0.5)
-        drawing.point(axes, slope / 1024, place, colour, "predicted", f"{slope / 1024:.1f}")
-    axes.set_yticks(range(len(rows)), [label for label, _, _ in rows])
-    axes.set_xlabel("KiB per token of a rank, allocated at the peak")
-    axes.set_xlim(left=0)
+    figure = Figure(figsize=(11, 0.9 + 0.36 * max(len(rows), 3)), layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
+    for column, (axes, name) in enumerate(zip(panels, PANELS, strict=True)):
+        for place, (_, train, numbers) in enumerate(rows):
+            value = numbers[column]
+            if value is None:
+                continue
+            colour = colours[train.method.name]
+            axes.plot([0, value], [place, place], color=colour, linewidth=1, alpha=0.5)
+            drawing.point(axes, value, place, colour, "predicted", f"{value:.3g}")
+        axes.set_yticks(range(len(rows)), [label for label, _, _ in rows])
+        axes.set_xlabel(name)
+        axes.set_xlim(left=0)
+        axes.margins(x=0.2)
     if not rows:
-        drawing.say(axes, NOT_MEASURED)
+        drawing.say(panels[0], NOT_MEASURED)
     handles = [drawing.handle(name, colours[name], "predicted") for name in methods]
-    where = {f"{t.model}, {tokens_text(t.seqlen)} tokens on {t.world_size} GPU" for _, t, _ in rows}
-    title = f"What a token costs: {'; '.join(sorted(where))}" if rows else "What a token costs"
+    where = {f"{tokens_text(t.seqlen)} tokens on {t.world_size} GPU" for _, t, _ in rows}
+    model = "".join(sorted({t.model for _, t, _ in rows}))
+    title = (
+        f"What a token costs: {model}, {'; '.join(sorted(where))}" if rows else "What a token costs"
+    )
     return drawing.frame(figure, results, title, handles, NOTE)
 
 
+PANELS = (
+    "KiB per token of a rank, allocated at the peak",
+    "FLOPs, over those of training with nothing computed twice",
+    "MiB per token between GPU and host",
+)
 NOTE = (
-    "Counted on a simulated step, kernel scratch of FlashAttention-2 included; the slope over the next two "
-    "per cent of length. No group count: one query head at a time. alst_recipe holds what the published stack held."
+    "Counted on a simulated step, kernel scratch of FlashAttention-2 included; bytes are the slope over the next "
+    "two per cent of length. No group count: one query head at a time. alst_recipe holds what the published "
+    "stack held, and computes nothing."
 )

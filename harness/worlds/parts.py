@@ -15,6 +15,7 @@ from alst_impl.data import Batch
 from alst_impl.models import published
 from alst_impl.placement import Placement
 from alst_impl.step import start
+from harness.cost import Meter
 from harness.repeat import Recording
 from harness.tracker import Tracker
 from harness.worlds.sim import (
@@ -35,9 +36,16 @@ def simulate_part(config: TrainConfig, part: Literal["mlp", "loss"]) -> Trace:
     alone = at_depth(config, 1).model_copy(
         update={"engine": Spec(name="plain"), "checkpoint": True, "world_size": 1}
     )
-    tracker = Tracker(rounding=CUDA_ROUNDING, host=HOST.type, events=True, explain=True)
+    meter = Meter(HOST.type)
+    tracker = Tracker(
+        rounding=CUDA_ROUNDING,
+        host=HOST.type,
+        observer=meter.observe,
+        events=True,
+        explain=True,
+    )
     placement = Placement(DEVICE, HOST, on_phase=tracker.phase)
-    with fake_world(alone, gpu=True, cap_tiles=True) as mesh:
+    with fake_world(alone, gpu=True, cap_tiles=True, meter=meter) as mesh:
         method, runtime = start(alone, mesh, placement, Unfilled(0))
         model: Any = runtime.module
         hidden = torch.empty(
@@ -57,7 +65,8 @@ def simulate_part(config: TrainConfig, part: Literal["mlp", "loss"]) -> Trace:
                 batch = Batch(ids, ids.clone(), positions)
                 method.micro_step(runtime, batch, torch.ones((), dtype=torch.int64))
     recording = Recording(tracker.allocations, tracker.events)
-    return replay(recording, frozenset(tracker.operators), Offload(gradients=False))
+    operators = frozenset(tracker.operators)
+    return replay(recording, operators, Offload(gradients=False), meter.cost())
 
 
 def _width(config: TrainConfig) -> int:

@@ -38,6 +38,8 @@ from alst_impl.ops import flash, loss, tiling
 from alst_impl.placement import Placement
 from alst_impl.step import accumulate_gradients, start
 from harness.allocator import reserved_bytes
+from harness.cost import Meter, Weighted
+from harness.prediction import Cost
 from harness.repeat import DEPTH, MIDDLE, Recording, repeated
 from harness.scratch import cuda_scratch
 from harness.tracker import Allocation, Tracker
@@ -92,6 +94,8 @@ class Trace:
     """What a model of the caching allocator holds after two such steps."""
     moments: list[Moment]
     """Every event of the step."""
+    cost: Cost
+    """What this rank computed and moved."""
 
     @property
     def peak(self) -> str:
@@ -169,11 +173,11 @@ def flash_by_name(
 TileBounds = Callable[[int, int], list[tuple[int, int]]]
 
 
-def _capped(bounds: TileBounds) -> TileBounds:
+def _capped(bounds: TileBounds, meter: Meter) -> TileBounds:
     """`bounds` with the first two tiles alone: later ones find what the second found, and are no larger."""
 
     def capped(rows: int, num_tiles: int) -> list[tuple[int, int]]:
-        return bounds(rows, num_tiles)[:2]
+        return Weighted(bounds(rows, num_tiles), meter)
 
     return capped
 
@@ -199,11 +203,16 @@ def _replaced(*seams: tuple[Any, str, Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def fake_world(
-    config: TrainConfig, *, gpu: bool, cap_tiles: bool, rank: int | None = None
+    config: TrainConfig,
+    *,
+    gpu: bool,
+    cap_tiles: bool,
+    meter: Meter | None = None,
+    rank: int | None = None,
 ) -> Iterator[Any]:
     """Fake tensors, a fake process group with this process as `rank`, and the mesh of the method.
 
-    By default it is the rank that holds the most.
+    By default it is the rank that holds the most. `meter` is told what the tiles that run stand for.
     """
     seams: list[tuple[Any, str, Any]] = [
         (torch.distributed.device_mesh, "init_device_mesh", _mesh_outside_modes),
@@ -214,7 +223,7 @@ def fake_world(
         seams.append((F, "scaled_dot_product_attention", flash_by_name))
         seams.append((flash, "operators", lambda _: flash.CUDA))
     if cap_tiles:
-        capped = _capped(tiling.tile_bounds)
+        capped = _capped(tiling.tile_bounds, meter or Meter(HOST.type))
         seams += [(module, "tile_bounds", capped) for module in (tiling, loss)]
     method, size = load_method(config.method), config.world_size
     rank = method.heaviest_rank(size) if rank is None else rank
@@ -258,10 +267,12 @@ def simulate(
     simulated, which has one kind of memory for both. `kernel` names the attention whose scratch counts, on
     `hardware` where it was measured there.
     """
+    meter = Meter(HOST.type)
     tracker = Tracker(
         rounding=CUDA_ROUNDING if gpu else 1,
         host=HOST.type,
         scratch=cuda_scratch(kernel, hardware) if gpu else None,
+        observer=meter.observe,
         events=True,
         explain=explain,
     )
@@ -270,6 +281,7 @@ def simulate(
 
     def on_layer() -> None:
         calls.append(len(tracker.events))
+        meter.mark()
 
     if gpu:
         placement = Placement(DEVICE, HOST, on_phase=tracker.phase, on_layer=on_layer)
@@ -281,7 +293,8 @@ def simulate(
             on_phase=tracker.phase,
             on_layer=on_layer,
         )
-    with fake_world(config, gpu=gpu, cap_tiles=cap_tiles, rank=rank) as mesh, _uncollected():
+    world = fake_world(config, gpu=gpu, cap_tiles=cap_tiles, meter=meter, rank=rank)
+    with world as mesh, _uncollected():
         method = load_method(config.method)
         batches = [method.shard(_blank_batch(config), mesh) for _ in range(config.accumulation)]
         with tracker:
@@ -299,9 +312,13 @@ def simulate(
             accumulate_gradients(method, runtime, batches)
             tracker.adopt((p.grad for p in runtime.module.parameters()), "gradients")
     recording = Recording(tracker.allocations, tracker.events)
+    cost = meter.cost()
     if num_layers is not None:
         recording = repeated(recording, calls, residents, num_layers)
-    return replay(recording, frozenset(tracker.operators), offload or Offload(gradients=False))
+        backward = 2 * DEPTH - 1 - MIDDLE
+        cost = meter.cost((MIDDLE, backward), num_layers - DEPTH)
+    operators = frozenset(tracker.operators)
+    return replay(recording, operators, offload or Offload(gradients=False), cost)
 
 
 def _watch_layers(model: PreTrainedModel, on_layer: Callable[[], None]) -> None:
@@ -327,7 +344,7 @@ def _blank_batch(config: TrainConfig) -> Batch:
     return Batch(ids, ids.clone(), torch.arange(config.seqlen).expand_as(ids))
 
 
-def replay(recording: Recording, operators: frozenset[str], offload: Offload) -> Trace:
+def replay(recording: Recording, operators: frozenset[str], offload: Offload, cost: Cost) -> Trace:
     """Peaks of each phase from the recorded events, with `offload` applied."""
     peaks: dict[str, tuple[int, int, int]] = {}  # phase -> (device bytes, event, host bytes)
     sizes: dict[int, int] = {}
@@ -365,6 +382,7 @@ def replay(recording: Recording, operators: frozenset[str], offload: Offload) ->
         operators=operators,
         reserved_bytes=reserved_bytes(_two_steps(recording, offload)),
         moments=moments,
+        cost=cost,
     )
 
 

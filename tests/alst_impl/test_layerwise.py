@@ -11,16 +11,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from training import config_of, corpus_of, run_steps
+from training import config_of, corpus_of, ratio_and_cosine, run_steps
 
 from alst_impl import step
 from alst_impl.config import TrainConfig
 from alst_impl.methods.base import load_method
 from alst_impl.models import published
+from alst_impl.ops import float8
 from alst_impl.ops.attention import attend
 from alst_impl.ops.flash import attend_backward, attend_with_logsumexp
 from alst_impl.ops.headgroups import HeadGroups
 from alst_impl.placement import Placement
+from harness.gate import TOLERANCES
 from harness.worlds.sim import simulate, stretched
 
 if TYPE_CHECKING:
@@ -123,12 +125,14 @@ def alone() -> Iterator[DeviceMesh]:
         dist.destroy_process_group()
 
 
+DEEP = {"num_hidden_layers": 4}
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"groups": 1, "rows": 50},
     {"groups": 2, "rows": 50, "offload": False},
     {"groups": 4, "rows": 7, "keep_attention": True},
     {"rows": 50, "keep_attention": True, "offload": False},
+    {"rows": 50, "blocks": 3},
     {"rows": 50, "stream": True},
     {"rows": 50, "stream": True, "keep_attention": True},
 ]
@@ -137,6 +141,42 @@ OPTIONS: list[dict[str, Any]] = [
 def test_options_change_no_gradient(ranks: Ranks) -> None:
     """Groups, tiles, what is kept and where it waits; two samples at a time."""
     assert_equal_to_stock(ranks, [{"seqlen": 131, "batch_size": 2}], OPTIONS)
+
+
+@pytest.mark.parametrize("sp", [1, 2])
+@pytest.mark.parametrize("stream", [False, True])
+def test_inputs_in_eight_bits_bend_gradients_within_their_tolerance(
+    ranks: Ranks, sp: int, stream: bool
+) -> None:
+    """Four layers are off by 5 % of a gradient's norm at most, and not by nothing."""
+    method = {"name": "layerwise", "rows": 50, "eight_bits": True, "stream": stream}
+    ours = config_of(
+        seqlen=131, dtype="float64", method={**method, "sp": sp}, world_size=sp, overrides=DEEP
+    )
+    stock = config_of(seqlen=131, dtype="float64", overrides=DEEP)
+    (truth,) = ranks(1)(gradients, [stock])[0]
+    (found,) = ranks(sp)(gradients, [ours])[0]
+    tolerance = TOLERANCES[load_method(ours.method).precision(ours)]
+    errors = {}
+    for name, expected in truth.items():
+        ratio, cosine = ratio_and_cosine(found[name], expected)
+        assert abs(ratio - 1) <= tolerance.ratio, name
+        assert 1 - cosine <= tolerance.cosine, name
+        errors[name] = float((found[name] - expected).norm() / expected.norm())
+    assert 1e-3 < max(errors.values()) < 6e-2
+
+
+def test_eight_bits_hold_every_value_to_a_sixteenth() -> None:
+    """Of itself, over 14 powers of two below the largest of its row; rows of zeros stay zeros."""
+    torch.manual_seed(0)
+    rows = torch.randn(50, 64, dtype=torch.float64) * 10.0 ** torch.arange(-25, 25)[:, None]
+    rows[7] = 0
+    packed, scale = float8.pack(rows)
+    assert (packed.dtype, packed.element_size(), scale.shape) == (float8.DTYPE, 1, (50, 1))
+    found = float8.unpack(packed, scale, rows.dtype)
+    assert not found[7].any()
+    large = rows.abs() > rows.abs().amax(dim=1, keepdim=True) * 2**-14
+    assert ((found - rows).abs() <= rows.abs() / 16 * (1 + 1e-6))[large].all()
 
 
 @pytest.mark.parametrize("sp", [1, 2])
@@ -162,8 +202,12 @@ def test_packed_documents_do_not_see_each_other(ranks: Ranks) -> None:
 @pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("documents", [None, ((9, 14), (23,))])
+@pytest.mark.parametrize("block", [None, 10, 1])
 def test_attention_by_operator_equals_attention_by_autograd(
-    num_kv_heads: int, window: int | None, documents: tuple[tuple[int, ...], ...] | None
+    num_kv_heads: int,
+    window: int | None,
+    documents: tuple[tuple[int, ...], ...] | None,
+    block: int | None,
 ) -> None:
     """Output and the three gradients."""
     torch.manual_seed(0)
@@ -174,6 +218,7 @@ def test_attention_by_operator_equals_attention_by_autograd(
     expected = attend(*tensors, **options)
     expected_grads = torch.autograd.grad(expected, tensors, upstream)
     with torch.no_grad():
+        options["block"] = block
         out, logsumexp, rests = attend_with_logsumexp(*tensors, **options)
         grads = attend_backward(upstream, *tensors, out, logsumexp, rests, **options)
     for ours, truth in zip([out, *grads], [expected, *expected_grads], strict=True):
@@ -258,7 +303,9 @@ def test_an_unknown_part_is_refused_by_name(
             {},
             r"groups \(3\) must split the 8 query and 4 kv heads .* \[1, 2, 4, 8\]",
         ),
-        ({"stream": True, "offload": False}, {}, "stream fetches tiles from host memory"),
+        ({"stream": True, "offload": False}, {}, "stream is for tiles in host memory"),
+        ({"eight_bits": True, "offload": False}, {}, "set eight_bits: false"),
+        ({"overlap": True}, {}, "exchanges between ranks, but sp is 1"),
         ({}, {"checkpoint": False}, "set it to true"),
         ({"sp": 3}, {"world_size": 3}, "num_attention_heads"),
     ],

@@ -43,6 +43,8 @@ PREDICTED = [
     "limit",
     "flops",
     "step_seconds_modelled",
+    "cost",
+    "least_seconds_modelled",
 ]
 
 

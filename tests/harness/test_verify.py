@@ -48,7 +48,15 @@ def test_right_method_passes(
     ]
     assert run_verify(monkeypatch, *arguments, str(tmp_path)) == 0
     answer = json.loads(capsys.readouterr().out)
-    assert list(answer) == ["passed", "cell", "loss", "worst", "parameters", "evidence"]
+    assert list(answer) == [
+        "passed",
+        "cell",
+        "loss",
+        "worst",
+        "exactness",
+        "parameters",
+        "evidence",
+    ]
     assert answer["passed"] is True
     assert answer["loss"].keys() == {"ours", "truth"}
     model = materialize(TRAIN.model_copy(update={"overrides": {"num_key_value_heads": 2}}))

@@ -1,0 +1,196 @@
+"""What a layer works on piece by piece: on the device, or on the host with one piece on the device at a time.
+
+Legend: B batch, S sequence, s = S/P, P sequence-parallel degree, E hidden size, G head groups, h heads of a
+group on one rank, D head dim. Slots [G, P, s, B, h, D] hold heads, a contiguous one for each group.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from alst_impl.ops import float8, tiling
+from alst_impl.ops.offload import HostOffload, HostTiles
+
+
+class Rows(Protocol):
+    """A layer's input, by tile."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """[B, s, E]."""
+
+    @property
+    def like(self) -> Tensor:
+        """Any tensor of its dtype and device."""
+
+    def tile(self, rows: slice) -> Tensor:
+        """Those rows [B, rows, E]."""
+
+
+class Resident:
+    """All rows on the device."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.shape, self.like = x.shape, x
+
+    def tile(self, rows: slice) -> Tensor:
+        """A view."""
+        return self.like[:, rows]
+
+
+class Parked:
+    """Tiles of `size` rows that wait on the host and come one at a time, as often as they are asked for."""
+
+    def __init__(self, x: Tensor, size: int, offload: HostOffload, *, eight_bits: bool) -> None:
+        self.shape, self.like = x.shape, x.new_empty(0)
+        self._size, self._eight_bits = size, eight_bits
+        batch, local, width = x.shape
+        formats = [(width, float8.DTYPE), (1, torch.float32)] if eight_bits else [(width, x.dtype)]
+        self._parts = [HostTiles(offload, local, size, batch * w, dtype) for w, dtype in formats]
+        for start, stop in self._bounds():
+            tile = x[:, start:stop]
+            for part, each in zip(
+                self._parts, float8.pack(tile) if eight_bits else (tile,), strict=True
+            ):
+                part.put(start, each)
+
+    def tile(self, rows: slice) -> Tensor:
+        """A copy on the device."""
+        batch, local, width = self.shape
+        shape = batch, min(rows.stop, local) - rows.start
+        if not self._eight_bits:
+            return self._parts[0].get(rows.start, (*shape, width))
+        packed, scale = self._parts
+        return float8.unpack(
+            packed.get(rows.start, (*shape, width)),
+            scale.get(rows.start, (*shape, 1)),
+            self.like.dtype,
+        )
+
+    def whole(self) -> Tensor:
+        """All rows on the device."""
+        x = self.like.new_empty(self.shape)
+        for start, stop in self._bounds():
+            x[:, start:stop] = self.tile(slice(start, stop))
+        return x
+
+    def _bounds(self) -> list[tuple[int, int]]:
+        return tiling.tile_bounds(self.shape[1], -(-self.shape[1] // self._size))
+
+
+class Slots(Protocol):
+    """Heads of all tokens of this rank, by group and by tile."""
+
+    def group(self, group: int) -> Tensor:
+        """[P, s, B, h, D]; its room may be used again, the slot itself being written before it is read."""
+
+    def room(self, group: int) -> Tensor:
+        """Where to write a group, [P, s, B, h, D], to `put` it."""
+
+    def put(self, group: int, heads: Tensor) -> None:
+        """`heads`, written to `room(group)`, are the group's."""
+
+    def tile(self, rows: slice) -> Tensor:
+        """[G, P, rows, B, h, D]."""
+
+    def put_tile(self, rows: slice, heads: Tensor) -> None:
+        """`heads` [G, P, rows, B, h, D], of any strides, are those rows'."""
+
+    def another(self) -> Slots:
+        """Slots of the same shape, with nothing in them."""
+
+    def pairs(self, num_groups: int, heads: int) -> Slots:
+        """Slots for `num_groups` groups of `heads` heads, which may lie inside these and replace them."""
+
+
+class DeviceSlots:
+    """All of them in one tensor."""
+
+    def __init__(self, slots: Tensor) -> None:
+        self.slots = slots
+
+    def group(self, group: int) -> Tensor:
+        """A view."""
+        return self.slots[group]
+
+    room = group
+
+    def put(self, group: int, heads: Tensor) -> None:
+        """Nothing to do: the room is the slot."""
+
+    def tile(self, rows: slice) -> Tensor:
+        """A view."""
+        return self.slots[:, :, rows]
+
+    def put_tile(self, rows: slice, heads: Tensor) -> None:
+        """Copies."""
+        self.slots[:, :, rows] = heads
+
+    def another(self) -> DeviceSlots:
+        """In another tensor."""
+        return DeviceSlots(torch.empty_like(self.slots))
+
+    def pairs(self, num_groups: int, heads: int) -> DeviceSlots:
+        """Inside these where they are large enough."""
+        _, degree, local, batch, _, dim = self.slots.shape
+        shape = num_groups, degree, local, batch, heads, dim
+        of_group = self.slots.view(num_groups, -1)
+        size = torch.Size(shape[1:]).numel()
+        if of_group.shape[1] < size:
+            return DeviceSlots(self.slots.new_empty(shape))
+        return DeviceSlots(of_group[:, :size].view(shape))
+
+
+class HostSlots:
+    """On the host by tile, all groups of a tile side by side, so that either is read in few copies."""
+
+    def __init__(self, shape: torch.Size, size: int, like: Tensor, offload: HostOffload) -> None:
+        self._shape, self._size, self._like, self._offload = shape, size, like, offload
+        groups, degree, local, *rest = shape
+        width = torch.Size((groups, degree, *rest)).numel()
+        self._tiles = HostTiles(offload, local, size, width, like.dtype)
+
+    def group(self, group: int) -> Tensor:
+        """A copy."""
+        heads = self.room(group)
+        for start, stop in self._bounds():
+            heads[:, start:stop] = self._offload.get(self._of(start, stop)[group])
+        return heads
+
+    def room(self, group: int) -> Tensor:
+        """On the device."""
+        return self._like.new_empty(self._shape[1:])
+
+    def put(self, group: int, heads: Tensor) -> None:
+        """Copies."""
+        for start, stop in self._bounds():
+            self._offload.put(heads[:, start:stop], self._of(start, stop)[group])
+
+    def tile(self, rows: slice) -> Tensor:
+        """A copy."""
+        return self._offload.get(self._of(rows.start, rows.stop))
+
+    def put_tile(self, rows: slice, heads: Tensor) -> None:
+        """Copies."""
+        self._offload.put(heads, self._of(rows.start, rows.stop))
+
+    def another(self) -> HostSlots:
+        """Beside these."""
+        return HostSlots(self._shape, self._size, self._like, self._offload)
+
+    def pairs(self, num_groups: int, heads: int) -> HostSlots:
+        """Beside these."""
+        _, degree, local, batch, _, dim = self._shape
+        shape = torch.Size((num_groups, degree, local, batch, heads, dim))
+        return HostSlots(shape, self._size, self._like, self._offload)
+
+    def _of(self, start: int, stop: int) -> Tensor:
+        groups, degree, _, *rest = self._shape
+        return self._tiles.view(start, (groups, degree, stop - start, *rest))
+
+    def _bounds(self) -> list[tuple[int, int]]:
+        local = self._shape[2]
+        return tiling.tile_bounds(local, -(-local // self._size))
