@@ -96,6 +96,7 @@ def verify(
             "seed": seed,
             "data": {"mask": mask},
             "world": world,
+            "hardware": _hardware(world),
             "warmup": 0,
             "steps": 0,
             "gate": True,
@@ -117,6 +118,16 @@ def verify(
     if measurement.detail:
         print(f"alst: {measurement.outcome}: {measurement.detail}", file=sys.stderr)
     return 0 if answer["passed"] else 1
+
+
+def _hardware(world: str) -> str:
+    """The row of what runs the cell."""
+    if world != "cuda":
+        return "cpu"
+    from harness.machine import calibrated_device
+    from harness.nvml import library
+
+    return calibrated_device(library())[0]
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:
