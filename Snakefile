@@ -58,9 +58,8 @@ CORES_PER_GPU = 8
 def threads(wildcards):
     """A timed cell has the machine for itself, and every one on a GPU; others share it."""
     cell = CELLS[wildcards.name][wildcards.key]
-    if (
-        workflow.resource_settings.cores is None
-    ):  # a cluster, where each job has its own share
+    # On a cluster each job has its own share.
+    if workflow.resource_settings.cores is None:
         return CORES_PER_GPU * max(gpus(wildcards), 1)
     alone = cell.timed or cell.world == "cuda"
     return workflow.cores if alone else cell.num_processes

@@ -24,6 +24,8 @@ from alst_impl.config import Frozen
 
 INTERVAL_S = 0.05
 """Between two readings."""
+LEAVING = 40
+"""Readings that a device in use is given to become free before a run."""
 IDLE_BYTES = 2 * 2**30
 """A device that reads more than this before a run is in use, whoever uses it: an idle one reads less
 than 1 GiB, which the driver keeps for itself."""
@@ -213,6 +215,17 @@ def read(nvml: Any, handle: Any) -> Reading:
     )
 
 
+def _first(nvml: Any, handle: Any, pause: Callable[[float], None]) -> Reading:
+    """The reading before a run; whoever is leaving the device may take a moment to be gone."""
+    reading = read(nvml, handle)
+    for _ in range(LEAVING):
+        if not reading.processes and reading.used_bytes <= IDLE_BYTES:
+            break
+        pause(INTERVAL_S)
+        reading = read(nvml, handle)
+    return reading
+
+
 class _Watched:
     """What a device has read so far, folded into sections."""
 
@@ -257,6 +270,7 @@ def watch(
     devices: Sequence[Device],
     next_line: Callable[[float], str | None],
     clock: Callable[[], float] = time.monotonic,
+    pause: Callable[[float], None] = time.sleep,
 ) -> list[DeviceReadings]:
     """Read `devices` until `next_line` gives "".
 
@@ -264,7 +278,7 @@ def watch(
     at the end. A line `pids N ...` says which processes belong to the run.
     """
     handles = [handle_of(nvml, device) for device in devices]
-    watched = [_Watched(d, read(nvml, h)) for d, h in zip(devices, handles, strict=True)]
+    watched = [_Watched(d, _first(nvml, h, pause)) for d, h in zip(devices, handles, strict=True)]
     ours: set[int] = set()
     doing, begin = "start-up", clock()
     while (line := next_line(INTERVAL_S)) != "":

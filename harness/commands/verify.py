@@ -112,6 +112,7 @@ def verify(
             "seed": seed,
             "data": {"mask": mask, "documents": documents},
             "world": world,
+            "hardware": _hardware(world),
             "warmup": 0,
             "steps": 0,
             "gate": True,
@@ -137,6 +138,16 @@ def verify(
         print(f"alst: {measurement.outcome}: {measurement.detail}", file=sys.stderr)
     found = [finding["passed"] for finding in answer.get("probes", [])]
     return 0 if answer["passed"] and all(found) else 1
+
+
+def _hardware(world: str) -> str:
+    """The row of what runs the cell."""
+    if world != "cuda":
+        return "cpu"
+    from harness.machine import calibrated_device
+    from harness.nvml import library
+
+    return calibrated_device(library())[0]
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:

@@ -87,6 +87,10 @@ class Meter:
         found: int = torch.cuda.memory_stats(self.device).get("num_alloc_retries", 0)
         return found
 
+    def set(self, setting: str) -> None:
+        """Change a setting of the allocator, before anything is allocated."""
+        torch._C._accelerator_setAllocatorSettings(setting)
+
     def settings(self) -> dict[str, str]:
         """Of the allocator, as it says itself."""
         found = torch.cuda.memory._snapshot().get("allocator_settings", {})
@@ -212,7 +216,7 @@ class Cuda(World):
         torch.cuda.set_device(self.device)
         torch.cuda.init()
         self._meter = Meter(self.device)
-        require_settings(self._meter.settings(), cell)
+        ask_for_settings(self._meter, cell)
         # Optimizer states in host memory are updated by this process.
         here = int(os.environ.get("LOCAL_WORLD_SIZE", rank.world_size))
         torch.set_num_threads(max(len(os.sched_getaffinity(0)) // here, 1))
@@ -291,13 +295,21 @@ def weights_of(cell: Cell) -> str | None:
     return cell.train.model if has_weights(cell.train.model) else None
 
 
-def require_settings(found: dict[str, str], cell: Cell) -> None:
-    """Raise `RuntimeError` if the allocator says that it does not run as the cell asks."""
-    said = found.get("expandable_segments")
-    if said in ("True", "False") and said != str(cell.expandable_segments):
-        raise RuntimeError(
-            f"the cell asks for expandable_segments {cell.expandable_segments}, the allocator says {said}"
-        )
+def ask_for_settings(meter: Meter, cell: Cell) -> None:
+    """Have the allocator run as the cell asks, if its environment did not reach it in time.
+
+    Raises `RuntimeError` if it still says that it does not.
+    """
+    asked = str(cell.expandable_segments)
+    for last in (False, True):
+        said = meter.settings().get("expandable_segments", asked)
+        if said == asked:
+            return
+        if last:
+            raise RuntimeError(
+                f"the cell asks for expandable_segments {asked}, the allocator says {said}"
+            )
+        meter.set(f"expandable_segments:{asked}")
 
 
 def world() -> World:

@@ -73,7 +73,7 @@ def watched(devices: list[dict[str, Any]], *lines: str | None) -> list[nvml.Devi
     fake = FakeNvml(devices)
     script, ticks = spoken(*lines), iter(range(1000))
     found = visible_devices(fake, None)
-    return watch(fake, found, lambda _: next(script), lambda: next(ticks))
+    return watch(fake, found, lambda _: next(script), lambda: next(ticks), lambda _: None)
 
 
 def test_sections_hold_the_extremes_of_what_was_done_meanwhile() -> None:
@@ -102,6 +102,16 @@ def test_sections_hold_the_extremes_of_what_was_done_meanwhile() -> None:
     assert (step.watts, step.celsius) == (612.5, 61)
     assert step.throttled == ["SwPowerCap", "HwThermalSlowdown"]
     assert read.strangers == []
+
+
+def test_whoever_is_leaving_the_device_is_no_stranger() -> None:
+    """The processes of the cell before may take a moment to be gone."""
+    leaving = device(0, used=[9 * GIB, 9 * GIB, GIB], moves=True, processes=[{7: None}, {}])
+    (read,) = watched([leaving], "pids 11", None)
+    assert (read.before_bytes, read.strangers) == (GIB, [])
+    staying = device(0, used=[9 * GIB])
+    (read,) = watched([staying], "pids 11", None)
+    assert read.strangers == ["9.0 GiB in use before the run"]
 
 
 def test_what_a_device_does_not_tell_is_none() -> None:

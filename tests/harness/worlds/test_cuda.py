@@ -7,18 +7,25 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from training import config_of, corpus_of
 
+from alst_impl import step
+from alst_impl.placement import Placement
 from harness.cell import make_cell
+from harness.processes import Rank
 from harness.worlds.cuda import (
+    Cuda,
     HostBytes,
     Meter,
     OperatorNames,
     Phases,
     ScratchProbe,
-    require_settings,
+    ask_for_settings,
 )
 
 ROOT = Path(__file__).parents[3]
@@ -60,6 +67,17 @@ class FakeMeter(Meter):
 
     def in_use(self) -> int:
         return self.reserved + 1000
+
+    def reset_pinned_peak(self) -> None: ...
+
+    def peak_pinned(self) -> int | None:
+        return None
+
+    def retries(self) -> int:
+        return 0
+
+    def settings(self) -> dict[str, str]:
+        return {}
 
 
 def test_each_phase_has_its_own_peak() -> None:
@@ -131,23 +149,67 @@ def test_operators_are_seen_in_backward_too() -> None:
     assert any("attention" in name and name.endswith("_backward") for name in names.names)
 
 
+class Settings(FakeMeter):
+    """An allocator that says `said`, and listens or does not."""
+
+    def __init__(self, said: str | None, *, listens: bool) -> None:
+        super().__init__()
+        self.said, self.listens = said, listens
+        self.told: list[str] = []
+
+    def settings(self) -> dict[str, str]:
+        return {} if self.said is None else {"expandable_segments": self.said}
+
+    def set(self, setting: str) -> None:
+        self.told.append(setting)
+        if self.listens:
+            self.said = setting.split(":")[1]
+
+
 @pytest.mark.parametrize(
-    ("said", "refused"),
-    [
-        ({"expandable_segments": "False"}, True),
-        ({"expandable_segments": "True"}, False),
-        ({}, False),  # an allocator that does not say
-    ],
+    ("said", "told"), [("True", []), ("False", ["expandable_segments:True"]), (None, [])]
 )
-def test_an_allocator_that_is_set_otherwise_is_refused(said: dict[str, str], refused: bool) -> None:
-    """A setting that came too late, or from somebody else's environment, is no record."""
-    cell = make_cell(CELL)
-    assert cell.expandable_segments
-    if refused:
-        with pytest.raises(RuntimeError, match="asks for expandable_segments True"):
-            require_settings(said, cell)
-    else:
-        require_settings(said, cell)
+def test_the_allocator_runs_as_the_cell_asks(said: str | None, told: list[str]) -> None:
+    """By its environment, or told when that came too late; one that does not say is believed."""
+    meter = Settings(said, listens=True)
+    ask_for_settings(meter, make_cell(CELL))
+    assert meter.told == told
+
+
+def test_an_allocator_that_does_not_listen_is_no_record() -> None:
+    """Nothing is measured under another setting than the cell names."""
+    with pytest.raises(RuntimeError, match="asks for expandable_segments True"):
+        ask_for_settings(Settings("False", listens=False), make_cell(CELL))
+
+
+def track_a_step(rank: int, world_size: int, engine: str) -> Any:
+    """A step of a tiny model as world `cuda` tracks it, by counters that stand still."""
+    config = config_of(
+        method={"name": "alst", "tiles": 2}, engine={"name": engine}, world_size=world_size
+    )
+    world = Cuda()
+    meter = FakeMeter()
+    meter.hold(100)
+    said: list[str] = []
+    world._meter, world._rank = meter, Rank(rank, world_size, Path(), said.append)
+    mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("dp", "sp"))
+    placement = Placement(torch.device("cpu"), on_host=world.on_host, on_phase=world.on_phase)
+    method, runtime = step.start(config, mesh, placement)
+    batches = step.micro_batches(config, corpus_of(config), method, mesh, 0, placement.device)
+    found = world.track(lambda: step.train_step(method, runtime, batches), runtime)
+    return found.model_dump(), said
+
+
+@pytest.mark.parametrize("engine", ["plain", "fsdp2", "zero"])
+def test_a_tracked_step_notes_its_phases_and_its_kernels(ranks: Any, engine: str) -> None:
+    """Under every engine: bytes by phase, what was offloaded, the kernels of both directions."""
+    ((memory, said),) = ranks(1)(track_a_step, engine)
+    assert said == [f"memory step, {name}" for name in ("forward", "backward", "update")]
+    assert {"forward", "backward", "update"} <= memory["cuda"]["allocated_bytes"].keys()
+    assert memory["peak_bytes"] == memory["resting_bytes"] == 100
+    assert memory["host_peak_bytes"] > 0
+    assert any(name.endswith("_backward") for name in memory["attention"])
+    assert any(not name.endswith("_backward") for name in memory["attention"])
 
 
 def test_only_two_files_name_cuda() -> None:
