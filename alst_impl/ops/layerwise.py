@@ -11,8 +11,8 @@ Backward, from the layer's input x, the incoming gradient dY, and attention's ou
 3. by tile: go back through projections and norm into dY, which is now the gradient of x.
 
 Of full length there are x, dY, and two buffers [S, H D], beside what one group needs; with `stream` there
-is dY alone, and the rest waits on the host by tile. Weight
-gradients add up over tiles in fp32 (or wider) and leave as one gradient per parameter.
+is dY alone, and the rest waits on the host by tile. Weight gradients add up over tiles in fp32 (or wider)
+and leave as one gradient per parameter.
 Legend: B batch, S sequence, s = S/P, P sequence-parallel degree, E hidden size, H query heads, K kv heads,
 D head dim, G head groups, h query and k kv heads of a group on one rank; send order as in `exchange`.
 """
@@ -278,6 +278,7 @@ class Layerwise:
     def _begin(
         self, x: Rows, call: Call, slots: Sequence[Slots], group: int, fresh: bool, last: bool
     ) -> _Begun:
+        """Begins the exchanges of `group`; what was sent is gone when it returns, unless they overlap."""
         kv_group, arriving = self.groups.kv_group(group), []
         room: Tensor | None = None
         for slot in slots:

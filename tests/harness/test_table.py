@@ -9,7 +9,18 @@ from samples import cell, failure, measurement, sweep
 
 from harness import record
 from harness.record import Outcome
-from harness.table import NOT_MEASURED, Results, duels, fresh, gates, metrics, series, tidy, wide
+from harness.table import (
+    NOT_MEASURED,
+    Results,
+    duels,
+    fresh,
+    gates,
+    metrics,
+    repeated_duels,
+    series,
+    tidy,
+    wide,
+)
 
 
 def results(*measurements: record.Measurement) -> Results:
@@ -135,3 +146,25 @@ def test_a_broken_record_is_named(tmp_path: Path) -> None:
     file.write_text("{}")
     with pytest.raises(ValueError, match=r"broken\.json"):
         record.read(file)
+
+
+def test_a_repetition_is_compared_with_itself() -> None:
+    """A machine that is slow for a while is slow for both: ratios do not see it, times do."""
+    cells, measurements = {}, {}
+    for repetition, machine in enumerate((1.0, 0.2, 1.0), start=1):
+        for method, speed, peak in (("alst", 1.0, 2.0), ("layerwise", 0.8, 1.0)):
+            each = cell(method, repetition=repetition)
+            cells[each.key] = each
+            measurements[each.key] = measurement(each, speed * machine, peak=peak)
+    results = Results("sample", "", "", [], cells, measurements)
+    (row,) = repeated_duels(results, "layerwise", "alst").to_dict("records")
+    assert row["repetitions"] == 3
+    assert (row["peak_low"], row["peak"], row["peak_high"]) == (0.5, 0.5, 0.5)
+    for name in ("time_low", "time", "time_high"):
+        assert row[name] == pytest.approx(1 / 0.8)
+
+
+def test_a_cell_without_repetitions_keeps_its_key() -> None:
+    """Records from before there were any are found; two repetitions are two records."""
+    assert cell().key == cell(repetition=0).key
+    assert len({cell(repetition=n).key for n in range(3)}) == 3
