@@ -15,7 +15,7 @@ from typing import Any
 from alst_impl.config import Frozen, TrainConfig
 from alst_impl.methods.base import load_method
 from alst_impl.models import field, published
-from harness import flops, roofline
+from harness import flops, pipelines, roofline
 from harness.hardware import Hardware
 from harness.prediction import Flops, Limit, Prediction, SearchResult
 from harness.worlds.sim import Offload, Trace, stretched, structure
@@ -122,7 +122,8 @@ def explained(setting: Setting, *, explain: bool = True) -> tuple[Prediction, Tr
         ),
         step_seconds_modelled=sequences
         * roofline.seconds(shape, config.seqlen, hardware)
-        / config.world_size,
+        / config.world_size
+        / (1 - pipelines.waiting(config)),
     )
     return prediction, trace
 

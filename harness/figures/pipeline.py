@@ -28,10 +28,9 @@ SCHEDULES = ("1F1B", "Seq1F1B")
 
 def draw(results: Results) -> Figure:
     """Both schedules in time above; below, peak bytes by model and length, and throughput."""
-    figure = Figure(figsize=(11, 8.6), layout="constrained")
-    axes = figure.subplot_mosaic(
-        [["1F1B", "1F1B"], ["Seq1F1B", "Seq1F1B"], ["bytes", "speed"]], height_ratios=[1, 1, 2.6]
-    )
+    figure = Figure(figsize=(13, 8.6), layout="constrained")
+    layout: list[Any] = [["1F1B"] * 5, ["Seq1F1B"] * 5, ["bytes"] * 3 + ["speed"] * 2]
+    axes = figure.subplot_mosaic(layout, height_ratios=[1, 1, 2.6])
     found = [e for e in evidence([results]) if _slices(results.cells[e.key]) is not None]
     colours = {name: drawing.palette(["baseline", *SCHEDULES])[name] for name in SCHEDULES}
     _draw_schedules(axes, results, found)
@@ -135,5 +134,6 @@ def _draw_numbers(
             drawing.point(axes, x, e.predicted, colours[name], "predicted", text, side)
     axes.set_xticks(range(len(places)), places)
     axes.set_xlim(-0.8, max(len(places), 1) - 0.2)
-    axes.set_ylim(0, 1.08 * max((e.published for e in found), default=1.0))
+    numbers = [y for e in found for y in (e.published, e.predicted) if y is not None]
+    axes.set_ylim(0, 1.08 * max(numbers, default=1.0))
     axes.grid(visible=False, axis="x")

@@ -21,7 +21,7 @@ LAYERS = {"num_hidden_layers": 5}
 
 def piped(pp: int, dp: int = 1, **settings: Any) -> TrainConfig:
     """A run of `pp` stages in fp64 that four micro-batches of unequal labels go through."""
-    options = {k: settings.pop(k) for k in ("slices", "split") if k in settings}
+    options = {k: settings.pop(k) for k in ("slices", "split", "tile_loss") if k in settings}
     overrides = {**LAYERS, **settings.pop("overrides", {})}
     return config_of(
         **{
@@ -82,6 +82,7 @@ def test_every_gradient_is_the_stock_models(ranks: Ranks, pp: int, dp: int, engi
         pytest.param({"model": "tiny-mistral", "slices": 1, "seqlen": 133}, id="window"),
         pytest.param({"model": "tiny-qwen3-moe", "dtype": "float64"}, id="experts"),
         pytest.param({"data": {"mask": "all"}}, id="no-label-at-all"),
+        pytest.param({"tile_loss": True, "engine": "fsdp2"}, id="tiled-loss"),
     ],
 )
 def test_families_of_models(ranks: Ranks, settings: dict[str, Any]) -> None:

@@ -134,6 +134,12 @@ def test_the_fitted_row_is_met_and_the_gain_from_more_micro_batches_is_as_publis
         assert ours[many] / ours[few] == pytest.approx(gain, rel=0.01)
 
 
+def test_waiting_of_equal_units() -> None:
+    """(P - 1) / (M k + P - 1); a method without stages never waits."""
+    assert pipelines.waiting(run()) == pytest.approx(7 / (16 * 4 + 7))
+    assert pipelines.waiting(run(method="baseline")) == 0
+
+
 @pytest.mark.parametrize("slices", [1, 4])
 def test_what_the_executor_holds_is_about_what_the_formula_says(slices: int) -> None:
     """Counted on a simulated first stage of the same kind of model: a fifth more at most, nothing less."""
