@@ -145,7 +145,7 @@ def keep_stage(model: PreTrainedModel, kept: range) -> None:
     if not last:
         for module in [*final_norms(model), model.get_output_embeddings()]:
             _replace(model, module)
-    stock = type(model).forward
+    whole = model.forward
 
     def forward(hidden: Tensor | None = None, **kwargs: Any) -> Tensor | CausalLMOutputWithPast:
         ends = [end for end in (stack[0], stack[-1]) if isinstance(end, _Border)]
@@ -154,7 +154,7 @@ def keep_stage(model: PreTrainedModel, kept: range) -> None:
                 ends[0].given = hidden
                 kwargs["inputs_embeds"] = hidden
             if last:
-                return stock(model, **kwargs)  # type: ignore[no-any-return]
+                return whole(**kwargs)  # type: ignore[no-any-return]
             model.base_model(**kwargs)
             out = ends[-1].seen
             assert out is not None, "the last layer is another stage's"

@@ -14,7 +14,7 @@ from alst_impl.config import Frozen, TrainConfig
 from alst_impl.methods.base import load_method
 from alst_impl.methods.seq1f1b import Seq1F1B, layers_of
 from alst_impl.models import field, published
-from alst_impl.ops.schedule import Span, Unit, makespan, orders, peak_live, play
+from alst_impl.ops.schedule import Span, Unit, bubble, makespan, orders, peak_live, play
 from harness import flops, roofline
 from harness.hardware import Hardware, load_hardware
 from harness.prediction import Flops, Prediction
@@ -31,8 +31,8 @@ ATTENTION_BACKWARD = 2.5
 """Times a forward: FlashAttention's five products for two."""
 LINEAR_BACKWARD = 2.0
 """Times a forward, without recomputation."""
-SPEED = 1.0
-"""Times the rates of `harness.roofline`, scaled to the hardware's peak: Megatron-LM's on A100."""
+SPEED = 1.5526
+"""Times the rates of `harness.roofline`, scaled to the hardware's peak: Megatron-LM's on A100, fitted."""
 FITTED_ON = "seq1f1b-7b-32k-8-1f1b"
 """The claim whose throughput gives `SPEED`; no evidence."""
 
@@ -122,6 +122,13 @@ def played(s: Staged) -> list[list[Span]]:
         return linear + attention
 
     return play(orders(s.pp, s.micro_batches, s.parts), seconds)
+
+
+def waiting(train: TrainConfig) -> float:
+    """Part of a step in which stages wait, were all slices and stages equal; 0 without a pipeline."""
+    pp = load_method(train.method).degrees(train.world_size)["pp"]
+    parts = getattr(load_method(train.method), "slices", 1)
+    return bubble(play(orders(pp, train.accumulation, parts), lambda _, unit: 1.0 + unit.backward))
 
 
 def _seconds(s: Staged, stage: int, start: int, stop: int) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from typing import Any
 from alst_impl.config import Frozen, TrainConfig
 from alst_impl.methods.base import load_method
 from alst_impl.models import field, published
-from harness import flops, roofline
+from harness import flops, pipelines, roofline
 from harness.calibration import committed_path, outside_bytes, read
 from harness.hardware import Hardware
 from harness.prediction import Cost, Flops, Limit, Prediction, SearchResult
@@ -146,7 +146,7 @@ def explained(setting: Setting, *, explain: bool = True) -> tuple[Prediction, Tr
             paper_formula=sequences * flops.paper_formula(shape, config.seqlen),
             model_causal=sequences * flops.model_causal(shape, config.seqlen),
         ),
-        step_seconds_modelled=seconds,
+        step_seconds_modelled=seconds / (1 - pipelines.waiting(config)),
         cost=cost,
         least_seconds_modelled=cost and roofline.least_seconds(cost, hardware, config.world_size),
     )

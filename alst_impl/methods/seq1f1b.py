@@ -9,6 +9,7 @@ from pydantic import Field
 
 from alst_impl.config import TrainConfig
 from alst_impl.methods.base import Method, divisors
+from alst_impl.methods.layerwise import LOSS_ROWS
 from alst_impl.models import field, published, unsupported
 from alst_impl.ops.schedule import equal_flops, equal_lengths
 
@@ -31,6 +32,9 @@ class Seq1F1B(Method):
     """Slices of each sequence."""
     split: Literal["flops", "length"] = "flops"
     """Slices of equal work ("computation-wise"), or of equal length."""
+    tile_loss: bool = False
+    """Compute logits and loss in tiles: on the last stage logits of all slices wait for their backward
+    otherwise, as in the paper."""
 
     def check(self, config: TrainConfig) -> None:
         fields = published(config.model, config.overrides)
@@ -105,6 +109,8 @@ class Seq1F1B(Method):
         stage, layers = mesh["pp"].get_local_rank(), hf.decoder_layers(model)
         # Experts count as if all were used; what that costs is balance.
         per_token = 2 * sum(p.numel() for p in layers[0].parameters())
+        if self.tile_loss and stage == self.pp - 1:
+            hf.tile_loss(model, lambda x: -(-x.shape[1] // LOSS_ROWS), placement.evidence)
         hf.keep_stage(model, layers_of(stage, self.pp, len(layers)))
         current = Current(self.slices)
         attentions = [

@@ -21,7 +21,7 @@ LAYERS = {"num_hidden_layers": 5}
 
 def piped(pp: int, dp: int = 1, **settings: Any) -> TrainConfig:
     """A run of `pp` stages in fp64 that four micro-batches of unequal labels go through."""
-    options = {k: settings.pop(k) for k in ("slices", "split") if k in settings}
+    options = {k: settings.pop(k) for k in ("slices", "split", "tile_loss") if k in settings}
     overrides = {**LAYERS, **settings.pop("overrides", {})}
     return config_of(
         **{
@@ -59,8 +59,17 @@ def assert_equal_to_stock(ranks: Ranks, configs: list[TrainConfig]) -> None:
             assert error <= 1e-12 * expected.norm(), f"{name} with {config.method.options}"
 
 
-@pytest.mark.parametrize("engine", ["plain", "fsdp2"])
-@pytest.mark.parametrize(("pp", "dp"), [(1, 1), (2, 1), (2, 2), (4, 1)])
+@pytest.mark.parametrize(
+    ("pp", "dp", "engine"),
+    [
+        (1, 1, "plain"),
+        (2, 1, "plain"),
+        (2, 2, "plain"),
+        (4, 1, "plain"),
+        (2, 2, "fsdp2"),
+        (4, 1, "fsdp2"),
+    ],
+)
 def test_every_gradient_is_the_stock_models(ranks: Ranks, pp: int, dp: int, engine: str) -> None:
     """With 1 to 4 slices of equal work or length, 4 to 8 micro-batches, checkpointed or not."""
     variants: list[dict[str, Any]] = [
@@ -82,6 +91,7 @@ def test_every_gradient_is_the_stock_models(ranks: Ranks, pp: int, dp: int, engi
         pytest.param({"model": "tiny-mistral", "slices": 1, "seqlen": 133}, id="window"),
         pytest.param({"model": "tiny-qwen3-moe", "dtype": "float64"}, id="experts"),
         pytest.param({"data": {"mask": "all"}}, id="no-label-at-all"),
+        pytest.param({"tile_loss": True, "engine": "fsdp2"}, id="tiled-loss"),
     ],
 )
 def test_families_of_models(ranks: Ranks, settings: dict[str, Any]) -> None:
