@@ -27,7 +27,6 @@ from torch.distributed import ProcessGroup, Work
 from alst_impl.ops import flash
 from alst_impl.placement import Evidence
 
-
 Shape = tuple[int, int]
 
 

@@ -18,6 +18,7 @@ from alst_impl.ops.attention import attend
 from alst_impl.ops.ring import RingAttention, chunks_of, meeting
 from alst_impl.ops.ulysses import UlyssesAttention
 from alst_impl.placement import Evidence
+from harness.commands.predict import cell_of
 from harness.worlds.sim import simulate
 
 if TYPE_CHECKING:
@@ -331,6 +332,23 @@ def test_a_window_that_reaches_over_everything_is_none() -> None:
         method={"name": "ring", "cp": 2}, world_size=2, model="tiny-mistral", seqlen=64
     )
     load_method(config.method).check(config)
+
+
+@pytest.mark.parametrize(
+    ("method", "option", "expected"),
+    [
+        ("ring", [], {"cp": 64}),
+        ("usp", [], {"cp": 2, "sp": 32}),
+        ("usp", ["sp=8"], {"cp": 8, "sp": 8}),
+        ("usp", ["cp=4"], {"cp": 4, "sp": 16}),
+    ],
+)
+def test_a_prediction_takes_as_many_ranks_as_there_are(
+    method: str, option: list[str], expected: dict[str, int]
+) -> None:
+    """By heads first, then by a ring, where the command says nothing else."""
+    cell = cell_of("llama3.1-8b", 1_000_000, method, 64, "h100-80gb", None, option)
+    assert cell.train.method.options == expected
 
 
 # -- simulated ------------------------------------------------------------------------------------
