@@ -27,6 +27,8 @@ from torch.distributed import ProcessGroup, Work
 from alst_impl.ops import flash
 from alst_impl.placement import Evidence
 
+Shape = tuple[int, int]
+
 
 def chunks_of(rank: int, size: int, *, zigzag: bool) -> list[int]:
     """Chunks of the sequence that `rank` holds, in order: of P chunks, or in zigzag of 2 P.
@@ -45,6 +47,11 @@ class Meeting(NamedTuple):
     causal: bool
     """Each query sees the keys up to its own; otherwise all of these."""
 
+    @property
+    def shape(self) -> Shape:
+        """Numbers of queries and keys."""
+        return self.queries.stop - self.queries.start, self.keys.stop - self.keys.start
+
 
 def meeting(rank: int, source: int, local: int, *, zigzag: bool) -> Meeting | None:
     """What `rank` does with the keys of `source`; None where every query comes before every key."""
@@ -54,6 +61,11 @@ def meeting(rank: int, source: int, local: int, *, zigzag: bool) -> Meeting | No
     if source < rank:
         return Meeting(whole, slice(0, half) if zigzag else whole, causal=False)
     return Meeting(slice(half, local), whole, causal=False) if zigzag else None
+
+
+def steps(size: int) -> range:
+    """Steps of a ring of `size` places; on the last rank, all after the first are of the same shapes."""
+    return range(size)
 
 
 @dataclass
@@ -127,13 +139,13 @@ class RingAttention:
         Who asks for the next must have let go of the one before: there are never more than two.
         """
         size, rank = self.group.size(), self.group.rank()
-        held = mine
-        for step in range(size - 1):
+        held, last = mine, steps(size)[-1]
+        for step in range(last):
             passing = self.pass_on(held)
             yield (rank - step) % size, held
             held = passing.wait()
             del passing
-        yield (rank + 1) % size, held
+        yield (rank - last) % size, held
 
 
 def merge_(out: Tensor, logsumexp: Tensor, block: Tensor, of_block: Tensor) -> None:
@@ -149,27 +161,28 @@ def merge_(out: Tensor, logsumexp: Tensor, block: Tensor, of_block: Tensor) -> N
 
 def _forward(
     ring: RingAttention, query: Tensor, pair: Tensor, scale: float
-) -> tuple[Tensor, Tensor, dict[int, flash.Rest]]:
-    """Output [B,H,s,D] in the dtype of `query`, log-sum-exp [B,H,s], and the kernel's rest by source.
+) -> tuple[Tensor, Tensor, dict[Shape, flash.Rest]]:
+    """Output [B,H,s,D] in the dtype of `query`, log-sum-exp [B,H,s], and the kernel's rest by shape.
 
     `pair` [2,B,K,s,D] are keys and values.
     """
     forward = flash.operators(query.device).forward
     wide = torch.promote_types(query.dtype, torch.float32)
-    rests: dict[int, flash.Rest] = {}
+    rests: dict[Shape, flash.Rest] = {}
     out = logsumexp = query.new_empty(0)
     for source, (key, value) in ring.rotate(pair):
         met = ring.meeting(source, query.shape[2])
         if met is not None:
             queries, keys, causal = met
-            block, of_block, rests[source] = forward(
+            block, of_block, rest = forward(
                 query[:, :, queries], key[:, :, keys], value[:, :, keys], None, causal, scale
             )
+            rests.setdefault(met.shape, rest)
             if source == ring.group.rank():  # the first one: its own keys, which every query sees
                 out, logsumexp = block.to(wide), of_block
             else:
                 merge_(out[:, :, queries], logsumexp[:, :, queries], block, of_block)
-            del block, of_block
+            del block, of_block, rest
         del key, value
     return out.to(query.dtype), logsumexp, rests
 
@@ -181,7 +194,7 @@ def _backward(
     pair: Tensor,
     out: Tensor,
     logsumexp: Tensor,
-    rests: dict[int, flash.Rest],
+    rests: dict[Shape, flash.Rest],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `query` [B,H,s,D] and `pair` [2,B,K,s,D] in fp32 (or wider)."""
@@ -201,7 +214,7 @@ def _backward(
                 value[:, :, keys],
                 out[:, :, queries],
                 logsumexp[:, :, queries],
-                rests[source],
+                rests[met.shape],
                 None,
                 causal,
                 scale,

@@ -163,7 +163,8 @@ def cell_of(
     fields = published(model)
     offered = type(load_method(Spec(name=method))).model_fields
     if "sp" in offered:
-        options = {"sp": math.gcd(gpus, field(fields, "num_attention_heads")), **options}
+        left = max(gpus // int(options.get("cp", 1)), 1)
+        options = {"sp": math.gcd(left, field(fields, "num_attention_heads")), **options}
     if "cp" in offered:
         options = {"cp": max(gpus // int(options.get("sp", 1)), 1), **options}
     simulation: dict[str, Any] = {

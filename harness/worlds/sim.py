@@ -7,6 +7,7 @@ attention of GPU hardware is called by operator name, so that nothing S x S is m
 Two shortcuts keep one point within seconds at any length and size; tests hold both against the
 whole run. Layers: bytes are affine in the number of equal layers, so two small depths give all.
 Tiles: the first two run at true size, the others leave their slice of the output as it is.
+Steps of a ring are cut short likewise.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from alst_impl.config import TrainConfig
 from alst_impl.data import Batch
 from alst_impl.methods.base import load_method
 from alst_impl.models import Initializer, build, field, published
-from alst_impl.ops import flash, loss, tiling
+from alst_impl.ops import flash, loss, ring, tiling
 from alst_impl.placement import Placement
 from alst_impl.step import accumulate_gradients, start
 from harness.allocator import reserved_bytes
@@ -182,6 +183,11 @@ def _capped(bounds: TileBounds, meter: Meter) -> TileBounds:
     return capped
 
 
+def _few_steps(size: int) -> range:
+    """The first of a ring, one with its own keys gone, two more with gradients arriving: then they repeat."""
+    return range(min(size, 4))
+
+
 def _mesh_outside_modes(*args: Any, **kwargs: Any) -> Any:
     """`init_device_mesh`, which reads values of the tensor of its ranks."""
     with _disable_current_modes():
@@ -225,6 +231,7 @@ def fake_world(
     if cap_tiles:
         capped = _capped(tiling.tile_bounds, meter or Meter(HOST.type))
         seams += [(module, "tile_bounds", capped) for module in (tiling, loss)]
+        seams.append((ring, "steps", _few_steps))
     method, size = load_method(config.method), config.world_size
     rank = method.heaviest_rank(size) if rank is None else rank
     dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())

@@ -18,6 +18,7 @@ from alst_impl.ops.attention import attend
 from alst_impl.ops.ring import RingAttention, chunks_of, meeting
 from alst_impl.ops.ulysses import UlyssesAttention
 from alst_impl.placement import Evidence
+from harness.commands.predict import cell_of
 from harness.worlds.sim import simulate
 
 if TYPE_CHECKING:
@@ -333,21 +334,58 @@ def test_a_window_that_reaches_over_everything_is_none() -> None:
     load_method(config.method).check(config)
 
 
+@pytest.mark.parametrize(
+    ("method", "option", "expected"),
+    [
+        ("ring", [], {"cp": 64}),
+        ("usp", [], {"cp": 2, "sp": 32}),
+        ("usp", ["sp=8"], {"cp": 8, "sp": 8}),
+        ("usp", ["cp=4"], {"cp": 4, "sp": 16}),
+    ],
+)
+def test_a_prediction_takes_as_many_ranks_as_there_are(
+    method: str, option: list[str], expected: dict[str, int]
+) -> None:
+    """By heads first, then by a ring, where the command says nothing else."""
+    cell = cell_of("llama3.1-8b", 1_000_000, method, 64, "h100-80gb", None, option)
+    assert cell.train.method.options == expected
+
+
 # -- simulated ------------------------------------------------------------------------------------
+
+
+def simulated(method: dict[str, Any]) -> TrainConfig:
+    """A narrow Llama in bf16."""
+    return TrainConfig(
+        model="tiny-llama",
+        overrides={"num_hidden_layers": 3},
+        method=method,
+        engine="fsdp2",
+        seqlen=65_536,
+        world_size=ranks_of(method),
+        dtype="bfloat16",
+    )
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "ring", "cp": 8},
+        {"name": "ring", "cp": 8, "placement": "contiguous"},
+        {"name": "usp", "cp": 6, "sp": 2},
+    ],
+)
+def test_a_ring_that_is_cut_short_holds_as_much(method: dict[str, Any]) -> None:
+    """Four steps have the peak of all, in both directions."""
+    short, whole = (simulate(simulated(method), cap_tiles=cap) for cap in (True, False))
+    for phase, instant in whole.phases.items():
+        assert short.phases[phase].by_category == instant.by_category
 
 
 def test_the_simulated_rank_holds_as_much_as_any(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last rank stands for all, in either placement."""
     for method in ({"name": "ring", "cp": 4}, {"name": "ring", "cp": 4, "placement": "contiguous"}):
-        config = TrainConfig(
-            model="tiny-llama",
-            overrides={"num_hidden_layers": 3},
-            method=method,
-            engine="fsdp2",
-            seqlen=65_536,
-            world_size=4,
-            dtype="bfloat16",
-        )
+        config = simulated(method)
         cls = type(load_method(config.method))
         chosen = simulate(config).phases["backward"].allocated_bytes
         peaks = []
