@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Mapping
+from importlib.metadata import version
 from typing import Any
 
 from alst_impl.ops.kernels import MODULES, missing
@@ -109,6 +110,15 @@ def require_clean(what: str) -> None:
         f"{what}: the tree {why}, so a CUDA record could not say what it measured; commit, or pass "
         "--allow-dirty"
     )
+
+
+def require_cuda_build(what: str) -> None:
+    """Raise `ValueError` where the installed PyTorch is one for processors alone."""
+    installed = version("torch")
+    if installed.endswith("+cpu"):
+        raise ValueError(
+            f"{what}: torch {installed} was built without CUDA; install a build with it from pytorch.org"
+        )
 
 
 def require_attention(name: str) -> None:

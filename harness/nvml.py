@@ -349,6 +349,7 @@ class Sampler:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
+                start_new_session=True,  # Ctrl-C is for us; the end of its input ends it
             )
             assert self._process.stdout is not None
             self._process.stdout.readline()  # the first reading is from before the run

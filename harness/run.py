@@ -19,6 +19,7 @@ from harness.machine import (
     rank_environment,
     require_attention,
     require_clean,
+    require_cuda_build,
     require_devices,
 )
 from harness.nvml import Device, DeviceReadings, Sampler, driver_version
@@ -156,6 +157,7 @@ def _require(cell: Cell, launch: Launch | None, allow_dirty: bool) -> list[Devic
     require_attention(cell.train.attention)
     if not allow_dirty:
         require_clean(cell.label)
+    require_cuda_build(cell.label)
     return devices
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,15 @@ def test_experiments_for_a_gpu_are_listed_without_one(tmp_path: Path, name: str)
     assert all(key in done.stdout for key in cells)
     nodes = [num_nodes(cell) for cell in cells.values()]
     assert done.stdout.count("srun --nodes=4 ") == nodes.count(4)
+
+
+def test_the_script_for_a_gpu_runs_experiments_that_exist() -> None:
+    """Each step names a file, and bash can read the script."""
+    script = ROOT / "experiments" / "measure_gpu.sh"
+    named = set(re.findall(r"\bgpu_\w+", script.read_text()))
+    assert named >= {"gpu_single", "gpu_kernels", "gpu_longer", "gpu_flash_attn"}
+    assert all((ROOT / "experiments" / f"{name}.yaml").is_file() for name in named)
+    assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
 
 
 def test_the_default_sweep_needs_no_gpu(tmp_path: Path) -> None:

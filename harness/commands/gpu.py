@@ -43,7 +43,7 @@ def calibrate(
     Writes RESULTS/calibration/HARDWARE.json; the committed one of a hardware row is read by `alst predict`.
     """
     from harness.calibration import fresh_path
-    from harness.machine import calibrated_device, require_clean
+    from harness.machine import calibrated_device, require_clean, require_cuda_build
     from harness.nvml import library
     from harness.record import write_text
     from harness.run import calibration
@@ -51,6 +51,7 @@ def calibrate(
     row, device = calibrated_device(library())
     if not allow_dirty:
         require_clean("calibration")
+    require_cuda_build("calibration")
     path = fresh_path(row, results)
     if path.is_file() and not force:
         print(path)

@@ -117,6 +117,13 @@ def test_an_unclean_tree_is_refused(run: Any, monkeypatch: pytest.MonkeyPatch) -
     assert_refused(run(), "no checkout with a commit", "--allow-dirty")
 
 
+def test_a_build_without_cuda_is_refused(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device is there and PyTorch cannot use it: not a finding of the cell."""
+    use(monkeypatch, device(0))
+    monkeypatch.setattr(machine, "version", lambda _: "2.13.0+cpu")
+    assert_refused(run("--allow-dirty"), "torch 2.13.0+cpu was built without CUDA")
+
+
 def test_the_devices_of_a_cell_are_the_first_visible_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many as it has ranks here, in CUDA's order; another kind beside them is nobody's business."""
     fake = FakeNvml([device(0, name="NVIDIA L4"), device(1), device(2)])

@@ -5,13 +5,22 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_nvml import GIB, H100, FakeNvml, device
 
 from harness import nvml
-from harness.nvml import Device, lines_of, strangers, throttle_reasons, visible_devices, watch
+from harness.nvml import (
+    Device,
+    Sampler,
+    lines_of,
+    strangers,
+    throttle_reasons,
+    visible_devices,
+    watch,
+)
 
 FOUR = [device(n) for n in range(4)]
 
@@ -198,3 +207,40 @@ def test_a_device_survives_the_way_to_the_sampler() -> None:
     """The sampler gets its devices as JSON."""
     (found,) = visible_devices(FakeNvml([device(0)]), None)
     assert Device(**found.model_dump()) == found
+
+
+STAND_IN = """
+from fake_nvml import FakeError as NVMLError
+from fake_nvml import GIB, FakeNvml, device
+
+fake = FakeNvml([device(0, used=[GIB])])
+globals().update({n: getattr(fake, n) for n in dir(fake) if n.startswith(("nvml", "NVML_"))})
+
+
+def nvmlInit():
+    pass
+"""
+
+
+def test_the_sampler_is_a_process_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It hears what rank 0 of a run does, and its readings come back when the run has ended."""
+    (tmp_path / "pynvml.py").write_text(STAND_IN)
+    helpers = Path(__file__).parents[1]
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{helpers}")
+    one = Device(index=0, uuid="GPU-0", name=H100, memory_bytes=80 * GIB)
+    with Sampler([one]) as sampler:
+        sampler.hear({"event": "started", "pids": [11, 12]})
+        sampler.hear({"event": "progress", "rank": 1, "doing": "nobody asked"})
+        sampler.hear({"event": "progress", "rank": 0, "doing": "step 1/2"})
+    (read,) = sampler.readings
+    assert (read.device, read.before_bytes) == (one, GIB)
+    assert [s.doing for s in read.sections] == ["start-up", "step 1/2"]
+
+
+def test_without_devices_nothing_is_watched() -> None:
+    """Runs on other hardware start no process."""
+    with Sampler([]) as sampler:
+        sampler.hear({"event": "started", "pids": [11]})
+    assert sampler.readings == []

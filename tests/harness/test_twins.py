@@ -34,6 +34,21 @@ def test_a_count_that_is_further_off_is_missed() -> None:
     assert all(t.missed == t.judged for t in twins(gpu_sweep(-0.04)))
 
 
+def test_a_twin_has_the_length_of_its_cell() -> None:
+    """A cell is compared with no other's simulation."""
+    short, long = cuda_cell(seqlen=32_768), cuda_cell(seqlen=131_072)
+    records = [
+        cuda_measurement(short, 8 * GIB),
+        cuda_measurement(long, 16 * GIB),
+        simulated(twin_of(long), 16 * GIB),
+        simulated(twin_of(short), 8 * GIB),
+    ]
+    cells = {m.cell.key: m.cell for m in records}
+    found = twins(Results("x", "", "", [], cells, {m.cell.key: m for m in records}))
+    assert len(found) == 6
+    assert all(t.error == 0 for t in found)
+
+
 def test_a_twin_has_the_kernel_that_ran() -> None:
     """Another kernel has other scratch; PyTorch's choice and its flash kernel are one."""
     flash, cudnn = cuda_cell(attention="sdpa_flash"), cuda_cell(attention="sdpa_cudnn")
