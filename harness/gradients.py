@@ -183,8 +183,9 @@ def compare(ours: dict[str, Tensor], loss: float, truth: Truth, train: TrainConf
     expected = load_file(truth.exact)
     truth_loss = float(expected.pop("loss"))
     compared = _compared(ours, expected)
-    limits = _limits(expected, truth.rounded, train)
-    used = [_used(*one, limits, TOLERANCES[precision(train)]) for one in compared]
+    tolerance, rounded = TOLERANCES[precision(train)], _rounded(truth)
+    limits = _limits(expected, rounded, tolerance) if rounded else {}
+    used = [_used(*one, limits, tolerance) for one in compared]
     worst = max(range(len(used)), key=used.__getitem__)
     parameters = [parameter for parameter, _ in compared]
     loss_close = abs(loss - truth_loss) <= TOLERANCES[train.dtype].ratio * abs(truth_loss)
@@ -232,9 +233,15 @@ def compare_update(
     change = {name: after[name].double() - before[name].double() for name in after}
     # What has no gradient is frozen, and has to stay.
     expected |= {name: torch.zeros_like(c) for name, c in change.items() if name not in expected}
-    limits = _limits(gradients, truth.rounded, train)
+    tolerance, rounded = UPDATE_TOLERANCES[precision(train)], _rounded(truth)
+    limits = {}
+    if rounded:
+        # An optimizer in that dtype rounds the weights more than once: so does the stock one.
+        dtype: torch.dtype = getattr(torch, train.dtype)
+        alone = stock_change(before, rounded, train.optimizer, dtype)
+        limits = _limits(expected, alone, tolerance)
     compared = _compared(change, expected)
-    used = [_used(*one, limits, UPDATE_TOLERANCES[precision(train)]) for one in compared]
+    used = [_used(*one, limits, tolerance) for one in compared]
     worst = max(range(len(used)), key=used.__getitem__)
     updates = [parameter for parameter, _ in compared]
     found: dict[str, Any] = {"updates": updates}
@@ -244,15 +251,20 @@ def compare_update(
 
 
 def stock_change(
-    weights: dict[str, Tensor], gradients: dict[str, Tensor], o: OptimizerConfig
+    weights: dict[str, Tensor],
+    gradients: dict[str, Tensor],
+    o: OptimizerConfig,
+    dtype: torch.dtype = torch.float64,
 ) -> dict[str, Tensor]:
     """What clipping and one step of PyTorch's optimizer do to `weights`.
 
-    Computed in fp64; the weights that come out are rounded to the dtype of those that went in.
+    Computed in `dtype`; the weights that come out are rounded to the dtype of those that went in.
     """
-    parameters = {name: torch.nn.Parameter(weights[name].double().clone()) for name in gradients}
+    parameters = {
+        name: torch.nn.Parameter(weights[name].to(dtype, copy=True)) for name in gradients
+    }
     for name, parameter in parameters.items():
-        parameter.grad = gradients[name].clone()
+        parameter.grad = gradients[name].to(dtype, copy=True)
     if o.max_grad_norm is not None:
         torch.nn.utils.clip_grad_norm_(parameters.values(), o.max_grad_norm)
     optimizer: torch.optim.Optimizer
@@ -281,16 +293,20 @@ def _compared(
 
 
 def _limits(
-    expected: dict[str, Tensor], rounded: str | None, train: TrainConfig
+    expected: dict[str, Tensor], alone: dict[str, Tensor], tolerance: Tolerance
 ) -> dict[str, float]:
-    """Times that each parameter may use up the dtype's tolerance: more where the dtype alone does."""
-    if rounded is None:
+    """Times that each parameter may use up `tolerance`: more where the dtype alone, which gave `alone`, does."""
+    compared = _compared(alone, expected)
+    return {p.parameter: max(1.0, ROUNDING_ROOM * excess(p, tolerance)) for p, _ in compared}
+
+
+def _rounded(truth: Truth) -> dict[str, Tensor]:
+    """Gradients of the stock model in the run's dtype, where they are known."""
+    if truth.rounded is None:
         return {}
-    stock = load_file(rounded)
-    del stock["loss"]
-    alone = _compared(stock, expected)
-    tolerance = TOLERANCES[precision(train)]
-    return {p.parameter: max(1.0, ROUNDING_ROOM * excess(p, tolerance)) for p, _ in alone}
+    gradients = load_file(truth.rounded)
+    del gradients["loss"]
+    return gradients
 
 
 def _used(
