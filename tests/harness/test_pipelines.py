@@ -12,6 +12,7 @@ from alst_impl.models import published
 from alst_impl.ops.schedule import bubble, makespan
 from harness import paths, pipelines
 from harness.cell import load_experiment, make_cell
+from harness.claims import tokens_of_step
 from harness.published import look_up
 from harness.worlds.sim import simulate
 
@@ -156,3 +157,10 @@ def test_what_the_executor_holds_is_about_what_the_formula_says(slices: int) -> 
     counted = simulate(train).phases["forward"].by_category["activations"]
     said = pipelines.held(pipelines.staged(train, 1, "a100-80gb"))["activations"]
     assert 1 <= counted / said <= 1.2
+
+
+def test_tokens_of_a_step_are_those_of_all_replicas() -> None:
+    """Tensor-parallel ranks see the same ones."""
+    experiment = load_experiment(paths.experiment("seq1f1b"))
+    key = next(key for key, claim in experiment.claims() if claim.id == pipelines.FITTED_ON)
+    assert tokens_of_step(experiment.cells()[key]) == 8 * 32_768
