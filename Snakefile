@@ -28,6 +28,7 @@ else:
         "methods",
         "methods_cpu",
         "paper_mst",
+        "seq1f1b",
     }
     EXPERIMENTS = {
         name: e
