@@ -34,10 +34,9 @@ def config(method: dict[str, Any], seqlen: int = 1_536, **overrides: Any) -> Tra
     "method",
     [
         {"name": "alst", "sp": 2, "tiles": 5},
-        {"name": "layerwise", "sp": 2, "rows": 200},
         {"name": "layerwise", "rows": 200, "groups": 4, "stream": True},
     ],
-    ids=["alst", "layerwise", "layerwise streaming"],
+    ids=["alst", "layerwise streaming"],
 )
 def test_five_layers_and_two_tiles_cost_what_all_do(method: dict[str, Any]) -> None:
     """No product and no copied byte is lost; weights that a shorter last tile reads, too, count by its rows."""
