@@ -275,11 +275,12 @@ def simulate(
     `hardware` where it was measured there.
     """
     meter = Meter(HOST.type)
+    counted = not load_method(config.method).simulation_only  # what computes nothing has no work
     tracker = Tracker(
         rounding=CUDA_ROUNDING if gpu else 1,
         host=HOST.type,
         scratch=cuda_scratch(kernel, hardware) if gpu else None,
-        observer=meter.observe,
+        observer=meter.observe if counted else None,
         events=True,
         explain=explain,
     )
