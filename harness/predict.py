@@ -82,8 +82,8 @@ class Setting(Frozen):
 
 
 def predict(setting: Setting, *, slope: bool = True) -> Prediction:
-    """The step of `setting`; with its slope, it takes twice as long."""
-    prediction, _ = explained(setting, explain=False)
+    """The step of `setting`; with its slope, and the work counted, it takes twice as long."""
+    prediction, _ = explained(setting, explain=False, counted=slope)
     return (
         with_slope(setting, prediction, predict(longer(setting), slope=False))
         if slope
@@ -105,10 +105,13 @@ def with_slope(setting: Setting, prediction: Prediction, at_longer: Prediction) 
     return prediction.model_copy(update={"bytes_per_local_token": slope})
 
 
-def explained(setting: Setting, *, explain: bool = True) -> tuple[Prediction, Trace]:
+def explained(
+    setting: Setting, *, explain: bool = True, counted: bool = True
+) -> tuple[Prediction, Trace]:
     """The step of `setting` without its slope, and the trace with what was alive at its peak."""
     config, hardware = setting.train, setting.hardware
-    trace = _trace(setting, explain)
+    counted = counted and not load_method(config.method).simulation_only
+    trace = _trace(setting, explain, counted)
     instant = trace.phases[trace.peak]
     states = _device_states(setting)
     allocated = instant.allocated_bytes + states
@@ -126,7 +129,7 @@ def explained(setting: Setting, *, explain: bool = True) -> tuple[Prediction, Tr
         published(config.model, config.overrides), structure(config).num_parameters
     )
     method = load_method(config.method)
-    cost = None if method.simulation_only else _cost(setting, trace.cost)
+    cost = _cost(setting, trace.cost) if counted else None
     if cost is None or method.recomputes_layers:
         seconds = sequences * roofline.seconds(shape, config.seqlen, hardware) / config.world_size
     else:
@@ -226,7 +229,7 @@ def _use(prediction: Prediction, setting: Setting) -> float:
     return max(prediction.total_bytes / setting.hardware.memory_bytes, prediction.host_bytes / host)
 
 
-def _trace(setting: Setting, explain: bool) -> Trace:
+def _trace(setting: Setting, explain: bool, counted: bool) -> Trace:
     config = setting.train
     offload = Offload(
         gradients=not setting.resident,
@@ -240,6 +243,7 @@ def _trace(setting: Setting, explain: bool) -> Trace:
         kernel=setting.kernel,
         hardware=setting.hardware.name,
         explain=explain,
+        counted=counted,
     )
 
 
