@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 from alst_impl.config import Frozen
 
@@ -381,9 +381,9 @@ class Sampler:
             self.readings = [DeviceReadings(**raw) for raw in json.loads(output)]
 
 
-def lines_of(stream: TextIO) -> Callable[[float], str | None]:
-    """`next_line` of `watch` over an unbuffered stream."""
-    descriptor, waiting = stream.fileno(), bytearray()
+def lines_of(descriptor: int) -> Callable[[float], str | None]:
+    """`next_line` of `watch` over an open file or pipe that nothing else reads."""
+    waiting = bytearray()
 
     def next_line(seconds: float) -> str | None:
         if b"\n" not in waiting:
@@ -407,7 +407,7 @@ def main(listed: str) -> None:
     """Watch the devices in the JSON list `listed`; the first line out says that watching has begun."""
     nvml = library()
     devices = [Device(**raw) for raw in json.loads(listed)]
-    next_line = lines_of(sys.stdin)
+    next_line = lines_of(sys.stdin.fileno())
     announced = False
 
     def announcing(seconds: float) -> str | None:

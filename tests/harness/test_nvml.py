@@ -192,7 +192,7 @@ def test_lines_are_read_as_they_come() -> None:
     """Half a line is none yet, two at once are two, and the end is the end."""
     reader, writer = os.pipe()
     with io.FileIO(reader) as stream, io.FileIO(writer, "w") as out:
-        next_line = lines_of(stream)  # type: ignore[arg-type]
+        next_line = lines_of(stream.fileno())
         assert next_line(0) is None
         out.write(b"pids 1 2\nsta")
         assert next_line(0) == "pids 1 2"
