@@ -42,6 +42,10 @@ class Method(Frozen):
     def check(self, config: TrainConfig) -> None:
         """Raise `ValueError` for settings that cannot work: the values, the rule, the way out."""
 
+    def layers_run_alike(self) -> bool:
+        """Whether equal layers allocate the same in each pass, but for the first and the last."""
+        return True
+
     def axes(self, world_size: int) -> dict[str, int]:
         """Mesh axes of `world_size` ranks, outermost first: always `dp` and `sp`, others where used.
 

@@ -40,6 +40,9 @@ class Layerwise(Method):
     inside shrinks with them, sums over parts are in fp32. None is the whole sequence at once."""
     keep_attention: bool = False
     """Keep attention's output and log-sum-exp for backward: twice the host bytes, no attention twice."""
+    every: int = Field(default=1, ge=1)
+    """Layers to one layer input that is kept; the others are made again when backward comes to them, which is
+    one more forward pass."""
     rows: int | None = Field(default=None, ge=1)
     """Tokens of a tile; None is `hidden_size` or 512, the larger, and for the loss at most 2048."""
     offload: bool = True
@@ -79,6 +82,16 @@ class Layerwise(Method):
                 "overlap is of exchanges between ranks, but sp is 1; set overlap: false"
             )
         fields = published(config.model, config.overrides)
+        if self.every > field(fields, "num_hidden_layers"):
+            raise ValueError(
+                f"one layer input is kept of every {self.every}, but {config.model} has "
+                f"{field(fields, 'num_hidden_layers')} layers; use fewer"
+            )
+        if self.every > 1 and self.keep_attention:
+            raise ValueError(
+                f"keep_attention holds what every layer made, but every is {self.every}, which makes it again; "
+                "set keep_attention: false or every: 1"
+            )
         heads = field(fields, "num_attention_heads")
         HeadGroups.of(heads, fields.get("num_key_value_heads") or heads, self.sp, self.groups)
 
@@ -93,6 +106,9 @@ class Layerwise(Method):
             promised.add("offloaded_bytes")
         return promised
 
+    def layers_run_alike(self) -> bool:
+        return self.every == 1
+
     def precision(self, config: TrainConfig) -> Precision:
         return "float8_e4m3fn" if self.eight_bits else config.dtype
 
@@ -103,6 +119,7 @@ class Layerwise(Method):
         from alst_impl.ops import layerwise
         from alst_impl.ops.exchange import Exchange
         from alst_impl.ops.offload import HostOffload
+        from alst_impl.ops.segment import Segments
         from alst_impl.ops.ulysses import UlyssesAttention
 
         group = mesh["sp"].get_group() if self.sp > 1 else None
@@ -111,6 +128,8 @@ class Layerwise(Method):
         hf.use_attention(model, UlyssesAttention(group, config.attention, evidence))
         rows = self.rows or max(model.config.hidden_size, SMALLEST_ROWS)
         offload = HostOffload(placement) if self.offload else None
+        parts = [decoder.read(layer) for layer in hf.decoder_layers(model)]
+        segments = Segments(self.every, len(parts)) if self.every > 1 else None
 
         def prepared(layer: layerwise.Decoder) -> layerwise.Layerwise:
             return layerwise.Layerwise(
@@ -125,10 +144,10 @@ class Layerwise(Method):
                 offload=offload,
                 stream=self.stream,
                 eight_bits=self.eight_bits,
+                segments=segments,
                 placement=placement,
             )
 
-        parts = [decoder.read(layer) for layer in hf.decoder_layers(model)]
         decoder.run_layers(model, [prepared(part) for part in parts])
 
         def tiles(x: Tensor) -> int:

@@ -33,6 +33,7 @@ from alst_impl.ops.flash import Documents, Rest, attend_backward, attend_with_lo
 from alst_impl.ops.headgroups import HeadGroups
 from alst_impl.ops.offload import HostOffload
 from alst_impl.ops.parked import DeviceSlots, HostSlots, Parked, Resident, Rows, Slots
+from alst_impl.ops.segment import Segment, Segments
 from alst_impl.ops.tiling import GradientSum, TokenWise, accumulation_dtype, parameters_of
 from alst_impl.placement import Placement
 
@@ -180,6 +181,8 @@ class Layerwise:
     tile or head group; once its tiles are there, the layer's output takes the input's place."""
     eight_bits: bool
     """Keep the layer's input rounded to eight bits: backward computes with that one."""
+    segments: Segments | None
+    """Which layer inputs are kept, where not all are; shared by all layers of the model."""
     placement: Placement
 
     def __call__(self, x: Tensor, call: Call) -> Tensor:
@@ -189,14 +192,29 @@ class Layerwise:
         that streams, which becomes the output.
         """
         if not torch.is_grad_enabled():
-            return self.forward(x, call)[0]
+            return self.forward(x, call, into=x if self.stream else None)[0]
         parameters = parameters_of(self.decoder.module)
         return _Layer.apply(self, call, x, *parameters)  # type: ignore[no-any-return, no-untyped-call]
 
-    def park(self, x: Tensor) -> Parked:
-        """The layer's input on the host, in tiles."""
-        assert self.offload is not None, "tiles wait on the host"
+    def keep(self, x: Tensor) -> Rows:
+        """The layer's input, to be asked for as often as needed: in tiles on the host, or as it is."""
+        if self.offload is None:
+            return Resident(x.detach())
         return Parked(x, self.size(x.shape[1]), self.offload, eight_bits=self.eight_bits)
+
+    def join(self, x: Tensor, call: Call) -> Segment | None:
+        """The segment that the layer is part of, which keeps its input x if it is the first one there."""
+        if self.segments is None:
+            return None
+
+        def again(hidden: Tensor) -> Tensor:
+            # Through the module: in the backward of another layer an engine has to gather this one's weights.
+            out: Tensor = self.decoder.module(
+                hidden, position_embeddings=(call.cos, call.sin), documents=call.documents
+            )
+            return out
+
+        return self.segments.join(x, again, self.keep, stays=not self.stream)
 
     # -- forward ----------------------------------------------------------------------------------
 
@@ -503,12 +521,14 @@ class _Layer(torch.autograd.Function):
         ctx: Any, layer: Layerwise, call: Call, x: Tensor, *parameters: nn.Parameter
     ) -> Tensor:
         ctx.layer, ctx.call = layer, call
-        ctx.tiles = layer.park(x) if layer.stream or layer.eight_bits else None
+        ctx.segment = layer.join(x, call)
+        in_tiles = ctx.segment is None and (layer.stream or layer.eight_bits)
+        ctx.tiles = layer.keep(x) if in_tiles else None
         # Under its own name: for autograd the output is a tensor of its own, which nobody has saved.
         y, attended = layer.forward(x, call, into=x.data if layer.stream else None)
         # Parameters are not saved: an engine may free and gather them again in between. They are looked
         # up again in backward.
-        kept = [x] if ctx.tiles is None else []
+        kept = [x] if ctx.tiles is None and ctx.segment is None else []
         if layer.keep_attention:
             kept.append(attended.logsumexp)
             if isinstance(attended.out, DeviceSlots):
@@ -531,7 +551,8 @@ class _Layer(torch.autograd.Function):
         else:
             kept = [layer.offload.load(parked) for parked in reversed(ctx.parked)][::-1]
             ctx.parked = None
-        tiles, ctx.tiles = ctx.tiles, None
+        tiles = ctx.tiles if ctx.segment is None else ctx.segment.take()
+        ctx.tiles = ctx.segment = None
         x: Rows
         if tiles is None:
             x = Resident(kept.pop(0).detach())

@@ -29,6 +29,9 @@ class Rows(Protocol):
     def tile(self, rows: slice) -> Tensor:
         """Those rows [B, rows, E]."""
 
+    def whole(self) -> Tensor:
+        """All rows on the device."""
+
 
 class Resident:
     """All rows on the device."""
@@ -39,6 +42,10 @@ class Resident:
     def tile(self, rows: slice) -> Tensor:
         """A view."""
         return self.like[:, rows]
+
+    def whole(self) -> Tensor:
+        """They are there."""
+        return self.like
 
 
 class Parked:

@@ -11,8 +11,9 @@ from harness.plain import tokens_text
 from harness.prediction import Prediction
 from harness.table import NOT_MEASURED, Results
 
-Numbers = tuple[float, float | None, float | None]
-"""KiB per token of a rank; FLOPs over those that training needs; MiB between GPU and host per token."""
+Numbers = tuple[float, float, float | None, float | None]
+"""KiB per token of a rank; GiB on a node's host; FLOPs over those that training needs; MiB between GPU and
+host per token."""
 
 
 def _label(cell: Cell) -> str:
@@ -24,11 +25,12 @@ def _label(cell: Cell) -> str:
 
 def _numbers(cell: Cell, p: Prediction) -> Numbers:
     slope = (p.bytes_per_local_token or 0.0) / 1024
+    host = p.host_bytes / 2**30
     if p.cost is None:
-        return slope, None, None
+        return slope, host, None, None
     ranks = cell.train.world_size
     moved = (p.cost.host_in_bytes + p.cost.host_out_bytes) * ranks / cell.train.seqlen
-    return slope, p.cost.flops * ranks / p.flops.model_causal, moved / 2**20
+    return slope, host, p.cost.flops * ranks / p.flops.model_causal, moved / 2**20
 
 
 def draw(results: Results) -> Figure:
@@ -41,8 +43,8 @@ def draw(results: Results) -> Figure:
     rows.sort(key=lambda row: -row[2][0])
     methods = list(dict.fromkeys(train.method.name for _, train, _ in rows))
     colours = drawing.palette(methods)
-    figure = Figure(figsize=(11, 0.9 + 0.36 * max(len(rows), 3)), layout="constrained")
-    panels = figure.subplots(1, 3, sharey=True)
+    figure = Figure(figsize=(14, 0.9 + 0.36 * max(len(rows), 3)), layout="constrained")
+    panels = figure.subplots(1, len(PANELS), sharey=True)
     for column, (axes, name) in enumerate(zip(panels, PANELS, strict=True)):
         for place, (_, train, numbers) in enumerate(rows):
             value = numbers[column]
@@ -68,6 +70,7 @@ def draw(results: Results) -> Figure:
 
 PANELS = (
     "KiB per token of a rank, allocated at the peak",
+    "GiB of host memory on a node, optimizer included",
     "FLOPs, over those of training with nothing computed twice",
     "MiB per token between GPU and host",
 )

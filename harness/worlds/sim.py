@@ -256,6 +256,7 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
+@_uncollected()
 def simulate(
     config: TrainConfig,
     *,
@@ -303,7 +304,7 @@ def simulate(
             on_layer=on_layer,
         )
     world = fake_world(config, gpu=gpu, cap_tiles=cap_tiles, meter=meter, rank=rank)
-    with world as mesh, _uncollected():
+    with world as mesh:
         method = load_method(config.method)
         batches = [method.shard(_blank_batch(config), mesh) for _ in range(config.accumulation)]
         with tracker:
@@ -448,7 +449,7 @@ def stretched(config: TrainConfig, **options: Any) -> Trace:
         traces = [simulate(config, rank=rank, **options) for rank in (0, last)]
         return max(traces, key=lambda trace: trace.phases[trace.peak].allocated_bytes)
     num_layers = field(published(config.model, config.overrides), "num_hidden_layers")
-    alike = structure(config).layers_alike
+    alike = structure(config).layers_alike and load_method(config.method).layers_run_alike()
     if not alike or num_layers <= DEPTH or not config.checkpoint or config.accumulation > 1:
         return simulate(config, **options)
     return simulate(at_depth(config, DEPTH), num_layers=num_layers, **options)

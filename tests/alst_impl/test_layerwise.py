@@ -23,7 +23,7 @@ from alst_impl.ops.flash import attend_backward, attend_with_logsumexp
 from alst_impl.ops.headgroups import HeadGroups
 from alst_impl.placement import Placement
 from harness.gate import TOLERANCES
-from harness.worlds.sim import simulate, stretched
+from harness.worlds.sim import at_depth, simulate, stretched, structure
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -141,6 +141,61 @@ OPTIONS: list[dict[str, Any]] = [
 def test_options_change_no_gradient(ranks: Ranks) -> None:
     """Groups, tiles, what is kept and where it waits; two samples at a time."""
     assert_equal_to_stock(ranks, [{"seqlen": 131, "batch_size": 2}], OPTIONS)
+
+
+EVERY: list[dict[str, Any]] = [
+    {"every": 2, "rows": 50},
+    {"every": 3, "rows": 50, "stream": True},
+    {"every": 5, "rows": 50, "offload": False},
+]
+
+
+@pytest.mark.parametrize("engine", ["plain", "fsdp2", {"name": "zero", "stage": 3}], ids=str)
+def test_inputs_that_are_made_again_change_no_gradient(ranks: Ranks, engine: Any) -> None:
+    """Of five layers, in segments that divide them and that do not, over two ranks and two micro-batches."""
+    setting = {"seqlen": 131, "accumulation": 2, "overrides": {"num_hidden_layers": 5}}
+    if engine in ("plain", "fsdp2"):
+        assert_equal_to_stock(
+            ranks, [{**setting, "engine": engine}], [{**each, "sp": 2} for each in EVERY]
+        )
+        return
+    # DeepSpeed has no fp64: the same bits as with all inputs kept.
+    runs = [
+        config_of(
+            **setting,
+            engine=engine,
+            dtype="float32",
+            world_size=2,
+            method={"name": "layerwise", "sp": 2, "rows": 50, **each},
+        )
+        for each in ({}, *EVERY)
+    ]
+    kept, *again = ranks(2)(gradients, runs)[0]
+    for found in again:
+        assert found.keys() == kept.keys()
+        for name, expected in kept.items():
+            assert torch.equal(found[name], expected), name
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_host_holds_the_first_inputs_of_segments_and_the_rest_of_one(stream: bool) -> None:
+    """Of 12 layers in segments of 4: three inputs, and in backward those of one segment, which cost the device nothing."""
+    method = {"sp": 4, "stream": stream}
+    config = simulated(method, num_hidden_layers=12)
+    kept = simulate(config)
+    again = simulate(simulated({**method, "every": 4}, num_hidden_layers=12))
+    of_three = (
+        structure(config).num_parameters - structure(at_depth(config, 9)).num_parameters
+    ) * 2  # bytes, in bf16
+    one = 8_192 // 4 * 128 * 2
+    made_again = (
+        3 if stream else 2
+    )  # unless it streams, the first that is needed stays on the device
+    for phase, held in (("forward", 3), ("backward", 3 + made_again)):
+        before, after = kept.phases[phase], again.phases[phase]
+        assert (phase, before.host_bytes - after.host_bytes) == (phase, (12 - held) * one)
+        # Their weights stay gathered until backward has been through them.
+        assert after.allocated_bytes <= before.allocated_bytes + of_three
 
 
 @pytest.mark.parametrize("sp", [1, 2])
@@ -305,6 +360,8 @@ def test_an_unknown_part_is_refused_by_name(
         ),
         ({"stream": True, "offload": False}, {}, "stream is for tiles in host memory"),
         ({"eight_bits": True, "offload": False}, {}, "set eight_bits: false"),
+        ({"every": 3}, {}, r"every 3, but tiny-llama has 2 layers"),
+        ({"every": 2, "keep_attention": True}, {}, "set keep_attention: false or every: 1"),
         ({"overlap": True}, {}, "exchanges between ranks, but sp is 1"),
         ({}, {"checkpoint": False}, "set it to true"),
         ({"sp": 3}, {"world_size": 3}, "num_attention_heads"),

@@ -54,13 +54,17 @@ def test_five_layers_and_two_tiles_cost_what_all_do(method: dict[str, Any]) -> N
         ({"name": "alst"}, 4.5),
         ({"name": "layerwise"}, 4.5),
         ({"name": "layerwise", "keep_attention": True}, 3.5),
+        ({"name": "layerwise", "every": 2}, 5.0),
     ],
-    ids=["baseline", "alst", "layerwise", "attention kept"],
+    ids=["baseline", "alst", "layerwise", "attention kept", "inputs made again"],
 )
 def test_attention_runs_forward_again_unless_it_is_kept(
     method: dict[str, Any], passes: float
 ) -> None:
-    """In units of one causal forward pass: 1, 1 again, and 2.5 backward."""
+    """In units of one causal forward pass: 1, 1 again, and 2.5 backward.
+
+    Where one input is kept of two layers, the first layer runs once more.
+    """
     of = config(method)
     shape = shape_of(published(of.model), structure(of).num_parameters)
     cost = simulate(of).cost
