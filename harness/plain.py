@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
+from typing import Any
 
 UNITS = {
     "": 1,
@@ -88,3 +90,8 @@ def _digits(value: float) -> str:
     if value >= 100:
         return f"{value:.0f}"
     return f"{value:.3g}"
+
+
+def options_text(options: Mapping[str, Any]) -> list[str]:
+    """What a method is told beside its name: `stream`, `every 4`."""
+    return [f"{k} {v}".removesuffix(" True").replace("_", " ") for k, v in options.items()]

@@ -25,6 +25,7 @@ from harness.plain import (
     error_text,
     length_text,
     metric_text,
+    options_text,
     percent_text,
     ratio_text,
     seconds_text,
@@ -669,10 +670,10 @@ def records_grid(references: Sequence[Results]) -> Grid:
             search = m.simulated.search if m and m.simulated else None
             method = cell.train.method.name
             if search and cell.train.model == "llama3.1-8b" and method in (OURS, "layerwise"):
-                options = sorted(cell.train.method.options.keys() - {"sp"})
+                options = {k: v for k, v in cell.train.method.options.items() if k != "sp"}
                 if options and method == OURS:
                     continue
-                method = ", ".join([method, *options])
+                method = ", ".join([method, *options_text(options)])
                 assert cell.simulation is not None
                 host = bytes_text(cell.simulation.host_memory_bytes or 0)
                 limit = f"stopped by {search.limit}, host {host} per node"

@@ -19,7 +19,7 @@ from alst_impl.methods.base import load_method
 from alst_impl.models import field, published
 from harness.cell import Cell, make_cell
 from harness.commands.options import parsed
-from harness.plain import bytes_text, bytes_value, seconds_text
+from harness.plain import bytes_text, bytes_value, options_text, seconds_text
 from harness.prediction import LIMITS, Cost, Prediction, SearchResult
 
 if TYPE_CHECKING:
@@ -290,8 +290,8 @@ def _print_overhead(console: Console, p: Prediction) -> None:
 
 def _title(cell: Cell) -> str:
     train = cell.train
-    options = "".join(f", {k} {v}" for k, v in train.method.options.items())
-    return f"{train.model}, {train.method.name}{options}, {train.world_size} x {cell.hardware}"
+    method = ", ".join([train.method.name, *options_text(train.method.options)])
+    return f"{train.model}, {method}, {train.world_size} x {cell.hardware}"
 
 
 def _print_search(console: Console, cell: Cell, result: SearchResult) -> None:

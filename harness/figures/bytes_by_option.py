@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from harness import drawing
 from harness.cell import Cell
 from harness.figures.base import simulated
-from harness.plain import tokens_text
+from harness.plain import options_text, tokens_text
 from harness.prediction import Prediction
 from harness.table import NOT_MEASURED, Results
 
@@ -18,9 +18,9 @@ host per token."""
 
 def _label(cell: Cell) -> str:
     """Method and what differs from its defaults."""
-    options = cell.train.method.options
-    named = [f"{k} {v}".removesuffix(" True").replace("_", " ") for k, v in options.items()]
-    return ", ".join([cell.train.method.name, *(n for n in named if n != "sp 1")])
+    method = cell.train.method
+    options = {k: v for k, v in method.options.items() if (k, v) != ("sp", 1)}
+    return ", ".join([method.name, *options_text(options)])
 
 
 def _numbers(cell: Cell, p: Prediction) -> Numbers:
