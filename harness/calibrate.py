@@ -5,15 +5,15 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from alst_impl.config import Frozen
-from alst_impl.ops.attention import BACKENDS, attend
+from alst_impl.config import Attention, Frozen
+from alst_impl.ops.attention import attend
 from alst_impl.ops.offload import HostOffload, checkpoint
 from alst_impl.placement import Placement
 from harness.calibration import Scratch, Stage, Timing
@@ -120,9 +120,7 @@ def attentions(bench: Bench) -> None:
             query, key, value = (
                 bench.random(1, n, tokens, s.head_dim) for n in (heads, kv_heads, kv_heads)
             )
-            for name in BACKENDS:
-                if name.endswith("_of_4_51"):
-                    continue  # for simulation alone
+            for name in get_args(Attention):
 
                 def run(
                     name: str = name, q: Tensor = query, k: Tensor = key, v: Tensor = value

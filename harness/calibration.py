@@ -68,7 +68,7 @@ def fresh_path(hardware: str, results: Path = paths.RESULTS) -> Path:
 
 def committed_path(hardware: str) -> Path:
     """Where the committed one of a hardware row lies."""
-    return paths.REFERENCE / Path(hardware).stem / "calibration.json"
+    return paths.REFERENCE / Path(hardware).stem / paths.CALIBRATION
 
 
 def read(path: Path) -> Calibration:

@@ -8,8 +8,8 @@ Legend: B batch, H query heads, S queries, T keys, D head dim.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ ATTENTION = {
 """Products of a query and a key, each of D multiplications, for every pair of them that is visible."""
 COPIES = {aten.copy_, aten._to_copy}
 FIELDS = tuple(Cost.model_fields)
+Item = TypeVar("Item")
 
 
 class Meter:
@@ -69,13 +70,13 @@ class Meter:
         elif packet in COPIES:
             self._copy(*(result, args[0]) if packet is aten._to_copy else args[:2])
         elif func.namespace in {"c10d", "_c10d_functional"}:
-            self._add("link_bytes", _sent(args))
+            self._add("link_bytes", _sent(name, args))
 
-    def cost(self, repeated: tuple[int, int] | None = None, extra: int = 0) -> Cost:
-        """The sum, with the passes that begin at these two marks, up to the next one, `extra` times more."""
+    def cost(self, repeated: Sequence[Sequence[int]] = (), extra: int = 0) -> Cost:
+        """The sum, with what ran between each of these pairs of marks `extra` times more."""
         found = dict(self._total)
-        for mark in repeated or ():
-            begin, end = self._marks[mark], self._marks[mark + 1]
+        for first, last in repeated:
+            begin, end = self._marks[first], self._marks[last]
             for field in FIELDS:
                 found[field] += extra * (end[field] - begin[field])
         return Cost(**found)
@@ -109,24 +110,28 @@ def _bytes(value: Any) -> int:
     return 0
 
 
-def _sent(args: Sequence[Any]) -> float:
-    """Bytes that a rank sends to others: its part of the larger side."""
+def _sent(name: str, args: Sequence[Any]) -> float:
+    """Bytes that a rank sends to others: of a collective its part of the larger side, of an all-reduce twice."""
+    operation = name.partition("::")[2].replace("_", "")
+    if operation.startswith("recv"):
+        return 0.0
     groups = [arg for arg in args if type(arg).__name__ == "ScriptObject"]
     size = max((ProcessGroup.unbox(g).size() for g in groups[:1]), default=1)
     largest = max((_bytes(arg) for arg in args), default=0)
-    return largest * (size - 1) / size
+    if operation.startswith("send"):
+        return float(largest)
+    times = 2 if operation.startswith("allreduce") else 1
+    return times * largest * (size - 1) / size
 
 
-class Weighted(list[tuple[int, int]]):
-    """The first two tiles; while the second is worked on, it stands for all after it."""
+class Weighted(list[Item]):
+    """Some of many; while one is worked on, it stands for as many like it as its weight says."""
 
-    def __init__(self, bounds: list[tuple[int, int]], meter: Meter) -> None:
-        super().__init__(bounds[:2])
-        rows = [stop - start for start, stop in bounds]
-        self._rest = sum(rows[1:]) / rows[1] if len(rows) > 1 else 1.0
-        self._meter = meter
+    def __init__(self, items: Iterable[Item], weights: Sequence[float], meter: Meter) -> None:
+        super().__init__(items)
+        self._weights, self._meter = weights, meter
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        for index in range(len(self)):
-            with self._meter.times(self._rest if index else 1.0):
-                yield self[index]
+    def __iter__(self) -> Iterator[Item]:
+        for item, weight in zip(super().__iter__(), self._weights, strict=True):
+            with self._meter.times(weight):
+                yield item

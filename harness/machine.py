@@ -84,13 +84,19 @@ def row_of(device: Device) -> str | None:
     return next((name for name, row in ROWS.items() if device.name in row.device_names), None)
 
 
+def some_devices(library: Any) -> list[Device]:
+    """The devices that a run here would use. Raises `ValueError` where there is none."""
+    asked = os.environ.get("CUDA_VISIBLE_DEVICES")
+    found = nvml.visible_devices(library, asked)
+    if not found:
+        why = "NVML counts none" if asked is None else f"CUDA_VISIBLE_DEVICES={asked} hides all"
+        raise ValueError(f"no CUDA device to use: {why}")
+    return found
+
+
 def calibrated_device(library: Any) -> tuple[str, Device]:
     """The row of the first device that is visible, and the device. Raises `ValueError` for no known row."""
-    found = nvml.visible_devices(library, os.environ.get("CUDA_VISIBLE_DEVICES"))
-    if not found:
-        raise ValueError(
-            f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']} hides all devices"
-        )
+    found = some_devices(library)
     row = row_of(found[0])
     if row is None:
         raise ValueError(
@@ -123,5 +129,5 @@ def require_cuda_build(what: str) -> None:
 
 def require_attention(name: str) -> None:
     """Raise `ValueError` where the package of attention `name` is missing."""
-    if name in MODULES and importlib.util.find_spec(MODULES[name][0].split(".")[0]) is None:
+    if name in MODULES and importlib.util.find_spec(MODULES[name].partition(".")[0]) is None:
         raise ValueError(missing(name))

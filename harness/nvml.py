@@ -355,6 +355,11 @@ class Sampler:
             self._process.stdout.readline()  # the first reading is from before the run
         return self
 
+    @property
+    def ended_early(self) -> bool:
+        """Whether there are no readings of what was to be watched."""
+        return len(self.readings) != len(self._devices)
+
     def hear(self, event: dict[str, Any], leader: int = 0) -> None:
         """Take an event of the run; `leader` is the rank whose doings make sections."""
         if event["event"] == "started":

@@ -30,15 +30,15 @@ def bytes_text(value: float) -> str:
     """Bytes in powers of 1024."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if value >= size:
-            return f"{_digits(value / size)} {unit}"
+            return f"{number_text(value / size)} {unit}"
     return f"{value:.0f} B"
 
 
 def seconds_text(value: float) -> str:
     """Seconds, or milliseconds below one."""
     if value < 1:
-        return f"{_digits(value * 1e3)} ms"
-    return f"{_digits(value)} s"
+        return f"{number_text(value * 1e3)} ms"
+    return f"{number_text(value)} s"
 
 
 def length_text(value: int) -> str:
@@ -50,8 +50,8 @@ def length_text(value: int) -> str:
 
 
 def tokens_text(value: float) -> str:
-    """A length as the paper writes it: K and M are 10**3 and 10**6."""
-    for unit, size in (("M", 10**6), ("K", 10**3)):
+    """A length as the paper writes it: K, M and B are 10**3, 10**6 and 10**9."""
+    for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
         if value >= size:
             return f"{value / size:.3g}{unit}"
     return f"{value:.0f}"
@@ -85,7 +85,7 @@ def metric_text(value: float, unit: str) -> str:
     return error_text(value) if abs(value) < 1e-3 else f"{value:.4f}"
 
 
-def _digits(value: float) -> str:
+def number_text(value: float) -> str:
     """Three significant digits, without an exponent."""
     if value >= 100:
         return f"{value:.0f}"

@@ -130,7 +130,7 @@ def explained(
     )
     method = load_method(config.method)
     cost = _cost(setting, trace.cost) if counted else None
-    if cost is None or method.recomputes_layers:
+    if cost is None or (method.recomputes_layers and config.checkpoint):
         seconds = sequences * roofline.seconds(shape, config.seqlen, hardware) / config.world_size
     else:
         seconds = roofline.seconds_of(cost, hardware)
@@ -250,7 +250,7 @@ def _trace(setting: Setting, explain: bool, counted: bool) -> Trace:
 def _cost(setting: Setting, counted: Cost) -> Cost:
     """`counted`, and what the optimizer in host memory moves: gradients there, parameters here.
 
-    Both in the run's dtype and sharded; parameters that live on the host come for forward and for backward.
+    Both in bf16 and sharded; parameters that live on the host come for forward and for backward.
     """
     if setting.optimizer_on_device or setting.resident:
         return counted

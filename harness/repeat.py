@@ -1,7 +1,8 @@
 """A recorded step of a shallow model, stretched to any number of equal layers.
 
 In a model of 5 equal layers the third has only ordinary neighbours, in forward and in backward. So its
-events, repeated, are what a deeper model does; who frees what keeps its distance in layers.
+events, repeated, are what a deeper model does; who frees what keeps its distance in layers. Where one
+layer input is kept of several layers, so many of them are what is called a layer here.
 """
 
 from __future__ import annotations
@@ -50,6 +51,17 @@ class _Origin(NamedTuple):
     ordinal: int
 
 
+def passes(count: int, period: int) -> list[int]:
+    """Of all `count` passes through the layers of 5 segments, `period` layers each, those that begin a segment.
+
+    Forward runs each layer once. Backward begins with a segment's last layer, which needs an input: the
+    others run forward again; then backward goes on to the first.
+    """
+    assert count == DEPTH * (3 * period - 1), f"{count} passes through {DEPTH} x {period} layers"
+    forward = [segment * period for segment in range(DEPTH)]
+    return forward + [DEPTH * period + segment * (2 * period - 1) for segment in range(DEPTH)]
+
+
 def repeated(
     recording: Recording, calls: list[int], residents: set[int], num_layers: int
 ) -> Recording:
@@ -59,7 +71,6 @@ def repeated(
     last, then the recomputation in backward from the last to the first. `residents` are the numbers of the
     allocations that stay for the third layer from before the first pass: its parameters.
     """
-    assert len(calls) == 2 * DEPTH, f"{len(calls)} passes in a step of {DEPTH} checkpointed layers"
     spans = list(_spans(calls, len(recording.events)))
     origins = _origins(recording, spans)
     extra = num_layers - DEPTH

@@ -61,4 +61,4 @@ def least_seconds(cost: Cost, hardware: Hardware, world_size: int) -> float:
         (max(cost.host_in_bytes, cost.host_out_bytes), hardware.host_bandwidth),
         (cost.link_bytes, links),
     ]
-    return max(load / peak for load, peak in loads if peak) if any(p for _, p in loads) else 0.0
+    return max((load / peak for load, peak in loads if peak), default=0.0)

@@ -63,6 +63,8 @@ COMM_TIMEOUT = (
 )
 
 
+UNWATCHED = "the process that reads the devices' memory ended before the run did"
+"""What the ranks counted is whole, but whether they were alone on their devices is not known."""
 TRUTHS_AT_ONCE = 16
 """Truths that one process computes: it pays for its imports once."""
 
@@ -315,6 +317,8 @@ def _submit(
 
         entry, patience_s = "harness.worlds.base:execute", cell.timeout_s
         ending = client.submit(entry, payload, cell.num_processes, patience_s, heard, **more)
+    if sampler.ended_early and ending.how == "finished":
+        ending = Ending(how="error", error="RuntimeError", message=UNWATCHED)
     driver = driver_version() if devices else None
     return Ran(ending=ending, devices=sampler.readings, driver=driver)
 
@@ -414,6 +418,8 @@ def calibration(hardware: str, device: Device) -> Calibration:
             environment=rank_environment(True, os.environ),
         )
     strangers = [name for each in sampler.readings for name in each.strangers]
+    if sampler.ended_early and ending.how == "finished":
+        raise ValueError(f"no calibration: {UNWATCHED}")
     if ending.how != "finished" or strangers:
         outcome, detail = classify(ending)
         raise ValueError(f"no calibration: {'; '.join(strangers) or f'{outcome}, {detail}'}")

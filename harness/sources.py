@@ -7,6 +7,7 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
+from harness import paths
 from harness.processes import SOURCES
 
 HARNESS = (
@@ -32,8 +33,8 @@ JUDGES = ("gate", "gradients", "truth", "worlds/base", "worlds/cpu", "worlds/cud
 
 
 def code_files() -> list[Path]:
-    """The files that decide a simulated number, sorted."""
-    return _files(HARNESS)
+    """The files that decide a simulated number, sorted; what was measured to simulate with is one of them."""
+    return [*_files(HARNESS), *sorted(paths.REFERENCE.glob(f"*/{paths.CALIBRATION}"))]
 
 
 def _files(modules: tuple[str, ...]) -> list[Path]:

@@ -23,11 +23,18 @@ from harness.processes import Rank
 from harness.record import Measurement, Outcome
 
 ROOT = Path(__file__).parent.parent
-REFERENCES = sorted((ROOT / "results" / "reference").glob("*/paper_ablation/*.json"))
-"""Simulated again here; `alst claims` does every cell, with its search."""
+SEARCHED = ("paper_ablation/*", "longest/llama3.1-8b_layerwise-sp1_*")
+QUICK = ("seq1f1b/*",)
+"""Cells of these are simulated again here; `alst claims` does all of every experiment, with their searches."""
 SOUND = Defect(file="__init__.py", edits=[])
 LEAK = read_defects(ROOT / paths.DEFECTS)["the recomputed output stays alive"]
 """The checkpoint function holds the layer's output while the layer's backward runs."""
+
+
+def references(*patterns: str) -> list[Path]:
+    """Committed records, in order."""
+    committed = ROOT / "results" / "reference"
+    return [path for each in patterns for path in sorted(committed.glob(f"*/{each}.json"))]
 
 
 PROGRAM = """
@@ -79,7 +86,7 @@ def assert_unchanged(before: Measurement, after: Measurement) -> None:
     assert not moved, "\n".join(map(str, moved))
 
 
-@pytest.mark.parametrize("path", REFERENCES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", references(*SEARCHED, *QUICK), ids=lambda path: path.stem)
 def test_committed_numbers_have_not_moved(path: Path, tmp_path: Path) -> None:
     """Bytes per token and peak of a reference cell; `alst reference --reason` is the way to change them."""
     before = record.read(path)
@@ -87,7 +94,7 @@ def test_committed_numbers_have_not_moved(path: Path, tmp_path: Path) -> None:
     assert_unchanged(before, recorded(before.cell, readings))
 
 
-@pytest.mark.parametrize("path", REFERENCES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", references(*SEARCHED), ids=lambda path: path.stem)
 def test_committed_lengths_have_not_moved(path: Path) -> None:
     """The longest sequence of a reference cell still fits, and the next one tried still does not."""
     before = record.read(path)

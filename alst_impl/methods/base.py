@@ -42,9 +42,9 @@ class Method(Frozen):
     def check(self, config: TrainConfig) -> None:
         """Raise `ValueError` for settings that cannot work: the values, the rule, the way out."""
 
-    def layers_run_alike(self) -> bool:
-        """Whether equal layers allocate the same in each pass, but for the first and the last."""
-        return True
+    def period(self) -> int:
+        """Equal layers after which a step repeats itself: of so many one input is kept, where layers are checkpointed."""
+        return 1
 
     def axes(self, world_size: int) -> dict[str, int]:
         """Mesh axes of `world_size` ranks, outermost first: always `dp` and `sp`, others where used.
@@ -163,17 +163,17 @@ class Tiled(Method):
         hf.use_attention(model, attention)
         tiles, evidence, vocab = self.tiles, placement.evidence, model.config.vocab_size
 
-        def rows_of_hidden(x: Tensor) -> int:
+        def tiles_of_hidden(x: Tensor) -> int:
             return tiles or -(-x.shape[1] // x.shape[2:].numel())
 
-        def rows_of_logits(x: Tensor) -> int:
+        def tiles_of_logits(x: Tensor) -> int:
             return tiles or -(-x.shape[0] * x.shape[1] * vocab * 4 // LOGITS_TILE_BYTES)
 
         mlps, norms = hf.token_wise_modules(model)
         for module in (mlps if self.tile_mlp else []) + (norms if self.tile_norm else []):
-            hf.tile_module(module, rows_of_hidden, evidence)
+            hf.tile_module(module, tiles_of_hidden, evidence)
         if self.tile_loss:
-            hf.tile_loss(model, rows_of_logits, evidence)
+            hf.tile_loss(model, tiles_of_logits, evidence)
 
     def checkpoint(self, model: PreTrainedModel, placement: Placement) -> None:
         from alst_impl import hf
@@ -213,6 +213,15 @@ def check_shardable(fields: dict[str, Any], sp: int, method: str, model: str) ->
         raise ValueError(
             f"model '{model}' has {reason}, which method '{method}' cannot shard exactly; "
             "use method 'baseline'"
+        )
+
+
+def check_flash_by_name(config: TrainConfig, method: str) -> None:
+    """Raise `ValueError` for an attention other than the kernel whose statistics `method` works with."""
+    if config.attention not in ("sdpa", "sdpa_flash"):
+        raise ValueError(
+            f"method '{method}' calls PyTorch's flash kernel by name, but attention is "
+            f"'{config.attention}'; use sdpa or sdpa_flash"
         )
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from alst_impl.config import Precision, TrainConfig
-from alst_impl.methods.base import Method, check_sharded
+from alst_impl.methods.base import Method, check_flash_by_name, check_sharded
 from alst_impl.models import field, published
 from alst_impl.ops.headgroups import HeadGroups
 
@@ -63,11 +63,7 @@ class Layerwise(Method):
                 f"layerwise reads the weights of projections itself, not adapters beside them (lora={config.lora}); "
                 "use method 'alst'"
             )
-        if config.attention not in ("sdpa", "sdpa_flash"):
-            raise ValueError(
-                f"layerwise calls PyTorch's flash kernel by name, but attention is '{config.attention}'; "
-                "use sdpa or sdpa_flash"
-            )
+        check_flash_by_name(config, "layerwise")
         if not config.checkpoint:
             raise ValueError(
                 "layerwise keeps nothing but layer inputs, but checkpoint is false; set it to true"
@@ -106,8 +102,8 @@ class Layerwise(Method):
             promised.add("offloaded_bytes")
         return promised
 
-    def layers_run_alike(self) -> bool:
-        return self.every == 1
+    def period(self) -> int:
+        return self.every
 
     def precision(self, config: TrainConfig) -> Precision:
         return "float8_e4m3fn" if self.eight_bits else config.dtype

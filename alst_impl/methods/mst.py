@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from alst_impl.config import TrainConfig
-from alst_impl.methods.base import Method
+from alst_impl.methods.baseline import Baseline
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from alst_impl.placement import Placement
 
 
-class Mst(Method):
+class Mst(Baseline):
     """Stock training on one device, or a whole sample on each, but for what grows widest.
 
     Mini-sequences hold every token, the last one shorter; layers are checkpointed as transformers does it.
@@ -39,6 +39,7 @@ class Mst(Method):
     ) -> None:
         from alst_impl import hf
 
+        super().apply(model, config, mesh, placement)
         tiles, evidence = self.tiles, placement.evidence
         widening = -(-model.config.vocab_size // model.config.hidden_size)
 

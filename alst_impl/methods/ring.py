@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from alst_impl.config import TrainConfig
-from alst_impl.methods.base import Tiled, check_sharded
+from alst_impl.methods.base import Tiled, check_flash_by_name, check_sharded
 from alst_impl.models import published, window
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class Ring(Tiled):
         super().check(config)
         if self.cp == 1:
             return
+        check_flash_by_name(config, name)
         fewest = self.cp * self.chunks_of_place() * self._multiple()
         if config.seqlen < fewest:
             raise ValueError(

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from alst_impl.config import TrainConfig
-from alst_impl.methods.base import Method, divisors
+from alst_impl.methods.base import Method, check_flash_by_name, divisors
 from alst_impl.methods.layerwise import LOSS_ROWS
-from alst_impl.models import field, published, unsupported
+from alst_impl.models import field, published, unsupported, window
 from alst_impl.ops.schedule import equal_flops, equal_lengths
 
 if TYPE_CHECKING:
@@ -66,6 +66,8 @@ class Seq1F1B(Method):
                 f"model '{config.model}' has {reason}, which method 'seq1f1b' cannot cut exactly; use "
                 "method 'baseline'"
             )
+        if self.slices > 1:
+            check_flash_by_name(config, "seq1f1b")
         self._check_model(config, fields)
 
     def _check_model(self, config: TrainConfig, fields: dict[str, Any]) -> None:
@@ -74,10 +76,10 @@ class Seq1F1B(Method):
                 f"model '{config.model}' ties its embeddings (tie_word_embeddings=True), which the first "
                 "and the last stage would share; use pp: 1 or override tie_word_embeddings: false"
             )
-        window = fields.get("sliding_window") if fields.get("use_sliding_window", True) else None
-        if self.slices > 1 and window and window < config.seqlen:
+        visible = window(fields)
+        if self.slices > 1 and visible is not None and visible < config.seqlen:
             raise ValueError(
-                f"model '{config.model}' has a sliding window ({window}) shorter than seqlen "
+                f"model '{config.model}' has a sliding window ({visible}) shorter than seqlen "
                 f"({config.seqlen}), which attention over slices does not know; use slices: 1"
             )
 
@@ -144,7 +146,9 @@ class Seq1F1B(Method):
 
     def loss(self, runtime: Runtime, batches: list[Batch], num_valid: Tensor) -> Tensor:
         if self.pp == 1:
-            return super().loss(runtime, batches, num_valid)
+            module: Any = runtime.module
+            with module.pipeline.current.whole():
+                return super().loss(runtime, batches, num_valid)
         raise ValueError(
             f"method 'seq1f1b' at pp={self.pp} has no pass without gradients to evaluate with; load its "
             "weights into method 'alst'"

@@ -143,9 +143,15 @@ def attend(
 
     query [B, H, S, D], key and value [B, K, S, D] with K dividing H; returns [B, H, S, D] in their
     dtype. `window` counts the keys a query sees, itself included. `documents` holds each sample's
-    document lengths, adding up to S: no query sees a key of another document.
+    document lengths, adding up to S: no query sees a key of another document. Raises `ValueError` for a
+    kernel named by `backend` that would not be the one to run.
     """
     causal = BACKENDS[backend]
+    if backend != "sdpa" and window is not None and window < query.shape[2]:
+        raise ValueError(
+            f"attention '{backend}' is not called with a window, and {window} keys are fewer than the "
+            f"{query.shape[2]} tokens; use attention 'sdpa'"
+        )
     if documents is not None and window is None and backend in VARLEN:
         return _packed(VARLEN[backend], query, key, value, scale, documents)
     if documents is not None:

@@ -203,15 +203,15 @@ def _mask(piece: _Piece, window: int | None, query: Tensor) -> Tensor | None:
     return query.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
 
 
-Merged = tuple[Tensor, Tensor]
-"""Output [B, H, S, D] and log-sum-exp [B, H, S] of queries over some of their keys."""
+def merge_(out: Tensor, logsumexp: Tensor, block: Tensor, of_block: Tensor) -> None:
+    """Attention to more keys, in place: `out` [B, H, S, D], `logsumexp` [B, H, S] in fp32 (or wider).
 
-
-def _merge(a: Merged, b: Merged) -> Merged:
-    """Of the same queries over the keys of both, in the log-sum-exp's dtype."""
-    both = torch.logaddexp(a[1], b[1])
-    out = a[0] * (a[1] - both).exp().unsqueeze(-1) + b[0] * (b[1] - both).exp().unsqueeze(-1)
-    return out, both
+    `block` [B, H, S, D], in any dtype, and `of_block` [B, H, S] are those of the added keys.
+    """
+    # Both shares from their own difference: one less the other would lose the smaller one's digits.
+    kept, added = (logsumexp - of_block).sigmoid_(), (of_block - logsumexp).sigmoid_()
+    out.mul_(kept[..., None]).addcmul_(block, added[..., None])
+    torch.logaddexp(logsumexp, of_block, out=logsumexp)
 
 
 def attend_with_logsumexp(
@@ -239,9 +239,9 @@ def attend_with_logsumexp(
     logsumexp = query.new_empty(query.shape[:3], dtype=accumulation_dtype(query))
     rests = []
     for (samples, queries), some in groupby(pieces, lambda piece: piece[:2]):
-        merged: Merged | None = None
+        of_queries: tuple[Tensor, Tensor] | None = None
         for piece in some:
-            *found, rest = forward(
+            found, of_found, rest = forward(
                 query[samples, :, queries],
                 key[samples, :, piece.keys],
                 value[samples, :, piece.keys],
@@ -249,11 +249,13 @@ def attend_with_logsumexp(
                 piece.causal,
                 scale,
             )
-            part = found[0], found[1]
-            merged = part if merged is None else _merge(merged, part)
+            if of_queries is None:
+                of_queries = found.to(logsumexp.dtype) if block else found, of_found
+            else:
+                merge_(*of_queries, found, of_found)
             rests.append(rest)
-        assert merged is not None, "queries come with keys"
-        out[samples, :, queries], logsumexp[samples, :, queries] = merged
+        assert of_queries is not None, "queries come with keys"
+        out[samples, :, queries], logsumexp[samples, :, queries] = of_queries
     return out, logsumexp, rests
 
 

@@ -18,6 +18,8 @@ from alst_impl.placement import Placement
 PIECE_BYTES = 2**27
 """A layer input lies on the host in pieces: PyTorch rounds each pinned allocation up to a power of
 two (ATen/core/CachingHostAllocator.h), which in one piece could cost as much again."""
+FILLED = 0.95
+"""Share of a power of two that is filled well enough."""
 PREFETCH_BYTES = 2**29
 """Larger inputs are not fetched ahead: room for a second one is dear, and the copy a small part of
 what attention takes at such lengths."""
@@ -141,7 +143,7 @@ class HostTiles:
         self, offload: HostOffload, rows: int, size: int, width: int, dtype: torch.dtype
     ) -> None:
         self._offload, self._width = offload, width
-        self._rows_of_piece = max(PIECE_BYTES // (size * width * dtype.itemsize), 1) * size
+        self._rows_of_piece = _tiles_of_piece(size * width * dtype.itemsize) * size
         starts = range(0, rows, self._rows_of_piece)
         self._pieces = [
             offload.room((min(self._rows_of_piece, rows - start) * width,), dtype)
@@ -161,6 +163,17 @@ class HostTiles:
         piece, first = divmod(start, self._rows_of_piece)
         begin = first * self._width
         return self._pieces[piece][begin : begin + torch.Size(shape).numel()].view(shape)
+
+
+def _tiles_of_piece(nbytes: int) -> int:
+    """Tiles of `nbytes` to a piece of about `PIECE_BYTES`, or of more where that is far from a power of two."""
+    least = max(PIECE_BYTES // nbytes, 1)
+    counts = range(least, 8 * least + 1)
+
+    def filled(count: int) -> float:
+        return count * nbytes / (1 << (count * nbytes - 1).bit_length())
+
+    return next((n for n in counts if filled(n) >= FILLED), max(counts, key=filled))
 
 
 class _Incoming:
@@ -243,7 +256,9 @@ def checkpoint(
     `run` maps a tensor to a tensor and may use parameters: their gradients accumulate as in an ordinary
     backward. `run` must be deterministic (no dropout). Local.
     """
-    if torch.is_grad_enabled() and not x.requires_grad:
+    if not torch.is_grad_enabled():
+        return run(x)
+    if not x.requires_grad:
         # Frozen embeddings: the layer's own parameters still need this node in the graph.
         x = x.detach().requires_grad_()
     incoming = _Incoming()

@@ -63,7 +63,7 @@ def meeting(rank: int, source: int, local: int, *, zigzag: bool) -> Meeting | No
     return Meeting(slice(half, local), whole, causal=False) if zigzag else None
 
 
-def steps(size: int) -> range:
+def steps(size: int) -> Sequence[int]:
     """Steps of a ring of `size` places; on the last rank, all after the first are of the same shapes."""
     return range(size)
 
@@ -139,24 +139,13 @@ class RingAttention:
         Who asks for the next must have let go of the one before: there are never more than two.
         """
         size, rank = self.group.size(), self.group.rank()
-        held, last = mine, steps(size)[-1]
-        for step in range(last):
-            passing = self.pass_on(held)
+        held, order = mine, steps(size)
+        for step in order:
+            passing = None if step == order[-1] else self.pass_on(held)
             yield (rank - step) % size, held
-            held = passing.wait()
+            if passing is not None:
+                held = passing.wait()
             del passing
-        yield (rank - last) % size, held
-
-
-def merge_(out: Tensor, logsumexp: Tensor, block: Tensor, of_block: Tensor) -> None:
-    """Attention to more keys, in place: `out` [B,H,S,D], `logsumexp` [B,H,S] in fp32 (or wider).
-
-    `block` [B,H,S,D], in any dtype, and `of_block` [B,H,S] are those of the added keys.
-    """
-    # Both shares from their own difference: one less the other would lose the smaller one's digits.
-    kept, added = (logsumexp - of_block).sigmoid_(), (of_block - logsumexp).sigmoid_()
-    out.mul_(kept[..., None]).addcmul_(block, added[..., None])
-    torch.logaddexp(logsumexp, of_block, out=logsumexp)
 
 
 def _forward(
@@ -181,7 +170,7 @@ def _forward(
             if source == ring.group.rank():  # the first one: its own keys, which every query sees
                 out, logsumexp = block.to(wide), of_block
             else:
-                merge_(out[:, :, queries], logsumexp[:, :, queries], block, of_block)
+                flash.merge_(out[:, :, queries], logsumexp[:, :, queries], block, of_block)
             del block, of_block, rest
         del key, value
     return out.to(query.dtype), logsumexp, rests

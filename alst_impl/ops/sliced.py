@@ -9,7 +9,8 @@ D head dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from alst_impl.ops.attention import attend
-from alst_impl.ops.flash import Documents, Rest, operators
+from alst_impl.ops.flash import Documents, Rest, merge_, operators
 
 
 class _Range(NamedTuple):
@@ -59,12 +60,11 @@ def _block(samples: slice, start: int, low: int, high: int, first: int) -> _Bloc
 
 def _merged(parts: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Output [B, H, s, D] in `dtype` and log-sum-exp [B, H, s] over disjoint keys; adds up in fp32 or wider."""
-    if len(parts) == 1:
-        return parts[0]
-    (first, first_sum), (second, second_sum) = parts
-    logsumexp = torch.logaddexp(first_sum, second_sum)
-    out = first * (first_sum - logsumexp).exp()[..., None]
-    out += second * (second_sum - logsumexp).exp()[..., None]
+    (out, logsumexp), *more = parts
+    if more:
+        out = out.to(logsumexp.dtype)
+    for part in more:
+        merge_(out, logsumexp, *part)
     return out.to(dtype), logsumexp
 
 
@@ -103,7 +103,7 @@ class _Sliced(torch.autograd.Function):
         query, out, logsumexp, *keys_values = ctx.saved_tensors
         key, value = torch.cat(keys_values[::2], dim=2), torch.cat(keys_values[1::2], dim=2)
         backward = operators(query.device).backward
-        of_query = torch.zeros_like(query)
+        of_query = torch.zeros_like(query, dtype=logsumexp.dtype)  # fp32 or wider
         of_key, of_value = torch.zeros_like(key), torch.zeros_like(value)
         rests: list[Rest] = list(ctx.rests)
         for samples, queries, ranges in ctx.blocks:
@@ -126,7 +126,7 @@ class _Sliced(torch.autograd.Function):
                 of_value[samples, :, keys] = dv
         lengths = [part.shape[2] for part in keys_values[::2]]
         pairs = zip(of_key.split(lengths, dim=2), of_value.split(lengths, dim=2), strict=True)
-        return None, None, of_query, *(x for pair in pairs for x in pair)
+        return None, None, of_query.to(query.dtype), *(x for pair in pairs for x in pair)
 
 
 def _assembled(
@@ -190,6 +190,15 @@ class Current:
     parts: int
     micro_batch: int = 0
     part: int = 0
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """Sequences come whole while the block runs, and nothing of them is kept."""
+        parts, self.parts = self.parts, 1
+        try:
+            yield
+        finally:
+            self.parts = parts
 
 
 class SliceAttention:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import Annotated
@@ -23,10 +22,10 @@ def devices() -> None:
 
     Exit code 2 where there is none, saying why.
     """
-    from harness.machine import row_of
-    from harness.nvml import library, visible_devices
+    from harness.machine import row_of, some_devices
+    from harness.nvml import library
 
-    for device in visible_devices(library(), os.environ.get("CUDA_VISIBLE_DEVICES")):
+    for device in some_devices(library()):
         gib = f"{device.memory_bytes / 2**30:.1f} GiB"
         print("\t".join([row_of(device) or "-", device.name, device.uuid, gib]))
 
@@ -40,7 +39,7 @@ def calibrate(
 ) -> None:
     """Measure on the first GPU what the simulator cannot count: kernel scratch, contexts, copies.
 
-    Writes RESULTS/calibration/HARDWARE.json; the committed one of a hardware row is read by `alst predict`.
+    Writes RESULTS/calibration/HARDWARE.json; the committed one of a hardware row is read by `alst confirm`.
     """
     from harness.calibration import fresh_path
     from harness.machine import calibrated_device, require_clean, require_cuda_build

@@ -163,10 +163,10 @@ def cell_of(
     fields = published(model)
     offered = type(load_method(Spec(name=method))).model_fields
     if "sp" in offered:
-        left = max(gpus // int(options.get("cp", 1)), 1)
+        left = max(gpus // _degree(options, "cp"), 1)
         options = {"sp": math.gcd(left, field(fields, "num_attention_heads")), **options}
     if "cp" in offered:
-        options = {"cp": max(gpus // int(options.get("sp", 1)), 1), **options}
+        options = {"cp": max(gpus // _degree(options, "sp"), 1), **options}
     simulation: dict[str, Any] = {
         "offload_parameters": offload_parameters,
         "kernel": kernel,
@@ -185,6 +185,14 @@ def cell_of(
             "simulation": simulation,
         }
     )
+
+
+def _degree(options: dict[str, Any], name: str) -> int:
+    """The given option `name`, or 1. Raises `ValueError` for what is no number of ranks."""
+    given = options.get(name, 1)
+    if not isinstance(given, int) or given < 1:
+        raise ValueError(f"--option {name}={given}: a number of ranks is 1 or more")
+    return given
 
 
 def hush_transformers() -> None:

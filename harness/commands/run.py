@@ -51,18 +51,31 @@ def run(
 
     Every outcome is a record: out of memory, a hang, a crash, a wrong gradient. A cell that was
     killed from outside is measured again by the next run. Under torchrun all of its ranks take part.
-    Exit code 2: a cell of world 'cuda' is not for this machine, and nothing of it was written.
+    Exit code 2: a cell of world 'cuda' is not for this machine; nothing of it was written, the others
+    were measured.
 
     Example: alst run experiments/smoke.yaml
     """
     loaded = load_experiment(experiment)
     cells = loaded.cells()
     console = quiet_console()
-    measured = [
-        _run_one(console, loaded, key, cell, number, len(cells), force, allow_dirty, results)
-        for number, (key, cell) in enumerate(cells.items(), start=1)
-    ]
-    console.print(_summary(loaded, measured))
+    measured, refused = [], []
+    for number, (key, cell) in enumerate(cells.items(), start=1):
+        try:
+            measured.append(
+                _run_one(
+                    console, loaded, key, cell, number, len(cells), force, allow_dirty, results
+                )
+            )
+        except ValueError as error:
+            if launched(os.environ) is not None:
+                raise  # others of the launch may not refuse: they must not wait for us in vain
+            refused.append(str(error))
+    if measured:
+        console.print(_summary(loaded, measured))
+    if refused:
+        others = f" (and {len(refused) - 1} other cells)" if len(refused) > 1 else ""
+        raise ValueError(f"{refused[0]}{others}")
 
 
 def cell(

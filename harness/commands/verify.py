@@ -123,6 +123,10 @@ def verify(
     if made != degrees:
         ranks = cell.train.world_size
         raise ValueError(f"method '{method}' makes {made} of {ranks} ranks, not {degrees}")
+    if probes and (world != "cpu" or degrees["cp"] * degrees["pp"] > 1):
+        raise ValueError(
+            f"--probes knows CPU ranks in dp and sp, not world '{world}' or {degrees}; leave it out"
+        )
     measurement = _measure(cell, results)
     if measurement.readings is None or measurement.readings.gate is None:
         print(f"alst: {measurement.outcome}: {measurement.detail}", file=sys.stderr)

@@ -31,6 +31,8 @@ def draw(name: str, results: Results) -> Figure:
     return figure
 
 
+PREDICTIONS = {"alst_recipe": "predicted, as published", "alst": "predicted, our alst"}
+"""What the methods that stand for ALST are called beside published numbers."""
 Part = Literal["step", "mlp", "loss"]
 
 
@@ -88,7 +90,7 @@ def draw_panel(
     drawing.failures(axes, cells, colours)
     drawing.length_axis(axes, lengths)
     if cells[metric].isna().all():
-        axes.text(0.5, 0.5, NOT_MEASURED, transform=axes.transAxes, ha="center", va="center")
+        drawing.say(axes, NOT_MEASURED)
 
 
 def draw_grid(results: Results, metric: str, title: str, note: str = "") -> Figure:

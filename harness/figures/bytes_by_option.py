@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from harness import drawing
 from harness.cell import Cell
 from harness.figures.base import simulated
-from harness.plain import options_text, tokens_text
+from harness.plain import number_text, options_text, tokens_text
 from harness.prediction import Prediction
 from harness.table import NOT_MEASURED, Results
 
@@ -52,7 +52,7 @@ def draw(results: Results) -> Figure:
                 continue
             colour = colours[train.method.name]
             axes.plot([0, value], [place, place], color=colour, linewidth=1, alpha=0.5)
-            drawing.point(axes, value, place, colour, "predicted", f"{value:.3g}")
+            drawing.point(axes, value, place, colour, "predicted", number_text(value))
         axes.set_yticks(range(len(rows)), [label for label, _, _ in rows])
         axes.set_xlabel(name)
         axes.set_xlim(left=0)
@@ -69,10 +69,10 @@ def draw(results: Results) -> Figure:
 
 
 PANELS = (
-    "KiB per token of a rank, allocated at the peak",
-    "GiB of host memory on a node, optimizer included",
-    "FLOPs, over those of training with nothing computed twice",
-    "MiB per token between GPU and host",
+    "KiB per token of a rank,\nallocated at the peak",
+    "GiB of host memory on a node,\noptimizer states included",
+    "FLOPs, over those of training\nwith nothing computed twice",
+    "MiB per token\nbetween GPU and host",
 )
 NOTE = (
     "Counted on a simulated step, kernel scratch of FlashAttention-2 included; bytes are the slope over the next "

@@ -7,18 +7,16 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from harness import drawing
 from harness.claims import evidence
-from harness.figures.base import features
+from harness.figures.base import PREDICTIONS, features
 from harness.plain import percent_text, tokens_text
 from harness.table import NOT_MEASURED, Results
-
-METHODS = {"alst_recipe": "predicted, as published", "alst": "predicted, our alst"}
 
 
 def draw(results: Results) -> Figure:
     """One row per set of features; the words beside a prediction are its error and its limit."""
     lengths = [e for e in evidence([results]) if e.quantity == "longest_tokens"]
     rows = list(dict.fromkeys(features(results.cells[e.key]) for e in lengths))
-    colours = drawing.palette(METHODS)
+    colours = drawing.palette(PREDICTIONS)
     figure = Figure(figsize=(8.6, 0.85 * max(len(rows), 1) + 1.8), layout="constrained")
     axes = figure.subplots()
     if not rows:
@@ -45,7 +43,9 @@ def draw(results: Results) -> Figure:
     axes.set_xlim(low / 2, high * 6)  # room for the words
     axes.set_xlabel("longest sequence [tokens]")
     handles = [drawing.handle("published", drawing.INK, "published")]
-    handles += [drawing.handle(text, colours[name], "predicted") for name, text in METHODS.items()]
+    handles += [
+        drawing.handle(text, colours[name], "predicted") for name, text in PREDICTIONS.items()
+    ]
     return drawing.frame(
         figure, results, "Features of ALST on 8 GPUs: longest sequence", handles, NOTE
     )

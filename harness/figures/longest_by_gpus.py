@@ -8,11 +8,10 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from harness import drawing
 from harness.claims import evidence
-from harness.figures.base import features, simulated
+from harness.figures.base import PREDICTIONS, features, simulated
 from harness.plain import tokens_text
 from harness.table import NOT_MEASURED, Results
 
-METHODS = {"alst_recipe": "predicted, as published", "alst": "predicted, our alst"}
 SIGNS = {"gpu_memory": "", "host_memory": "h", "index_range": "i", "heads": "s", "none": ""}
 """What stands at a prediction that GPU memory does not stop."""
 
@@ -31,7 +30,7 @@ def _predictions(results: Results, model: str, method: str) -> list[tuple[int, i
 
 
 def _draw_model(axes: Axes, results: Results, model: str, colours: dict[str, str]) -> None:
-    for method in METHODS:
+    for method in PREDICTIONS:
         points = [p for p in _predictions(results, model, method) if p[1]]
         sizes, longest = [n for n, _, _ in points], [tokens for _, tokens, _ in points]
         axes.plot(sizes, longest, color=colours[method], **drawing.MARKS["predicted"])
@@ -56,7 +55,9 @@ def _draw_model(axes: Axes, results: Results, model: str, colours: dict[str, str
     axes.plot(
         list(stars), list(stars.values()), color=drawing.INK, zorder=4, **drawing.MARKS["published"]
     )
-    sizes = sorted({n for method in METHODS for n, _, _ in _predictions(results, model, method)})
+    sizes = sorted(
+        {n for method in PREDICTIONS for n, _, _ in _predictions(results, model, method)}
+    )
     unpublished = [n for n in sizes if n not in stars]
     axes.set_title(model)
     axes.set_xscale("log", base=2)
@@ -70,7 +71,7 @@ def _draw_model(axes: Axes, results: Results, model: str, colours: dict[str, str
 def draw(results: Results) -> Figure:
     """Published lengths as stars, predictions as diamonds; `h` where host memory is what stops."""
     models = list(dict.fromkeys(c.train.model for c, s in simulated(results) if s.search))
-    colours = drawing.palette(METHODS)
+    colours = drawing.palette(PREDICTIONS)
     figure = Figure(figsize=(max(3.1 * len(models), 6.2), 4.1), layout="constrained")
     grid = figure.subplots(1, max(len(models), 1), sharey=True, squeeze=False)[0]
     if not models:
@@ -79,7 +80,9 @@ def draw(results: Results) -> Figure:
         _draw_model(axes, results, model, colours)
     grid[0].set_ylabel("longest sequence [tokens]")
     handles = [drawing.handle("published", drawing.INK, "published")]
-    handles += [drawing.handle(text, colours[name], "predicted") for name, text in METHODS.items()]
+    handles += [
+        drawing.handle(text, colours[name], "predicted") for name, text in PREDICTIONS.items()
+    ]
     return drawing.frame(figure, results, "Longest sequence by number of GPUs", handles, NOTE)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from itertools import chain, cycle, repeat
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -109,8 +110,10 @@ def _draw_pair(
     steps = range(1, len(truth) + 1)
     upper.plot(steps, truth, color=colours["baseline"], linewidth=8, alpha=0.3)
     # Lines that coincide stay visible: each next one is thinner.
-    for width, (name, runs) in zip((3.2, 1.4, 0.8, 0.5), pairing.sharded.items(), strict=False):
-        for run, style in zip(runs, ("-", "--", ":", "-."), strict=False):
+    for (name, runs), width in zip(
+        pairing.sharded.items(), chain((3.2, 1.4, 0.8), repeat(0.5)), strict=False
+    ):
+        for run, style in zip(runs, cycle(("-", "--", ":", "-.")), strict=False):
             values = read(run)[: len(truth)]
             common = steps[: len(values)]
             gap = [ours - theirs for ours, theirs in zip(values, truth, strict=False)]
@@ -133,7 +136,7 @@ def draw(results: Results) -> Figure:
     ratios = [2, 1.2, 2, 1.2, 1.4]
     grid = figure.subplots(5, columns, sharex="col", squeeze=False, height_ratios=ratios)
     if not pairs:
-        grid[0][0].text(0.5, 0.5, "no length was run both ways", ha="center", va="center")
+        drawing.say(grid[0][0], "no length was run both ways")
     for (model, pairing), *axes in zip(pairs, *grid, strict=False):
         _draw_pair(axes[0], axes[1], pairing, _losses, colours)
         _draw_pair(axes[2], axes[3], pairing, _norms, colours)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -41,7 +41,7 @@ from alst_impl.step import accumulate_gradients, start
 from harness.allocator import reserved_bytes
 from harness.cost import Meter, Weighted
 from harness.prediction import Cost
-from harness.repeat import DEPTH, MIDDLE, Recording, repeated
+from harness.repeat import DEPTH, MIDDLE, Recording, passes, repeated
 from harness.scratch import cuda_scratch
 from harness.tracker import Allocation, Tracker
 
@@ -178,14 +178,21 @@ def _capped(bounds: TileBounds, meter: Meter) -> TileBounds:
     """`bounds` with the first two tiles alone: later ones find what the second found, and are no larger."""
 
     def capped(rows: int, num_tiles: int) -> list[tuple[int, int]]:
-        return Weighted(bounds(rows, num_tiles), meter)
+        found = bounds(rows, num_tiles)
+        sizes = [stop - start for start, stop in found]
+        weights = [1.0, sum(sizes[1:]) / sizes[1]] if len(found) > 1 else [1.0]
+        return Weighted(found[:2], weights, meter)
 
     return capped
 
 
-def _few_steps(size: int) -> range:
-    """The first of a ring, one with its own keys gone, two more with gradients arriving: then they repeat."""
-    return range(min(size, 4))
+def _few_steps(meter: Meter) -> Callable[[int], Sequence[int]]:
+    """The first of a ring, one with its own keys gone, one with gradients arriving, which then repeats, the last."""
+
+    def few(size: int) -> Sequence[int]:
+        return range(size) if size <= 4 else Weighted(range(4), [1.0, 1.0, size - 3.0, 1.0], meter)
+
+    return few
 
 
 def _mesh_outside_modes(*args: Any, **kwargs: Any) -> Any:
@@ -229,9 +236,10 @@ def fake_world(
         seams.append((F, "scaled_dot_product_attention", flash_by_name))
         seams.append((flash, "operators", lambda _: flash.CUDA))
     if cap_tiles:
-        capped = _capped(tiling.tile_bounds, meter or Meter(HOST.type))
+        meter = meter or Meter(HOST.type)
+        capped = _capped(tiling.tile_bounds, meter)
         seams += [(module, "tile_bounds", capped) for module in (tiling, loss)]
-        seams.append((ring, "steps", _few_steps))
+        seams.append((ring, "steps", _few_steps(meter)))
     method, size = load_method(config.method), config.world_size
     rank = method.heaviest_rank(size) if rank is None else rank
     dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
@@ -272,7 +280,8 @@ def simulate(
 ) -> Trace:
     """Forward and backward of one step of `config` on `rank`, by default the one that holds the most.
 
-    With `num_layers` the step is run at 5 layers and stretched to that many. `gpu` calls CUDA's attention by name and rounds as its allocator does; otherwise the CPU world is
+    With `num_layers` the step of `config`, which has 5 layers (times the method's period), is stretched to
+    that many. `gpu` calls CUDA's attention by name and rounds as its allocator does; otherwise the CPU world is
     simulated, which has one kind of memory for both. `kernel` names the attention whose scratch counts, on
     `hardware` where it was measured there. Without `counted` the trace's cost means nothing, and it is
     quicker.
@@ -314,7 +323,8 @@ def simulate(
             # What sets up a mesh or a model runs once; operators of the step are what matters.
             tracker.operators.clear()
             _watch_layers(model, on_layer)
-            residents = _residents(model, tracker) if num_layers else set()
+            period = method.period()
+            residents = _residents(model, tracker, period) if num_layers else set()
             tracker.adopt(runtime.module.parameters(), "parameters")
             tracker.adopt(
                 (t for b in batches for t in vars(b).values() if isinstance(t, Tensor)), "batch"
@@ -324,9 +334,10 @@ def simulate(
     recording = Recording(tracker.allocations, tracker.events)
     cost = meter.cost()
     if num_layers is not None:
-        recording = repeated(recording, calls, residents, num_layers)
-        backward = 2 * DEPTH - 1 - MIDDLE
-        cost = meter.cost((MIDDLE, backward), num_layers - DEPTH)
+        starts, segments = passes(len(calls), period), num_layers // period
+        of_middle = [starts[at : at + 2] for at in (MIDDLE, 2 * DEPTH - 1 - MIDDLE)]
+        recording = repeated(recording, [calls[n] for n in starts], residents, segments)
+        cost = meter.cost(of_middle, segments - DEPTH)
     operators = frozenset(tracker.operators)
     return replay(recording, operators, offload or Offload(gradients=False), cost)
 
@@ -341,10 +352,11 @@ def _watch_layers(model: PreTrainedModel, on_layer: Callable[[], None]) -> None:
         attention.register_forward_pre_hook(lambda *_: on_layer())
 
 
-def _residents(model: PreTrainedModel, tracker: Tracker) -> set[int]:
-    """Numbers of the allocations that hold the middle layer's parameters."""
+def _residents(model: PreTrainedModel, tracker: Tracker, period: int) -> set[int]:
+    """Numbers of the allocations that hold the parameters of the middle layer, or of the middle segment's."""
     mark = "parameters of the middle layer"
-    tracker.adopt(hf.decoder_layers(model)[MIDDLE].parameters(), mark)
+    for layer in hf.decoder_layers(model)[MIDDLE * period : (MIDDLE + 1) * period]:
+        tracker.adopt(layer.parameters(), mark)
     return {n for n, a in enumerate(tracker.allocations) if a.category == mark}
 
 
@@ -449,10 +461,12 @@ def stretched(config: TrainConfig, **options: Any) -> Trace:
         traces = [simulate(config, rank=rank, **options) for rank in (0, last)]
         return max(traces, key=lambda trace: trace.phases[trace.peak].allocated_bytes)
     num_layers = field(published(config.model, config.overrides), "num_hidden_layers")
-    alike = structure(config).layers_alike and load_method(config.method).layers_run_alike()
-    if not alike or num_layers <= DEPTH or not config.checkpoint or config.accumulation > 1:
+    period = load_method(config.method).period()
+    alike = structure(config).layers_alike and num_layers % period == 0
+    shallow = num_layers <= DEPTH * period
+    if not alike or shallow or not config.checkpoint or config.accumulation > 1:
         return simulate(config, **options)
-    return simulate(at_depth(config, DEPTH), num_layers=num_layers, **options)
+    return simulate(at_depth(config, DEPTH * period), num_layers=num_layers, **options)
 
 
 def at_depth(config: TrainConfig, num_layers: int) -> TrainConfig:

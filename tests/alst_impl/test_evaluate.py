@@ -54,6 +54,14 @@ def test_evaluation_at_sp2_is_the_stock_models_loss(
     assert left == 0
 
 
+def test_slices_are_forgotten_where_an_evaluation_takes_sequences_whole(ranks: Ranks) -> None:
+    """The training step after it attends to its own keys alone."""
+    config = config_of(method={"name": "seq1f1b", "slices": 3})
+    loss, trained, left = ranks(1)(evaluated, config)[0]
+    assert trained == pytest.approx(loss, rel=1e-6)
+    assert left == 0
+
+
 def test_the_tiled_loss_forms_no_gradient_where_none_is_asked_for() -> None:
     """Under no_grad a tile's function runs with gradients off, and the loss is the same."""
     hidden, labels = torch.randn(1, 7, 4), torch.arange(7)[None] % 3

@@ -392,10 +392,20 @@ def simulated(method: dict[str, Any], **overrides: Any) -> TrainConfig:
     )
 
 
-@pytest.mark.parametrize("method", [{"sp": 4}, {"sp": 2, "stream": True, "keep_attention": True}])
-def test_the_simulated_worlds_shortcuts_cost_nothing(method: dict[str, Any]) -> None:
-    """Five layers stretched to seven, three tiles and three groups of all, give every byte."""
-    config = simulated(method, num_hidden_layers=6)
+@pytest.mark.parametrize(
+    ("method", "num_layers"),
+    [
+        ({"sp": 4}, 6),
+        ({"sp": 2, "stream": True, "keep_attention": True}, 6),
+        ({"sp": 4, "every": 3}, 18),
+        ({"sp": 2, "every": 2, "stream": True}, 12),
+    ],
+)
+def test_the_simulated_worlds_shortcuts_cost_nothing(
+    method: dict[str, Any], num_layers: int
+) -> None:
+    """Five layers or segments stretched to six, three tiles and three groups of all, give every byte."""
+    config = simulated(method, num_hidden_layers=num_layers)
     short, whole = stretched(config), simulate(config, cap_tiles=False)
     for phase, instant in whole.phases.items():
         assert short.phases[phase].by_category == instant.by_category

@@ -61,6 +61,13 @@ def test_numbers_of_mini_sequences_follow_the_paper(ranks: Ranks) -> None:
     )  # two layers of ceil(300 / 128), a head of ceil(260 / 128)
 
 
+def test_attention_is_the_one_that_was_named(ranks: Ranks) -> None:
+    """Its name is what says which kernel a record is of."""
+    named = config_of(method="mst", model="tiny-mistral", seqlen=200, attention="sdpa_flash")
+    with pytest.raises(AssertionError, match="'sdpa_flash' is not called with a window"):
+        ranks(1)(trained, [named])
+
+
 # -- the original's way ---------------------------------------------------------------------------
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from alst_impl.ops.offload import HostOffload, checkpoint
+from alst_impl.ops.offload import HostOffload, HostTiles, checkpoint
 from alst_impl.placement import Evidence, Placement
 
 
@@ -129,8 +130,19 @@ def test_the_spy_sees_that_pytorchs_own_checkpoint_holds_the_output() -> None:
 
 
 def test_without_gradients_nothing_is_required_of_the_input() -> None:
-    """Evaluation passes through."""
-    layer = layers()[0]
+    """Evaluation passes through, and nothing waits on the host for a backward that never comes."""
+    layer, (placement, on_host) = layers()[0], placed()
     x = torch.ones(1, 3, 5, dtype=torch.float64)
     with torch.no_grad():
-        assert torch.equal(checkpoint(layer, x), layer(x))
+        assert torch.equal(checkpoint(layer, x, HostOffload(placement)), layer(x))
+    assert on_host == []
+
+
+@pytest.mark.parametrize("tile_mib", [7, 32, 50, 80, 100, 300])
+def test_pieces_of_tiles_fill_what_pinned_memory_takes(tile_mib: int) -> None:
+    """A power of two for each: less than a seventh is lost, of many tiles."""
+    placement, on_host = placed()
+    with FakeTensorMode():
+        HostTiles(HostOffload(placement), 1_000, 1, tile_mib * 2**20, torch.int8)
+    taken = sum(1 << (x.numel() - 1).bit_length() for x in on_host)
+    assert taken <= 1.15 * 1_000 * tile_mib * 2**20

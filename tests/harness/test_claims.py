@@ -271,6 +271,7 @@ def test_compare_needs_records_in_common(checkout: Measurement, tmp_path: Path) 
     keep(checkout, tmp_path / "a")
     other = cell("alst_recipe", 1, world="sim", engine="fsdp2")
     keep(simulated(other), tmp_path / "b")
+    (tmp_path / "b" / paths.CALIBRATION).write_text("{}")  # lies beside records, and is none
     with pytest.raises(ValueError, match="no cell in common"):
         command.compare(tmp_path / "a", tmp_path / "b")
 

@@ -25,22 +25,26 @@ def config(method: dict[str, Any], seqlen: int = 1_536, **overrides: Any) -> Tra
         method=method,
         engine="fsdp2",
         seqlen=seqlen,
-        world_size=method.get("sp", 1),
+        world_size=method.get("sp", 1) * method.get("cp", 1),
         dtype="bfloat16",
     )
 
 
 @pytest.mark.parametrize(
-    "method",
+    ("method", "num_layers"),
     [
-        {"name": "alst", "sp": 2, "tiles": 5},
-        {"name": "layerwise", "rows": 200, "groups": 4, "stream": True},
+        ({"name": "alst", "sp": 2, "tiles": 5}, 7),
+        ({"name": "layerwise", "rows": 200, "groups": 4, "stream": True}, 7),
+        ({"name": "layerwise", "rows": 200, "groups": 4, "every": 2}, 14),
+        ({"name": "ring", "cp": 8, "tiles": 5}, 7),
     ],
-    ids=["alst", "layerwise streaming"],
+    ids=["alst", "layerwise streaming", "layerwise in segments", "ring"],
 )
-def test_five_layers_and_two_tiles_cost_what_all_do(method: dict[str, Any]) -> None:
+def test_five_layers_and_two_tiles_cost_what_all_do(
+    method: dict[str, Any], num_layers: int
+) -> None:
     """No product and no copied byte is lost; weights that a shorter last tile reads, too, count by its rows."""
-    of = config(method, num_hidden_layers=7)
+    of = config(method, num_hidden_layers=num_layers)
     short, whole = stretched(of).cost, simulate(of, cap_tiles=False).cost
     for field, value in whole.model_dump().items():
         off = 0.01 if field == "device_bytes" else 1e-9
@@ -83,10 +87,10 @@ def test_layer_inputs_go_to_the_host_and_come_back_once() -> None:
 
 
 def test_what_stands_for_others_counts_as_often() -> None:
-    """Tiles of 4, 4, 4 and 2 rows: the second stands for two and a half of itself."""
+    """Of tiles of 4, 4, 4 and 2 rows the second stands for two and a half of itself."""
     meter = Meter("lazy")
     x, product = torch.ones(4, 3), torch.ops.aten.mm.default
-    for _ in Weighted([(0, 4), (4, 8), (8, 12), (12, 14)], meter):
+    for _ in Weighted([(0, 4), (4, 8)], [1, 2.5], meter):
         meter.observe(product, (x, x.T), {}, x @ x.T)
     assert meter.cost().matmul_flops == (1 + 2.5) * 2 * 4 * 4 * 3
 

@@ -13,7 +13,13 @@ from harness import machine, nvml
 from harness.__main__ import main
 from harness.cell import Cell, make_cell
 from harness.launch import Launch
-from harness.machine import calibrated_device, rank_environment, require_attention, require_devices
+from harness.machine import (
+    calibrated_device,
+    rank_environment,
+    require_attention,
+    require_devices,
+    some_devices,
+)
 
 CUDA: dict[str, Any] = {
     "model": "tiny-llama",
@@ -172,6 +178,25 @@ def test_a_missing_package_is_named_before_anything_runs() -> None:
         require_attention("flash_attention_3")
 
 
+def test_a_package_that_is_there_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the name of its module, without importing it."""
+    for name in ("flash_attn", "flash_attn_interface"):
+        (tmp_path / f"{name}.py").write_text("raise AssertionError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("flash_attention_2", "flash_attention_3", "flash_attention_4"):
+        require_attention(name)
+
+
+def test_a_machine_without_devices_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether there are none, or all are hidden."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(ValueError, match="NVML counts none"):
+        some_devices(FakeNvml([]))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES= hides all"):
+        some_devices(FakeNvml([device(0)]))
+
+
 def test_a_device_without_a_row_is_not_calibrated() -> None:
     """What was measured belongs to a row; the way out is to write one."""
     assert calibrated_device(FakeNvml([device(0)]))[0] == "h100-80gb"
@@ -186,6 +211,18 @@ def test_a_device_without_a_row_is_not_calibrated() -> None:
         ({"world": "sim", "attention": "flash_attention_2"}, ["CUDA kernel", "names the kernel"]),
         ({"world": "cpu", "expandable_segments": True}, ["expandable_segments", "leave it out"]),
         ({"method": "layerwise", "attention": "sdpa_cudnn"}, ["layerwise", "use sdpa or"]),
+        (
+            {
+                "method": {"name": "ring", "cp": 2},
+                "world_size": 2,
+                "attention": "flash_attention_3",
+            },
+            ["ring", "use sdpa or"],
+        ),
+        (
+            {"method": "seq1f1b", "engine": "plain", "attention": "sdpa_cudnn"},
+            ["seq1f1b", "use sdpa or"],
+        ),
         (
             {"method": "deepspeed_alst", "engine": "zero", "attention": "sdpa_flash"},
             ["deepspeed_alst", "use sdpa or flash_attention_2"],

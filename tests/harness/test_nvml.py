@@ -244,3 +244,16 @@ def test_without_devices_nothing_is_watched() -> None:
     with Sampler([]) as sampler:
         sampler.hear({"event": "started", "pids": [11]})
     assert sampler.readings == []
+    assert not sampler.ended_early
+
+
+def test_a_watcher_that_dies_is_told_from_one_that_saw_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a record would say nothing of who else was on the devices, and look like any other."""
+    (tmp_path / "pynvml.py").write_text("raise ImportError('no driver any more')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    one = Device(index=0, uuid="GPU-0", name=H100, memory_bytes=80 * GIB)
+    with Sampler([one]) as sampler:
+        sampler.hear({"event": "started", "pids": [11]})
+    assert sampler.ended_early

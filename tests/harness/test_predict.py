@@ -311,6 +311,8 @@ def test_search_prints_the_agreed_keys(
         ("tiny-llama --seqlen 64 --host-memory much", ["much", "TiB"]),
         ("tiny-llama --seqlen 64 --option tile_mlp", ["key=value"]),
         ("tiny-llama --seqlen 64 --method magic", ["magic", "alst"]),
+        ("tiny-llama --seqlen 64 --method usp --option cp=0", ["cp=0", "1 or more"]),
+        ("tiny-llama --seqlen 64 --method usp --option cp=null", ["cp=None", "1 or more"]),
         ("tiny-llama --seqlen 64 --kernel cpu", ["--kernel", "flash_attention_2"]),
         ("{broken}.json --seqlen 64", ["model_type"]),
         ("{unknown}.json --seqlen 64", ["no-such-type"]),

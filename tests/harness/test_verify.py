@@ -98,6 +98,7 @@ def test_exit_code_tells_the_verdict(passed: bool, monkeypatch: pytest.MonkeyPat
         ("--option nothing", ["nothing", "key=value"]),
         ("--option nope=1", ["nope", "tile_mlp"]),
         ("--heads 3 --model gpt2", ["gpt2"]),
+        ("--method ring --cp 2 --probes", ["--probes", "'cp': 2", "leave it out"]),
         ("--no-such-option", ["--no-such-option"]),
     ],
 )
