@@ -267,7 +267,7 @@ def _promote(results: Results, hardware: str) -> None:
     from harness.figures.base import draw
     from harness.report import is_compared, is_repeated, is_simulated
 
-    if is_compared(results):
+    if is_compared(results) or not results.figures:
         return  # nothing to draw
     # Simulated cells have no step times, repeated ones several: their first figure stands for them.
     first = is_simulated(results) or is_repeated(results)
