@@ -35,7 +35,7 @@ def config(method: dict[str, Any], seqlen: int = 1_536, **overrides: Any) -> Tra
     [
         ({"name": "alst", "sp": 2, "tiles": 5}, 7),
         ({"name": "layerwise", "rows": 200, "groups": 4, "stream": True}, 7),
-        ({"name": "layerwise", "rows": 200, "groups": 4, "every": 2}, 14),
+        ({"name": "layerwise", "rows": 800, "groups": 2, "every": 2}, 12),
         ({"name": "ring", "cp": 8, "tiles": 5}, 7),
     ],
     ids=["alst", "layerwise streaming", "layerwise in segments", "ring"],
