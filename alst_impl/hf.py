@@ -8,8 +8,13 @@ Legend: B batch, S sequence, P sequence-parallel degree, H heads, D head dim, E 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
+from math import isclose
+from types import MethodType
 from typing import Any
 
 import torch
@@ -19,7 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeModelOutputWithPast
 
-from alst_impl.ops.loss import tiled_loss
+from alst_impl.ops.loss import TokenLoss, tiled_loss
 from alst_impl.ops.offload import HostOffload, checkpoint
 from alst_impl.ops.tiling import tiled
 from alst_impl.placement import Evidence
@@ -29,6 +34,23 @@ ATTENTION = "alst"
 know one for, which is what keeps S x S masks away."""
 Attention = Callable[..., Tensor]
 """(query [B, H, S/P, D], key and value [B, K, S/P, D], scale=, window=, documents=) -> [B, H, S/P, D]."""
+
+# -- changes on instances -------------------------------------------------------------------------
+
+
+def set_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Make `module(...)` call `forward(module, ...)`, on this instance alone.
+
+    It is a bound method with the signature of the class's own, so that `copy.deepcopy` binds it to the
+    copy, and callers that look for a model's arguments (transformers' Trainer) find them.
+    """
+
+    def bound(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, *args, **kwargs)
+
+    vars(bound)["__signature__"] = inspect.signature(type(module).forward)
+    vars(module)["forward"] = MethodType(bound, module)
+
 
 # -- structure ------------------------------------------------------------------------------------
 
@@ -222,6 +244,11 @@ def _attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     _refuse_mask(attention_mask)
+    if query.shape[2] != key.shape[2]:
+        raise ValueError(
+            f"{query.shape[2]} queries meet {key.shape[2]} keys: a key/value cache is not supported in "
+            "training; generate with the stock model, `with alst.disabled(): model.generate(...)`"
+        )
     for name in ("s_aux", "softcap", "position_bias"):
         if kwargs.get(name) is not None:
             raise ValueError(
@@ -253,16 +280,32 @@ def use_attentions(model: PreTrainedModel, attentions: Sequence[Attention]) -> N
         config = getattr(module, "config", None)
         if config is not None:  # its own copy: two models may have been built from one object
             vars(module)["config"] = copy.deepcopy(config, memo)
+    vars(model)["stock_attention"] = model.config._attn_implementation
     model.config._attn_implementation = ATTENTION
     for module, attention in zip(attention_modules(model), attentions, strict=True):
         vars(module)["config"]._attn_implementation = ATTENTION
         vars(module)["alst_attention"] = attention
 
-    def refuse_mask(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def refuse_mask(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Transformers builds no mask for our attention, so a padding mask would be lost in silence.
-        _refuse_mask(kwargs.get("attention_mask", args[1] if len(args) > 1 else None))
+        if base.config._attn_implementation == ATTENTION:  # type: ignore[union-attr]
+            _refuse_mask(kwargs.get("attention_mask", args[1] if len(args) > 1 else None))
 
     model.base_model.register_forward_pre_hook(refuse_mask, with_kwargs=True)
+
+
+@contextmanager
+def stock_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Within it, attention of `model` is the one it had before `use_attention`, masks included."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    ours = [c for c in configs.values() if c._attn_implementation == ATTENTION]
+    try:
+        for config in ours:
+            config._attn_implementation = vars(model)["stock_attention"]
+        yield
+    finally:
+        for config in ours:
+            config._attn_implementation = ATTENTION
 
 
 # -- tiling ---------------------------------------------------------------------------------------
@@ -280,22 +323,35 @@ def tile_module(
 
     Norms of queries and keys may see [B, H, S, D]: they work on every head alone, so tiles of heads do.
     """
-    stock = module.forward
+    vars(module)["tiling"] = _Tiling(module.forward, tiles, evidence, recompute)
+    vars(module)["is_tiled"] = True
+    set_forward(module, _tiled_forward)
 
-    def forward(hidden_states: Tensor) -> Tensor:
-        if hidden_states.dim() < 3:
-            raise ValueError(
-                f"{type(module).__name__} is called on {hidden_states.dim()} axes, not on "
-                "[batch, sequence, ..., hidden]: it cannot be tiled along the sequence"
-            )
-        count = min(tiles(hidden_states), hidden_states.shape[1])
-        evidence.tiles += count
-        if recompute:
-            return tiled(stock, hidden_states, count)
-        rows = -(-hidden_states.shape[1] // count)
-        return torch.cat([stock(tile) for tile in hidden_states.split(rows, dim=1)], dim=1)
 
-    vars(module).update(forward=forward, is_tiled=True)
+@dataclass(frozen=True)
+class _Tiling:
+    """What a tiled module's forward works with."""
+
+    stock: Callable[..., Tensor]
+    tiles: Tiles
+    evidence: Evidence
+    recompute: bool
+
+
+def _tiled_forward(module: nn.Module, hidden_states: Tensor) -> Tensor:
+    if hidden_states.dim() < 3:
+        raise ValueError(
+            f"{type(module).__name__} is called on {hidden_states.dim()} axes, not on "
+            "[batch, sequence, ..., hidden]: it cannot be tiled along the sequence"
+        )
+    tiling: _Tiling = vars(module)["tiling"]
+    count = min(tiling.tiles(hidden_states), hidden_states.shape[1])
+    tiling.evidence.tiles += count
+    if tiling.recompute:
+        return tiled(tiling.stock, hidden_states, count)
+    rows = -(-hidden_states.shape[1] // count)
+    tiles = [tiling.stock(tile) for tile in hidden_states.split(rows, dim=1)]
+    return torch.cat(tiles, dim=1)
 
 
 class _Given(nn.Module):
@@ -317,6 +373,17 @@ class _Projection(nn.Module):
         return self._stock(self._head[0], hidden)  # type: ignore[no-any-return]
 
 
+@dataclass
+class _TiledLoss:
+    """What a model's and its head's forward work with where the loss is tiled."""
+
+    tiles: Tiles
+    evidence: Evidence
+    overwrite: bool
+    adds_up: Callable[..., Any] | None = None
+    """The loss function that was found to be a sum over tokens."""
+
+
 def tile_loss(
     model: PreTrainedModel, tiles: Tiles, evidence: Evidence, *, overwrite: bool = False
 ) -> None:
@@ -324,51 +391,105 @@ def tile_loss(
 
     What follows the decoder (head, logit scale, soft-cap, loss) is the model's own code: each tile goes
     through the class's forward, with the decoder's output given. Without labels the model returns
-    logits as always. The loss is computed inside the head's call, so that an engine that gathers
-    parameters around a module's call gathers the head's once for all tiles. `overwrite` as in `tiled_loss`.
+    logits as always. Head and loss function are looked up at each call: both may be replaced later. The
+    loss is computed inside the head's call, so that an engine that gathers parameters around a module's
+    call gathers the head's once for all tiles. `overwrite` as in `tiled_loss`.
     """
+    head_name(model)  # refuses a model without a head now, not at the first step
+    vars(model)["tiled_loss"] = _TiledLoss(tiles, evidence, overwrite)
+    set_forward(model, _forward_with_tiled_loss)
+
+
+def _forward_with_tiled_loss(
+    model: PreTrainedModel, *args: Any, **kwargs: Any
+) -> CausalLMOutputWithPast:
+    shift_labels, count = kwargs.get("shift_labels"), kwargs.get("num_items_in_batch")
+    if shift_labels is None or count is None:
+        return type(model).forward(model, *args, **kwargs)  # type: ignore[no-any-return]
+    for key in ("labels", "shift_labels", "num_items_in_batch"):
+        kwargs.pop(key, None)
     name = head_name(model)
-    head = getattr(model, name)
-    stock_model, stock_head = type(model).forward, head.forward
-    epilogue = copy.copy(
-        model
-    )  # shallow: shares configuration and loss function, owns no parameter
-    epilogue.__dict__["_modules"] = {model.base_model_prefix: _Given(), name: _Projection(head)}
+    head: nn.Module = getattr(model, name)
+    if "stock_forward" not in vars(head):
+        vars(head)["stock_forward"] = head.forward
+        set_forward(head, _head_forward)
+    hidden = model.base_model(*args, **kwargs).last_hidden_state
+    wanted = _LossOfHead(
+        _epilogue(model, name, head), shift_labels, count, vars(model)["tiled_loss"]
+    )
+    return CausalLMOutputWithPast(loss=head(hidden, wanted))
 
-    def token_loss(hidden: Tensor, labels: Tensor, count: Tensor) -> Tensor:
-        output = stock_model(
-            epilogue,
-            inputs_embeds=hidden,
-            labels=labels,
-            shift_labels=labels,
-            num_items_in_batch=count,
-            use_cache=False,
+
+class _LossOfHead:
+    """What a head's call is given to compute the loss, in one object that engines pass on as it is."""
+
+    def __init__(
+        self, epilogue: PreTrainedModel, labels: Tensor, count: Tensor, tiled: _TiledLoss
+    ) -> None:
+        self.epilogue, self.labels, self.count, self.tiled = epilogue, labels, count, tiled
+
+
+def _head_forward(
+    head: nn.Module, hidden: Tensor, wanted: _LossOfHead | None = None, **kwargs: Any
+) -> Tensor:
+    if wanted is None:
+        return vars(head)["stock_forward"](hidden, **kwargs)  # type: ignore[no-any-return]
+    tiled, token_loss = wanted.tiled, partial(_token_loss, wanted.epilogue)
+    loss_function = wanted.epilogue.loss_function
+    if loss_function is not tiled.adds_up:
+        if not loss_function.__module__.startswith("transformers."):
+            _check_adds_up(loss_function, token_loss, hidden, wanted.count)
+        tiled.adds_up = loss_function
+    num_tiles = min(tiled.tiles(hidden), hidden.shape[1])
+    tiled.evidence.tiles += num_tiles
+    return tiled_loss(
+        partial(_reach, token_loss, head),
+        hidden,
+        wanted.labels,
+        wanted.count,
+        num_tiles,
+        overwrite=tiled.overwrite,
+    )
+
+
+@torch.no_grad()
+def _check_adds_up(
+    loss_function: Callable[..., Any], token_loss: TokenLoss, hidden: Tensor, count: Tensor
+) -> None:
+    """Raise `ValueError` unless tiles of a loss add up: a sum over tokens divided by `num_items_in_batch`."""
+    pair, one = hidden[:1, :1].expand(1, 2, -1), count.new_ones(())
+    labels = torch.zeros(1, 2, dtype=torch.int64, device=hidden.device)
+    of_pair = float(token_loss(pair, labels, one))
+    halved = float(token_loss(pair, labels, 2 * one))
+    of_token = float(token_loss(pair[:, :1], labels[:, :1], one))
+    if not all(isclose(x, of_token, rel_tol=1e-3) for x in (of_pair / 2, halved)):
+        name = getattr(loss_function, "__name__", repr(loss_function))
+        raise ValueError(
+            f"loss function '{name}' is not a sum over tokens divided by num_items_in_batch, so its tiles "
+            "and shards do not add up; have it divide by num_items_in_batch"
         )
-        loss: Tensor = output.loss
-        return loss
 
-    loss_of = partial(_reach, token_loss, head)
 
-    def head_forward(
-        hidden: Tensor, labels: Tensor | None = None, count: Tensor | None = None
-    ) -> Tensor:
-        if labels is None or count is None:
-            return stock_head(hidden)  # type: ignore[no-any-return]
-        num_tiles = min(tiles(hidden), hidden.shape[1])
-        evidence.tiles += num_tiles
-        return tiled_loss(loss_of, hidden, labels, count, num_tiles, overwrite=overwrite)
+def _epilogue(model: PreTrainedModel, name: str, head: nn.Module) -> PreTrainedModel:
+    """`model` with its decoder's output given: a shallow copy that owns no parameter."""
+    # Not `copy.copy`, which fully_shard's classes refuse.
+    epilogue: PreTrainedModel = object.__new__(type(model))
+    vars(epilogue).update(vars(model))
+    vars(epilogue)["_modules"] = {model.base_model_prefix: _Given(), name: _Projection(head)}
+    return epilogue
 
-    def model_forward(*args: Any, **kwargs: Any) -> CausalLMOutputWithPast:
-        shift_labels, count = kwargs.get("shift_labels"), kwargs.get("num_items_in_batch")
-        if shift_labels is None or count is None:
-            return stock_model(model, *args, **kwargs)  # type: ignore[no-any-return]
-        for key in ("labels", "shift_labels", "num_items_in_batch"):
-            kwargs.pop(key, None)
-        hidden = model.base_model(*args, **kwargs).last_hidden_state
-        return CausalLMOutputWithPast(loss=head(hidden, shift_labels, count))
 
-    vars(head)["forward"] = head_forward
-    vars(model)["forward"] = model_forward
+def _token_loss(epilogue: PreTrainedModel, hidden: Tensor, labels: Tensor, count: Tensor) -> Tensor:
+    output = type(epilogue).forward(
+        epilogue,
+        inputs_embeds=hidden,
+        labels=labels,
+        shift_labels=labels,
+        num_items_in_batch=count,
+        use_cache=False,
+    )
+    loss: Tensor = output.loss
+    return loss
 
 
 def _reach(fn: Callable[..., Tensor], _: nn.Module, *args: Tensor) -> Tensor:

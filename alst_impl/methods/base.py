@@ -161,13 +161,14 @@ class Tiled(Method):
         from alst_impl import hf
 
         hf.use_attention(model, attention)
-        tiles, evidence, vocab = self.tiles, placement.evidence, model.config.vocab_size
+        tiles, evidence, config = self.tiles, placement.evidence, model.config
 
         def tiles_of_hidden(x: Tensor) -> int:
             return tiles or -(-x.shape[1] // x.shape[2:].numel())
 
         def tiles_of_logits(x: Tensor) -> int:
-            return tiles or -(-x.shape[0] * x.shape[1] * vocab * 4 // LOGITS_TILE_BYTES)
+            logits = x.shape[0] * x.shape[1] * config.vocab_size  # which may have been resized
+            return tiles or -(-logits * 4 // LOGITS_TILE_BYTES)
 
         mlps, norms = hf.token_wise_modules(model)
         for module in (mlps if self.tile_mlp else []) + (norms if self.tile_norm else []):

@@ -94,6 +94,10 @@ class UlyssesAttention:
     ring: RingAttention | None = None
     """Attention of a rank's heads in place of `backend`, where what they see goes on over other ranks."""
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> UlyssesAttention:
+        """The same: a copied model attends over the same ranks, and a process group has no copy."""
+        return self
+
     def __call__(
         self,
         query: Tensor,
