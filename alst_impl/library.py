@@ -3,31 +3,66 @@
 The whole of it, with one process per device:
 
     mesh = init_device_mesh(device, (dp, sp), mesh_dim_names=("dp", "sp"))
-    alst = enable(model, mesh)
+    alst = enable(model, mesh)  # then DDP, fully_shard or DeepSpeed around it, or nothing
     for batch in loader:  # whole sequences, the same on all ranks of an sp group
         loss = model(**alst.shard(batch["input_ids"], batch["labels"])).loss
         loss.backward()
-        alst.sum_gradients()  # or an engine that sums, not averages, over all ranks
+        alst.average_gradients()  # where no engine does it
         optimizer.step()
         optimizer.zero_grad()
     model.save_pretrained(folder)
+
+Engines average gradients over all ranks, so each rank's loss is scaled for an average: the mean of the
+losses of all ranks is the mean over all valid labels, and so are the gradients.
 """
 
 from __future__ import annotations
 
+import warnings
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import PreTrainedModel
 
+from alst_impl import hf, safeguards
 from alst_impl.data import IGNORE_INDEX, Batch, shard_sequence
 from alst_impl.methods.alst import Alst
 from alst_impl.methods.base import check_shardable
 from alst_impl.placement import Evidence, Placement
+from alst_impl.safeguards import StepLabels
+
+TOLD_NAMES = 3
+"""Parameters that a warning names."""
+
+
+class Shard:
+    """What `shard` tells the model's forward beside the tensors. Engines pass on what they do not know."""
+
+    def __init__(self, num_labels: int, num_items: int, divisor: Tensor) -> None:
+        self.num_labels, self.num_items, self.divisor = num_labels, num_items, divisor
+
+
+@dataclass
+class _Guard:
+    """What an enabled model's forward is held against."""
+
+    inner: Any
+    """The model's forward with ALST in it, a bound method."""
+    sp: int
+    world_size: int
+    labels: StepLabels
+    stock: bool = False
+    """Whether the stock forward runs instead."""
 
 
 @dataclass(frozen=True)
@@ -38,16 +73,27 @@ class LongSequence:
     mesh: DeviceMesh
     device: torch.device
     evidence: Evidence
+    _guard: _Guard
 
     def shard(
-        self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        position_ids: Tensor | None = None,
+        *,
+        num_items: Tensor | int | None = None,
     ) -> dict[str, Any]:
         """This rank's keyword arguments for `model(...)`, from whole sequences. Collective.
 
         All arguments are int64 [B, S]; `labels` are *not* shifted (-100 ignores), positions count from
-        0 by default. The `.loss` of that call is an addend: the sum over all ranks is the mean over
-        all valid labels, so gradients have to be summed over ranks, not averaged. Raises
-        `ValueError` for positions that restart: packed documents need `alst_impl.data.Batch`.
+        0 by default. `num_items` is the number of valid labels of the whole optimizer step, as `count`
+        gives it, and is needed where a step has several micro-batches. The `.loss` of that call is
+        scaled so that its mean over all ranks, and that of the gradients, is what the stock model has.
+
+        Raises `ValueError` on all ranks for positions that restart (packed documents need
+        `alst_impl.data.Batch`), ranks of one sp group that hold different samples, a `num_items` that
+        is not that of the step, ranks whose parameters differ, and parameters whose gradients
+        `fully_shard` does not average over all ranks.
         """
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1]).expand_as(input_ids)
@@ -58,22 +104,155 @@ class LongSequence:
         shifted = torch.nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
         whole = Batch(input_ids.cpu(), shifted.cpu(), position_ids.cpu())
         sp = self.mesh["sp"]
+        safeguards.check_sharding(self.model, self._guard.world_size)
+        num_labels = self._agreed_labels(whole, num_items)
+        declared = num_labels if num_items is None else int(num_items)
+        self._expect(num_labels, declared)
         local = shard_sequence(whole, sp.size(), sp.get_local_rank()).to(self.device)
-        num_valid = local.num_valid()
-        dist.all_reduce(num_valid)
-        return {
-            **local.model_inputs(),
-            "num_items_in_batch": num_valid.clamp(min=1),
-            "use_cache": False,
-        }
+        divisor = torch.tensor(max(declared, 1), device=self.device)
+        told = Shard(num_labels, declared, divisor)
+        return {**local.model_inputs(), "use_cache": False, "shard": told}
 
-    def sum_gradients(self) -> None:
-        """Sum every gradient over all ranks; for models that no engine shards. Collective."""
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                dist.all_reduce(parameter.grad)
+    def count(self, labels: Iterable[Tensor]) -> Tensor:
+        """Valid labels of one optimizer step on all ranks, int64 scalar: the `num_items` of `shard`. Collective.
+
+        `labels` are those of this rank's micro-batches, each int64 [B, S], whole and not shifted.
+        """
+        valid = sum(int((x[:, 1:] != IGNORE_INDEX).sum()) for x in labels)
+        total = torch.tensor(valid, device=self.device)
+        dist.all_reduce(total)
+        return total // self.mesh["sp"].size()  # its ranks hold the same samples
+
+    def average_gradients(self) -> None:
+        """Average every gradient over all ranks, where no engine does it. Collective.
+
+        A parameter that has a gradient on some ranks counts as zero on the others. One that has none
+        anywhere is left alone, with a warning that names it. Raises `ValueError` for a sharded model.
+        """
+        if _is_sharded(self.model):
+            raise ValueError(
+                "average_gradients() is for replicated parameters; fully_shard and DeepSpeed average "
+                "gradients themselves: leave the call out"
+            )
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        have = torch.tensor([p.grad is not None for _, p in named], device=self.device).int()
+        dist.all_reduce(have)
+        without = [name for (name, _), n in zip(named, have.tolist(), strict=True) if n == 0]
+        if without:
+            warnings.warn(
+                f"{len(without)} trainable parameters have no gradient on any rank: "
+                f"{', '.join(without[:TOLD_NAMES])}{', ...' if len(without) > TOLD_NAMES else ''}; "
+                "they are not part of the loss",
+                stacklevel=2,
+            )
+        for name, parameter in named:
+            if name in without:
+                continue
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= self._guard.world_size
+
+    def forget(self) -> None:
+        """Say that gradients were dropped without an optimizer step. Local."""
+        self._guard.labels.forget()
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within it the model is the stock one: it generates and evaluates whole sequences. Local.
+
+        Every rank computes what it is given on its own; MLPs and norms stay tiled, which is exact.
+        """
+        self._guard.stock = True
+        try:
+            with hf.stock_attention(self.model):
+                yield
+        finally:
+            self._guard.stock = False
+
+    def _agreed_labels(self, whole: Batch, num_items: Tensor | int | None) -> int:
+        """Valid labels of this micro-batch on all ranks. Raises where ranks do not agree. Collective."""
+        sp, world_size = self.mesh["sp"], self._guard.world_size
+        name, parameter = safeguards.witness(self.model)
+        seen = torch.tensor([safeguards.digest(whole)], device=self.device)
+        other_sample = _differ(seen, sp.get_group())
+        declared = seen.new_tensor(-1 if num_items is None else int(num_items))
+        found = torch.stack([safeguards.fingerprint(parameter).to(self.device), declared])
+        apart = _differ(found, None)
+        mine = whole.num_valid().to(self.device) * (sp.get_local_rank() == 0)
+        told = torch.cat([mine[None], other_sample.int(), apart.int()])
+        # Every rank raises, so that none waits for another.
+        dist.all_reduce(told)
+        num_labels, samples, parameters, counts = told.tolist()
+        if samples:
+            raise ValueError(
+                f"the {sp.size()} ranks of an sp group got different samples, but share one; give them the "
+                "same batches: let the sampler count mesh['dp'] ranks, not all ranks (no "
+                "accelerator.prepare(loader), and another sampler in a Trainer)"
+            )
+        if parameters:
+            raise ValueError(
+                f"parameter '{name}' differs between the {world_size} ranks: gradients were not averaged "
+                "over all of them; call alst.average_gradients() before optimizer.step(), or wrap the "
+                "model in DDP, fully_shard or DeepSpeed over all ranks"
+            )
+        if counts:
+            raise ValueError(
+                f"num_items ({num_items}) differs between ranks; pass alst.count(labels of all "
+                "micro-batches of the step), which counts over all ranks"
+            )
+        return int(num_labels)
+
+    def _expect(self, num_labels: int, declared: int) -> None:
+        if not torch.is_grad_enabled():
+            return
+        labels, parameters = self._guard.labels, list(self.model.parameters())
+        if not _is_sharded(self.model) and all(p.grad is None for p in parameters):
+            labels.forget()  # gradients were dropped, as a scaler does after an overflow
+        labels.expect(num_labels, declared)
+
+
+def _is_sharded(model: PreTrainedModel) -> bool:
+    """Whether gradients of `model` may be elsewhere than in `.grad`, or are parts."""
+    return safeguards.is_deepspeed(model) or any(isinstance(p, DTensor) for p in model.parameters())
+
+
+def _differ(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Which of `values`, int64 [N], are not the same on all ranks of `group`, bool [N]. Collective."""
+    largest, smallest = values.clone(), values.clone()
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    dist.all_reduce(smallest, dist.ReduceOp.MIN, group=group)
+    return largest != smallest
+
+
+def _guarded_forward(model: PreTrainedModel, *args: Any, shard: Any = None, **kwargs: Any) -> Any:
+    """An enabled model's forward: it takes what `LongSequence.shard` gives, and refuses the rest."""
+    guard: _Guard = vars(model)["guard"]
+    if guard.stock:
+        return type(model).forward(model, *args, **kwargs)
+    if shard is None:
+        _check_unsharded(guard, kwargs)
+        return guard.inner(*args, **kwargs)
+    if "num_items_in_batch" in kwargs:
+        raise ValueError(
+            "num_items_in_batch comes beside alst.shard(...), which counts labels itself; call "
+            "model(**alst.shard(...)) alone (in a Trainer: override compute_loss and return that loss)"
+        )
+    output = guard.inner(*args, **kwargs, num_items_in_batch=shard.divisor)
+    output.loss = output.loss * guard.world_size
+    guard.labels.watch(output.loss, shard.num_labels, shard.num_items)
+    return output
+
+
+def _check_unsharded(guard: _Guard, kwargs: dict[str, Any]) -> None:
+    stock = "for evaluation or generate(), use `with alst.disabled():`"
+    if guard.sp > 1:
+        raise ValueError(
+            f"the model shares each sample between {guard.sp} ranks and was called without a shard; "
+            f"call model(**alst.shard(input_ids, labels)); {stock}"
+        )
+    if kwargs.get("past_key_values") is not None:
+        raise ValueError(f"an enabled model has no key/value cache; {stock}")
 
 
 def enable(
@@ -87,11 +266,15 @@ def enable(
 ) -> LongSequence:
     """Put ALST into `model`, in place; call before wrapping it in an engine. Local.
 
-    `mesh` has the axes `dp` and `sp`. `options` are those of `alst_impl.methods.alst.Alst` but `sp`.
-    Other models of the process are untouched. Raises `ValueError` for a model that cannot be sharded
-    exactly, naming the part.
+    `mesh` has the axes `dp` and `sp`, which are all ranks. `options` are those of
+    `alst_impl.methods.alst.Alst` but `sp`. Other models of the process are untouched. Raises
+    `ValueError` for a model that cannot be sharded exactly, naming the part.
     """
     method = Alst(sp=mesh["sp"].size(), **options)
+    if mesh.size() != dist.get_world_size():
+        raise ValueError(
+            f"mesh has {mesh.size()} of {dist.get_world_size()} ranks; use a mesh of all ranks"
+        )
     check_shardable(model.config.to_dict(), method.sp, "alst", type(model).__name__)
     device = next(model.parameters()).device
     placement = Placement(device, torch.device(host))
@@ -99,4 +282,21 @@ def enable(
     if checkpoint:
         method.checkpoint(model, placement)
     model.train()
-    return LongSequence(model, mesh, device, placement.evidence)
+    guard = _Guard(model.forward, method.sp, mesh.size(), StepLabels())
+    vars(model)["guard"] = guard
+    hf.set_forward(model, _guarded_forward)
+    handle = register_optimizer_step_pre_hook(partial(_before_update, weakref.ref(model)))
+    weakref.finalize(model, handle.remove)
+    return LongSequence(model, mesh, device, placement.evidence, guard)
+
+
+def _before_update(
+    reference: weakref.ref[PreTrainedModel], optimizer: torch.optim.Optimizer, *_: Any
+) -> None:
+    """Before any optimizer of the process steps: are the gradients of this model those of a whole step?"""
+    model = reference()
+    if model is None:
+        return
+    labels: StepLabels = vars(model)["guard"].labels
+    if safeguards.owns(optimizer, model) or (safeguards.is_deepspeed(model) and labels.complete):
+        labels.finish()
