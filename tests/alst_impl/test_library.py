@@ -9,43 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from small import batches, stock_model
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
 
 from alst_impl import hf, library
 
 if TYPE_CHECKING:
     from conftest import Ranks
-
-LENGTH = 21
-
-
-def stock_model() -> Qwen3ForCausalLM:
-    """A small Qwen3 in fp64, the same every time."""
-    torch.manual_seed(1)
-    config = Qwen3Config(
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-    )
-    return Qwen3ForCausalLM(config).double()
-
-
-def batches() -> list[dict[str, Tensor]]:
-    """Two steps of two samples; the second is mostly a prompt."""
-    generator = torch.Generator().manual_seed(2)
-    found = []
-    for _ in range(2):
-        ids = torch.randint(50, (2, LENGTH), generator=generator)
-        labels = ids.clone()
-        labels[1, :15] = -100
-        found.append({"input_ids": ids, "labels": labels})
-    return found
 
 
 def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:

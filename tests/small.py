@@ -1,0 +1,47 @@
+"""A model that takes a moment, its data, and its truth: for tests of loops that are not ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+LENGTH = 21
+
+
+def stock_model(dtype: torch.dtype = torch.float64) -> Qwen3ForCausalLM:
+    """A small Qwen3, the same every time."""
+    torch.manual_seed(1)
+    config = Qwen3Config(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
+    return Qwen3ForCausalLM(config).to(dtype)
+
+
+def batches() -> list[dict[str, Tensor]]:
+    """Two batches of two samples; those of the second are mostly prompts."""
+    generator = torch.Generator().manual_seed(2)
+    found = []
+    for prompt in (0, 15):
+        ids = torch.randint(50, (2, LENGTH), generator=generator)
+        labels = ids.clone()
+        labels[1, :15] = -100
+        labels[:, :prompt] = -100
+        found.append({"input_ids": ids, "labels": labels})
+    return found
+
+
+def stock_gradients(model: Any, data: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Gradients of the mean loss over all labels of `data` in one process, by the model's own forward."""
+    num_items = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in data)
+    for batch in data:
+        model(**batch, num_items_in_batch=torch.tensor(num_items), use_cache=False).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
