@@ -266,10 +266,14 @@ def enable(
 ) -> LongSequence:
     """Put ALST into `model`, in place; call before wrapping it in an engine. Local.
 
-    `mesh` has the axes `dp` and `sp`, which are all ranks. `options` are those of
+    `model` may be wrapped by peft. `mesh` has the axes `dp` and `sp`, which are all ranks. `options` are those of
     `alst_impl.methods.alst.Alst` but `sp`. Other models of the process are untouched. Raises
     `ValueError` for a model that cannot be sharded exactly, naming the part.
     """
+    # An adapted model is called through peft's wrapper; what runs is the model inside.
+    model = getattr(model, "get_base_model", lambda: model)()
+    if "guard" in vars(model):
+        raise ValueError(f"{type(model).__name__} is enabled already; build another model")
     method = Alst(sp=mesh["sp"].size(), **options)
     if mesh.size() != dist.get_world_size():
         raise ValueError(

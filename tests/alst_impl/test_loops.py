@@ -359,26 +359,37 @@ def set_loss(model: Any) -> None:
     model.loss_function = tenfold
 
 
-def adapt_head(model: Any) -> None:
-    """LoRA on the head and on a projection, with adapters that do not start at zero."""
-    config = peft.LoraConfig(r=2, target_modules=["lm_head", "q_proj"], init_lora_weights=False)
+def adapters(*targets: str, saved: tuple[str, ...] = ()) -> peft.LoraConfig:
+    """Adapters of `q_proj` and `targets` that do not start at zero, the same every time."""
     torch.manual_seed(3)
-    peft.get_peft_model(model, config)
+    return peft.LoraConfig(
+        r=2,
+        target_modules=["q_proj", *targets],
+        modules_to_save=list(saved),
+        init_lora_weights=False,
+    )
+
+
+def adapt_head(model: Any) -> None:
+    """LoRA on the head, too."""
+    peft.get_peft_model(model, adapters("lm_head"))
 
 
 def save_head(model: Any) -> None:
     """A whole trained head beside LoRA, as for new tokens."""
-    config = peft.LoraConfig(
-        r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False
-    )
-    torch.manual_seed(3)
-    peft.get_peft_model(model, config)
+    peft.get_peft_model(model, adapters(saved=("lm_head",)))
 
 
 def resize(model: Any) -> None:
     """Three more tokens."""
     torch.manual_seed(4)
     model.resize_token_embeddings(53)
+
+
+def adapted_model() -> Any:
+    """A model inside peft's wrapper."""
+    model = stock_model()
+    return peft.get_peft_model(model, adapters())
 
 
 CHANGES: list[Callable[[Any], None]] = [set_loss, adapt_head, save_head, resize]
@@ -399,6 +410,13 @@ def changed_afterwards(rank: int, world_size: int) -> None:
             assert_same_gradients(gradients_of(model), truth)
         except AssertionError as error:
             raise AssertionError(f"{change.__name__}: {error}") from None
+    expected, adapted = adapted_model(), adapted_model()
+    _, alst = enabled(2, adapted)
+    adapted(**alst.shard(**data[0])).loss.backward()
+    alst.average_gradients()
+    assert_same_gradients(gradients_of(adapted), stock_gradients(expected, data))
+    with pytest.raises(ValueError, match="enabled already"):
+        enabled(2, adapted)
     model, alst = enabled(2, tiles=3)
     model.loss_function = mean_of_its_own
     with pytest.raises(ValueError, match="'mean_of_its_own' is not a sum over tokens"):
