@@ -116,7 +116,8 @@ class TrainConfig(Frozen):
     """Parameters and activations."""
     attention: Attention = "sdpa"
     """Core attention, a key of `alst_impl.ops.attention.BACKENDS`: PyTorch's own choice, or one CUDA
-    kernel and no other."""
+    kernel and no other. Models that transformers has no fused attention for (sinks, soft-caps) have under
+    `sdpa` its plain one, in method 'baseline'."""
     lora: LoraConfig | None = None
     """Train adapters alone; None trains every weight."""
     checkpoint: bool = True

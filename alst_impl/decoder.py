@@ -58,9 +58,9 @@ def read(layer: nn.Module) -> Decoder:
     _refuse_others(layer, LAYER, LAYER_FIELDS)
     _refuse_others(attention, FUSED if fused else SEPARATE, ATTENTION_FIELDS)
     _refuse_others(_child(layer, "mlp"), MLP, None)
-    for name, child in layer.named_children():
-        if getattr(child, "p", 0):
-            raise ValueError(_unknown(layer, f"dropout ({name}, p={child.p})"))
+    for name, part in layer.named_modules():
+        if getattr(part, "p", 0):
+            raise ValueError(_unknown(layer, f"dropout ({name}, p={part.p})"))
     dim = attention.head_dim
     query, key, value = _projections(attention, dim, fused=fused)
     before = _child(layer, "input_layernorm")

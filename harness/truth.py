@@ -67,7 +67,7 @@ def gradients_of(model: Any, samples: dict[str, torch.Tensor]) -> dict[str, torc
 def _model(folder: str, dtype: torch.dtype) -> Any:
     """The model in `folder`; with adapters where a configuration of peft lies beside its weights."""
     # Grouped matrix products of experts know no fp64.
-    kinds = {"attn_implementation": "sdpa", "experts_implementation": "eager"}
+    kinds = {"experts_implementation": "eager"}
     adapted = Path(folder, ADAPTED)
     if not adapted.exists():
         return AutoModelForCausalLM.from_pretrained(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from alst_impl.config import Frozen, Precision, Spec, TrainConfig
-from alst_impl.models import field, published, unsupported
+from alst_impl.models import field, published, rotary_by_longest, unsupported
 from alst_impl.plugin import load
 
 if TYPE_CHECKING:
@@ -198,7 +198,9 @@ def check_sharded(config: TrainConfig, sp: int, method: str, cp: int = 1) -> Non
                 f"{axis} ({degree}) must divide {of} ({ranks}) for method '{method}'; "
                 f"use {axis} in {divisors(ranks)}"
             )
-    check_shardable(published(config.model, config.overrides), sp, method, config.model)
+    fields = published(config.model, config.overrides)
+    check_shardable(fields, sp, method, config.model)
+    check_rotary(fields, "cp", cp, config.model)
 
 
 def check_shardable(fields: dict[str, Any], sp: int, method: str, model: str) -> None:
@@ -214,6 +216,17 @@ def check_shardable(fields: dict[str, Any], sp: int, method: str, model: str) ->
         raise ValueError(
             f"model '{model}' has {reason}, which method '{method}' cannot shard exactly; "
             "use method 'baseline'"
+        )
+    check_rotary(fields, "sp", sp, model)
+
+
+def check_rotary(fields: dict[str, Any], axis: str, parts: int, model: str) -> None:
+    """Raise `ValueError` for frequencies that follow the longest position, where a forward pass sees one of `parts`."""
+    scaling = rotary_by_longest(fields)
+    if scaling is not None and parts > 1:
+        raise ValueError(
+            f"model '{model}' has rotary scaling '{scaling}', whose frequencies follow the longest position of "
+            f"the sequence, but at {axis} ({parts}) each part sees its own positions; use {axis}=1"
         )
 
 

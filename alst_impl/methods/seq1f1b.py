@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from alst_impl.config import TrainConfig
-from alst_impl.methods.base import Method, check_flash_by_name, divisors
+from alst_impl.methods.base import Method, check_flash_by_name, check_rotary, divisors
 from alst_impl.methods.layerwise import LOSS_ROWS
 from alst_impl.models import field, published, unsupported, window
 from alst_impl.ops.schedule import equal_flops, equal_lengths
@@ -68,6 +68,7 @@ class Seq1F1B(Method):
             )
         if self.slices > 1:
             check_flash_by_name(config, "seq1f1b")
+        check_rotary(fields, "slices", self.slices, config.model)
         self._check_model(config, fields)
 
     def _check_model(self, config: TrainConfig, fields: dict[str, Any]) -> None:

@@ -99,6 +99,21 @@ def unsupported(fields: dict[str, Any]) -> str | None:
     return None
 
 
+def rotary_by_longest(fields: dict[str, Any]) -> str | None:
+    """The rotary scaling whose frequencies follow the longest position that a forward pass sees; None for fixed ones.
+
+    Scaling may be given for each kind of layer. Older configurations name longrope otherwise ("su", "yarn"),
+    but it alone has two sets of factors.
+    """
+    found = [fields.get(key) or {} for key in ("rope_parameters", "rope_scaling")]
+    found += [each for scaling in found for each in scaling.values() if isinstance(each, dict)]
+    for scaling in found:
+        kind = str(scaling.get("rope_type") or scaling.get("type") or "default")
+        if "dynamic" in kind or kind == "longrope" or "long_factor" in scaling:
+            return kind
+    return None
+
+
 def window(fields: dict[str, Any]) -> int | None:
     """Keys that a query of some layer sees at most, itself included; None if all before it, everywhere."""
     on = fields.get("use_sliding_window", True)
@@ -141,7 +156,6 @@ def build(config: TrainConfig) -> tuple[PreTrainedModel, Initializer]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             hf_config(config),
-            attn_implementation="sdpa",
             dtype=getattr(torch, config.dtype),
             **experts,
         )

@@ -33,6 +33,7 @@ from alst_impl.ops.flash import Documents, Rest, attend_backward, attend_with_lo
 from alst_impl.ops.headgroups import HeadGroups
 from alst_impl.ops.offload import HostOffload
 from alst_impl.ops.parked import DeviceSlots, HostSlots, Parked, Resident, Rows, Slots
+from alst_impl.ops.recompute import FirstRun
 from alst_impl.ops.segment import Segment, Segments
 from alst_impl.ops.tiling import GradientSum, TokenWise, accumulation_dtype, parameters_of
 from alst_impl.placement import Placement
@@ -189,8 +190,14 @@ class Layerwise:
         """x [B, s, E] -> [B, s, E]. Collective under sequence parallelism.
 
         The output must have one consumer: backward overwrites its gradient. So must the input of a layer
-        that streams, which becomes the output.
+        that streams, which becomes the output. Raises `ValueError` under autocast.
         """
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            raise ValueError(
+                f"method 'layerwise' keeps what it computes in the model's dtype ({x.dtype}), but runs under "
+                f"autocast ({dtype}); leave autocast and convert the model, or use method 'alst'"
+            )
         if not torch.is_grad_enabled():
             return self.forward(x, call, into=x if self.stream else None)[0]
         parameters = parameters_of(self.decoder.module)
@@ -584,8 +591,9 @@ class _InPlace(torch.autograd.Function):
         ctx.tiles = Parked(x, size, offload, eight_bits=False)
         offload.settle()
         y = x.data
-        for part in y.split(size, dim=1):
-            part.copy_(fn(part))
+        with FirstRun(x.device) as ctx.first:
+            for part in y.split(size, dim=1):
+                part.copy_(fn(part))
         return y
 
     @staticmethod
@@ -594,9 +602,10 @@ class _InPlace(torch.autograd.Function):
         parameters = parameters_of(ctx.fn)
         sums = GradientSum(parameters)
         grad = grads[0].contiguous()
+        again = ctx.first.again()
         for start, stop in tiling.tile_bounds(grad.shape[1], -(-grad.shape[1] // ctx.size)):
             tile = tiles.tile(slice(start, stop)).requires_grad_()
-            with torch.enable_grad():
+            with torch.enable_grad(), again.part():
                 out = ctx.fn(tile)
             of_tile, *gradients = torch.autograd.grad(
                 out, [tile, *parameters], grad[:, start:stop], allow_unused=True

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alst_impl.ops.recompute import FirstRun
 from alst_impl.placement import Placement
 
 PIECE_BYTES = 2**27
@@ -229,7 +230,8 @@ class _Checkpoint(torch.autograd.Function):
             ctx.save_for_backward(x)
         else:
             ctx.parked = offload.store(x)
-        return run(x)
+        with FirstRun(x.device) as ctx.first:
+            return run(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -240,7 +242,8 @@ class _Checkpoint(torch.autograd.Function):
             ctx.parked = None
         x = x.detach().requires_grad_()
         with torch.enable_grad():
-            out = ctx.run(x)
+            with ctx.first.again().part():
+                out = ctx.run(x)
             start = _Outgoing.apply(partial(ctx.incoming.give, grads[0]), out)  # type: ignore[no-untyped-call]
         # Backward needs the graph, not the value: the layer's output is freed here.
         del out
@@ -254,7 +257,7 @@ def checkpoint(
     """`run(x)`, recomputed in backward; `x` waits on the host if `offload` is given.
 
     `run` maps a tensor to a tensor and may use parameters: their gradients accumulate as in an ordinary
-    backward. `run` must be deterministic (no dropout). Local.
+    backward. It runs again with the same random numbers and autocast. Local.
     """
     if not torch.is_grad_enabled():
         return run(x)

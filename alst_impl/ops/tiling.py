@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alst_impl.ops.recompute import FirstRun
+
 TokenWise = Callable[[Tensor], Tensor]
 
 
@@ -93,12 +95,13 @@ class _Tiled(torch.autograd.Function):
         # no stale reference here. They are looked up again in backward.
         ctx.save_for_backward(x)
         out: Tensor | None = None
-        for start, stop in tile_bounds(x.shape[1], num_tiles):
-            tile = fn(x[:, start:stop].contiguous())
-            if out is None:
-                out = tile.new_empty(x.shape[0], x.shape[1], *tile.shape[2:])
-            out[:, start:stop] = tile
-            del tile
+        with FirstRun(x.device) as ctx.first:
+            for start, stop in tile_bounds(x.shape[1], num_tiles):
+                tile = fn(x[:, start:stop].contiguous())
+                if out is None:
+                    out = tile.new_empty(x.shape[0], x.shape[1], *tile.shape[2:])
+                out[:, start:stop] = tile
+                del tile
         assert out is not None
         return out
 
@@ -110,10 +113,11 @@ class _Tiled(torch.autograd.Function):
         sums = GradientSum(parameters)
         needs_x = ctx.needs_input_grad[2]
         grad_x = torch.empty_like(x) if needs_x else None
+        again = ctx.first.again()
         for start, stop in tile_bounds(x.shape[1], ctx.num_tiles):
             tile = x[:, start:stop].contiguous().detach().requires_grad_(needs_x)
             inputs = [tile, *parameters] if needs_x else parameters
-            with torch.enable_grad():
+            with torch.enable_grad(), again.part():
                 out = ctx.fn(tile)
             edge = torch.autograd.graph.get_gradient_edge(out)
             del out

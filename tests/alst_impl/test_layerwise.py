@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from training import config_of, corpus_of, ratio_and_cosine, run_steps
 
-from alst_impl import step
+from alst_impl import decoder, hf, step
 from alst_impl.config import TrainConfig
 from alst_impl.methods.base import load_method
-from alst_impl.models import published
+from alst_impl.models import build, published
 from alst_impl.ops import float8
 from alst_impl.ops.attention import attend
 from alst_impl.ops.flash import attend_backward, attend_with_logsumexp
@@ -345,6 +345,28 @@ def test_an_unknown_part_is_refused_by_name(
         step.start(config, mesh, Placement(torch.device("cpu")))
     assert part in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_dropout_is_refused_wherever_it_is() -> None:
+    """Backward computes parts of a layer in another order, and would draw other numbers for them."""
+    model, _ = build(config_of())
+    layer: Any = hf.decoder_layers(model)[0]
+    decoder.read(layer)
+    layer.mlp.act_fn = nn.Sequential(nn.SiLU(), nn.Dropout(0.1))
+    with pytest.raises(ValueError, match=r"dropout \(mlp.act_fn.1, p=0.1\); use method 'alst'"):
+        decoder.read(layer)
+
+
+def test_autocast_is_refused() -> None:
+    """What waits for backward is in the model's dtype."""
+    config = config_of(method={"name": "layerwise"})
+    with alone() as mesh, torch.autocast("cpu", dtype=torch.bfloat16):
+        method, runtime = step.start(config, mesh, Placement(torch.device("cpu")))
+        batches = step.micro_batches(
+            config, corpus_of(config), method, mesh, 0, torch.device("cpu")
+        )
+        with pytest.raises(ValueError, match=r"autocast \(torch.bfloat16\); leave autocast"):
+            step.accumulate_gradients(method, runtime, batches)
 
 
 @pytest.mark.parametrize(

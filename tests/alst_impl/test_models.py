@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from training import config_of
+from training import Run, assert_trains_as, config_of, run_steps, truth_of
 
 from alst_impl import models, step
-from alst_impl.config import TrainConfig
+from alst_impl.config import Spec, TrainConfig
 from alst_impl.placement import Placement
 
 if TYPE_CHECKING:
@@ -185,6 +186,96 @@ def test_what_sharding_would_change_has_a_name(fields: dict[str, object], reason
     found = models.unsupported({"model_type": "llama", **fields})
     assert found is not None
     assert reason in found
+
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 260,
+    "sliding_window": 5,
+}
+UNFUSED = [
+    {**SIZES, "model_type": "gemma2", "attn_logit_softcapping": 50.0, "query_pre_attn_scalar": 8},
+    {
+        **SIZES,
+        "model_type": "gpt_oss",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
+]
+
+
+def steps_of(rank: int, world_size: int, configs: list[TrainConfig]) -> list[Run | None]:
+    """Body of a rank: one step of each."""
+    return [run_steps(rank, world_size, config) for config in configs]
+
+
+def test_what_sharding_refuses_trains_by_the_way_out_that_it_names(
+    ranks: Ranks, tmp_path: Path
+) -> None:
+    """Models that transformers has no fused attention for, by its plain one."""
+    configs = []
+    for fields in UNFUSED:
+        path = tmp_path / f"{fields['model_type']}.json"
+        path.write_text(json.dumps(fields))
+        configs.append(config_of(model=str(path), dtype="float64", seqlen=21))
+        sharded = configs[-1].model_copy(update={"method": Spec(name="alst")})
+        with pytest.raises(ValueError, match="use method 'baseline'"):
+            step.check(sharded)
+    for config, run in zip(configs, ranks(1)(steps_of, configs)[0], strict=True):
+        assert_trains_as(run, truth_of(config))
+
+
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize(
+    ("fields", "scaling"),
+    [
+        ({"rope_parameters": DYNAMIC}, "dynamic"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ({"rope_scaling": {"type": "su", "long_factor": [1.0], "short_factor": [1.0]}}, "su"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "longrope"}}}, "longrope"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, None),
+        ({"rope_scaling": None}, None),
+    ],
+)
+def test_rotary_scaling_by_the_longest_position_is_found(
+    fields: dict[str, object], scaling: str | None
+) -> None:
+    """By either name of the field, in old spellings, for one kind of layer."""
+    assert models.rotary_by_longest(fields) == scaling
+
+
+@pytest.mark.parametrize(
+    ("method", "way_out"),
+    [
+        ({"name": "alst", "sp": 2}, "use sp=1"),
+        ({"name": "layerwise", "sp": 2}, "use sp=1"),
+        ({"name": "ring", "cp": 2}, "use cp=1"),
+        ({"name": "usp", "cp": 2}, "use cp=1"),
+        ({"name": "seq1f1b", "slices": 2}, "use slices=1"),
+        ({"name": "alst"}, None),
+        ({"name": "ring"}, None),
+        ({"name": "seq1f1b", "pp": 2, "slices": 1}, None),
+        ({"name": "mst"}, None),
+    ],
+)
+def test_rotary_scaling_by_the_longest_position_is_refused_where_a_rank_sees_a_part(
+    method: dict[str, object], way_out: str | None
+) -> None:
+    """In one line with the way out; whole sequences are never refused."""
+    settings = config_of(method=method, world_size=2, overrides={"rope_parameters": DYNAMIC})
+    if way_out is None:
+        step.check(settings)
+        return
+    with pytest.raises(ValueError, match=f"rotary scaling 'dynamic'.*{way_out}$"):
+        step.check(settings)
 
 
 def test_published_models_can_be_sharded() -> None:

@@ -1,0 +1,108 @@
+"""Running a function again as it ran first: with the random numbers and the autocast of then.
+
+What is computed in forward and once more in backward must be the same computation both times. What
+`torch.utils.checkpoint` restores is restored here: the states of PyTorch's generators, and autocast.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any
+
+import torch
+
+States = list[bytes]
+"""One for each of `_generators`."""
+
+
+class FirstRun:
+    """A block whose computation is to be repeated: `with FirstRun(device) as first: ...`, then `first.again()`."""
+
+    def __init__(self, device: torch.device) -> None:
+        """`device` computes; the CPU's generator and autocast count beside its own."""
+        self._device = device
+        self._autocasts = _autocasts(device)
+        self._states: States | None = None
+
+    def __enter__(self) -> FirstRun:
+        self._states = _states(self._device)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._states == _states(self._device):  # nothing random ran
+            self._states = None
+
+    def again(self) -> Again:
+        """A repetition from the beginning."""
+        return Again(self._device, self._autocasts, self._states)
+
+
+class Again:
+    """One repetition, in as many parts as the caller likes, in the order of the first run."""
+
+    def __init__(
+        self, device: torch.device, autocasts: list[dict[str, Any]], states: States | None
+    ) -> None:
+        self._device, self._autocasts, self._states = device, autocasts, states
+
+    @contextlib.contextmanager
+    def part(self) -> Iterator[None]:
+        """The block draws the first run's next random numbers, under its autocast.
+
+        Afterwards the generators are as if the block had not run: later draws are those without a repetition.
+        """
+        with contextlib.ExitStack() as stack:
+            for autocast in self._autocasts:
+                stack.enter_context(torch.autocast(**autocast))
+            if self._states is None:
+                yield
+                return
+            outside = _states(self._device)
+            _restore(self._device, self._states)
+            try:
+                yield
+            finally:
+                self._states = _states(self._device)
+                _restore(self._device, outside)
+
+
+def _autocasts(device: torch.device) -> list[dict[str, Any]]:
+    """Arguments of `torch.autocast` that make it what it is now, on `device` and on the CPU."""
+    return [
+        {
+            "device_type": kind,
+            "enabled": torch.is_autocast_enabled(kind),
+            "dtype": torch.get_autocast_dtype(kind),
+            "cache_enabled": torch.is_autocast_cache_enabled(),
+        }
+        for kind in dict.fromkeys((device.type, "cpu"))
+        if torch.amp.is_autocast_available(kind)
+    ]
+
+
+def _generators(device: torch.device) -> list[torch.Generator]:
+    """PyTorch's own on the CPU and on `device`."""
+    if device.type in ("cpu", "meta"):
+        return [torch.default_generator]
+    module = torch.get_device_module(device)
+    return [torch.default_generator, module.default_generators[device.index]]
+
+
+def _states(device: torch.device) -> States:
+    # As bytes, 5 KB and 16: comparing tensors would be an operation, which a mode that sees operations
+    # (fake tensors, a tracker of memory) would see.
+    states = [generator.get_state() for generator in _generators(device)]
+    return [ctypes.string_at(state.data_ptr(), state.numel()) for state in states]
+
+
+def _restore(device: torch.device, states: States) -> None:
+    for generator, state in zip(_generators(device), states, strict=True):
+        generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
