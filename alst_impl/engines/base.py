@@ -173,8 +173,13 @@ def dtypes(model: PreTrainedModel) -> list[torch.dtype]:
     return sorted(held, key=lambda dtype: dtype != model.dtype)
 
 
-def optimizer_of(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer of every engine; `foreach` off, so that each parameter's update is freed at once."""
+def optimizer_of(
+    parameters: list[nn.Parameter] | list[dict[str, Any]], config: TrainConfig
+) -> torch.optim.Optimizer:
+    """The optimizer of every engine; `foreach` off, so that each parameter's update is freed at once.
+
+    Takes parameters, or PyTorch's groups of them.
+    """
     import torch
 
     o = config.optimizer
