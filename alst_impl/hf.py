@@ -21,7 +21,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, MoeModelOutput
 
 from alst_impl.ops.loss import tiled_loss
 from alst_impl.ops.offload import HostOffload, checkpoint
-from alst_impl.ops.tiling import tiled
+from alst_impl.ops.tiling import run_as, tiled
 from alst_impl.placement import Evidence
 
 ATTENTION = "alst"
@@ -295,7 +295,7 @@ def tile_module(
         rows = -(-hidden_states.shape[1] // count)
         return torch.cat([stock(tile) for tile in hidden_states.split(rows, dim=1)], dim=1)
 
-    vars(module).update(forward=forward, is_tiled=True)
+    run_as(module, forward)
 
 
 class _Given(nn.Module):

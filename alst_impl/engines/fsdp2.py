@@ -158,8 +158,7 @@ def _placements(
             f"fully_shard of torch {torch.__version__} cannot shard; use torch 2.13, or engine 'zero'"
         ) from None
     infos = {
-        dtype: FSDPMeshInfo(mesh=replicas_again(mesh, device), shard_mesh_dim=0)
-        for dtype in others
+        dtype: FSDPMeshInfo(mesh=replicas_again(mesh, device), shard_mesh_dim=0) for dtype in others
     }
 
     def place(parameter: nn.Parameter) -> Any:
