@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from alst_impl import hf
 from alst_impl.ops.layerwise import Call, Decoder, Heads, Layerwise, in_place
 from alst_impl.ops.offload import HostOffload
+from alst_impl.ops.tiling import run_as
 
 LAYER = {
     "input_layernorm",
@@ -90,7 +91,7 @@ def read(layer: nn.Module) -> Decoder:
 def run_layers(model: PreTrainedModel, layers: list[Layerwise]) -> None:
     """Have the decoder layers of `model` run as `layers`, on the instances."""
     for module, layer in zip(hf.decoder_layers(model), layers, strict=True):
-        vars(module).update(forward=_forward(layer), is_tiled=True)
+        run_as(module, _forward(layer))
 
 
 def run_in_place(norm: nn.Module, size: int, offload: HostOffload) -> None:
@@ -101,7 +102,7 @@ def run_in_place(norm: nn.Module, size: int, offload: HostOffload) -> None:
         local = hidden_states.shape[1]
         return in_place(stock, hidden_states, -(-local // -(-local // size)), offload)
 
-    vars(norm).update(forward=forward, is_tiled=True)
+    run_as(norm, forward)
 
 
 def _forward(layer: Layerwise) -> Any:

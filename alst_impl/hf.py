@@ -27,7 +27,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, MoeModelOutput
 
 from alst_impl.ops.loss import TokenLoss, tiled_loss
 from alst_impl.ops.offload import HostOffload, checkpoint
-from alst_impl.ops.tiling import tiled
+from alst_impl.ops.tiling import run_as, tiled
 from alst_impl.placement import Evidence
 
 ATTENTION = "alst"
@@ -39,18 +39,23 @@ Attention = Callable[..., Tensor]
 # -- changes on instances -------------------------------------------------------------------------
 
 
-def set_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
-    """Make `module(...)` call `forward(module, ...)`, on this instance alone.
+def bound(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward(module, ...)` as a method of this instance with the signature of the class's own forward.
 
-    It is a bound method with the signature of the class's own, so that `copy.deepcopy` binds it to the
-    copy, and callers that look for a model's arguments (transformers' Trainer) find them.
+    `copy.deepcopy` binds a method to the copy, and callers that look for a model's arguments
+    (transformers' Trainer) find them.
     """
 
-    def bound(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return forward(self, *args, **kwargs)
 
-    vars(bound)["__signature__"] = inspect.signature(type(module).forward)
-    vars(module)["forward"] = MethodType(bound, module)
+    vars(method)["__signature__"] = inspect.signature(type(module).forward)
+    return MethodType(method, module)
+
+
+def set_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Make `module(...)` call `forward(module, ...)`, on this instance alone."""
+    vars(module)["forward"] = bound(module, forward)
 
 
 # -- structure ------------------------------------------------------------------------------------
@@ -325,8 +330,7 @@ def tile_module(
     Norms of queries and keys may see [B, H, S, D]: they work on every head alone, so tiles of heads do.
     """
     vars(module)["tiling"] = _Tiling(module.forward, tiles, evidence, recompute)
-    vars(module)["is_tiled"] = True
-    set_forward(module, _tiled_forward)
+    run_as(module, bound(module, _tiled_forward))
 
 
 @dataclass(frozen=True)

@@ -146,6 +146,18 @@ def replicas(mesh: DeviceMesh, device: torch.device) -> DeviceMesh:
     return init_device_mesh(device.type, shape, mesh_dim_names=names)["replicas"]
 
 
+def replicas_again(mesh: DeviceMesh, device: torch.device) -> DeviceMesh:
+    """`replicas` with a process group of its own, which equal meshes would otherwise share. Collective."""
+    import torch.distributed as dist
+    from torch.distributed import DeviceMesh
+
+    pp = 1 if stages(mesh) is None else mesh["pp"].size()
+    size = mesh.size() // pp
+    ranks = [list(range(first, first + size)) for first in range(0, mesh.size(), size)]
+    group, _ = dist.new_subgroups_by_enumeration(ranks)
+    return DeviceMesh.from_group(group, device.type, mesh_dim_names=("replicas",))
+
+
 def stages(mesh: DeviceMesh) -> ProcessGroup | None:
     """The ranks of this rank's pipeline; None where there is none."""
     axes = mesh.mesh_dim_names or ()
@@ -155,8 +167,19 @@ def stages(mesh: DeviceMesh) -> ProcessGroup | None:
     return mesh["pp"].get_group()
 
 
-def optimizer_of(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer of every engine; `foreach` off, so that each parameter's update is freed at once."""
+def dtypes(model: PreTrainedModel) -> list[torch.dtype]:
+    """Those of the model's parameters, its own first; more than one where some are kept in fp32."""
+    held = dict.fromkeys(p.dtype for p in model.parameters())
+    return sorted(held, key=lambda dtype: dtype != model.dtype)
+
+
+def optimizer_of(
+    parameters: list[nn.Parameter] | list[dict[str, Any]], config: TrainConfig
+) -> torch.optim.Optimizer:
+    """The optimizer of every engine; `foreach` off, so that each parameter's update is freed at once.
+
+    Takes parameters, or PyTorch's groups of them.
+    """
     import torch
 
     o = config.optimizer

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from alst_impl.config import TrainConfig
 from alst_impl.engines.base import (
     Engine,
     Runtime,
+    dtypes,
     load_distributed,
     optimizer_of,
     replicas,
+    replicas_again,
     save_distributed,
     stages,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
     from torch import Tensor, nn
     from torch.autograd.graph import GradientEdge
     from torch.distributed import DeviceMesh
@@ -88,7 +93,10 @@ class FSDP2Runtime(Runtime):
 
 
 class FSDP2(Engine):
-    """One unit per decoder layer; embedding and head are units too, unless they share weights."""
+    """One unit per decoder layer; embedding and head are units too, unless they share weights.
+
+    Parameters of a unit that differ in dtype are gathered and reduced apart, each in its own dtype.
+    """
 
     def start(
         self,
@@ -108,13 +116,14 @@ class FSDP2(Engine):
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         # A stage of a pipeline has one of them, or neither.
         ends = [end for end in (embedding, head) if end is not None and [*end.parameters()]]
+        placements = _placements(model, mesh, placement.device)
         untied = len({end.weight for end in ends}) == len(ends)
         if untied:
             units += ends
         for unit in [*units, model]:
             # Filled and sharded one by one: a process holds its shards and one whole unit.
             initializer.fill(model, unit, placement.device)
-            fully_shard(unit, mesh=ranks)
+            fully_shard(unit, mesh=ranks, shard_placement_fn=placements)
             sharded = cast("FSDPModule", unit)
             # Losses are addends already: the sum over ranks is the gradient.
             sharded.set_gradient_divide_factor(1.0)
@@ -123,3 +132,37 @@ class FSDP2(Engine):
             # The gradient of a lookup needs no weights.
             cast("FSDPModule", embedding).set_unshard_in_backward(False)
         return FSDP2Runtime(model, config, mesh, placement)
+
+
+def _placements(
+    model: PreTrainedModel, mesh: DeviceMesh, device: torch.device
+) -> Callable[[nn.Parameter], Any] | None:
+    """What has `fully_shard` make one group of parameters per dtype; None where there is one dtype. Collective.
+
+    It makes one per process group, so each dtype besides the model's own gets a process group of the
+    same ranks. Raises `ValueError` where the installed PyTorch makes one group whatever the dtypes.
+    """
+    others = dtypes(model)[1:]
+    if not others:
+        return None
+    import torch
+
+    try:
+        from torch.distributed.fsdp._fully_shard._fsdp_common import (
+            FSDPMeshInfo,
+            ShardPlacementResult,
+        )
+    except ImportError:
+        raise ValueError(
+            f"{type(model).__name__} has parameters of dtype {model.dtype} and {others}, which "
+            f"fully_shard of torch {torch.__version__} cannot shard; use torch 2.13, or engine 'zero'"
+        ) from None
+    infos = {
+        dtype: FSDPMeshInfo(mesh=replicas_again(mesh, device), shard_mesh_dim=0) for dtype in others
+    }
+
+    def place(parameter: nn.Parameter) -> Any:
+        info = infos.get(parameter.dtype)
+        return None if info is None else ShardPlacementResult(placement=None, mesh_info=info)
+
+    return place

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from alst_impl.config import TrainConfig
-from alst_impl.engines.base import Engine, Runtime, optimizer_of
+from alst_impl.engines.base import Engine, Runtime, dtypes, optimizer_of
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 
 SAVED, UNIVERSAL = "saved", "universal"
 """Folders inside that of a checkpoint."""
+LARGE = 10**9
+"""Parameters of a model that DeepSpeed's own bucket sizes are meant for."""
+REDUCE_BUCKET_SIZE, PREFETCH_BUCKET_SIZE = 500_000_000, 50_000_000
+"""DeepSpeed's own (deepspeed/runtime/zero/config.py), in elements."""
 
 
 class ZeroRuntime(Runtime):
@@ -122,12 +127,11 @@ class Zero(Engine):
     """Keep parameter shards in host memory (stage 3 only)."""
     reduce_scatter: bool = True
     """Reduce gradients to their owner instead of to all ranks."""
-    reduce_bucket_size: int = Field(default=500_000_000, ge=1)
-    """Elements of the bucket that gradients are reduced in; the default is DeepSpeed's own, 2 GB in
-    fp32, which would hide everything else of a small model."""
-    prefetch_bucket_size: int = Field(default=50_000_000, ge=0)
-    """Parameter elements that stage 3 gathers ahead; the default is DeepSpeed's own, which is the whole
-    of a small model."""
+    reduce_bucket_size: int | None = Field(default=None, ge=1)
+    """Elements of the bucket that gradients are reduced in; None is DeepSpeed's own 500 million for
+    models of `LARGE` parameters and more, and in proportion for smaller ones, of which it would be most."""
+    prefetch_bucket_size: int | None = Field(default=None, ge=0)
+    """Parameter elements that stage 3 gathers ahead; None likewise, of DeepSpeed's own 50 million."""
 
     def check(self, config: TrainConfig) -> None:
         if config.dtype == "float64":
@@ -151,17 +155,24 @@ class Zero(Engine):
     ) -> Runtime:
         import deepspeed
 
-        settings = self._settings(config)
+        mixed = len(dtypes(model)) > 1
+        if mixed and self.offload_param:
+            raise ValueError(
+                f"{type(model).__name__} has parameters of dtype {dtypes(model)}, which offload_param of "
+                "DeepSpeed would all keep in one; set offload_param: false"
+            )
+        settings = self._settings(config, mixed, sum(p.numel() for p in model.parameters()))
         if mpu is not None:
             settings["sequence_parallel_size"] = mpu.get_sequence_parallel_world_size()
         if self.stage == 3:
             self._shard(model, initializer, settings, placement)
         else:
             initializer.fill(model, model, placement.device)
-        optimizer = optimizer_of([p for p in model.parameters() if p.requires_grad], config)
-        engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=settings, mpu=mpu, dist_init_required=False
-        )
+        optimizer = optimizer_of(_by_dtype(model), config)
+        with _defragmented_by_dtype() if mixed else contextlib.nullcontext():
+            engine, *_ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=settings, mpu=mpu, dist_init_required=False
+            )
         return ZeroRuntime(engine, placement)
 
     @staticmethod
@@ -173,7 +184,6 @@ class Zero(Engine):
     ) -> None:
         """Fill and partition module by module: a process holds its shards and one whole module."""
         import deepspeed
-        from deepspeed.utils import set_z3_leaf_module
 
         for module in model.modules():
             if next(module.parameters(recurse=False), None) is None:
@@ -181,17 +191,17 @@ class Zero(Engine):
             initializer.fill(model, module, placement.device)
             deepspeed.zero.Init(module=module, config_dict_or_path=settings, dtype=model.dtype)
         initializer.fill(model, model, placement.device)  # buffers of modules without parameters
-        for module in model.modules():
-            # A tiled module calls its children many times per pass: gather around the whole of it.
-            if getattr(module, "is_tiled", False):
-                set_z3_leaf_module(module, True)
 
-    def _settings(self, config: TrainConfig) -> dict[str, Any]:
+    def _settings(self, config: TrainConfig, mixed: bool, num_parameters: int) -> dict[str, Any]:
         zero: dict[str, Any] = {
             "stage": self.stage,
             "reduce_scatter": self.reduce_scatter,
-            "reduce_bucket_size": self.reduce_bucket_size,
-            "stage3_prefetch_bucket_size": self.prefetch_bucket_size,
+            "reduce_bucket_size": _bucket_size(
+                self.reduce_bucket_size, REDUCE_BUCKET_SIZE, num_parameters
+            ),
+            "stage3_prefetch_bucket_size": _bucket_size(
+                self.prefetch_bucket_size, PREFETCH_BUCKET_SIZE, num_parameters
+            ),
             "stage3_param_persistence_threshold": 0,
         }
         if self.offload_optimizer:
@@ -203,10 +213,58 @@ class Zero(Engine):
             "gradient_accumulation_steps": config.accumulation,
             # DeepSpeed clips at 1.0 unless told otherwise.
             "gradient_clipping": config.optimizer.max_grad_norm or 0.0,
-            "bf16": {"enabled": config.dtype == "bfloat16"},
+            # On, it would cast every parameter; off, it leaves them and reduces all gradients in fp32.
+            "bf16": {"enabled": config.dtype == "bfloat16" and not mixed},
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 2**31,
             "wall_clock_breakdown": False,
         }
+
+
+def _bucket_size(asked: int | None, default: int, num_parameters: int) -> int:
+    """What was asked for, else `default`, in proportion for a model below `LARGE`."""
+    return default * min(num_parameters, LARGE) // LARGE if asked is None else asked
+
+
+def _by_dtype(model: PreTrainedModel) -> list[dict[str, Any]]:
+    """The trainable parameters as groups of one dtype each: DeepSpeed flattens group by group."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [[p for p in trainable if p.dtype == dtype] for dtype in dtypes(model)]
+    return [{"params": group} for group in groups if group]
+
+
+class _Buffers:
+    """Flat buffers of several dtypes, end to end."""
+
+    def __init__(self, buffers: list[Tensor]) -> None:
+        self._buffers = buffers
+
+    def narrow(self, dim: int, start: int, length: int) -> Tensor:
+        """As of one tensor; a range never crosses from one dtype to the next."""
+        for buffer in self._buffers:
+            if start < buffer.numel():
+                return buffer.narrow(dim, start, length)
+            start -= buffer.numel()
+        raise AssertionError("beyond the last buffer")
+
+
+@contextlib.contextmanager
+def _defragmented_by_dtype() -> Iterator[None]:
+    """Have stage 3 move shards into one flat buffer per dtype, where it takes one dtype for granted."""
+    import itertools
+
+    from deepspeed.runtime.zero import stage3
+
+    stock = stage3.defragment
+
+    def defragment(tensors: list[Tensor]) -> _Buffers:
+        runs = itertools.groupby(tensors, key=lambda tensor: tensor.dtype)
+        return _Buffers([stock(list(run)) for _, run in runs])
+
+    stage3.defragment = defragment
+    try:
+        yield
+    finally:
+        stage3.defragment = stock

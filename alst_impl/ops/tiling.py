@@ -140,3 +140,12 @@ def tiled(fn: TokenWise, x: Tensor, num_tiles: int) -> Tensor:
     reach (module, bound method, partial or closure over modules). Saves `x` alone. Local.
     """
     return _Tiled.apply(fn, num_tiles, x, *parameters_of(fn))  # type: ignore[no-any-return, no-untyped-call]
+
+
+def run_as(module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Have `module` run `forward`, on the instance, which calls its children many times per pass.
+
+    ZeRO-3 then gathers the parameters around the whole of it: `_z3_leaf` is DeepSpeed's mark for such
+    modules (deepspeed/utils/z3_leaf_module.py), read when its engine starts and by nobody else.
+    """
+    vars(module).update(forward=forward, _z3_leaf=True)

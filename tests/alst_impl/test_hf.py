@@ -74,7 +74,7 @@ def test_a_second_model_of_the_same_configuration_object_stays_as_it_was() -> No
     assert torch.equal(logits_of(second), before)
     assert second.config._attn_implementation == attention == "sdpa"
     assert first.config._attn_implementation == hf.ATTENTION
-    assert not any(hasattr(m, "is_tiled") for m in second.modules())
+    assert not any(hasattr(m, "_z3_leaf") for m in second.modules())
     assert torch.equal(logits_of(LlamaForCausalLM(config).eval()).isfinite(), before.isfinite())
 
 
