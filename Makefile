@@ -12,7 +12,7 @@ STAMP := $(VENV)/installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 sweep: $(STAMP)  ## Run every cell that has no record yet, then tables, figures and report
-	snakemake --cores all
+	exec python -m harness.tied $$PPID snakemake --cores all
 	alst summary
 
 install: $(STAMP)  ## Create .venv and install the project with everything it needs
