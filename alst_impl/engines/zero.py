@@ -12,6 +12,7 @@ from pydantic import Field
 
 from alst_impl.config import TrainConfig
 from alst_impl.engines.base import Engine, Runtime, optimizer_of
+from alst_impl.extras import require
 
 if TYPE_CHECKING:
     import torch
@@ -129,6 +130,9 @@ class Zero(Engine):
     """Parameter elements that stage 3 gathers ahead; the default is DeepSpeed's own, which is the whole
     of a small model."""
 
+    def require(self) -> None:
+        require("engine 'zero'", "zero", "deepspeed")
+
     def check(self, config: TrainConfig) -> None:
         if config.dtype == "float64":
             raise ValueError(
@@ -149,6 +153,7 @@ class Zero(Engine):
         placement: Placement,
         mpu: ModuleType | None = None,
     ) -> Runtime:
+        self.require()
         import deepspeed
 
         settings = self._settings(config)
