@@ -8,8 +8,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
-# One release of each package, the same everywhere; `make LOCK= ...` takes the newest that pyproject.toml admits.
-LOCK := requirements.lock
+# One release of each package, the same everywhere. Empty, pip takes the newest that pyproject.toml admits.
+LOCK ?= requirements.lock
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
