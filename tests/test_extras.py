@@ -34,7 +34,9 @@ def test_an_engine_names_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """A cell under DeepSpeed is refused before anything runs where it is not installed; others are not."""
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     path = tmp_path / "record.json"
-    with pytest.raises(ValueError, match=r"'zero' needs deepspeed: pip install 'alst-bench\[zero\]'"):
+    with pytest.raises(
+        ValueError, match=r"'zero' needs deepspeed: pip install 'alst-bench\[zero\]'"
+    ):
         measure_to(path, make_cell(SETTINGS), tmp_path, force=False)
     assert not path.exists()
     load_engine(Spec(name="fsdp2")).require()

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from itertools import chain
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -26,8 +27,8 @@ def test_the_lock_pins_everything_that_is_declared() -> None:
     for line in locked():
         (version,) = line.specifier
         pinned.setdefault(line.name, set()).add(version.version)
-    declared = [*PROJECT["dependencies"], *sum(PROJECT["optional-dependencies"].values(), [])]
-    for wanted in map(Requirement, declared):
+    extras = PROJECT["optional-dependencies"].values()
+    for wanted in map(Requirement, chain(PROJECT["dependencies"], *extras)):
         if wanted.name != PROJECT["name"]:
             for version in pinned[wanted.name.lower()]:
                 assert wanted.specifier.contains(version), (wanted.name, version)
