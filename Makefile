@@ -2,30 +2,38 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := sweep
 .DELETE_ON_ERROR:
-.PHONY: sweep install test lint clean
+.PHONY: sweep install test update lint clean
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+# One release of each package, the same everywhere. Empty, pip takes the newest that pyproject.toml admits.
+LOCK ?= requirements.lock
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
+# Snakemake ends with `make`, however that ends.
 sweep: $(STAMP)  ## Run every cell that has no record yet, then tables, figures and report
-	snakemake --cores all
+	exec python -m harness.tied $$PPID snakemake --cores all
 	alst summary
 
 install: $(STAMP)  ## Create .venv and install the project with everything it needs
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml setup.py $(LOCK)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.x")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --editable '.[dev]'
+	$(BIN)/python -m pip install $(addprefix --constraint ,$(LOCK)) --editable '.[dev]'
 	touch $@
 
 test: $(STAMP)  ## The whole CPU test suite
 	mkdir -p results
 	pytest -n auto --junitxml=results/tests.xml
+
+update: $(STAMP)  ## Renew requirements.lock for Python 3.11 to 3.13, install it and run the tests
+	uv pip compile --quiet --upgrade --universal --python-version 3.11 --all-extras --no-emit-index-url --no-annotate \
+	  --custom-compile-command 'make update' --output-file requirements.lock pyproject.toml
+	$(MAKE) test
 
 lint: $(STAMP)  ## Formatting, lints, types, import contracts, spelling, workflow
 	ruff format --check .

@@ -3,12 +3,17 @@
 # Advice of `snakemake --lint` that is answered, not followed: "Specify a conda environment or
 # container for each rule". One Python environment, declared in pyproject.toml, serves every rule.
 
+import os
 import sys
 from pathlib import Path
 
 from harness.cell import load_experiment
 from harness.launch import command, num_nodes
 from harness.sources import code_files
+from harness.tied import unlock
+
+# A run that was killed leaves a lock behind; its jobs ended with it.
+unlock(Path(".snakemake"))
 
 # Sweeps to run: `--config experiments=smoke`, several with commas between. By default the
 # CPU sweep and the paper; other questions are asked for by name, so that all stays within 15 minutes,
@@ -37,6 +42,7 @@ else:
     }
 CELLS = {name: experiment.cells() for name, experiment in EXPERIMENTS.items()}
 ALST = f"'{sys.executable}' -m harness"
+TIED = f"exec '{sys.executable}' -m harness.tied {os.getpid()}"
 CODE = [str(path) for path in Path("harness").glob("*.py")]
 METRICS = [str(path) for path in Path("harness/metrics").glob("*.py")]
 
@@ -76,8 +82,8 @@ def nodes(wildcards):
 
 
 def launcher(wildcards):
-    """What stands for `alst`: on several nodes, torchrun on each of them."""
-    return command(CELLS[wildcards.name][wildcards.key], sys.executable)
+    """What stands for `alst`: on several nodes, torchrun on each of them. It ends with this process."""
+    return f"{TIED} {command(CELLS[wildcards.name][wildcards.key], sys.executable)}"
 
 
 def minutes(wildcards):
@@ -143,7 +149,7 @@ rule table:
     log:
         "results/logs/{name}/table.log",
     params:
-        alst=ALST,
+        alst=f"{TIED} {ALST}",
     message:
         "{wildcards.name}: table"
     shell:
@@ -164,7 +170,7 @@ rule figure:
     log:
         "results/logs/{name}/{figure}.log",
     params:
-        alst=ALST,
+        alst=f"{TIED} {ALST}",
     message:
         "{wildcards.name}: figure {wildcards.figure}"
     shell:
@@ -182,7 +188,7 @@ rule report:
     log:
         "results/logs/report.log",
     params:
-        alst=ALST,
+        alst=f"{TIED} {ALST}",
         names=" ".join(EXPERIMENTS),
     message:
         "report"

@@ -19,6 +19,7 @@ from alst_impl.methods.base import load_method
 from alst_impl.models import published
 from alst_impl.plugin import explain, names
 from harness import matrix as grid
+from harness import paths
 from harness.hardware import load_hardware
 from harness.matrix import Matrix, Row, merge
 
@@ -349,6 +350,7 @@ def _check_simulation(cell: Cell) -> None:
 
 def load_experiment(path: Path) -> Experiment:
     """Read and check `path`. Raises `ValueError` naming file, key and value."""
+    path = paths.located(path)
     experiment = read_experiment(path)
     try:
         if experiment.matrix:
@@ -363,8 +365,9 @@ def load_experiment(path: Path) -> Experiment:
 
 def read_experiment(path: Path) -> Experiment:
     """What `path` says, without the rows of a matrix; its cells are not checked. Raises as above."""
+    path = paths.located(path)
     if not path.is_file():
-        raise ValueError(f"{path}: no such experiment; see experiments/*.yaml")
+        raise ValueError(f"{path}: no such experiment; use one of {_known()}")
     try:
         raw = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
@@ -377,6 +380,10 @@ def read_experiment(path: Path) -> Experiment:
         raise ValueError(explain(error, str(path), sorted(Experiment.model_fields))) from None
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _known() -> str:
+    return ", ".join(str(paths.EXPERIMENTS / path.name) for path in paths.experiments())
 
 
 def dump(cell: Cell) -> str:

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from alst_impl.config import Frozen
 from alst_impl.plugin import explain
+from harness import paths
 from harness.processes import SOURCES
 
 
@@ -50,7 +51,7 @@ class Catch(Frozen):
 
 def read_defects(path: Path) -> dict[str, Defect]:
     """Every defect by name. Raises `ValueError` for a file that does not say what to edit."""
-    raw = yaml.safe_load(path.read_text())
+    raw = yaml.safe_load(paths.located(path).read_text())
     try:
         return {name: Defect(**value) for name, value in raw.items()}
     except ValidationError as error:
@@ -87,6 +88,7 @@ def text_of(catches: list[Catch]) -> str:
 
 def read_catches(path: Path) -> list[Catch]:
     """What `text_of` wrote; nothing if there is no such file."""
+    path = paths.located(path)
     if not path.exists():
         return []
     with path.open(newline="") as file:

@@ -1,4 +1,8 @@
-"""Where a checkout keeps what runs read and write, relative to its root."""
+"""Where runs read and write, relative to the working folder: a checkout's root, or any other.
+
+Experiments, published numbers and planted defects travel with the code: outside a checkout they are
+read from there.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,22 @@ CHANGES = REFERENCE / "CHANGES.md"
 """Why committed records were replaced, and by what they differ."""
 REPORT = RESULTS / "report.html"
 README = Path("README.md")
+
+HERE = Path(__file__).parent
+HOME = next(home for home in (HERE, HERE.parent) if (home / EXPERIMENTS).is_dir())
+"""Where the code has `EXPERIMENTS`: beside it in a checkout, inside it where a wheel was installed."""
+
+
+def located(path: Path) -> Path:
+    """`path`, or what travels with the code in its place where the working folder has none."""
+    carried = HOME / path
+    own = path.exists() or path.parts[:1] != EXPERIMENTS.parts or not carried.exists()
+    return path if own else carried
+
+
+def experiments() -> list[Path]:
+    """The YAML of every experiment, sorted."""
+    return sorted(located(EXPERIMENTS).glob("*.yaml"))
 
 
 def experiment(name: str) -> Path:

@@ -18,9 +18,6 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 # DeepSpeed's default is shared by all environments of a user, which rebuild each other's operators.
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
 
-import deepspeed
-import deepspeed.ops
-import deepspeed.runtime.zero.muon.muon_optimizer
 import torch
 import torch._subclasses.fake_tensor
 import torch.distributed.fsdp
@@ -35,9 +32,12 @@ import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
 
 with contextlib.suppress(ImportError):  # an extra
     import peft  # noqa: F401
+with contextlib.suppress(ImportError):  # an extra
+    import deepspeed.ops
+    import deepspeed.runtime.zero.muon.muon_optimizer
 
-# Compiling it takes a minute or more; without it DeepSpeed's collectives go through gloo.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Compiling it takes a minute or more; without it DeepSpeed's collectives go through gloo.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 torch.set_num_threads(1)
 # Half a million objects of imported modules: a forked rank need not search them for garbage, which
 # takes DeepSpeed's start a second.

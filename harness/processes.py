@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
 import os
 import signal
@@ -20,7 +19,6 @@ from alst_impl.config import Frozen
 Accelerator = Literal["cpu", "cuda"]
 """What ranks compute on. A fork server serves one: DeepSpeed chooses as it is imported."""
 SOURCES = [Path(__file__).parents[1] / package for package in ("alst_impl", "harness")]
-PR_SET_PDEATHSIG = 1
 
 CONSEQUENCES = (
     "Connection closed by peer",
@@ -127,14 +125,6 @@ def fingerprint(accelerator: Accelerator = "cpu") -> str:
             status = path.stat()
             digest.update(f"{path} {status.st_mtime_ns} {status.st_size}\n".encode())
     return digest.hexdigest()[:16]
-
-
-def die_with_parent(parent: int) -> None:
-    """Have the kernel end this process when `parent`, which forked it, is gone."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 def end_session(session: int) -> None:

@@ -20,9 +20,10 @@ class Published(Frozen):
 
 
 def _rows(table: str) -> list[dict[str, str]]:
-    path = paths.published(table)
+    path = paths.located(paths.published(table))
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.csv")))
+        folder = paths.located(path.parent)
+        known = ", ".join(sorted(p.stem for p in folder.glob("*.csv")))
         raise ValueError(f"no published table '{table}'; use one of {known}")
     return _read(path.absolute())
 

@@ -33,7 +33,7 @@ from harness.plain import (
 )
 from harness.prediction import Prediction
 from harness.published import records
-from harness.record import Gate, Measurement, Outcome, ParameterGate
+from harness.record import Gate, Measurement, Outcome, ParameterGate, Provenance
 from harness.table import (
     NOT_MEASURED,
     Results,
@@ -511,12 +511,11 @@ def environment_grid(results: Results) -> Grid:
     """Each distinct origin of the records: code, machine and library versions."""
     counts: dict[tuple[str, ...], int] = {}
     for p in results.provenances():
-        libraries = ", ".join(f"{name} {version}" for name, version in sorted(p.versions.items()))
         row = (
             commit_name(p),
             f"{p.device}, {p.cores} cores",
             f"Python {p.python}",
-            libraries,
+            _libraries(p),
             p.utc[:10],
         )
         counts[row] = counts.get(row, 0) + 1
@@ -524,6 +523,19 @@ def environment_grid(results: Results) -> Grid:
         ["commit", "hardware", "interpreter", "libraries", "date", "records"],
         [[*row, str(count)] for row, count in counts.items()],
     )
+
+
+def _libraries(p: Provenance) -> str:
+    return ", ".join(f"{name} {version}" for name, version in sorted(p.versions.items()))
+
+
+def versions_note(references: Sequence[Results]) -> str:
+    """What the records were made with: each distinct interpreter and set of libraries."""
+    counts = Counter(
+        f"Python {p.python}, {_libraries(p)}" for r in references for p in r.provenances()
+    )
+    made = "; ".join(f"{count} with {versions}" for versions, count in counts.most_common())
+    return f"Committed records: {made}."
 
 
 def section(results: Results, figures: Path) -> Section:
@@ -640,6 +652,7 @@ def readme_blocks(references: Sequence[Results]) -> dict[str, str]:
             f"{headline_grid_note()}\n\n{headline_grid(r).markdown()}\n\n{summary(r)}"
         )
     return {
+        "versions": versions_note(references) if references else nothing,
         "headline": "\n".join(headline) or nothing,
         "results": "\n\n".join(results) or nothing,
         "correctness": "\n\n".join(map(_correctness, compared)) or nothing,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from alst_impl.config import Frozen
+from alst_impl.engines.base import load_engine
 from harness import client
 from harness.calibration import Calibration
 from harness.cell import Cell
@@ -136,8 +137,8 @@ def measure_to(
 ) -> tuple[Measurement, bool]:
     """The record at `path`, and whether it was measured now because there was no final one.
 
-    Raises `ValueError`, before anything runs or is written, for a cell of world `cuda` that this machine
-    or its checkout is not fit for. Under torchrun it is collective.
+    Raises `ValueError`, before anything runs or is written, for a cell that this machine, what is installed
+    on it or its checkout is not fit for. Under torchrun it is collective.
     """
     launch = launched(os.environ)
     if launch is not None and cell.world != "sim":
@@ -152,7 +153,10 @@ def measure_to(
 
 
 def _require(cell: Cell, launch: Launch | None, allow_dirty: bool) -> list[Device]:
-    """Refuse a CUDA cell that cannot be measured here; the devices that its ranks run on."""
+    """Refuse a cell that cannot be measured here; the devices that its ranks run on."""
+    if cell.world == "sim":
+        return []
+    load_engine(cell.train.engine).require()
     if cell.world != "cuda":
         return []
     devices = require_devices(cell, launch)

@@ -34,13 +34,13 @@ from harness.processes import (
     Ending,
     Job,
     Rank,
-    die_with_parent,
     end_session,
     fingerprint,
     innocence,
     oom_kills,
     runtime_folder,
 )
+from harness.tied import die_with_parent
 
 IDLE_S = 60
 POLL_S = 1.0

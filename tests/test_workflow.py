@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -18,17 +22,14 @@ ANSWERED = {"Specify a conda environment or container for each rule.:"}
 """Advice answered in a comment on top of the Snakefile."""
 
 
+SNAKEMAKE = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile")]
+
+
 def snakemake(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Run Snakemake on the project's Snakefile from `folder`."""
-    command = [
-        sys.executable,
-        "-m",
-        "snakemake",
-        "--snakefile",
-        str(ROOT / "Snakefile"),
-        *arguments,
-    ]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [*SNAKEMAKE, *arguments], cwd=folder, capture_output=True, text=True, check=False
+    )
 
 
 def test_dry_run_lists_every_cell(tmp_path: Path) -> None:
@@ -99,3 +100,41 @@ def test_every_advice_of_the_linter_is_followed_or_answered() -> None:
     lines = (done.stdout + done.stderr).splitlines()
     given = {line.strip().removeprefix("* ") for line in lines if line.startswith("    * ")}
     assert given == ANSWERED
+
+
+ONE_CELL = """
+question: Does a run that was killed go on?
+source: none
+base: {model: tiny-llama, seqlen: 1_024, world: sim, hardware: h100-80gb}
+sweeps: [{axes: {method: [baseline]}}]
+"""
+
+
+def test_a_killed_sweep_ends_whole_and_the_next_one_goes_on(tmp_path: Path) -> None:
+    """Who is above Snakemake dies by SIGKILL: no job of it is left, and its lock stops nobody."""
+    for folder in ("harness", "profiles"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    (tmp_path / "experiments").mkdir()
+    path = tmp_path / "experiments" / "one.yaml"
+    path.write_text(ONE_CELL)
+    (key,) = load_experiment(path).cells()
+    target = f"results/cells/one/{key}.json"
+    asked = ["--cores", "1", "--config", "experiments=one", "--", target]
+    tied = f"{sys.executable} -m harness.tied $$ {' '.join([*SNAKEMAKE, *asked])} & wait"
+    shell = subprocess.Popen(
+        ["bash", "-c", tied], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    log = tmp_path / "results" / "logs" / "one" / f"{key}.log"
+    while not log.exists():  # the first thing that a job does
+        assert shell.poll() is None
+        time.sleep(0.01)
+    started = psutil.Process(shell.pid).children(recursive=True)
+    assert len(started) >= 2, "Snakemake and the cell"
+    os.kill(shell.pid, signal.SIGKILL)
+    shell.wait()
+    _, alive = psutil.wait_procs(started, timeout=10)
+    assert not alive
+    assert list((tmp_path / ".snakemake" / "locks").iterdir()), "Snakemake had locked the folder"
+
+    done = snakemake("--cleanup-shadow", *asked, folder=tmp_path)  # takes the lock, runs nothing
+    assert done.returncode == 0, done.stderr

@@ -118,6 +118,9 @@ class Runtime(ABC):
 class Engine(Frozen):
     """Owner of parameters, gradients and optimizer; its options are its fields."""
 
+    def require(self) -> None:
+        """Raise `ValueError`, naming the extra, where a package that `start` needs is not installed."""
+
     def check(self, config: TrainConfig) -> None:
         """Raise `ValueError` for settings that cannot work: the values, the rule, the way out."""
 

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from alst_impl.config import TrainConfig
 from alst_impl.engines.base import Engine, Runtime, dtypes, optimizer_of
+from alst_impl.extras import require
 
 if TYPE_CHECKING:
     import torch
@@ -133,6 +134,9 @@ class Zero(Engine):
     prefetch_bucket_size: int | None = Field(default=None, ge=0)
     """Parameter elements that stage 3 gathers ahead; None likewise, of DeepSpeed's own 50 million."""
 
+    def require(self) -> None:
+        require("engine 'zero'", "zero", "deepspeed")
+
     def check(self, config: TrainConfig) -> None:
         if config.dtype == "float64":
             raise ValueError(
@@ -153,6 +157,7 @@ class Zero(Engine):
         placement: Placement,
         mpu: ModuleType | None = None,
     ) -> Runtime:
+        self.require()
         import deepspeed
 
         mixed = len(dtypes(model)) > 1

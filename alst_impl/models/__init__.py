@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alst_impl.config import LoraConfig, TrainConfig
+from alst_impl.extras import require
 
 if TYPE_CHECKING:
     import torch
@@ -166,10 +167,8 @@ def build(config: TrainConfig) -> tuple[PreTrainedModel, Initializer]:
 
 def add_adapters(model: PreTrainedModel, lora: LoraConfig) -> None:
     """Freeze `model` and put adapters into it, in place, on the current default device."""
-    try:
-        import peft
-    except ImportError:
-        raise ValueError("adapters need peft: pip install 'alst-bench[lora]'") from None
+    require("lora", "lora", "peft")
+    import peft
 
     wanted = peft.LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), lora_dropout=0.0

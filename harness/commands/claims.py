@@ -45,7 +45,7 @@ def claims(
     from harness.claims import evidence
     from harness.compare import changes
 
-    experiments = [load_experiment(path) for path in sorted(paths.EXPERIMENTS.glob("*.yaml"))]
+    experiments = [load_experiment(path) for path in paths.experiments()]
     simulated = [(e, cells) for e in experiments if (cells := _simulated(e))]
     if not stored:
         bring_up_to_date(simulated, results)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,6 +88,37 @@ def test_the_documented_loop_trains_as_stock_and_saves_a_stock_model(
     config = (tmp_path / "0" / "config.json").read_text()
     assert json.loads(config).get("_attn_implementation") is None
     assert f'"{hf.ATTENTION}"' not in config
+
+
+EXTRAS = (
+    "deepspeed",
+    "harness",
+    "matplotlib",
+    "pandas",
+    "peft",
+    "psutil",
+    "pynvml",
+    "scipy",
+    "seaborn",
+    "snakemake",
+    "yaml",
+)
+
+
+def train_without_extras(rank: int, world_size: int, folder: str) -> list[str]:
+    """Body of a rank: `train` where no module of an extra can be imported."""
+    for name in list(sys.modules):
+        if name.partition(".")[0] in (*EXTRAS, "alst_impl"):
+            del sys.modules[name]
+    sys.modules.update(dict.fromkeys(EXTRAS))
+    globals()["library"] = importlib.import_module("alst_impl.library")
+    train(rank, world_size, folder)
+    return [name for name in EXTRAS if sys.modules[name] is not None]
+
+
+def test_the_documented_loop_needs_no_extra(ranks: Ranks, tmp_path: Path) -> None:
+    """It runs, saves included, where DeepSpeed and what the harness uses are not installed."""
+    assert ranks(2)(train_without_extras, str(tmp_path)) == [[], []]
 
 
 def refuse(rank: int, world_size: int) -> None:

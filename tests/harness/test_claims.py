@@ -103,7 +103,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Measurement:
     record.write_text(paths.experiment("told"), YAML)
     record.write_text(paths.published("told"), TABLE)
     record.write_text(paths.published("records"), RECORDS)
-    blocks = ("headline", "results", "correctness", "claims", "records")
+    blocks = ("versions", "headline", "results", "correctness", "claims", "records")
     record.write_text(
         paths.README, "".join(f"<!-- begin: {b} -->\n<!-- end: {b} -->\n" for b in blocks)
     )

@@ -17,7 +17,9 @@ sweeps:
   - axes: {method: [{name: baseline}, {name: alst, sp: 2}]}
 figures: [headline]
 """
-README = """<!-- begin: headline -->
+README = """<!-- begin: versions -->
+<!-- end: versions -->
+<!-- begin: headline -->
 <!-- end: headline -->
 <!-- begin: results -->
 <!-- end: results -->

@@ -1,0 +1,42 @@
+"""What an extra installs is named where it is missing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from alst_impl.config import Spec
+from alst_impl.engines.base import load_engine
+from harness.cell import make_cell
+from harness.run import measure_to
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = {"model": "tiny-llama", "seqlen": 64, "method": "baseline", "world": "cpu"}
+
+
+def test_the_command_line_names_its_extra() -> None:
+    """Without the extra `harness`: one line, exit code 2."""
+    program = (
+        "import sys; sys.modules.update(dict.fromkeys(['pandas', 'psutil'])); sys.argv = ['alst', 'cells']; "
+        "from harness.__main__ import main; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    said = "alst: the command line needs pandas, psutil: pip install 'alst-bench[harness]'\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
+
+
+def test_an_engine_names_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cell under DeepSpeed is refused before anything runs where it is not installed; others are not."""
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    path = tmp_path / "record.json"
+    with pytest.raises(
+        ValueError, match=r"'zero' needs deepspeed: pip install 'alst-bench\[zero\]'"
+    ):
+        measure_to(path, make_cell(SETTINGS), tmp_path, force=False)
+    assert not path.exists()
+    load_engine(Spec(name="fsdp2")).require()
