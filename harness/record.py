@@ -152,7 +152,7 @@ class Provenance(Frozen):
     commit: str | None
     """Git commit of the code, where it is a checkout."""
     dirty: bool | None
-    """Whether the checkout had uncommitted changes."""
+    """Whether the checkout had uncommitted changes, or code that git does not know."""
     device: str
     """Processor or accelerator, as it names itself."""
     cores: int
