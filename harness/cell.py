@@ -354,7 +354,8 @@ def load_experiment(path: Path) -> Experiment:
         if experiment.matrix:
             rows = grid.read(path.with_suffix(".csv"), experiment.matrix)
             experiment = experiment.model_copy(update={"rows": rows})
-        experiment.cells()
+        if not experiment.cells():
+            raise ValueError("it has no cells; give 'sweeps' a grid, or a matrix a row that runs")
         experiment.claims()
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None

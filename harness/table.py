@@ -81,9 +81,12 @@ def reference(folder: Path) -> Results:
     """Results in a folder of committed records, named like its experiment.
 
     The cells are those of the records: a reference stands for the code and the sweep of its day.
+    Raises `ValueError` where there is none.
     """
     e = load_experiment(paths.experiment(folder.name))
     measurements = {file.stem: record.read(file) for file in sorted(folder.glob("*.json"))}
+    if not measurements:
+        raise ValueError(f"{folder}: no records (*.json) in it; restore them, or remove the folder")
     cells = {key: m.cell for key, m in measurements.items()}
     return _results(e, cells, measurements, [(key, c) for key, c in e.claims() if key in cells])
 

@@ -13,7 +13,7 @@ from harness import paths, record
 from harness.cell import Cell, load_experiment
 from harness.claims import Verdict, evidence, judge
 from harness.commands import claims as command
-from harness.commands import present
+from harness.commands import gpu, present
 from harness.compare import Change, changes, grown
 from harness.prediction import Flops, Holding, Prediction, SearchResult, Simulated
 from harness.published import look_up
@@ -230,6 +230,7 @@ def test_claims_print_the_stable_keys(
 ) -> None:
     """One object per number, with the keys that others rely on."""
     keep(checkout, paths.cells("told"))
+    keep(checkout, paths.REFERENCE / "h100-80gb" / "told")
     assert command.claims(as_json=True, stored=True) == 0
     (claim,) = json.loads(capsys.readouterr().out)
     assert claim == {
@@ -259,6 +260,20 @@ def test_a_regression_is_named_and_fails(
     said = capsys.readouterr().err
     assert "longest_tokens 1,000 -> 900 (worse); grew: +512 MiB aten::add at layer.py:12" in said
     assert "bytes_per_local_token 100 -> 101" in said
+
+
+def test_numbers_without_committed_ones_did_not_stay_as_good(checkout: Measurement) -> None:
+    """Where nothing is committed, nothing was compared, and that is no pass."""
+    keep(checkout, paths.cells("told"))
+    with pytest.raises(ValueError, match="holds none of these cells"):
+        command.claims(stored=True)
+
+
+def test_confirming_nothing_is_refused(checkout: Measurement) -> None:
+    """No GPU has measured a cell of this experiment."""
+    keep(checkout, paths.cells("told"))
+    with pytest.raises(ValueError, match="told: no cell has both"):
+        gpu.confirm("told")
 
 
 def test_compare_needs_records_in_common(checkout: Measurement, tmp_path: Path) -> None:
