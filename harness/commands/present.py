@@ -164,16 +164,15 @@ def summary(names: Names = None) -> None:
         verdict_counts,
     )
     from harness.report import summary as in_words
-    from harness.table import measured_part
+    from harness.table import counted_outcomes, measured_part
 
     console = Console()
     console.width = max(console.width, 100)  # a narrower terminal wraps rather than hides
     for results in map(measured_part, _with_records(names)):
         if is_simulated(results):
             found = evidence([results])
-            console.print(
-                f"{results.name}: {claim_summary(found)}" if found else "", highlight=False
-            )
+            said = f" {claim_summary(found)}" if found else ""
+            console.print(f"{results.name}: {counted_outcomes(results)}.{said}", highlight=False)
             console.print(f"figures: {paths.figures(results.name)}/", highlight=False)
             continue
         if is_compared(results):

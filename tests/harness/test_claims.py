@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from samples import PROVENANCE, cell
+from samples import cell
+from samples import searched as simulated
 
 from harness import paths, record
-from harness.cell import Cell, load_experiment
+from harness.cell import load_experiment
 from harness.claims import Verdict, evidence, judge
 from harness.commands import claims as command
 from harness.commands import gpu, present
 from harness.compare import Change, changes, grown
-from harness.prediction import Flops, Holding, Prediction, SearchResult, Simulated
+from harness.prediction import Holding
 from harness.published import look_up
-from harness.record import Measurement, Outcome
+from harness.record import Measurement
 from harness.table import Results, fresh
 
 ROOT = Path(__file__).parents[2]
@@ -35,53 +36,6 @@ sweeps:
           claim: {id: one, table: told, row: {name: ours}, columns: {longest_tokens: tokens}}
 figures: [feature_ablation]
 """
-
-
-def simulated(
-    of: Cell,
-    longest: int = 1_000,
-    slope: float = 100.0,
-    peak: int = 2**30,
-    holdings: list[Holding] | None = None,
-) -> Measurement:
-    """A record of a simulated cell."""
-    prediction = Prediction(
-        live_bytes=peak,
-        scratch_bytes=0,
-        allocated_bytes=peak,
-        overhead_bytes=2**30,
-        total_bytes=peak + 2**30,
-        host_bytes=0,
-        bytes_per_local_token=slope,
-        by_category={"activations": peak},
-        fits=True,
-        limit="none",
-        flops=Flops(paper_formula=1.0, model_causal=1.0),
-        step_seconds_modelled=10.0,
-    )
-    search = SearchResult(
-        longest_tokens=longest,
-        shortest_failing_tokens=longest + 10,
-        limit="gpu_memory",
-        evaluations=3,
-    )
-    from harness.sources import fingerprint
-
-    return Measurement(
-        cell=of,
-        outcome=Outcome.OK,
-        readings=None,
-        simulated=Simulated(
-            code=fingerprint(),
-            prediction=prediction,
-            peak_bytes=peak,
-            checkpoint_bytes=0,
-            holdings=holdings or [],
-            search=search,
-            timeline=None,
-        ),
-        provenance=PROVENANCE,
-    )
 
 
 def held(nbytes: int, location: str = "layer.py:10") -> Holding:
@@ -243,6 +197,7 @@ def test_claims_print_the_stable_keys(
         "error": 0.0,
         "used_for_fit": False,
         "verdict": "reproduced",
+        "outcome": "ok",
     }
 
 
