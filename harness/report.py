@@ -110,7 +110,7 @@ class Section:
     """Title and data URI."""
     simulated: bool
     findings: Grid
-    """Cells that did not pass, and what was measured of them."""
+    """Cells that did not pass, and what was seen of them."""
     refusals: Grid
     """Rows of a matrix that do not run."""
     defects: Grid
