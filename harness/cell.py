@@ -356,10 +356,12 @@ def load_experiment(path: Path) -> Experiment:
         if experiment.matrix:
             rows = grid.read(path.with_suffix(".csv"), experiment.matrix)
             experiment = experiment.model_copy(update={"rows": rows})
-        experiment.cells()
+        cells = experiment.cells()
         experiment.claims()
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
+    if not cells:
+        raise ValueError(f"{path}: no cells; give 'sweeps' a grid, or a matrix a row that runs")
     return experiment
 
 

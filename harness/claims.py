@@ -12,7 +12,7 @@ from alst_impl.methods.base import load_method
 from harness.cell import Cell, Claim, Quantity
 from harness.prediction import Limit
 from harness.published import look_up
-from harness.record import Measurement
+from harness.record import Measurement, Outcome
 from harness.table import Results
 
 TOLERANCE = 0.10
@@ -54,6 +54,8 @@ class Evidence(Frozen):
     used_for_fit: bool
     """Whether constants were fitted on this number, so that it is no evidence."""
     verdict: Verdict
+    outcome: Outcome | None
+    """How the cell ended at its own length; None without a record."""
     key: str = Field(exclude=True)
     """Of the cell."""
     quantity: Quantity = Field(exclude=True)
@@ -61,6 +63,11 @@ class Evidence(Frozen):
     """What stops the cell's sequence from being longer."""
     ruled_out: str = Field(exclude=True)
     """Where ours misses: what was looked at, and what it is not."""
+
+    @property
+    def infeasible(self) -> bool:
+        """Whether it is a time or the bytes of a step that does not fit; a longest sequence does."""
+        return self.outcome is Outcome.DOES_NOT_FIT and not self.quantity.startswith("longest")
 
     @property
     def missed(self) -> bool:
@@ -134,6 +141,7 @@ def _of_claim(
             error=None if ours is None else ours / number.value - 1,
             used_for_fit=quantity in claim.used_for_fit,
             verdict=judge(quantity, number.value, ours),
+            outcome=m.outcome if m else None,
             key=key,
             quantity=quantity,
             limit=search.limit if search else None,

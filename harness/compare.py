@@ -71,12 +71,12 @@ def _of_cell(key: str, before: Measurement, after: Measurement) -> Iterator[Chan
             quantity="outcome",
             before=before.outcome.value,
             after=after.outcome.value,
-            worse=before.outcome is record.Outcome.OK,
+            worse=after.outcome is not record.Outcome.OK,
             culprits=[],
         )
-    elif before.simulated and after.simulated:
+    if before.simulated and after.simulated:
         yield from _of_simulation(key, label, before.simulated, after.simulated)
-    else:
+    elif before.outcome == after.outcome:
         old, new = measure("peak_bytes", before)[0], measure("peak_bytes", after)[0]
         if old and new and abs(new / old - 1) > MEASURED_PEAK:
             yield Change(

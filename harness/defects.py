@@ -50,8 +50,11 @@ class Catch(Frozen):
 
 
 def read_defects(path: Path) -> dict[str, Defect]:
-    """Every defect by name. Raises `ValueError` for a file that does not say what to edit."""
-    raw = yaml.safe_load(paths.located(path).read_text())
+    """Every defect by name, at least one. Raises `ValueError` for a file that does not say what to edit."""
+    path = paths.located(path)
+    raw = yaml.safe_load(path.read_text()) if path.is_file() else None
+    if not raw:
+        raise ValueError(f"{path}: no defect to plant; run it in a checkout that has the file")
     try:
         return {name: Defect(**value) for name, value in raw.items()}
     except ValidationError as error:

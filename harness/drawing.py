@@ -21,7 +21,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 
 from harness.plain import bytes_text, length_text, seconds_text
 from harness.record import Outcome
-from harness.table import NOT_MEASURED, Results, source_line
+from harness.table import NOT_MEASURED, NOT_SIMULATED, Results, source_line
 
 Kind = Literal["measured", "predicted", "published"]
 
@@ -42,6 +42,17 @@ WRONG: dict[str, Any] = {
     "zorder": 5,
 }
 """Laid over a point whose gradients are not known to be right."""
+
+DOES_NOT_FIT: dict[str, Any] = {
+    "linestyle": "none",
+    "marker": "x",
+    "markersize": 10,
+    "markeredgecolor": "#b3261e",
+    "markeredgewidth": 1.8,
+    "zorder": 5,
+    "gid": Outcome.DOES_NOT_FIT.value,
+}
+"""Laid over a point of a simulated step that is more than the machine has."""
 
 INK = "#22272e"
 FAINT = "#6b7280"
@@ -66,6 +77,11 @@ STYLE = {
     "svg.hashsalt": "alst-bench",
     "lines.linewidth": 1.8,
 }
+
+
+def kind_of(world: str) -> Kind:
+    """The kind of number that a cell of `world` gives: a simulated one was not measured."""
+    return "predicted" if world == "sim" else "measured"
 
 
 def rank(method: str) -> int:
@@ -139,7 +155,7 @@ def spread(axes: Axes, points: pd.DataFrame, low: str, high: str, colour: str) -
 
 def failures(axes: Axes, cells: pd.DataFrame, colours: dict[str, str]) -> None:
     """Write each cell that ended without a reading at its length, at the top of the panel."""
-    readable = {Outcome.OK.value, Outcome.WRONG_GRADIENT.value, NOT_MEASURED}
+    readable = {Outcome.OK.value, Outcome.WRONG_GRADIENT.value, NOT_MEASURED, NOT_SIMULATED}
     failed = cells[~cells["outcome"].isin(readable)]
     for i, (_, cell) in enumerate(failed.sort_values(["method", "seqlen"]).iterrows()):
         axes.annotate(
@@ -202,10 +218,9 @@ def finish(
     note: str = "",
 ) -> Figure:
     """Title, legend of the series and marks in use, and the source line below."""
+    worlds = dict(zip(cells["series"], cells["world"], strict=True))
     handles = [
-        Line2D([], [], color=colours[name], label=name, **MARKS["measured"])
-        for name in colours
-        if name in set(cells["series"])
+        handle(name, colours[name], kind_of(worlds[name])) for name in colours if name in worlds
     ]
     if untrusted(cells).any():
         handles.append(Line2D([], [], label="gradients wrong or not compared", **WRONG))
@@ -215,7 +230,10 @@ def finish(
 def frame(
     figure: Figure, results: Results, title: str, handles: Sequence[Line2D], note: str = ""
 ) -> Figure:
-    """Title and legend above; note and source line below."""
+    """Title and legend above; note and source line below. What does not fit has its legend entry by itself."""
+    gid = DOES_NOT_FIT["gid"]
+    if any(line.get_gid() == gid for axes in figure.axes for line in axes.get_lines()):
+        handles = [*handles, Line2D([], [], label="does not fit", **DOES_NOT_FIT)]
     legend = figure.legend(
         handles=handles,
         loc="outside upper left",
@@ -243,12 +261,15 @@ def point(
     label: str = "",
     side: int = 1,
     ink: str | None = None,
+    fits: bool = True,
 ) -> None:
     """One point with the mark of `kind`, and words beside it: right of it, or left with `side` -1.
 
-    Words are in the point's colour, or in `ink`.
+    Words are in the point's colour, or in `ink`. A step that does not fit is crossed out.
     """
     axes.plot([x], [y], color=colour, zorder=3, clip_on=False, **MARKS[kind])
+    if not fits:
+        axes.plot([x], [y], clip_on=False, **DOES_NOT_FIT)
     axes.annotate(
         label,
         (x, y),

@@ -108,10 +108,13 @@ def calibrated_device(library: Any) -> tuple[str, Device]:
 
 def require_clean(what: str) -> None:
     """Raise `ValueError` unless a record of `what` made now says which code made it."""
-    commit, dirty = checkout()
-    if dirty is False:
+    found = checkout()
+    if found is not None and not found.changed:
         return
-    why = "has uncommitted changes" if commit else "is no checkout with a commit"
+    why = "is no checkout with a commit"
+    if found is not None:
+        more = f" and {len(found.changed) - 1} more" if len(found.changed) > 1 else ""
+        why = f"has what its commit does not hold ({found.changed[0]}{more})"
     raise ValueError(
         f"{what}: the tree {why}, so a CUDA record could not say what it measured; commit, or pass "
         "--allow-dirty"

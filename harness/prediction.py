@@ -135,3 +135,8 @@ class Simulated(Frozen):
     """Where the cell asks for it."""
     timeline: Timeline | None
     """Where the cell asks for it."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the step fits; a part of one has no limits to exceed."""
+        return self.prediction is None or self.prediction.fits

@@ -9,6 +9,7 @@ import subprocess
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import NamedTuple
 
 from harness.record import Provenance
 from harness.sources import judging_fingerprint
@@ -26,16 +27,26 @@ LIBRARIES = (
     "numpy",
 )
 ROOT = Path(__file__).parents[1]
+CODE = ("alst_impl", "harness", "experiments")
+"""Folders below `ROOT` in which a file that git does not know may decide a result."""
+
+
+class Checkout(NamedTuple):
+    """The commit that the code is of, and where it is not."""
+
+    commit: str
+    changed: list[str]
+    """Files that differ from the commit, and files of `CODE` that it does not hold and git does not ignore."""
 
 
 def provenance(
     wall_s: float, device: str | None = None, driver: str | None = None, nodes: int = 1
 ) -> Provenance:
     """Of a run that ends now after `wall_s` seconds; on the processor where no `device` is named."""
-    commit, dirty = checkout()
+    found = checkout()
     return Provenance(
-        commit=commit,
-        dirty=dirty,
+        commit=found.commit if found else None,
+        dirty=bool(found.changed) if found else None,
         device=device or _processor(),
         cores=len(os.sched_getaffinity(0)),
         python=platform.python_version(),
@@ -59,22 +70,26 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def checkout() -> tuple[str | None, bool | None]:
-    """Commit and whether files differ from it; None where this is no checkout with a commit."""
-    commit = _git("rev-parse", "HEAD")
-    if commit is None:
-        return None, None
-    return commit, bool(_git("status", "--porcelain", "--untracked-files=no"))
+def checkout(root: Path = ROOT) -> Checkout | None:
+    """The checkout at `root`; None where there is no commit that holds this file."""
+    commit = _git(root, "rev-parse", "HEAD")
+    # An installed package may lie in the checkout of something else.
+    own = _git(root, "ls-files", "--", str(Path(__file__).relative_to(ROOT)))
+    changed = _git(root, "diff", "--name-only", "HEAD")
+    unknown = _git(root, "ls-files", "--others", "--exclude-standard", "--", *CODE)
+    if not commit or not own or changed is None or unknown is None:
+        return None
+    return Checkout(commit[0], changed + unknown)
 
 
-def _git(*arguments: str) -> str | None:
+def _git(root: Path, *arguments: str) -> list[str] | None:
+    """The lines that git says, or None where it refuses or there is none."""
+    command = ["git", "-C", str(root), "-c", "core.quotePath=false", *arguments]
     try:
-        done = subprocess.run(
-            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False
-        )
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return done.stdout.splitlines() if done.returncode == 0 else None
 
 
 @cache

@@ -14,13 +14,16 @@ from alst_impl.config import Frozen
 from alst_impl.plugin import explain
 from harness.cell import Cell
 from harness.nvml import DeviceReadings
-from harness.prediction import Simulated
+from harness.plain import bytes_text
+from harness.prediction import LIMITS, Simulated
 
 
 class Outcome(StrEnum):
     """How a cell ended. A closed set: whatever happens is one of these."""
 
     OK = "ok"
+    DOES_NOT_FIT = "does_not_fit"
+    """Simulated to the end, and more than the machine has."""
     GPU_OOM = "gpu_oom"
     HOST_OOM = "host_oom"
     ILLEGAL_ACCESS = "illegal_access"
@@ -152,7 +155,7 @@ class Provenance(Frozen):
     commit: str | None
     """Git commit of the code, where it is a checkout."""
     dirty: bool | None
-    """Whether the checkout had uncommitted changes."""
+    """Whether the checkout had uncommitted changes, or code that git does not know."""
     device: str
     """Processor or accelerator, as it names itself."""
     cores: int
@@ -189,6 +192,30 @@ class Measurement(Frozen):
     provenance: Provenance
 
 
+def settled(m: Measurement) -> Measurement:
+    """`m` with the outcome that its own numbers decide: a simulated step may be more than the machine has.
+
+    The numbers own that fact, whatever outcome was written beside them.
+    """
+    excess = m.simulated and _excess(m.simulated)
+    if m.outcome is not Outcome.OK or not excess:
+        return m
+    return m.model_copy(update={"outcome": Outcome.DOES_NOT_FIT, "detail": excess})
+
+
+def _excess(simulated: Simulated) -> str | None:
+    """What a simulated cell has too much of, in words; None of one that fits."""
+    p = simulated.prediction
+    if p is None or p.fits:
+        return None
+    size = {
+        "gpu_memory": p.total_bytes,
+        "heads": p.total_bytes,
+        "host_memory": p.host_bytes,
+    }.get(p.limit)
+    return LIMITS[p.limit] if size is None else f"{LIMITS[p.limit]}: {bytes_text(size)}"
+
+
 def write_text(path: Path, text: str) -> None:
     """Write atomically: a reader sees the old file or the new one, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -209,8 +236,8 @@ def write(path: Path, measurement: Measurement) -> None:
 
 
 def read(path: Path) -> Measurement:
-    """Read one record. Raises `ValueError` naming the file if it is not one."""
+    """Read one record, `settled`. Raises `ValueError` naming the file if it is not one."""
     try:
-        return Measurement.model_validate_json(path.read_text())
+        return settled(Measurement.model_validate_json(path.read_text()))
     except ValidationError as error:
         raise ValueError(explain(error, f"{path} is not a record", [])) from None

@@ -36,10 +36,13 @@ from harness.published import records
 from harness.record import Gate, Measurement, Outcome, ParameterGate, Provenance
 from harness.table import (
     NOT_MEASURED,
+    NOT_SIMULATED,
     Results,
     commit_name,
+    counted_outcomes,
     duels,
     measured_part,
+    outcome_of,
     repeated_duels,
     series,
     tidy,
@@ -47,6 +50,16 @@ from harness.table import (
     wide,
 )
 from harness.twins import twins
+
+GATES = ("passed", "failed")
+GOOD = {Outcome.OK.value, "passed", "lower", "faster", "passed / passed"}
+"""Words of a table that are drawn as a success."""
+BAD = {
+    *(outcome.value for outcome in Outcome if outcome is not Outcome.OK),
+    *(f"{ours} / {theirs}" for ours in GATES for theirs in GATES if "failed" in (ours, theirs)),
+    *("failed", "higher", "slower", NOT_MEASURED, NOT_SIMULATED),
+}
+"""Words of a table that are drawn as none."""
 
 OURS, PEERS = "alst", ("deepspeed_alst", "baseline")
 
@@ -97,7 +110,7 @@ class Section:
     """Title and data URI."""
     simulated: bool
     findings: Grid
-    """Cells that did not pass, and what was measured of them."""
+    """Cells that did not pass, and what was seen of them."""
     refusals: Grid
     """Rows of a matrix that do not run."""
     defects: Grid
@@ -133,11 +146,12 @@ def cell_grid(results: Results) -> Grid:
 
 
 def claim_grid(found: Iterable[Evidence]) -> Grid:
-    """Every published number beside ours; those that a constant was fitted on are marked."""
+    """Every published number beside ours; marked where a constant was fitted on it, or our step does not fit."""
     rows = []
     for each in found:
         ours = each.predicted if each.measured is None else each.measured
-        fitted = " (fitted)" if each.used_for_fit else ""
+        notes = ["fitted"] * each.used_for_fit + [Outcome.DOES_NOT_FIT.value] * each.infeasible
+        note = f" ({', '.join(notes)})" if notes else ""
         rows.append(
             [
                 each.id,
@@ -145,7 +159,7 @@ def claim_grid(found: Iterable[Evidence]) -> Grid:
                 MISSING if ours is None else _quantity(each, ours),
                 MISSING if each.error is None else percent_text(each.error),
                 each.limit or MISSING if each.quantity == "longest_tokens" else MISSING,
-                each.verdict.value.replace("_", " ") + fitted,
+                each.verdict.value.replace("_", " ") + note,
                 each.source,
             ]
         )
@@ -199,19 +213,20 @@ def simulated_grid(results: Results) -> Grid:
         m = results.measurements.get(key)
         s = m.simulated if m else None
         p, search = (s.prediction, s.search) if s else (None, None)
+        stops = search.limit if search else p.limit if p and not p.fits else MISSING
         rows.append(
             [
                 f"{cell.train.model} {named[key]}",
                 str(cell.train.world_size),
                 length_text(cell.train.seqlen),
-                m.outcome.value if m else NOT_MEASURED,
+                outcome_of(cell, m),
                 bytes_text(s.peak_bytes) if s else MISSING,
                 bytes_text(p.total_bytes) if p else MISSING,
                 bytes_text(p.host_bytes) if p else MISSING,
                 seconds_text(p.step_seconds_modelled) if p else MISSING,
                 *_roofline(cell, p),
                 f"{search.longest_tokens:,}" if search else MISSING,
-                search.limit if search else MISSING,
+                stops,
             ]
         )
     return Grid(
@@ -479,8 +494,8 @@ def finding_grid(results: Results) -> Grid:
     named = series(results.cells)
     rows = []
     for key, m in results.measurements.items():
-        if m.outcome is Outcome.OK:
-            continue
+        if m.outcome in (Outcome.OK, Outcome.DOES_NOT_FIT):
+            continue  # what does not fit is a result, and the table of cells has it
         t = m.cell.train
         rows.append(
             [
@@ -492,7 +507,7 @@ def finding_grid(results: Results) -> Grid:
                 m.detail or MISSING,
             ]
         )
-    headings = ["cell", "ranks", "length", "outcome", "ratios", "least cosine", "what was measured"]
+    headings = ["cell", "ranks", "length", "outcome", "ratios", "least cosine", "what was seen"]
     return Grid(headings, rows)
 
 
@@ -545,16 +560,13 @@ def section(results: Results, figures: Path) -> Section:
     named = series(results.cells)
     views = (gate_view(named[key], m) for key, m in results.measurements.items())
     drawn = [(name, figures / f"{name}.svg") for name in results.figures]
-    outcomes = pd.Series([m.outcome.value for m in results.measurements.values()], dtype=str)
-    counted = ", ".join(f"{n} {outcome}" for outcome, n in outcomes.value_counts().items())
     simulated, found = is_simulated(results), evidence([results])
     timed = not simulated and any(cell.steps for cell in results.cells.values())
-    progress = f"{len(results.measurements)} of {len(results.cells)} cells measured"
     return Section(
         name=results.name,
         question=results.question,
         source=results.source,
-        progress=f"{progress}: {counted}" if counted else progress,
+        progress=counted_outcomes(results),
         summary=claim_summary(found) if simulated else summary(results),
         verdicts=_verdicts(results) if timed else Grid([], []),
         findings=finding_grid(results),
@@ -592,7 +604,7 @@ def page(all_results: Sequence[Results]) -> str:
         lstrip_blocks=True,
     )
     sections = [section(results, paths.figures(results.name)) for results in all_results]
-    return environment.get_template("report.html").render(sections=sections)
+    return environment.get_template("report.html").render(sections=sections, good=GOOD, bad=BAD)
 
 
 def headline_grid(results: Results) -> Grid:

@@ -27,7 +27,7 @@ from harness.nvml import Device, DeviceReadings, Sampler, driver_version
 from harness.prediction import Simulated
 from harness.processes import Ending
 from harness.provenance import provenance
-from harness.record import Finding, Measurement, Outcome, Readings, read, write
+from harness.record import Finding, Measurement, Outcome, Readings, read, settled, write
 from harness.sources import fingerprint, judging_fingerprint
 
 RETRIED = {Outcome.KILLED, Outcome.FOREIGN_PROCESS}
@@ -250,13 +250,15 @@ def _simulate(cell: Cell, listener: Listener, begin: float) -> Measurement:
     ending = client.submit("harness.forecast:execute", payload, 1, cell.timeout_s, listener)
     outcome, detail = classify(ending)
     simulated = Simulated(**ending.results[0]) if ending.how == "finished" else None
-    return Measurement(
-        cell=cell,
-        outcome=outcome,
-        detail=detail,
-        readings=None,
-        simulated=simulated,
-        provenance=provenance(time.monotonic() - begin),
+    return settled(
+        Measurement(
+            cell=cell,
+            outcome=outcome,
+            detail=detail,
+            readings=None,
+            simulated=simulated,
+            provenance=provenance(time.monotonic() - begin),
+        )
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,8 +19,8 @@ from harness.cell import Cell, Claim, Experiment, load_experiment
 from harness.matrix import Row
 from harness.record import Measurement, Provenance
 
-NOT_MEASURED = "not measured"
-"""Outcome of a cell without a record."""
+NOT_MEASURED, NOT_SIMULATED = "not measured", "not simulated"
+"""Outcome of a cell without a record, by what would have made it."""
 
 NOT_COMPARED = "not compared"
 """Gate of a record without a gradient comparison."""
@@ -81,9 +82,12 @@ def reference(folder: Path) -> Results:
     """Results in a folder of committed records, named like its experiment.
 
     The cells are those of the records: a reference stands for the code and the sweep of its day.
+    Raises `ValueError` where there is none.
     """
     e = load_experiment(paths.experiment(folder.name))
     measurements = {file.stem: record.read(file) for file in sorted(folder.glob("*.json"))}
+    if not measurements:
+        raise ValueError(f"{folder}: no records (*.json) in it; restore them, or remove the folder")
     cells = {key: m.cell for key, m in measurements.items()}
     return _results(e, cells, measurements, [(key, c) for key, c in e.claims() if key in cells])
 
@@ -211,6 +215,23 @@ def _description(cell: Cell) -> dict[str, Any]:
     }
 
 
+def outcome_of(cell: Cell, m: Measurement | None) -> str:
+    """How `cell` ended, or that there is no record of it."""
+    if m is not None:
+        return m.outcome.value
+    return NOT_SIMULATED if cell.world == "sim" else NOT_MEASURED
+
+
+def counted_outcomes(results: Results) -> str:
+    """How many cells were measured or simulated, and how many ended in each way."""
+    kinds = {cell.world == "sim" for cell in results.cells.values()}
+    done = " or ".join({False: "measured", True: "simulated"}[kind] for kind in sorted(kinds))
+    outcomes = Counter(m.outcome.value for m in results.measurements.values())
+    counted = ", ".join(f"{n} {outcome}" for outcome, n in outcomes.most_common())
+    progress = f"{len(results.measurements)} of {len(results.cells)} cells {done}"
+    return f"{progress}: {counted}" if counted else progress
+
+
 def metrics() -> list[str]:
     """The metrics there are: files of `harness/metrics/`."""
     return names("harness.metrics")
@@ -235,7 +256,7 @@ def tidy(results: Results) -> pd.DataFrame:
             "key": key,
             **_description(cell),
             "series": named[key],
-            "outcome": m.outcome.value if m else NOT_MEASURED,
+            "outcome": outcome_of(cell, m),
             "detail": m.detail if m else None,
             "gate": compared[key],
             "commit": m.provenance.commit if m else None,
@@ -300,16 +321,17 @@ def source_line(results: Results) -> str:
     """Experiment, commit, hardware and date of the records, for the foot of a figure."""
     provenances = results.provenances()
     if not provenances:
-        return f"{results.name}: {NOT_MEASURED}"
+        return f"{results.name}: {_few(outcome_of(cell, None) for cell in results.cells.values())}"
     parts = [
         results.name,
         "commit " + _few(commit_name(p) for p in provenances),
         _few(f"{p.device}, {p.cores} cores" for p in provenances),
         _few(p.utc[:10] for p in provenances),
     ]
-    missing = len(results.cells) - len(results.measurements)
+    missing = [cell for key, cell in results.cells.items() if key not in results.measurements]
     if missing:
-        parts.append(f"{missing} of {len(results.cells)} cells {NOT_MEASURED}")
+        words = _few(outcome_of(cell, None) for cell in missing)
+        parts.append(f"{len(missing)} of {len(results.cells)} cells {words}")
     return " · ".join(parts)
 
 

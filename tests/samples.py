@@ -7,7 +7,7 @@ from typing import Any
 from alst_impl.config import TrainConfig
 from harness.cell import Cell, make_cell
 from harness.nvml import Device, DeviceReadings, Section
-from harness.prediction import Simulated
+from harness.prediction import Flops, Holding, Prediction, SearchResult, Simulated
 from harness.record import (
     CudaMemory,
     Gate,
@@ -19,6 +19,7 @@ from harness.record import (
     RankMemory,
     Readings,
 )
+from harness.sources import fingerprint
 from harness.table import Results
 
 MIB = 2**20
@@ -201,6 +202,51 @@ def simulated(of: Cell, allocated: int = 20 * 2**30) -> Measurement:
             checkpoint_bytes=512 * MIB,
             holdings=[],
             search=None,
+            timeline=None,
+        ),
+        provenance=PROVENANCE,
+    )
+
+
+def searched(
+    of: Cell,
+    longest: int = 1_000,
+    slope: float = 100.0,
+    peak: int = 2**30,
+    holdings: list[Holding] | None = None,
+) -> Measurement:
+    """A record of a simulated cell with its prediction and its longest sequence."""
+    prediction = Prediction(
+        live_bytes=peak,
+        scratch_bytes=0,
+        allocated_bytes=peak,
+        overhead_bytes=2**30,
+        total_bytes=peak + 2**30,
+        host_bytes=0,
+        bytes_per_local_token=slope,
+        by_category={"activations": peak},
+        fits=True,
+        limit="none",
+        flops=Flops(paper_formula=1.0, model_causal=1.0),
+        step_seconds_modelled=10.0,
+    )
+    search = SearchResult(
+        longest_tokens=longest,
+        shortest_failing_tokens=longest + 10,
+        limit="gpu_memory",
+        evaluations=3,
+    )
+    return Measurement(
+        cell=of,
+        outcome=Outcome.OK,
+        readings=None,
+        simulated=Simulated(
+            code=fingerprint(),
+            prediction=prediction,
+            peak_bytes=peak,
+            checkpoint_bytes=0,
+            holdings=holdings or [],
+            search=search,
             timeline=None,
         ),
         provenance=PROVENANCE,

@@ -20,7 +20,7 @@ from harness.forecast import execute, setting
 from harness.predict import predict
 from harness.prediction import Prediction, Simulated
 from harness.processes import Rank
-from harness.record import Measurement, Outcome
+from harness.record import Measurement, Outcome, settled
 
 ROOT = Path(__file__).parent.parent
 SEARCHED = ("paper_ablation/*", "longest/llama3.1-8b_layerwise-sp1_*")
@@ -55,12 +55,14 @@ def payload(cell: Cell) -> dict[str, Any]:
 
 def recorded(cell: Cell, readings: dict[str, Any]) -> Measurement:
     """A record of `cell`."""
-    return Measurement(
-        cell=cell,
-        outcome=Outcome.OK,
-        readings=None,
-        simulated=Simulated(**readings),
-        provenance=PROVENANCE,
+    return settled(
+        Measurement(
+            cell=cell,
+            outcome=Outcome.OK,
+            readings=None,
+            simulated=Simulated(**readings),
+            provenance=PROVENANCE,
+        )
     )
 
 

@@ -38,11 +38,11 @@ def claims(
     """Judge every published number by our evidence, and compare with results/reference/.
 
     Simulates what has no record or one of other code. Exit code 1 where a simulated number got worse
-    than its committed record.
+    than its committed record; 2 where there is no number to judge or no committed record to compare with.
 
     Example: alst claims --json
     """
-    from harness.claims import evidence
+    from harness.claims import Verdict, evidence
     from harness.compare import changes
 
     experiments = [load_experiment(path) for path in paths.experiments()]
@@ -55,19 +55,35 @@ def claims(
         fresh(paths.experiment(e.name), results / "cells" / e.name) for e, _ in simulated
     ]
     found = evidence(all_results)
+    if all(each.verdict is Verdict.NOT_MEASURED for each in found):
+        raise ValueError(_nothing(len(found), results))
     if as_json:
         print(json.dumps([each.model_dump(mode="json") for each in found], indent=1))
     else:
         _print_claims(found)
-    moved = [
-        change
-        for each in all_results
-        for change in changes(reference_records(each.name), each.measurements)
-    ]
-    worse = [change for change in moved if change.worse]
+    references = [(each, reference_records(each.name)) for each in all_results]
+    moved = [c for each, before in references for c in changes(before, each.measurements)]
     for change in moved:
         print(f"alst: {change}", file=sys.stderr)
-    return 1 if worse else 0
+    if not any(set(before) & set(each.measurements) for each, before in references):
+        raise ValueError(
+            f"{paths.REFERENCE} holds none of these cells, so nothing says whether a number got worse; "
+            "run it in a checkout with committed records, or make them with `alst reference NAME`"
+        )
+    return 1 if any(change.worse for change in moved) else 0
+
+
+def _nothing(count: int, results: Path) -> str:
+    """Why there is no number to judge, and the way out."""
+    if not count:
+        return (
+            f"no published number to judge: no experiment in {paths.EXPERIMENTS}/ has a claim; run it in a "
+            "checkout"
+        )
+    return (
+        f"none of {count} published numbers can be judged: {results}/cells holds no record for them; run it "
+        "without --stored"
+    )
 
 
 def compare(before: Folder, after: Folder) -> int:

@@ -41,6 +41,10 @@ def defects(
     begin = time.monotonic()
     console = Console()
     planted = {n: d for n, d in read_defects(paths.DEFECTS).items() if not d.tests}
+    if not planted:
+        raise ValueError(
+            f"{paths.DEFECTS}: every defect is left to tests, so there is none to plant; use `make test`"
+        )
     trials = _trials(truth_cache(results))
     caught: dict[str, Catch] = {}
     with ThreadPoolExecutor(jobs) as pool:

@@ -84,7 +84,7 @@ def made_rows(experiment: Experiment, made: Matrix) -> list[Row]:
 
 
 def chosen(experiment: Experiment, part: str) -> list[Work]:
-    """The cells of `part`. Raises `ValueError` if it is not one."""
+    """The cells of `part`, at least one. Raises `ValueError` if it is not one."""
     work = experiment.matrix_cells()
     assert experiment.matrix is not None
     if part == "covering":
@@ -96,6 +96,11 @@ def chosen(experiment: Experiment, part: str) -> list[Work]:
     index, count = map(int, numbers.groups()) if numbers else (0, 0)
     if not 1 <= index <= count:
         raise ValueError(f"--part {part}: write I/N with 1 <= I <= N, such as 1/4, or 'covering'")
+    if index > len(work):
+        raise ValueError(
+            f"--part {part}: {experiment.name} has {len(work)} cells, so nothing is left for part {index}; "
+            f"use at most {len(work)} parts"
+        )
     return work[index - 1 :: count]
 
 

@@ -97,6 +97,8 @@ def _readme(write: bool) -> int:
     from harness.record import write_text
     from harness.report import readme_blocks, with_blocks
 
+    if not paths.README.is_file():
+        raise ValueError(f"no {paths.README} here; run it in the root of a checkout")
     text = paths.README.read_text()
     current = with_blocks(text, readme_blocks(_references()))
     if text == current:
@@ -114,19 +116,34 @@ def _readme(write: bool) -> int:
 def _references() -> list[Results]:
     from harness.table import reference as load_reference
 
-    return [load_reference(folder) for folder in sorted(paths.REFERENCE.glob("*/*/"))]
+    folders = sorted(paths.REFERENCE.glob("*/*/"))
+    if not folders:
+        raise ValueError(
+            f"no records in {paths.REFERENCE}, which the README's blocks are made of; run `make`, then "
+            "`alst reference NAME`"
+        )
+    return [load_reference(folder) for folder in folders]
 
 
 def _with_records(names: list[str] | None) -> list[Results]:
+    """Results of the experiments `names`, by default of all that have records.
+
+    Raises `ValueError` for a name without a record, and where there is none at all.
+    """
     from harness.table import fresh
 
-    if not names:
-        names = sorted(folder.name for folder in paths.cells("").glob("*/"))
-    if not names:
+    folders = sorted(folder.name for folder in paths.cells("").glob("*/"))
+    found = [fresh(paths.experiment(name)) for name in names or folders]
+    empty = [results.name for results in found if not results.measurements]
+    if names and empty:
+        raise ValueError(
+            f"{empty[0]}: no records of its cells in {paths.cells(empty[0])}; run `make`"
+        )
+    if len(empty) == len(found):
         raise ValueError(
             "no records in results/cells; run `make` or `alst run experiments/smoke.yaml`"
         )
-    return [fresh(paths.experiment(name)) for name in names]
+    return [results for results in found if results.measurements]
 
 
 def summary(names: Names = None) -> None:
@@ -147,16 +164,15 @@ def summary(names: Names = None) -> None:
         verdict_counts,
     )
     from harness.report import summary as in_words
-    from harness.table import measured_part
+    from harness.table import counted_outcomes, measured_part
 
     console = Console()
     console.width = max(console.width, 100)  # a narrower terminal wraps rather than hides
     for results in map(measured_part, _with_records(names)):
         if is_simulated(results):
             found = evidence([results])
-            console.print(
-                f"{results.name}: {claim_summary(found)}" if found else "", highlight=False
-            )
+            said = f" {claim_summary(found)}" if found else ""
+            console.print(f"{results.name}: {counted_outcomes(results)}.{said}", highlight=False)
             console.print(f"figures: {paths.figures(results.name)}/", highlight=False)
             continue
         if is_compared(results):
@@ -225,7 +241,7 @@ def reference(
     if unclean and not dirty:
         raise ValueError(
             f"{name}: {len(unclean)} records come from a tree with uncommitted changes, such as "
-            f"{unclean[0]}; commit and measure again, or pass --dirty"
+            f"{paths.cells(name) / unclean[0]}.json; commit and measure again, or pass --dirty"
         )
     old = [key for key, m in results.measurements.items() if stale(m)]
     if old:

@@ -17,7 +17,7 @@ from alst_impl.plugin import names
 from harness import drawing
 from harness.cell import Cell
 from harness.prediction import Simulated
-from harness.table import NOT_MEASURED, Results, measured_part, tidy, wide
+from harness.table import NOT_MEASURED, NOT_SIMULATED, Results, measured_part, tidy, wide
 
 
 def draw(name: str, results: Results) -> Figure:
@@ -68,13 +68,16 @@ def draw_timelines(
         at = [i / max(len(held) - 1, 1) for i in range(len(held))]
         axes.fill_between(at, held, color=colours[name], alpha=0.12, linewidth=0)
         handles += axes.plot(at, held, color=colours[name], linewidth=1.5, label=name)
+        if not s.fits:
+            highest_at = held.index(max(held))
+            axes.plot(at[highest_at], held[highest_at], **drawing.DOES_NOT_FIT)
     axes.set_ylabel("live tensors [GiB]")
     axes.set_xlabel("course of forward and backward [events]")
     axes.set_xticks([])
     highest = max((max(s.timeline.device_bytes) for _, s in lines if s.timeline), default=2**30)
     axes.set_ylim(0, 1.15 * highest / 2**30)
     if not handles:
-        drawing.say(axes, NOT_MEASURED)
+        drawing.say(axes, NOT_SIMULATED)
     return handles
 
 
@@ -86,7 +89,8 @@ def draw_panel(
         colour = colours[str(name)]
         if metric == "step_s":
             drawing.spread(axes, points, "step_min_s", "step_max_s", colour)
-        drawing.line(axes, points, metric, colour, "measured")
+        kind = drawing.kind_of(points["world"].iloc[0])
+        drawing.line(axes, points, metric, colour, kind)
     drawing.failures(axes, cells, colours)
     drawing.length_axis(axes, lengths)
     if cells[metric].isna().all():

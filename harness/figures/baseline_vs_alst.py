@@ -9,7 +9,7 @@ from harness import drawing
 from harness.claims import Evidence, evidence
 from harness.figures.base import features
 from harness.plain import percent_text, tokens_text
-from harness.table import NOT_MEASURED, Results
+from harness.table import NOT_SIMULATED, Results
 
 TABLES = "alst_baseline_vs_alst"
 METHODS = ("baseline", "alst_recipe", "alst")
@@ -33,7 +33,7 @@ def draw(results: Results) -> Figure:
     figure = Figure(figsize=(8.6, 4.6), layout="constrained")
     axes = figure.subplots()
     if not lengths:
-        drawing.say(axes, NOT_MEASURED)
+        drawing.say(axes, NOT_SIMULATED)
     for e in lengths:
         name = _series(results, e)
         x = sizes.index(results.cells[e.key].train.world_size) + 0.27 * (SERIES.index(name) - 1)

@@ -9,7 +9,7 @@ from harness.cell import Cell
 from harness.figures.base import simulated
 from harness.plain import number_text, options_text, tokens_text
 from harness.prediction import Prediction
-from harness.table import NOT_MEASURED, Results
+from harness.table import NOT_SIMULATED, Results
 
 Numbers = tuple[float, float, float | None, float | None]
 """KiB per token of a rank; GiB on a node's host; FLOPs over those that training needs; MiB between GPU and
@@ -36,32 +36,32 @@ def _numbers(cell: Cell, p: Prediction) -> Numbers:
 def draw(results: Results) -> Figure:
     """One row per cell that asks for no search; a panel for each of its numbers."""
     rows = [
-        (_label(cell), cell.train, _numbers(cell, s.prediction))
+        (_label(cell), cell.train, _numbers(cell, s.prediction), s.fits)
         for cell, s in simulated(results)
         if s.prediction and s.prediction.bytes_per_local_token and s.search is None
     ]
     rows.sort(key=lambda row: -row[2][0])
-    methods = list(dict.fromkeys(train.method.name for _, train, _ in rows))
+    methods = list(dict.fromkeys(train.method.name for _, train, _, _ in rows))
     colours = drawing.palette(methods)
     figure = Figure(figsize=(14, 0.9 + 0.36 * max(len(rows), 3)), layout="constrained")
     panels = figure.subplots(1, len(PANELS), sharey=True)
     for column, (axes, name) in enumerate(zip(panels, PANELS, strict=True)):
-        for place, (_, train, numbers) in enumerate(rows):
+        for place, (_, train, numbers, fits) in enumerate(rows):
             value = numbers[column]
             if value is None:
                 continue
             colour = colours[train.method.name]
             axes.plot([0, value], [place, place], color=colour, linewidth=1, alpha=0.5)
-            drawing.point(axes, value, place, colour, "predicted", number_text(value))
-        axes.set_yticks(range(len(rows)), [label for label, _, _ in rows])
+            drawing.point(axes, value, place, colour, "predicted", number_text(value), fits=fits)
+        axes.set_yticks(range(len(rows)), [label for label, _, _, _ in rows])
         axes.set_xlabel(name)
         axes.set_xlim(left=0)
         axes.margins(x=0.2)
     if not rows:
-        drawing.say(panels[0], NOT_MEASURED)
+        drawing.say(panels[0], NOT_SIMULATED)
     handles = [drawing.handle(name, colours[name], "predicted") for name in methods]
-    where = {f"{tokens_text(t.seqlen)} tokens on {t.world_size} GPU" for _, t, _ in rows}
-    model = "".join(sorted({t.model for _, t, _ in rows}))
+    where = {f"{tokens_text(t.seqlen)} tokens on {t.world_size} GPU" for _, t, _, _ in rows}
+    model = "".join(sorted({t.model for _, t, _, _ in rows}))
     title = (
         f"What a token costs: {model}, {'; '.join(sorted(where))}" if rows else "What a token costs"
     )

@@ -9,7 +9,7 @@ from harness import drawing
 from harness.figures.base import simulated
 from harness.plain import bytes_text, tokens_text
 from harness.published import look_up
-from harness.table import NOT_MEASURED, Results
+from harness.table import NOT_SIMULATED, Results
 
 PUBLISHED_TOKENS = 125_000
 """Of the fact `activation_checkpoints_125k_all_layers`."""
@@ -18,7 +18,7 @@ PUBLISHED_TOKENS = 125_000
 def draw(results: Results) -> Figure:
     """The traced step's host bytes on one GPU, and the paper's arithmetic for one length."""
     points = sorted(
-        (cell.train.seqlen, s.checkpoint_bytes)
+        (cell.train.seqlen, s.checkpoint_bytes, s.fits)
         for cell, s in simulated(results)
         if cell.train.world_size == 1 and s.timeline is None
     )
@@ -26,11 +26,15 @@ def draw(results: Results) -> Figure:
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
     if not points:
-        drawing.say(axes, NOT_MEASURED)
+        drawing.say(axes, NOT_SIMULATED)
     axes.plot(
-        [n for n, _ in points], [b for _, b in points], color=colour, **drawing.MARKS["predicted"]
+        [n for n, _, _ in points],
+        [b for _, b, _ in points],
+        color=colour,
+        **drawing.MARKS["predicted"],
     )
-    for n, nbytes in points:
+    for n, nbytes, fits in points:
+        drawing.point(axes, n, nbytes, colour, "predicted", fits=fits)
         axes.annotate(
             bytes_text(nbytes),
             (n, nbytes),

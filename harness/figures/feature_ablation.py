@@ -9,7 +9,7 @@ from harness import drawing
 from harness.claims import evidence
 from harness.figures.base import PREDICTIONS, features
 from harness.plain import percent_text, tokens_text
-from harness.table import NOT_MEASURED, Results
+from harness.table import NOT_SIMULATED, Results
 
 
 def draw(results: Results) -> Figure:
@@ -20,7 +20,7 @@ def draw(results: Results) -> Figure:
     figure = Figure(figsize=(8.6, 0.85 * max(len(rows), 1) + 1.8), layout="constrained")
     axes = figure.subplots()
     if not rows:
-        drawing.say(axes, NOT_MEASURED)
+        drawing.say(axes, NOT_SIMULATED)
     for e in lengths:
         method, y = (
             results.cells[e.key].train.method.name,

@@ -10,7 +10,7 @@ from harness import drawing
 from harness.cell import Cell, Quantity
 from harness.claims import Evidence, evidence
 from harness.plain import options_text, percent_text, tokens_text
-from harness.table import NOT_MEASURED, Results
+from harness.table import NOT_SIMULATED, Results
 
 PANELS: dict[Quantity, str] = {
     "longest_tokens": "longest sequence [tokens]",
@@ -65,7 +65,7 @@ def draw(results: Results) -> Figure:
         axes.set_yticks(range(len(rows)), rows)
         axes.set_ylim(max(len(rows), 1) - 0.5, -0.5)
         if not found:
-            drawing.say(axes, NOT_MEASURED)
+            drawing.say(axes, NOT_SIMULATED)
     methods = list(dict.fromkeys(results.cells[e.key].train.method.name for e in found))
     colours = drawing.palette([cell.train.method.name for cell in results.cells.values()])
     handles = [drawing.handle("published", drawing.INK, "published")]

@@ -10,7 +10,7 @@ from harness import drawing
 from harness.claims import evidence
 from harness.figures.base import PREDICTIONS, features, simulated
 from harness.plain import tokens_text
-from harness.table import NOT_MEASURED, Results
+from harness.table import NOT_SIMULATED, Results
 
 SIGNS = {"gpu_memory": "", "host_memory": "h", "index_range": "i", "heads": "s", "none": ""}
 """What stands at a prediction that GPU memory does not stop."""
@@ -75,7 +75,7 @@ def draw(results: Results) -> Figure:
     figure = Figure(figsize=(max(3.1 * len(models), 6.2), 4.1), layout="constrained")
     grid = figure.subplots(1, max(len(models), 1), sharey=True, squeeze=False)[0]
     if not models:
-        drawing.say(grid[0], NOT_MEASURED)
+        drawing.say(grid[0], NOT_SIMULATED)
     for axes, model in zip(grid, models, strict=False):
         _draw_model(axes, results, model, colours)
     grid[0].set_ylabel("longest sequence [tokens]")

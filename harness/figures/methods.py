@@ -14,7 +14,7 @@ from harness.cell import Cell
 from harness.figures.base import simulated
 from harness.plain import bytes_text, tokens_text
 from harness.prediction import Simulated
-from harness.table import NOT_MEASURED, Results
+from harness.table import NOT_SIMULATED, Results
 
 LIMITS = {
     "gpu_memory": "GPU memory",
@@ -54,11 +54,21 @@ def _cost(_: Cell, s: Simulated) -> tuple[float, str]:
     return slope, bytes_text(slope)
 
 
+def _any_fits(_: Cell, s: Simulated) -> bool:
+    """Whether any length does."""
+    return s.search is not None and s.search.longest_tokens > 0
+
+
+def _fits(_: Cell, s: Simulated) -> bool:
+    """Whether the step does whose bytes are counted."""
+    return s.fits
+
+
 PANELS = (
-    (_length, tokens_text, 10, "longest sequence [tokens]", 30),
-    (_cost, bytes_text, 2, "allocated at the peak, per token of a rank", 6),
+    (_length, _any_fits, tokens_text, 10, "longest sequence [tokens]", 30),
+    (_cost, _fits, bytes_text, 2, "allocated at the peak, per token of a rank", 6),
 )
-"""What a column shows, the words of its axis, its base and label, and its room for words, as a factor."""
+"""What a column shows, whether that fits, the words of its axis, its base and label, and its room for words, as a factor."""
 
 
 def draw(results: Results) -> Figure:
@@ -73,16 +83,25 @@ def draw(results: Results) -> Figure:
         max(len(by_gpus), 1), 2, sharex="col", sharey=True, squeeze=False, width_ratios=(2, 1)
     )
     if not by_gpus:
-        drawing.say(grid[0][0], NOT_MEASURED)
+        drawing.say(grid[0][0], NOT_SIMULATED)
     for (gpus, rows), pair in zip(by_gpus.items(), grid, strict=False):
-        for axes, (reading, *_) in zip(pair, PANELS, strict=True):
+        for axes, (reading, fits, *_) in zip(pair, PANELS, strict=True):
             for place, method in enumerate(methods):
                 if method in rows:
                     value, words = reading(*rows[method])
                     colour = colours[method]
-                    drawing.point(axes, value, place, colour, "predicted", words, ink=drawing.INK)
+                    drawing.point(
+                        axes,
+                        value,
+                        place,
+                        colour,
+                        "predicted",
+                        words,
+                        ink=drawing.INK,
+                        fits=fits(*rows[method]),
+                    )
         pair[0].set_title(f"{gpus} GPU{'s' if gpus > 1 else ''}", loc="left")
-    for axes, (_, text, base, label, room) in zip(grid[-1], PANELS, strict=True):
+    for axes, (*_, text, base, label, room) in zip(grid[-1], PANELS, strict=True):
         _finish_axis(axes, text, base, room if by_gpus else 1)
         axes.set_xlabel(label)
     grid[0][0].set_yticks(range(len(methods)), methods)

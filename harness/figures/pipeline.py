@@ -14,7 +14,7 @@ from harness import drawing, pipelines
 from harness.cell import Cell
 from harness.claims import Evidence, evidence
 from harness.plain import length_text, percent_text, tokens_text
-from harness.table import NOT_MEASURED, Results
+from harness.table import NOT_SIMULATED, Results
 
 FORWARD = ("#cfe0f3", "#a9c8e8", "#82afdb", "#5b94cc")
 BACKWARD = ("#f6d7c3", "#efbb98", "#e79f6f", "#dd8146")
@@ -73,7 +73,7 @@ def _draw_schedules(axes: dict[str, Axes], results: Results, found: list[Evidenc
         cells = [results.cells[e.key] for e in found if e.quantity == "tokens_per_second"]
         chosen = next((cell for cell in cells if _schedule(cell) == name), None)
         if chosen is None:
-            drawing.say(axes[name], NOT_MEASURED)
+            drawing.say(axes[name], NOT_SIMULATED)
             continue
         latest = max(latest, _draw_schedule(axes[name], name, chosen))
     for name in SCHEDULES:
@@ -122,7 +122,7 @@ def _draw_numbers(
     """Published and predicted numbers, a column for each `place`, both schedules side by side."""
     places = list(dict.fromkeys(place(results.cells[e.key]) for e in found))
     if not found:
-        drawing.say(axes, NOT_MEASURED)
+        drawing.say(axes, NOT_SIMULATED)
     for e in found:
         cell = results.cells[e.key]
         name = _schedule(cell)
@@ -131,7 +131,9 @@ def _draw_numbers(
         drawing.point(axes, x, e.published, colours[name], "published")
         if e.predicted is not None and e.error is not None:
             text = "fitted" if e.used_for_fit else percent_text(e.error)
-            drawing.point(axes, x, e.predicted, colours[name], "predicted", text, side)
+            drawing.point(
+                axes, x, e.predicted, colours[name], "predicted", text, side, fits=not e.infeasible
+            )
     axes.set_xticks(range(len(places)), places)
     axes.set_xlim(-0.8, max(len(places), 1) - 0.2)
     numbers = [y for e in found for y in (e.published, e.predicted) if y is not None]

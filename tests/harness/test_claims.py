@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from samples import PROVENANCE, cell
+from samples import cell
+from samples import searched as simulated
 
 from harness import paths, record
-from harness.cell import Cell, load_experiment
+from harness.cell import load_experiment
 from harness.claims import Verdict, evidence, judge
 from harness.commands import claims as command
-from harness.commands import present
+from harness.commands import gpu, present
 from harness.compare import Change, changes, grown
-from harness.prediction import Flops, Holding, Prediction, SearchResult, Simulated
+from harness.prediction import Holding
 from harness.published import look_up
-from harness.record import Measurement, Outcome
+from harness.record import Measurement
 from harness.table import Results, fresh
 
 ROOT = Path(__file__).parents[2]
@@ -35,53 +36,6 @@ sweeps:
           claim: {id: one, table: told, row: {name: ours}, columns: {longest_tokens: tokens}}
 figures: [feature_ablation]
 """
-
-
-def simulated(
-    of: Cell,
-    longest: int = 1_000,
-    slope: float = 100.0,
-    peak: int = 2**30,
-    holdings: list[Holding] | None = None,
-) -> Measurement:
-    """A record of a simulated cell."""
-    prediction = Prediction(
-        live_bytes=peak,
-        scratch_bytes=0,
-        allocated_bytes=peak,
-        overhead_bytes=2**30,
-        total_bytes=peak + 2**30,
-        host_bytes=0,
-        bytes_per_local_token=slope,
-        by_category={"activations": peak},
-        fits=True,
-        limit="none",
-        flops=Flops(paper_formula=1.0, model_causal=1.0),
-        step_seconds_modelled=10.0,
-    )
-    search = SearchResult(
-        longest_tokens=longest,
-        shortest_failing_tokens=longest + 10,
-        limit="gpu_memory",
-        evaluations=3,
-    )
-    from harness.sources import fingerprint
-
-    return Measurement(
-        cell=of,
-        outcome=Outcome.OK,
-        readings=None,
-        simulated=Simulated(
-            code=fingerprint(),
-            prediction=prediction,
-            peak_bytes=peak,
-            checkpoint_bytes=0,
-            holdings=holdings or [],
-            search=search,
-            timeline=None,
-        ),
-        provenance=PROVENANCE,
-    )
 
 
 def held(nbytes: int, location: str = "layer.py:10") -> Holding:
@@ -230,6 +184,7 @@ def test_claims_print_the_stable_keys(
 ) -> None:
     """One object per number, with the keys that others rely on."""
     keep(checkout, paths.cells("told"))
+    keep(checkout, paths.REFERENCE / "h100-80gb" / "told")
     assert command.claims(as_json=True, stored=True) == 0
     (claim,) = json.loads(capsys.readouterr().out)
     assert claim == {
@@ -242,6 +197,7 @@ def test_claims_print_the_stable_keys(
         "error": 0.0,
         "used_for_fit": False,
         "verdict": "reproduced",
+        "outcome": "ok",
     }
 
 
@@ -259,6 +215,20 @@ def test_a_regression_is_named_and_fails(
     said = capsys.readouterr().err
     assert "longest_tokens 1,000 -> 900 (worse); grew: +512 MiB aten::add at layer.py:12" in said
     assert "bytes_per_local_token 100 -> 101" in said
+
+
+def test_numbers_without_committed_ones_did_not_stay_as_good(checkout: Measurement) -> None:
+    """Where nothing is committed, nothing was compared, and that is no pass."""
+    keep(checkout, paths.cells("told"))
+    with pytest.raises(ValueError, match="holds none of these cells"):
+        command.claims(stored=True)
+
+
+def test_confirming_nothing_is_refused(checkout: Measurement) -> None:
+    """No GPU has measured a cell of this experiment."""
+    keep(checkout, paths.cells("told"))
+    with pytest.raises(ValueError, match="told: no cell has both"):
+        gpu.confirm("told")
 
 
 def test_compare_needs_records_in_common(checkout: Measurement, tmp_path: Path) -> None:

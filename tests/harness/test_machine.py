@@ -20,6 +20,7 @@ from harness.machine import (
     require_devices,
     some_devices,
 )
+from harness.provenance import Checkout
 
 CUDA: dict[str, Any] = {
     "model": "tiny-llama",
@@ -118,9 +119,9 @@ def test_hidden_devices_are_refused(run: Any, monkeypatch: pytest.MonkeyPatch) -
 def test_an_unclean_tree_is_refused(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A CUDA record names the code that made it, unless somebody insists."""
     use(monkeypatch, device(0))
-    monkeypatch.setattr(machine, "checkout", lambda: ("abc", True))
-    assert_refused(run(), "uncommitted changes", "--allow-dirty")
-    monkeypatch.setattr(machine, "checkout", lambda: (None, None))
+    monkeypatch.setattr(machine, "checkout", lambda: Checkout("abc", ["harness/new.py", "x"]))
+    assert_refused(run(), "(harness/new.py and 1 more)", "--allow-dirty")
+    monkeypatch.setattr(machine, "checkout", lambda: None)
     assert_refused(run(), "no checkout with a commit", "--allow-dirty")
 
 

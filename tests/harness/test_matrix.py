@@ -135,6 +135,7 @@ def test_a_level_that_can_run_is_no_refusal(experiment: Path) -> None:
         (["--part", "0/3"], ["--part 0/3", "I/N"]),
         (["--part", "4/3"], ["--part 4/3", "covering"]),
         (["--part", "some"], ["--part some"]),
+        (["--part", "99/99"], ["--part 99/99", "at most"]),
         (["--jobs", "0"], ["--jobs"]),
     ],
 )
@@ -182,7 +183,9 @@ def test_an_experiment_without_a_matrix_is_refused(
 ) -> None:
     """With the command that runs it."""
     path = tmp_path / "sweep.yaml"
-    path.write_text("question: Which?\nsource: here\n")
+    path.write_text(
+        "question: Which?\nsource: here\nsweeps: [{base: {model: tiny-llama, method: alst, seqlen: 64}}]\n"
+    )
     assert command(monkeypatch, str(path)) == 2
     assert "alst run" in capsys.readouterr().err
 

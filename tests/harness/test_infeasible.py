@@ -1,0 +1,123 @@
+"""A simulated step that is more than the machine has is a result of its own, never a success."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from samples import cell
+from samples import searched as simulated
+
+from harness import drawing, paths, record
+from harness.cell import load_experiment
+from harness.claims import evidence
+from harness.commands import present
+from harness.compare import changes
+from harness.drawing import DOES_NOT_FIT, svg
+from harness.figures.base import draw
+from harness.record import Measurement, Outcome, settled
+from harness.report import BAD, GOOD, finding_grid, page, simulated_grid
+from harness.table import Results, fresh, tidy
+
+GIB = 2**30
+YAML = """question: q
+source: s
+base: {model: tiny-llama, seqlen: 1_000, world: sim, engine: fsdp2, hardware: h100-80gb}
+sweeps:
+  - axes:
+      _row:
+        - method: {name: alst_recipe}
+          claim: {id: one, table: told, row: {name: ours}, columns: {step_seconds: tokens}}
+"""
+
+
+def over(of: Measurement) -> Measurement:
+    """The record of a cell whose step holds more than the device, as it was written before: `ok`."""
+    assert of.simulated is not None
+    assert of.simulated.prediction is not None
+    more = {"fits": False, "limit": "gpu_memory", "total_bytes": 90 * GIB}
+    prediction = of.simulated.prediction.model_copy(update=more)
+    return of.model_copy(
+        update={"simulated": of.simulated.model_copy(update={"prediction": prediction})}
+    )
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Results:
+    """One simulated cell that does not fit, of the one claimed number, read from its record."""
+    monkeypatch.chdir(tmp_path)
+    record.write_text(paths.experiment("told"), YAML)
+    record.write_text(
+        paths.published("told"), "name,tokens,source,source_locator\nours,10,a paper,Table 1\n"
+    )
+    (of,) = load_experiment(paths.experiment("told")).cells().values()
+    record.write(paths.cells("told") / f"{of.key}.json", over(simulated(of)))
+    return fresh(paths.experiment("told"))
+
+
+def test_an_infeasible_step_is_told_as_one(results: Results) -> None:
+    """Whatever its record says: in the table, the report, and beside a published number."""
+    (m,) = results.measurements.values()
+    assert (m.outcome, m.detail) == (Outcome.DOES_NOT_FIT, "more than the GPU's memory: 90 GiB")
+    assert set(tidy(results)["outcome"]) == {"does_not_fit"}
+    grid = simulated_grid(results)
+    assert {"does_not_fit", "gpu_memory"} <= set(grid.rows[0])
+    assert finding_grid(results).rows == []
+    (claim,) = evidence([results])
+    assert claim.infeasible
+    shown = page([results])
+    assert '<td class="bad">does_not_fit</td>' in shown
+    assert "reproduced (does_not_fit)" in shown
+    assert "1 of 1 cells simulated: 1 does_not_fit" in shown
+    assert "cells measured" not in shown
+
+
+def test_every_outcome_has_a_colour() -> None:
+    """One is a success, all others are not."""
+    assert {outcome.value for outcome in Outcome} <= GOOD | BAD
+    assert GOOD & set(Outcome) == {"ok"}
+
+
+def test_summary_counts_simulated_cells(
+    results: Results, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By outcome, and as simulated."""
+    present.summary(["told"])
+    assert "told: 1 of 1 cells simulated: 1 does_not_fit." in capsys.readouterr().out
+
+
+def test_a_cell_that_comes_to_exceed_the_device_got_worse() -> None:
+    """And one that comes to fit got better; what grew is named in the same breath."""
+    of = cell("alst_recipe", 1, world="sim", engine="fsdp2", hardware="h100-80gb")
+    small, large = simulated(of), settled(over(simulated(of, peak=2 * GIB)))
+    worse = changes({"key": small}, {"key": large})
+    assert [(c.quantity, c.worse) for c in worse] == [("outcome", True), ("peak_bytes", True)]
+    assert not any(c.worse for c in changes({"key": large}, {"key": small}))
+    assert changes({"key": large}, {"key": large}) == []
+
+
+def test_a_step_that_does_not_fit_is_crossed_out() -> None:
+    """In figures of simulated cells, with an entry in the legend; others have neither."""
+    of = cell("alst", 1, world="sim", engine="fsdp2", hardware="h100-80gb")
+
+    def crosses(m: Measurement) -> tuple[int, int]:
+        drawn = draw("methods", Results("n", "q", "s", ["methods"], {of.key: of}, {of.key: m}))
+        lines = [line for axes in drawn.axes for line in axes.get_lines()]
+        entries = [
+            text for text in drawn.legends[0].get_texts() if text.get_text() == "does not fit"
+        ]
+        return len([line for line in lines if line.get_gid() == DOES_NOT_FIT["gid"]]), len(entries)
+
+    assert crosses(settled(over(simulated(of)))) == (1, 1)
+    assert crosses(simulated(of)) == (0, 0)
+
+
+def test_simulated_cells_are_never_drawn_as_measured() -> None:
+    """A figure of lengths that an experiment of simulated cells asks for has predicted marks."""
+    of = cell("alst", 1, world="sim", engine="fsdp2", hardware="h100-80gb")
+    results = Results("n", "q", "s", ["peak_memory"], {of.key: of}, {of.key: simulated(of)})
+    (entry,) = draw("peak_memory", results).legends[0].get_lines()
+    assert entry.get_marker() == drawing.MARKS["predicted"]["marker"]
+    absent = Results("n", "q", "s", ["methods"], {of.key: of}, {})
+    assert "not simulated" in drawing.source_line(absent)
+    assert "not measured" not in svg(draw("methods", absent))
