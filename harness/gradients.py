@@ -175,8 +175,10 @@ def _run_truth(jobs: list[list[str]]) -> None:
         text=True,
         check=False,
     )
+    lines = done.stderr.strip().splitlines()
+    if done.returncode == truth.REFUSED:
+        raise truth.Refused(lines[-1])
     if done.returncode:
-        lines = done.stderr.strip().splitlines()
         raise RuntimeError(
             f"the truth could not be computed: {lines[-1] if lines else done.returncode}"
         )
