@@ -118,7 +118,7 @@ def refusal(model: Any, ids: torch.Tensor) -> str | None:
                 return None
             for hook in hooks:
                 hook.remove()
-            with _Lowest():
+            with _Lowest():  # type: ignore[no-untyped-call]
                 second = model(input_ids=ids, use_cache=False).logits
     finally:
         for hook in hooks:
