@@ -334,6 +334,7 @@ def test_a_device_that_is_lost_meanwhile_is_one_line(monkeypatch: pytest.MonkeyP
     one = device(0)
     (found,) = visible_devices(FakeNvml([one]), None)
     monkeypatch.setattr(nvml, "library", lambda: FakeNvml([{**one, "lost": True}]))
-    monkeypatch.setattr("sys.stdin", Path(os.devnull).open())  # noqa: SIM115  closed with it
-    with pytest.raises(SystemExit, match="a device stopped answering .*GPU is lost"):
-        nvml.main(f"[{found.model_dump_json()}]")
+    with Path(os.devnull).open() as nothing:
+        monkeypatch.setattr("sys.stdin", nothing)
+        with pytest.raises(SystemExit, match=r"a device stopped answering .*GPU is lost"):
+            nvml.main(f"[{found.model_dump_json()}]")
