@@ -31,7 +31,11 @@ from harness.gate import (
     UPDATE_TOLERANCES,
     Tolerance,
     excess,
+    noise_floor,
     precision,
+    scales,
+    used,
+    without_noise,
 )
 from harness.processes import Rank
 from harness.record import Gate, ParameterGate
@@ -171,8 +175,10 @@ def _run_truth(jobs: list[list[str]]) -> None:
         text=True,
         check=False,
     )
+    lines = done.stderr.strip().splitlines()
+    if done.returncode == truth.REFUSED:
+        raise truth.Refused(lines[-1])
     if done.returncode:
-        lines = done.stderr.strip().splitlines()
         raise RuntimeError(
             f"the truth could not be computed: {lines[-1] if lines else done.returncode}"
         )
@@ -182,15 +188,24 @@ def compare(ours: dict[str, Tensor], loss: float, truth: Truth, train: TrainConf
     """Every parameter's gradient against the truth, in fp64. A gradient we lack counts as zero."""
     expected = load_file(truth.exact)
     truth_loss = float(expected.pop("loss"))
-    compared = _compared(ours, expected)
-    tolerance, rounded = TOLERANCES[precision(train)], _rounded(truth)
+    rounding = precision(train)
+    parameters = without_noise(_compared(ours, expected), rounding)
+    tolerance, rounded = TOLERANCES[rounding], _rounded(truth)
     limits = _limits(expected, rounded, tolerance) if rounded else {}
-    used = [_used(*one, limits, tolerance) for one in compared]
-    worst = max(range(len(used)), key=used.__getitem__)
-    parameters = [parameter for parameter, _ in compared]
+    scale = scales(parameters)
+    shares = [
+        used(
+            p,
+            tolerance,
+            limits.get(p.parameter, 1.0),
+            noise_floor(p, scale[p.parameter], rounding),
+        )
+        for p in parameters
+    ]
+    worst = max(range(len(shares)), key=shares.__getitem__)
     loss_close = abs(loss - truth_loss) <= TOLERANCES[train.dtype].ratio * abs(truth_loss)
     return Gate(
-        passed=used[worst] <= 1 and loss_close,
+        passed=shares[worst] <= 1 and loss_close,
         loss=loss,
         truth_loss=truth_loss,
         worst=parameters[worst],
@@ -225,9 +240,14 @@ def compare_update(
     after: dict[str, Tensor],
     truth: Truth,
     train: TrainConfig,
+    noise: dict[str, Tensor] | None = None,
 ) -> Gate:
-    """`gate` with the change of every parameter beside PyTorch's own optimizer on the true gradients."""
-    gradients = load_file(truth.exact)
+    """`gate` with the change of every parameter beside PyTorch's own optimizer on the true gradients.
+
+    `noise` has our own gradients of parameters whose truth is nothing but rounding, which take its place.
+    """
+    ours = noise or {}
+    gradients = load_file(truth.exact) | ours
     del gradients["loss"]
     expected = stock_change(before, gradients, train.optimizer)
     change = {name: after[name].double() - before[name].double() for name in after}
@@ -238,14 +258,13 @@ def compare_update(
     if rounded:
         # An optimizer in that dtype rounds the weights more than once: so does the stock one.
         dtype: torch.dtype = getattr(torch, train.dtype)
-        alone = stock_change(before, rounded, train.optimizer, dtype)
+        alone = stock_change(before, rounded | ours, train.optimizer, dtype)
         limits = _limits(expected, alone, tolerance)
-    compared = _compared(change, expected)
-    used = [_used(*one, limits, tolerance) for one in compared]
-    worst = max(range(len(used)), key=used.__getitem__)
-    updates = [parameter for parameter, _ in compared]
+    updates = _compared(change, expected)
+    shares = [used(p, tolerance, limits.get(p.parameter, 1.0)) for p in updates]
+    worst = max(range(len(shares)), key=shares.__getitem__)
     found: dict[str, Any] = {"updates": updates}
-    if gate.passed and used[worst] > 1:
+    if gate.passed and shares[worst] > 1:
         found |= {"passed": False, "wrong_update": updates[worst]}
     return gate.model_copy(update=found)
 
@@ -283,9 +302,7 @@ def stock_change(
     }
 
 
-def _compared(
-    ours: dict[str, Tensor], expected: dict[str, Tensor]
-) -> list[tuple[ParameterGate, bool]]:
+def _compared(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> list[ParameterGate]:
     unknown = sorted(ours.keys() - expected.keys())
     if unknown:
         raise RuntimeError(f"gradients of parameters that the stock model does not have: {unknown}")
@@ -297,7 +314,7 @@ def _limits(
 ) -> dict[str, float]:
     """Times that each parameter may use up `tolerance`: more where the dtype alone, which gave `alone`, does."""
     compared = _compared(alone, expected)
-    return {p.parameter: max(1.0, ROUNDING_ROOM * excess(p, tolerance)) for p, _ in compared}
+    return {p.parameter: max(1.0, ROUNDING_ROOM * excess(p, tolerance)) for p in compared}
 
 
 def _rounded(truth: Truth) -> dict[str, Tensor]:
@@ -309,23 +326,18 @@ def _rounded(truth: Truth) -> dict[str, Tensor]:
     return gradients
 
 
-def _used(
-    parameter: ParameterGate, usable: bool, limits: dict[str, float], tolerance: Tolerance
-) -> float:
-    """Part of what is allowed that the worse of both bounds uses up; above 1 fails."""
-    limit = limits.get(parameter.parameter, 1.0)
-    return excess(parameter, tolerance) / limit if usable else float("inf")
-
-
-def _compare_one(name: str, ours: Tensor | None, truth: Tensor) -> tuple[ParameterGate, bool]:
-    """The comparison, and whether ours is finite, and zero where the truth is."""
+def _compare_one(name: str, ours: Tensor | None, truth: Tensor) -> ParameterGate:
+    """The comparison in fp64; what is not finite has no norm."""
     mine = torch.zeros_like(truth) if ours is None else ours.to(torch.float64)
     if mine.shape != truth.shape:
         raise RuntimeError(f"gradient of {name} is {tuple(mine.shape)}, not {tuple(truth.shape)}")
-    ours_norm, truth_norm = float(mine.norm()), float(truth.norm())
-    if truth_norm == 0 or not torch.isfinite(mine).all():
-        blank = ParameterGate(parameter=name, ratio=None, cosine=None)
-        return blank, ours_norm == 0 and truth_norm == 0
-    product = float((mine * truth).sum())
-    cosine = product / (ours_norm * truth_norm) if ours_norm else 0.0
-    return ParameterGate(parameter=name, ratio=ours_norm / truth_norm, cosine=cosine), True
+    norm, truth_norm = float(mine.norm()), float(truth.norm())
+    blank = ParameterGate(parameter=name, ratio=None, cosine=None, truth_norm=truth_norm)
+    if not torch.isfinite(mine).all():
+        return blank
+    found = {"norm": norm, "error_norm": float((mine - truth).norm())}
+    if truth_norm:
+        product = float((mine * truth).sum())
+        found |= {"ratio": norm / truth_norm}
+        found |= {"cosine": product / (norm * truth_norm) if norm else 0.0}
+    return blank.model_copy(update=found)

@@ -8,8 +8,10 @@ function takes the library, so that tests hand in another. Imports no torch.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
 import select
 import subprocess
 import sys
@@ -38,7 +40,8 @@ class Device(Frozen):
     """NVML's number of the device; of a part, that of the whole."""
     uuid: str
     name: str
-    memory_bytes: int
+    memory_bytes: int | None
+    """None where NVML does not tell, as of devices that share the host's memory."""
     part: int | None = None
     """Number of the MIG instance; None is a whole device."""
 
@@ -50,10 +53,10 @@ class Section(Frozen):
     """What rank 0 did, as it reports."""
     seconds: float
     readings: int
-    used_bytes: int
+    used_bytes: int | None
     """Largest memory in use on the device, by whomever."""
     process_bytes: int | None
-    """Largest sum over the processes that NVML lists."""
+    """Largest sum over the processes that NVML lists; None where it did not tell of one of them."""
     sm_hz: list[float] | None
     """Lowest and highest clock of the multiprocessors."""
     watts: float | None
@@ -68,7 +71,7 @@ class DeviceReadings(Frozen):
     """What a device read over one run."""
 
     device: Device
-    before_bytes: int
+    before_bytes: int | None
     """In use before the run started."""
     sections: list[Section]
     """In order of time; the same thing done again is another section."""
@@ -124,9 +127,17 @@ def _describe(nvml: Any, index: int, part: int | None = None) -> Device:
         index=index,
         uuid=_text(nvml.nvmlDeviceGetUUID(handle)),
         name=_text(nvml.nvmlDeviceGetName(handle)),
-        memory_bytes=nvml.nvmlDeviceGetMemoryInfo(handle).total,
+        memory_bytes=getattr(_memory(nvml, handle), "total", None),
         part=part,
     )
+
+
+def _memory(nvml: Any, handle: Any) -> Any:
+    """What NVML says of a device's memory; None where it has none of its own."""
+    try:
+        return nvml.nvmlDeviceGetMemoryInfo(handle)
+    except nvml.NVMLError_NotSupported:
+        return None
 
 
 def _parts(nvml: Any, index: int) -> list[Device] | None:
@@ -142,37 +153,84 @@ def _parts(nvml: Any, index: int) -> list[Device] | None:
     return found
 
 
+class _Silent(Frozen):
+    """A device that is there and does not answer."""
+
+    uuid: str = ""
+    why: str
+
+
 def visible_devices(nvml: Any, asked: str | None) -> list[Device]:
     """The devices that CUDA offers when `CUDA_VISIBLE_DEVICES` is `asked` (None: not set), in its order.
 
     Devices are counted as NVML does, which is what `CUDA_DEVICE_ORDER=PCI_BUS_ID` makes CUDA do. Names
-    are indices, `GPU-...` or `MIG-...`, whole or the beginning that tells them apart; as in CUDA, the
-    first that names nothing ends the list. Of a device that MIG has split, an index is its first part.
+    are whole or the beginning that tells them apart. As in CUDA, the first that names nothing ends the list,
+    and one device named twice empties it. Of a device that MIG has split, an index is its first part.
+    Raises `ValueError` for a device among them that does not answer; of others that is no matter.
     """
-    whole: list[Device] = []
+    whole: list[Device | _Silent] = []
     parts: list[Device] = []
-    for index in range(nvml.nvmlDeviceGetCount()):
-        instances = _parts(nvml, index)
-        parts += instances or []
-        # A split device without an instance offers nothing, and keeps its number.
-        whole.append(instances[0] if instances else _describe(nvml, index))
-    if asked is None:
-        return whole
+    for index in range(_count(nvml)):
+        try:
+            instances = _parts(nvml, index)
+            parts += instances or []
+            # A split device without an instance offers nothing, and keeps its number.
+            whole.append(instances[0] if instances else _describe(nvml, index))
+        except nvml.NVMLError as error:
+            whole.append(_Silent(why=f"device {index} does not answer (NVML: {error})"))
     found: list[Device] = []
-    for name in (word.strip() for word in asked.split(",")):
-        device = _named(name, whole, parts)
-        if device is None or device in found:
-            break
+    for device in whole if asked is None else _chosen(named(asked), whole, parts):
+        if isinstance(device, _Silent):
+            raise ValueError(f"{device.why}; name devices that do in CUDA_VISIBLE_DEVICES")
         found.append(device)
     return found
 
 
-def _named(name: str, whole: Sequence[Device], parts: Sequence[Device]) -> Device | None:
-    if name.isdigit():
-        return whole[int(name)] if int(name) < len(whole) else None
-    matches = [d for d in (*whole, *parts) if name and d.uuid.startswith(name)]
-    distinct = list({d.uuid: d for d in matches}.values())
-    return distinct[0] if len(distinct) == 1 else None
+def _count(nvml: Any) -> int:
+    try:
+        return int(nvml.nvmlDeviceGetCount())
+    except nvml.NVMLError as error:
+        raise ValueError(f"the NVIDIA driver does not count its devices (NVML: {error})") from None
+
+
+def named(asked: str) -> list[int] | list[str]:
+    """What a value of `CUDA_VISIBLE_DEVICES` names: indices, or `GPU-...` or `MIG-...`, as the first does.
+
+    What is of another kind ends the list, and so does a negative index; the same name twice empties it. An
+    index may have anything behind it.
+    """
+    prefix = asked[:4]
+    if prefix in ("GPU-", "MIG-"):
+        words = asked.split(",")
+        alike = list(itertools.takewhile(lambda word: word.startswith(prefix), words))
+        return alike if len(set(alike)) == len(alike) else []
+    numbers = [re.match(r"[+-]?\d+", word.strip()) for word in asked.split(",")]
+    indices = (int(number.group()) if number else -1 for number in numbers)
+    counted = list(itertools.takewhile(lambda index: index >= 0, indices))
+    return counted if len(set(counted)) == len(counted) else []
+
+
+def _chosen(
+    names: Sequence[int | str], whole: Sequence[Device | _Silent], parts: Sequence[Device]
+) -> list[Device | _Silent]:
+    found: list[Device | _Silent] = []
+    for name in names:
+        device = _named(name, whole, parts)
+        if device is None:
+            break
+        if device in found:
+            return []
+        found.append(device)
+    return found
+
+
+def _named(
+    name: int | str, whole: Sequence[Device | _Silent], parts: Sequence[Device]
+) -> Device | _Silent | None:
+    if isinstance(name, int):
+        return whole[name] if name < len(whole) else None
+    distinct = {d.uuid: d for d in (*whole, *parts) if d.uuid.startswith(name)}
+    return next(iter(distinct.values())) if len(distinct) == 1 else None
 
 
 # -- watching -------------------------------------------------------------------------------------
@@ -189,7 +247,7 @@ def throttle_reasons(nvml: Any, bits: int) -> list[str]:
 class Reading(Frozen):
     """One look at a device."""
 
-    used_bytes: int
+    used_bytes: int | None
     processes: dict[int, int | None]
     """Process id -> its bytes, where NVML tells."""
     sm_hz: float | None
@@ -206,7 +264,7 @@ def read(nvml: Any, handle: Any) -> Reading:
     bits = _or_none(nvml, nvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle)
     processes = _or_none(nvml, nvml.nvmlDeviceGetComputeRunningProcesses, handle) or []
     return Reading(
-        used_bytes=nvml.nvmlDeviceGetMemoryInfo(handle).used,
+        used_bytes=getattr(_memory(nvml, handle), "used", None),
         processes={p.pid: p.usedGpuMemory for p in processes},
         sm_hz=None if clock is None else clock * 1e6,
         watts=None if milliwatts is None else milliwatts / 1e3,
@@ -219,7 +277,7 @@ def _first(nvml: Any, handle: Any, pause: Callable[[float], None]) -> Reading:
     """The reading before a run; whoever is leaving the device may take a moment to be gone."""
     reading = read(nvml, handle)
     for _ in range(LEAVING):
-        if not reading.processes and reading.used_bytes <= IDLE_BYTES:
+        if not reading.processes and (reading.used_bytes or 0) <= IDLE_BYTES:
             break
         pause(INTERVAL_S)
         reading = read(nvml, handle)
@@ -251,13 +309,14 @@ class _Watched:
 
 def _section(doing: str, seconds: float, readings: Sequence[Reading]) -> Section:
     clocks = [r.sm_hz for r in readings if r.sm_hz is not None]
-    held = [sum(b for b in r.processes.values() if b is not None) for r in readings if r.processes]
+    told = [list(r.processes.values()) for r in readings if r.processes]
+    held = [sum(b for b in each if b is not None) for each in told if None not in each]
     return Section(
         doing=doing,
         seconds=seconds,
         readings=len(readings),
-        used_bytes=max(r.used_bytes for r in readings),
-        process_bytes=max(held, default=None),
+        used_bytes=max((r.used_bytes for r in readings if r.used_bytes is not None), default=None),
+        process_bytes=max(held, default=None) if len(held) == len(told) else None,
         sm_hz=[min(clocks), max(clocks)] if clocks else None,
         watts=max((r.watts for r in readings if r.watts is not None), default=None),
         celsius=max((r.celsius for r in readings if r.celsius is not None), default=None),
@@ -312,8 +371,9 @@ def strangers(before: Reading, seen: dict[int, int], ours: Iterable[int]) -> lis
     that a device has one rank.
     """
     found = [f"process {pid} before the run" for pid in before.processes]
-    if not found and before.used_bytes > IDLE_BYTES:
-        found = [f"{before.used_bytes / 2**30:.1f} GiB in use before the run"]
+    used = before.used_bytes or 0
+    if not found and used > IDLE_BYTES:
+        found = [f"{used / 2**30:.1f} GiB in use before the run"]
     ours = set(ours)
     others = [pid for pid in seen if pid not in before.processes and pid not in ours]
     if ours & set(seen):
@@ -422,7 +482,11 @@ def main(listed: str) -> None:
             print(flush=True)
         return next_line(seconds)
 
-    print(json.dumps([r.model_dump(mode="json") for r in watch(nvml, devices, announcing)]))
+    try:
+        readings = watch(nvml, devices, announcing)
+    except nvml.NVMLError as error:
+        sys.exit(f"alst: a device stopped answering while it was watched (NVML: {error})")
+    print(json.dumps([r.model_dump(mode="json") for r in readings]))
 
 
 if __name__ == "__main__":

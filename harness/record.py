@@ -37,7 +37,9 @@ class Outcome(StrEnum):
 
 
 class ParameterGate(Frozen):
-    """One parameter's gradient beside the truth; null where the true gradient is zero."""
+    """One parameter's gradient beside the truth; ratio and cosine are null where the true gradient is zero,
+    or nothing but rounding.
+    """
 
     parameter: str
     """Name in the Hugging Face model."""
@@ -45,6 +47,18 @@ class ParameterGate(Frozen):
     """Norm of ours over norm of the truth."""
     cosine: float | None
     """Cosine of the angle between them."""
+    norm: float | None = None
+    """Of ours; None where it is not finite. This and what follows is None in records from before it was
+    kept."""
+    truth_norm: float | None = None
+    """Of the truth."""
+    error_norm: float | None = None
+    """Of their difference; None where ours is not finite."""
+
+    @property
+    def noise(self) -> bool:
+        """Whether the true gradient is zero, or nothing but rounding, and ours is finite."""
+        return self.ratio is None and self.error_norm is not None
 
 
 class Gate(Frozen):

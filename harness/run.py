@@ -77,7 +77,8 @@ def measure(
     truth: dict[str, Any] | None = None,
     sources: Path | None = None,
 ) -> Measurement:
-    """Run `cell`, with truths kept in the folder `cache`. Never raises for what a cell does.
+    """Run `cell`, with truths kept in the folder `cache`. Never raises for what a cell does; raises
+    `ValueError` for one that nothing can be compared with.
 
     `truth` is what `truths` gave for it; without it, it is prepared here. `sources` is a folder with
     another `alst_impl`, which the ranks run.
@@ -209,7 +210,10 @@ def _execute_one(
     """The rank of `launch`; the first of them has the truth, the first of a machine watches its devices."""
     truth = None
     if cell.gate and launch.rank == 0:
-        prepared = _prepare([cell], cache, listener)
+        try:
+            prepared = _prepare([cell], cache, listener)
+        except ValueError as error:  # others of the launch wait for what we say
+            return Ran(ending=Ending(how="error", error="ValueError", message=str(error)))
         if prepared.how != "finished":
             return Ran(ending=prepared)
         ((truth,),) = prepared.results
@@ -273,10 +277,14 @@ def truths(
 
 
 def _prepare(cells: Sequence[Cell], cache: Path, listener: Listener) -> Ending:
+    """Of preparing truths. Raises `ValueError` where there is none: a step that draws random numbers."""
     trains = [cell.train.model_dump(mode="json") for cell in cells]
     wanted = {"trains": trains, "cache": str(cache.resolve())}
     timeout_s = max(cell.timeout_s for cell in cells)
-    return client.submit("harness.gradients:prepare_truths", wanted, 1, timeout_s, listener)
+    ending = client.submit("harness.gradients:prepare_truths", wanted, 1, timeout_s, listener)
+    if ending.error == "Refused":
+        raise ValueError(f"{cells[0].label if len(cells) == 1 else 'the gate'}: {ending.message}")
+    return ending
 
 
 def _execute(

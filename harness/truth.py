@@ -8,23 +8,33 @@ folder was written by `save_pretrained`; with adapters it holds `config.json`, `
 peft's `LoraConfig`) and `adapted.safetensors` (all weights by name). Samples hold `input_ids`, `labels` (not shifted, -100 is
 ignored) and `position_ids`, int64 [N, S], of every micro-batch of one optimizer step on all ranks.
 Writes the gradient of each parameter, tied ones once, and `loss`: the sum of all token losses over
-the number of labels.
+the number of labels. A model whose step draws random numbers has no truth: exit code `REFUSED`, one line.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+REFUSED = 3
+"""Exit code where there is no truth."""
+PROBED = 4
+"""Tokens that are enough to see what a model draws."""
 ADAPTED, LORA = "adapted.safetensors", "lora.json"
 """Weights of a model with adapters, and arguments of peft's `LoraConfig`."""
+
+
+class Refused(ValueError):
+    """There is no truth for what was asked."""
 
 
 def gradients(
@@ -38,6 +48,9 @@ def gradients_of(model: Any, samples: dict[str, torch.Tensor]) -> dict[str, torc
     """The same of a model that is there, in its own dtype."""
     dtype = model.dtype
     model.train()
+    drawn = refusal(model, samples["input_ids"][:1, :PROBED])
+    if drawn:
+        raise Refused(drawn)
     count = max(int((samples["labels"][:, 1:] != -100).sum()), 1)
     total = torch.zeros((), dtype=torch.float64)
     for ids, labels, positions in zip(
@@ -62,6 +75,84 @@ def gradients_of(model: Any, samples: dict[str, torch.Tensor]) -> dict[str, torc
         if p.requires_grad
     }
     return {**found, "loss": total}
+
+
+class _Lowest(TorchDispatchMode):
+    """Random draws that decide something come out as low as they can: all is dropped, noise is at its end."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name
+        if name == "aten::uniform_":
+            return out.fill_(args[1] if len(args) > 1 else 0.0)
+        return out.zero_() if name in ("aten::rand", "aten::bernoulli_") else out
+
+
+def refusal(model: Any, ids: torch.Tensor) -> str | None:
+    """Why nothing can be held against `model`, in training; None where no random draw changes its logits.
+
+    `ids` are int64 [1, S]. A draw alone is no reason: some models draw whether to skip a layer whose chance
+    of being skipped is 0. The generators' states are left as they were.
+    """
+    found: list[str] = []
+    before: dict[Any, Any] = {}
+
+    def enter(module: Any, *_: Any) -> None:
+        before[module] = len(found), _states()
+
+    def leave(module: Any, *_: Any) -> None:
+        count, states = before.pop(module)
+        if count == len(found) and not _same(states, _states()):  # no module inside has
+            found.append(f"'{names[module]}' ({type(module).__name__})")
+
+    names = {module: name for name, module in model.named_modules()}
+    hooks = [m.register_forward_pre_hook(enter) for m in names]
+    hooks += [m.register_forward_hook(leave) for m in names]
+    states = _states()
+    try:
+        with torch.no_grad():
+            first = model(input_ids=ids, use_cache=False).logits
+            if _same(states, _states()):
+                return None
+            for hook in hooks:
+                hook.remove()
+            with _Lowest():  # type: ignore[no-untyped-call]
+                second = model(input_ids=ids, use_cache=False).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+    if torch.equal(first, second):
+        return None
+    return (
+        f"model_type '{model.config.model_type}' draws random numbers in training, in {found[0]}"
+        f"{f' and {len(found) - 1} other modules' if len(found) > 1 else ''}: no two steps are the same, so "
+        f"there is no truth to compare with; {_way_out(model.config)}"
+    )
+
+
+def _states() -> tuple[torch.Tensor, Any]:
+    return torch.get_rng_state(), random.getstate()
+
+
+def _same(a: tuple[torch.Tensor, Any], b: tuple[torch.Tensor, Any]) -> bool:
+    return torch.equal(a[0], b[0]) and a[1] == b[1]
+
+
+def _way_out(config: Any) -> str:
+    """The fields that ask for random numbers, as far as their names tell."""
+    asking = [
+        f"{key} ({value})"
+        for key, value in sorted(config.to_dict().items())
+        if any(word in key for word in ("drop", "jitter"))
+        and isinstance(value, float)
+        and value > 0
+    ]
+    fields = ", ".join(asking) or "what asks for them"
+    return f"set {fields} to 0 in its config.json"
 
 
 def _model(folder: str, dtype: torch.dtype) -> Any:
@@ -93,4 +184,8 @@ def main(folder: str, samples: str, output: str, dtype: str) -> None:
 
 if __name__ == "__main__":
     for first in range(1, len(sys.argv), 4):
-        main(*sys.argv[first : first + 4])
+        try:
+            main(*sys.argv[first : first + 4])
+        except Refused as error:
+            print(error, file=sys.stderr)
+            sys.exit(REFUSED)

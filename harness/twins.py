@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from alst_impl.config import Frozen
 from harness.cell import Cell, Simulation
+from harness.metrics import nvml_bytes
 from harness.prediction import Simulated
 from harness.record import Measurement, Outcome
 from harness.table import Results
@@ -87,9 +88,9 @@ def _of(m: Measurement, simulated: Simulated | None) -> Iterator[Twin]:
     reserved = max(rank.reserved_bytes.get("backward", 0) for rank in ranks)
     if reserved and simulated.reserved_bytes:
         yield _twin(m.cell, "reserved", reserved, simulated.reserved_bytes, judged=False)
-    used = [s.used_bytes for each in m.readings.devices for s in each.sections]
-    if used and simulated.prediction is not None:
-        yield _twin(m.cell, "nvml", max(used), simulated.prediction.total_bytes, judged=False)
+    used = nvml_bytes.value(m)
+    if used is not None and simulated.prediction is not None:
+        yield _twin(m.cell, "nvml", used, simulated.prediction.total_bytes, judged=False)
 
 
 def _twin(cell: Cell, quantity: str, measured: float, predicted: float, *, judged: bool) -> Twin:

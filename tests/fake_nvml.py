@@ -13,10 +13,15 @@ class FakeError(Exception):
     """As `pynvml.NVMLError`."""
 
 
+class FakeNotSupported(FakeError):
+    """As `pynvml.NVMLError_NotSupported`."""
+
+
 class FakeNvml:
     """The functions of pynvml that are used, over devices that are plain dictionaries."""
 
     NVMLError = FakeError
+    NVMLError_NotSupported = FakeNotSupported
     NVML_DEVICE_MIG_ENABLE = 1
     NVML_CLOCK_SM = 1
     NVML_TEMPERATURE_GPU = 0
@@ -35,6 +40,8 @@ class FakeNvml:
 
     def nvmlDeviceGetHandleByIndex(self, index: int) -> dict[str, Any]:
         """The device itself is its handle."""
+        if self.devices[index].get("lost"):
+            raise FakeError("GPU is lost")
         return self.devices[index]
 
     def nvmlDeviceGetUUID(self, handle: dict[str, Any]) -> bytes:
@@ -47,6 +54,8 @@ class FakeNvml:
 
     def nvmlDeviceGetMemoryInfo(self, handle: dict[str, Any]) -> SimpleNamespace:
         """The next of the readings of a device, the last for ever."""
+        if handle.get("unified"):
+            raise FakeNotSupported("Not Supported")
         used = handle.get("used", [0])
         return SimpleNamespace(
             total=80 * GIB, used=used.pop(0) if handle.get("moves") and len(used) > 1 else used[0]

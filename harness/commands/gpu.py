@@ -26,7 +26,8 @@ def devices() -> None:
     from harness.nvml import library
 
     for device in some_devices(library()):
-        gib = f"{device.memory_bytes / 2**30:.1f} GiB"
+        held = device.memory_bytes
+        gib = "shares the host's memory" if held is None else f"{held / 2**30:.1f} GiB"
         print("\t".join([row_of(device) or "-", device.name, device.uuid, gib]))
 
 

@@ -207,7 +207,8 @@ def _print(answer: dict[str, Any]) -> None:
     table.add_column("1 - cosine", justify="right")
     for row in answer["parameters"]:
         if row["ratio"] is None:
-            table.add_row(row["parameter"], "zero", "zero")
+            off = f"off by {row['error_norm']:.0e}" if row["error_norm"] else "zero"
+            table.add_row(row["parameter"], "zero", off)
         else:
             table.add_row(row["parameter"], f"{row['ratio'] - 1:+.1e}", f"{1 - row['cosine']:+.1e}")
     console.print(table)

@@ -12,4 +12,4 @@ def value(m: Measurement) -> float | None:
     if m.readings is None:
         return None
     found = [section.used_bytes for each in m.readings.devices for section in each.sections]
-    return max(found, default=None)
+    return max((each for each in found if each is not None), default=None)

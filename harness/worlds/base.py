@@ -170,17 +170,23 @@ class _Run:
             raise NanLoss(f"loss {float(loss)} in step {self.step}")
         gradients = self.runtime.gradients()
         self._follow(gradients)
-        gate = None
+        gate, noise = None, {}
         if self.rank.index == 0:
             assert self.truth is not None
             gate = compare(gradients, float(loss), self.truth, self.cell.train)
+            # AdamW makes a whole update of the least gradient: rounding has to be followed as it is.
+            noise = {
+                p.parameter: gradients[p.parameter].clone()
+                for p in gate.parameters
+                if p.noise and p.parameter in gradients
+            }
         del gradients
         before = self._parameters()
         self._note(StepResult(loss=loss, grad_norm=self.runtime.update()))
         after = self._parameters()
         if gate is not None and self.cell.update:
             assert self.truth is not None
-            gate = compare_update(gate, before, after, self.truth, self.cell.train)
+            gate = compare_update(gate, before, after, self.truth, self.cell.train, noise)
         return gate
 
     def _parameters(self) -> dict[str, Tensor]:

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import Ranks
 from safetensors.torch import save_file
 from torch import Tensor
+from training import config_of, run_steps
 
-from alst_impl.config import DataConfig, Spec, TrainConfig
-from harness.gate import broken_promises, explain_failure, known_factor
-from harness.gradients import Truth, compare
+from alst_impl.config import DataConfig, DType, Spec, TrainConfig
+from alst_impl.models import materialize, published
+from harness.gate import EPSILON, broken_promises, explain_failure, known_factor
+from harness.gradients import Truth, compare, samples_of
 from harness.record import RankEvidence
+from harness.truth import gradients_of
+
+
+def test_epsilons_are_those_of_the_dtypes() -> None:
+    """The table that needs no torch says what torch says."""
+    assert all(torch.finfo(getattr(torch, name)).eps == eps for name, eps in EPSILON.items())
+
 
 TRAIN = TrainConfig(
     model="tiny-llama", method={"name": "alst", "sp": 4}, seqlen=100, world_size=8, dtype="float32"
@@ -57,12 +68,92 @@ def test_wrong_direction_fails(truth: Path) -> None:
     assert gate.worst.parameter == "a"
 
 
-def test_nonzero_where_the_truth_is_zero_fails(truth: Path) -> None:
-    """Any gradient at all is wrong where there must be none."""
-    gate = compare({**ours(), "zero": torch.full((3,), 1e-30)}, 2.0, Truth(exact=str(truth)), TRAIN)
+@pytest.mark.parametrize(("value", "passed"), [(1e-8, True), (1e-6, False)])
+def test_nonzero_where_the_truth_is_zero_fails(truth: Path, value: float, passed: bool) -> None:
+    """A gradient is wrong where there must be none, once it is more than the dtype rounds off beside it."""
+    gate = compare({**ours(), "zero": torch.full((3,), value)}, 2.0, Truth(exact=str(truth)), TRAIN)
+    assert gate.passed == passed
+    zero = gate.parameters[1]
+    assert (zero.ratio, zero.noise) == (None, True)
+    assert zero.norm == zero.error_norm == pytest.approx(value * 3**0.5)
+    if not passed:
+        assert gate.worst == zero
+        said = explain_failure(gate, TRAIN)
+        assert "gradient of zero must be zero but for 8.8e-07 that float32 rounds off" in said
+        assert "has norm 1.7e-06" in said
+
+
+def test_nonzero_where_all_gradients_are_zero_fails(tmp_path: Path) -> None:
+    """Nothing is rounded off where there is nothing, as where all labels are masked."""
+    save_file({"a": torch.zeros(3).double(), "loss": torch.zeros(()).double()}, tmp_path / "t")
+    truth = Truth(exact=str(tmp_path / "t"))
+    assert compare({"a": torch.zeros(3)}, 0.0, truth, TRAIN).passed
+    assert not compare({"a": torch.full((3,), 1e-30)}, 0.0, truth, TRAIN).passed
+
+
+LAYERS = {
+    "layers.0.big": 1.0,
+    "layers.0.small": 1e-4,
+    "layers.1.big": 1e-6,
+    "layers.1.small": 1e-10,
+    "layers.1.noise": 1e-17,
+}
+"""Norms of true gradients of two layers."""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", [name for name in LAYERS if name != "layers.1.noise"])
+def test_a_zeroed_gradient_above_the_noise_fails(dtype: DType, name: str, tmp_path: Path) -> None:
+    """However small beside its layer or other layers; what bf16 rounds off must not hide it either."""
+    truth = {n: torch.full((4,), norm / 2).double() for n, norm in LAYERS.items()}
+    path = str(tmp_path / "truth.safetensors")
+    save_file({**truth, "loss": torch.tensor(2.0).double()}, path)
+    held = Truth(exact=path, rounded=path if dtype == "bfloat16" else None)
+    train = TRAIN.model_copy(update={"dtype": dtype})
+    rounded = {**truth, "layers.1.noise": torch.full((4,), 1e-14)}
+    assert compare(rounded, 2.0, held, train).passed
+    gate = compare({**rounded, name: torch.zeros(4)}, 2.0, held, train)
     assert not gate.passed
-    assert gate.worst.parameter == "zero"
-    assert "must be zero" in explain_failure(gate, TRAIN)
+    assert gate.worst.parameter == name
+    assert "ratio 0" in explain_failure(gate, train)
+
+
+ZEROS = {
+    "window of one": ("tiny-mistral", {"overrides": {"sliding_window": 1}}, "q_proj.weight"),
+    "two tokens": ("tiny-llama", {"seqlen": 2}, "k_proj.weight"),
+    "key bias without positions": ("smollm3", {}, "k_proj.bias"),
+}
+"""Where a gradient is zero: every query sees one key, or all keys move together."""
+
+
+@pytest.mark.parametrize("case", ZEROS)
+def test_rounding_where_the_mathematics_gives_zero_passes(
+    case: str, tmp_path: Path, ranks: Ranks
+) -> None:
+    """Nothing is wrong, so nothing is called wrong; what is not zero is judged as always."""
+    model, settings, name = ZEROS[case]
+    if model == "smollm3":
+        fields = published("tiny-llama") | {
+            "model_type": model,
+            "attention_bias": True,
+            "no_rope_layers": [0, 0],
+            "pad_token_id": 0,
+        }
+        (tmp_path / "config.json").write_text(json.dumps(fields))
+        model = str(tmp_path / "config.json")
+    train = config_of(**{"model": model, "method": SP2, "world_size": 2, "seqlen": 16, **settings})
+    run = ranks(2)(run_steps, train)[0]
+    stock = materialize(train.model_copy(update={"dtype": "float64"}))
+    save_file(gradients_of(stock, samples_of(train, 0)), tmp_path / "truth.safetensors")
+    held = Truth(exact=str(tmp_path / "truth.safetensors"))
+    gate = compare(run.gradients, run.losses[0], held, train)
+    assert gate.passed, explain_failure(gate, train)
+    noise = {p.parameter for p in gate.parameters if p.noise}
+    assert noise >= {f"model.layers.{i}.self_attn.{name}" for i in range(2)}
+    assert not [n for n in noise if "self_attn" not in n]
+    for of in noise:
+        wrong = {**run.gradients, of: torch.full_like(run.gradients[of], 1e-6)}
+        assert not compare(wrong, run.losses[0], held, train).passed
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

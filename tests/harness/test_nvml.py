@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator
+from itertools import product, takewhile
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from fake_nvml import GIB, H100, FakeNvml, device
 
 from harness import nvml
@@ -30,18 +32,86 @@ FOUR = [device(n) for n in range(4)]
     [
         (None, [0, 1, 2, 3]),
         ("2,0", [2, 0]),
-        ("GPU-333-aaaa, 1", [3, 1]),
+        ("GPU-333-aaaa,1", [3]),  # the first says of which kind all are
+        ("1,GPU-333-aaaa", [1]),
         ("GPU-1", [1]),  # the beginning that tells it apart
         ("", []),
         ("-1", []),
         ("1,7,2", [1]),  # the first that names nothing ends the list
-        ("1,1", [1]),
+        ("1,1", []),  # twice the same empties the list
+        ("GPU-1,GPU-111", []),
+        ("1gpu2,2ampere", [1, 2]),
         ("GPU-", []),  # names them all, so none
     ],
 )
 def test_visible_devices_are_those_of_cuda(asked: str | None, indices: list[int]) -> None:
     """Indices and UUIDs, in the order asked for."""
     assert [d.index for d in visible_devices(FakeNvml(FOUR), asked)] == indices
+
+
+WORDS = [
+    "0",
+    "1",
+    " 2",
+    "7",
+    "-1",
+    "+3",
+    "03",
+    "1gpu2",
+    "",
+    "x",
+    "GPU-1",
+    "GPU-333",
+    "GPU-",
+    "GPU-7",
+]
+
+
+@pytest.mark.parametrize("first", [*WORDS, "GPU-111-aaaa", "MIG-0"])
+def test_torch_sees_the_same_devices(first: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every list of up to three words, read by us and by what torch reads before CUDA starts."""
+    fake = FakeNvml(FOUR)
+    uuids = [each["uuid"] for each in FOUR]
+    lists = [",".join([first, *rest]) for n in range(3) for rest in product(WORDS, repeat=n)]
+    for asked in lists:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", asked)
+        names = torch.cuda._parse_visible_devices()
+        assert names == nvml.named(asked), asked
+        if names and isinstance(names[0], str):
+            names = torch.cuda._transform_uuid_to_ordinals(names, uuids)
+        expected = list(takewhile(lambda index: index < len(FOUR), names))
+        assert [d.index for d in visible_devices(fake, asked)] == expected, asked
+
+
+@pytest.mark.parametrize("asked", ["1", "GPU-1"])
+def test_a_lost_device_is_no_matter_to_others(asked: str) -> None:
+    """It keeps its number, so that others keep theirs."""
+    fake = FakeNvml([device(0, lost=True), device(1)])
+    assert [d.index for d in visible_devices(fake, asked)] == [1]
+
+
+@pytest.mark.parametrize("asked", [None, "0", "1,0"])
+def test_a_lost_device_that_is_asked_for_is_one_line(asked: str | None) -> None:
+    """Naming it and the way out."""
+    fake = FakeNvml([device(0, lost=True), device(1)])
+    said = r"device 0 does not answer \(NVML: GPU is lost\).*CUDA_VISIBLE_DEVICES"
+    with pytest.raises(ValueError, match=said):
+        visible_devices(fake, asked)
+
+
+def test_a_device_that_shares_the_hosts_memory_has_none_of_its_own() -> None:
+    """Its memory is not told, never 0; clocks and processes are read as of any other."""
+    (read,) = watched([device(0, unified=True, mhz=2000, processes=[{}, {11: 2 * GIB}])], None)
+    (section,) = read.sections
+    assert (read.device.memory_bytes, read.before_bytes, section.used_bytes) == (None, None, None)
+    assert (section.sm_hz, section.process_bytes) == ([2e9, 2e9], 2 * GIB)
+
+
+def test_a_process_whose_memory_is_not_told_is_not_zero() -> None:
+    """The sum over processes is not told either, though NVML tells of others or at other times."""
+    found = [{}, {11: 2 * GIB}, {11: 2 * GIB, 12: None}]
+    (read,) = watched([device(0, processes=found)], "pids 11 12", None, None)
+    assert read.sections[0].process_bytes is None
 
 
 def test_a_part_of_a_split_device_is_told_by_its_uuid_and_its_name() -> None:
@@ -257,3 +327,14 @@ def test_a_watcher_that_dies_is_told_from_one_that_saw_nothing(
     with Sampler([one]) as sampler:
         sampler.hear({"event": "started", "pids": [11]})
     assert sampler.ended_early
+
+
+def test_a_device_that_is_lost_meanwhile_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The watcher ends without a traceback; the run learns that it was not watched."""
+    one = device(0)
+    (found,) = visible_devices(FakeNvml([one]), None)
+    monkeypatch.setattr(nvml, "library", lambda: FakeNvml([{**one, "lost": True}]))
+    with Path(os.devnull).open() as nothing:
+        monkeypatch.setattr("sys.stdin", nothing)
+        with pytest.raises(SystemExit, match=r"a device stopped answering .*GPU is lost"):
+            nvml.main(f"[{found.model_dump_json()}]")

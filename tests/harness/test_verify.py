@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from samples import measurement
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from alst_impl.config import Spec, TrainConfig
 from alst_impl.methods.base import load_method
@@ -190,3 +192,58 @@ def test_truth_shares_no_code_of_ours() -> None:
     text = Path(truth.__file__).read_text()
     imports = [line for line in text.splitlines() if line.startswith(("import ", "from "))]
     assert not [line for line in imports if "alst" in line or "harness" in line]
+
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 260}
+OPT = {**SIZES, "ffn_dim": 64, "word_embed_proj_dim": 32, "dropout": 0.0, "layerdrop": 0.0}
+MIXTRAL = {**SIZES, "num_key_value_heads": 2, "intermediate_size": 64, "num_local_experts": 2}
+"""Small models; both draw nothing that decides anything."""
+
+
+def model_of(model_type: str, fields: dict[str, Any]) -> Any:
+    """A model in training, with whatever weights."""
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields)).train()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "words"),
+    [
+        ("gpt2", SIZES, ["'transformer.drop' (Dropout)", "resid_pdrop (0.1)", "embd_pdrop (0.1)"]),
+        ("opt", {**OPT, "dropout": 1e-6}, ["OPTDecoderLayer", "dropout (1e-06)"]),
+        ("opt", {**OPT, "layerdrop": 0.01}, ["'model.decoder' (OPTDecoder)", "layerdrop (0.01)"]),
+        ("mixtral", {**MIXTRAL, "router_jitter_noise": 1e-3}, ["router_jitter_noise (0.001)"]),
+    ],
+)
+def test_a_step_that_draws_random_numbers_has_no_truth(
+    model_type: str, fields: dict[str, Any], words: list[str]
+) -> None:
+    """Whatever draws, however rarely it decides something; the line names who, and the fields to set to 0."""
+    model, state = model_of(model_type, fields), torch.get_rng_state()
+    said = truth.refusal(model, torch.arange(4)[None])
+    assert said is not None
+    assert all(word in said for word in words), said
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(("model_type", "fields"), [("opt", OPT), ("mixtral", MIXTRAL)])
+def test_draws_that_decide_nothing_are_no_reason(model_type: str, fields: dict[str, Any]) -> None:
+    """OPT asks by chance whether to skip a layer, even where the chance is 0: the way out works."""
+    assert truth.refusal(model_of(model_type, fields), torch.arange(4)[None]) is None
+
+
+def test_a_model_that_draws_random_numbers_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its gradients are not called wrong: exit code 2 and one line, before any rank starts."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "mixtral", **MIXTRAL, "router_jitter_noise": 0.1}))
+    arguments = ["--model", str(path), "--seqlen", "8", "--engine", "plain"]
+    assert run_verify(monkeypatch, *arguments, "--results", str(tmp_path / "results")) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    line = printed.err.splitlines()[-1]
+    assert line.startswith("alst: ")
+    assert "draws random numbers" in line
+    assert "set router_jitter_noise (0.1) to 0" in line
+    assert "Traceback" not in printed.err
