@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alst_impl.ops.recompute import without_autocast
 from alst_impl.ops.tiling import GradientSum, parameters_of, tile_bounds
 
 TokenLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -46,7 +47,8 @@ class _TiledLoss(torch.autograd.Function):
                 tile_loss = fn(tile, labels[:, start:stop].contiguous(), count)
             if needs_grad:
                 inputs = [tile, *parameters] if needs_hidden else list(parameters)
-                gradients = torch.autograd.grad(tile_loss, inputs, allow_unused=True)
+                with without_autocast(hidden.device):
+                    gradients = torch.autograd.grad(tile_loss, inputs, allow_unused=True)
                 if grad_hidden is not None:
                     grad_hidden[:, start:stop] = gradients[0]
                     gradients = gradients[1:]

@@ -74,6 +74,15 @@ class Again:
                 _restore(self._device, outside)
 
 
+@contextlib.contextmanager
+def without_autocast(device: torch.device) -> Iterator[None]:
+    """Backward belongs outside autocast: operations have the dtypes of forward's, whatever they were."""
+    with contextlib.ExitStack() as stack:
+        for autocast in _autocasts(device):
+            stack.enter_context(torch.autocast(**{**autocast, "enabled": False}))
+        yield
+
+
 def _autocasts(device: torch.device) -> list[dict[str, Any]]:
     """Arguments of `torch.autocast` that make it what it is now, on `device` and on the CPU."""
     return [

@@ -16,6 +16,7 @@ from training import assert_same_gradients, relative_error
 from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedModel
 
 from alst_impl import hf, library
+from alst_impl.ops.loss import tiled_loss
 from alst_impl.ops.offload import HostOffload, checkpoint
 from alst_impl.ops.recompute import FirstRun
 from alst_impl.ops.tiling import tile_bounds, tiled
@@ -236,6 +237,25 @@ def test_recomputation_has_the_dtype_of_the_first_run(
         out.sum().backward()
     assert seen == {torch.bfloat16 if first else torch.float32}
     assert linear.weight.grad is not None
+
+
+def test_a_loss_that_leaves_autocast_has_its_gradients_in_its_own_dtype() -> None:
+    """As a model does whose head computes in fp32."""
+    head, labels, count = nn.Linear(6, 9), torch.tensor([[1, 4, 8, 2]]), torch.tensor(4)
+
+    def loss(hidden: Tensor, labels: Tensor, count: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            logits = head(hidden).flatten(0, 1)
+        return nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum") / count
+
+    found = []
+    for run in (loss, partial(tiled_loss, loss, num_tiles=1)):
+        hidden = torch.linspace(-1, 1, 24).view(1, 4, 6).requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = run(hidden, labels, count)
+        found.append(torch.autograd.grad(out, [hidden, *head.parameters()]))
+    for ours, stock in zip(*found, strict=True):
+        torch.testing.assert_close(ours, stock, rtol=1e-6, atol=1e-7)
 
 
 # -- transformers' own switch ---------------------------------------------------------------------
