@@ -258,8 +258,13 @@ def _attention(
     for name in ("s_aux", "softcap", "position_bias"):
         if kwargs.get(name) is not None:
             raise ValueError(
-                f"attention with '{name}' is not supported under sequence parallelism; use sp=1 with 'baseline'"
+                f"attention with '{name}' is not supported here; use method 'baseline' with attention 'sdpa', "
+                "which leaves the choice to transformers"
             )
+    if dropout:
+        raise ValueError(
+            f"attention_dropout ({dropout}) is not supported here; set it to 0 in the model's configuration"
+        )
     out = attend(
         query,
         key,

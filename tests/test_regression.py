@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,14 @@ def test_committed_numbers_have_not_moved(path: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", references(*SEARCHED), ids=lambda path: path.stem)
 def test_committed_lengths_have_not_moved(path: Path) -> None:
-    """The longest sequence of a reference cell still fits, and the next one tried still does not."""
+    """The longest sequence of a reference cell still fits, and the next one tried still does not.
+
+    A length is a threshold: another release of PyTorch that allocates a few bytes less moves it.
+    """
     before = record.read(path)
+    made_with = before.provenance.versions["torch"].split("+")[0]
+    if version("torch").split("+")[0] != made_with:
+        pytest.skip(f"searched with torch {made_with}")
     assert before.simulated is not None
     assert before.simulated.search is not None
     found, of = before.simulated.search, setting(before.cell)
