@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import DeviceMesh
+from transformers import PreTrainedModel
 
 from alst_impl.config import TrainConfig
 from alst_impl.data import Batch, Corpus
@@ -49,8 +50,21 @@ def start(
     method.apply(model, config, mesh, placement)
     if config.checkpoint:
         method.checkpoint(model, placement)
+    _refuse_hooks(model, config.method.name)
     model.train()
     return method, engine.start(model, initializer, config, mesh, placement, method.mpu())
+
+
+def _refuse_hooks(model: PreTrainedModel, method: str) -> None:
+    """Raise `ValueError` for hooks on parameters, which nothing carries over to what engines train."""
+    for name, parameter in model.named_parameters():
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            raise ValueError(
+                f"method '{method}' registers a hook on parameter '{name}' of "
+                f"{type(model).__name__}, which would never fire: weights take the place of that "
+                "parameter, and engines shard them; register a hook on its module instead "
+                "(register_full_backward_hook), or replace the module's forward"
+            )
 
 
 def micro_batches(

@@ -90,8 +90,9 @@ def _truth(key: str, num_samples: int, steps: int) -> Truth:
     config = TrainConfig.model_validate_json(key[:-1] + ', "method": "baseline"}')
     model = models.materialize(config.model_copy(update={"dtype": "float64"})).train()
     with torch.no_grad():
-        for p in model.parameters():  # start where the run starts
-            p.copy_(p.to(getattr(torch, config.dtype)))
+        for name, held in models.build(config)[0].named_parameters():
+            p = model.get_parameter(name)  # start where the run starts
+            p.copy_(p.to(held.dtype))
     o = config.optimizer
     optimizer = torch.optim.AdamW(
         model.parameters(), o.learning_rate, o.betas, o.eps, o.weight_decay
@@ -104,7 +105,8 @@ def _truth(key: str, num_samples: int, steps: int) -> Truth:
         samples = [corpus.sample(index * num_samples + i) for i in range(num_samples)]
         losses.append(_stock_gradients(model, samples))
         if index == 0:
-            first = {name: _gradient(p).clone() for name, p in model.named_parameters()}
+            trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+            first = {name: _gradient(p).clone() for name, p in trained}
         limit = o.max_grad_norm or float("inf")
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit)))
         optimizer.step()

@@ -149,16 +149,14 @@ def replicas(mesh: DeviceMesh, device: torch.device) -> DeviceMesh:
     return init_device_mesh(device.type, shape, mesh_dim_names=names)["replicas"]
 
 
-def replicas_again(mesh: DeviceMesh, device: torch.device) -> DeviceMesh:
-    """`replicas` with a process group of its own, which equal meshes would otherwise share. Collective."""
+def another_group(mesh: DeviceMesh) -> ProcessGroup:
+    """A process group of its own of the ranks of `replicas`. Collective."""
     import torch.distributed as dist
-    from torch.distributed import DeviceMesh
 
-    pp = 1 if stages(mesh) is None else mesh["pp"].size()
-    size = mesh.size() // pp
+    size = mesh.size() // (1 if stages(mesh) is None else mesh["pp"].size())
     ranks = [list(range(first, first + size)) for first in range(0, mesh.size(), size)]
-    group, _ = dist.new_subgroups_by_enumeration(ranks)
-    return DeviceMesh.from_group(group, device.type, mesh_dim_names=("replicas",))
+    group: ProcessGroup = dist.new_subgroups_by_enumeration(ranks)[0]
+    return group
 
 
 def stages(mesh: DeviceMesh) -> ProcessGroup | None:

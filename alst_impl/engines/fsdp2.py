@@ -10,11 +10,11 @@ from alst_impl.config import TrainConfig
 from alst_impl.engines.base import (
     Engine,
     Runtime,
+    another_group,
     dtypes,
     load_distributed,
     optimizer_of,
     replicas,
-    replicas_again,
     save_distributed,
     stages,
 )
@@ -22,7 +22,6 @@ from alst_impl.engines.base import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import torch
     from torch import Tensor, nn
     from torch.autograd.graph import GradientEdge
     from torch.distributed import DeviceMesh
@@ -116,7 +115,7 @@ class FSDP2(Engine):
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         # A stage of a pipeline has one of them, or neither.
         ends = [end for end in (embedding, head) if end is not None and [*end.parameters()]]
-        placements = _placements(model, mesh, placement.device)
+        placements = _placements(model, mesh, ranks)
         untied = len({end.weight for end in ends}) == len(ends)
         if untied:
             units += ends
@@ -135,9 +134,9 @@ class FSDP2(Engine):
 
 
 def _placements(
-    model: PreTrainedModel, mesh: DeviceMesh, device: torch.device
+    model: PreTrainedModel, mesh: DeviceMesh, ranks: DeviceMesh
 ) -> Callable[[nn.Parameter], Any] | None:
-    """What has `fully_shard` make one group of parameters per dtype; None where there is one dtype. Collective.
+    """What has `fully_shard` over `ranks` make one group of parameters per dtype; None where there is one dtype. Collective.
 
     It makes one per process group, so each dtype besides the model's own gets a process group of the
     same ranks. Raises `ValueError` where the installed PyTorch makes one group whatever the dtypes.
@@ -157,9 +156,9 @@ def _placements(
             f"{type(model).__name__} has parameters of dtype {model.dtype} and {others}, which "
             f"fully_shard of torch {torch.__version__} cannot shard; use torch 2.13, or engine 'zero'"
         ) from None
-    infos = {
-        dtype: FSDPMeshInfo(mesh=replicas_again(mesh, device), shard_mesh_dim=0) for dtype in others
-    }
+    infos = {dtype: FSDPMeshInfo(mesh=ranks, shard_mesh_dim=0) for dtype in others}
+    for info in infos.values():
+        info.shard_process_group = another_group(mesh)
 
     def place(parameter: nn.Parameter) -> Any:
         info = infos.get(parameter.dtype)

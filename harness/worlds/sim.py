@@ -161,14 +161,17 @@ def flash_by_name(
             "attention with a mask (a sliding window shorter than the sequence) is not one flash "
             "kernel on CUDA, so its memory is not known; use a length within the window"
         )
-    if query.shape[-1] != value.shape[-1]:
+    width, padding = value.shape[-1], query.shape[-1] - value.shape[-1]
+    if padding < 0:
         raise ValueError(
-            f"heads of queries ({query.shape[-1]}) and values ({value.shape[-1]}) differ in width: "
+            f"heads of values ({width}) are wider than those of queries ({query.shape[-1]}): "
             "CUDA's flash kernel does not take them, and no other kernel's memory is known"
         )
+    # Narrower ones (multi-head latent attention) are padded, as transformers does for this kernel.
+    value = F.pad(value, (0, padding)) if padding else value
     flash = torch.ops.aten._scaled_dot_product_flash_attention
     out: Tensor = flash(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
-    return out
+    return out[..., :width] if padding else out
 
 
 TileBounds = Callable[[int, int], list[tuple[int, int]]]
