@@ -59,6 +59,16 @@ int nvmlDeviceGetComputeRunningProcesses_v3(void *device, unsigned *count, proce
     for (unsigned i = 0; i < *count; i++) found[i] = (process){pids[i], bytes[i], ~0u, ~0u};
     return 0;
 }
+typedef struct { unsigned pid; unsigned long long bytes; } process_v1;
+int nvmlDeviceGetComputeRunningProcesses(void *device, unsigned *count, process_v1 *found) {
+    process all[MAX_DEVICES * 4];
+    unsigned room = *count, most = sizeof all / sizeof *all;
+    int error = nvmlDeviceGetComputeRunningProcesses_v3(device, &most, all);
+    *count = most;
+    if (error || most > room) return TOO_SMALL;
+    for (unsigned i = 0; i < most; i++) found[i] = (process_v1){all[i].pid, all[i].bytes};
+    return 0;
+}
 int nvmlDeviceGetNvLinkRemoteDeviceType(void *device, unsigned link, int *type) { return NOT_SUPPORTED; }
 int nvmlDeviceGetNvLinkRemotePciInfo_v2(void *device, unsigned link, void *info) { return NOT_SUPPORTED; }
 int nvmlDeviceGetGpuFabricInfoV(void *device, void *info) { return NOT_SUPPORTED; }

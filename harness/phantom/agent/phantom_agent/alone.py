@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import wraps
 from typing import Any
 
 
 def stand_for_all() -> None:
-    """Make `init_process_group` return at once. NCCL's groups are PyTorch's own; gloo's are `Echo`."""
+    """Make `init_process_group` return at once.
+
+    Groups of NCCL are PyTorch's own, over the stub library. Groups on host memory have no library below: what
+    is not worked out here is refused.
+    """
     import torch.distributed as dist
 
     if not dist.is_available():
         return
     from torch.distributed import distributed_c10d as c10d
+    import torch.testing._internal.distributed.fake_pg  # registers the backend `fake`
 
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = lonely_store()
@@ -23,7 +30,27 @@ def stand_for_all() -> None:
         yield store, rank, world_size
 
     c10d.rendezvous = rendezvous
-    c10d.ProcessGroupGloo = echo()  # type: ignore[misc,assignment]
+    helper = c10d._new_process_group_helper
+
+    @wraps(helper)
+    def new_group_helper(size: int, own: int, ranks: Any, backend: Any, *args: Any, **kwargs: Any) -> Any:
+        return helper(size, own, ranks, without_gloo(backend), *args, **kwargs)
+
+    c10d._new_process_group_helper = new_group_helper
+    for name, replacement in on_host().items():
+        if hasattr(c10d, name):
+            replaced = host_only(replacement, getattr(c10d, name), name)
+            for module in (c10d, dist):
+                setattr(module, name, replaced)
+    for name, replacement in OBJECTS.items():
+        for module in (c10d, dist):
+            setattr(module, name, replacement)
+
+
+def without_gloo(backend: Any) -> str:
+    """A backend's name with PyTorch's fake one in place of gloo."""
+    name = str(backend).lower()
+    return "cpu:fake,cuda:nccl" if name in ("undefined", "none", "") else name.replace("gloo", "fake")
 
 
 def lonely_store() -> Any:
@@ -50,7 +77,7 @@ def lonely_store() -> Any:
             pass
 
         def check(self, keys: list[str]) -> bool:
-            return True
+            return all(key in self.held for key in keys)
 
         def set_timeout(self, timeout: timedelta) -> None:
             pass
@@ -58,72 +85,97 @@ def lonely_store() -> Any:
     return Lonely()
 
 
-def echo() -> Any:
-    """The class of a group on host memory in which all ranks hold what this one holds."""
+class Done:
+    """The work of a collective that is over."""
+
+    def wait(self, *args: Any) -> bool:
+        return True
+
+    def is_completed(self) -> bool:
+        return True
+
+
+def host_only(replacement: Callable[..., None] | None, original: Any, name: str) -> Any:
+    """`original` for tensors of the device; `replacement` for those of the host, or an error if there is none."""
     import torch
-    from torch.distributed import Backend, ProcessGroup, ReduceOp
-    from torch.futures import Future
 
-    def done(result: Any) -> Any:
-        future: Future[Any] = Future()
-        future.set_result(result)
-        return torch._C._distributed_c10d._create_work_from_future(future)
+    @wraps(original)
+    def call(*args: Any, async_op: bool = False, group: Any = None, **kwargs: Any) -> Any:
+        tensor = next((each for each in flat([*args, *kwargs.values()]) if isinstance(each, torch.Tensor)), None)
+        if tensor is None or tensor.device.type != "cpu":
+            return original(*args, async_op=async_op, group=group, **kwargs)
+        if replacement is None:
+            raise NotImplementedError(f"one rank without the others has no {name} of host memory; run all ranks")
+        replacement(*args, group=group, **kwargs)
+        return Done() if async_op else None
 
-    class Echo(ProcessGroup):
-        def __init__(self, store: Any, rank: int, size: int, timeout: Any = None) -> None:
-            super().__init__(rank, size)
-            self.ranks = size
+    return call
 
-        def getBackendName(self) -> str:  # noqa: N802
-            return "gloo"
 
-        def _set_sequence_number_for_group(self) -> None:
-            pass
+def flat(values: Any) -> Iterator[Any]:
+    """The members of nested lists."""
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from flat(value)
+        else:
+            yield value
 
-        def _reduce(self, tensor: Any, op: Any) -> None:
-            if op == ReduceOp.SUM:
-                tensor.mul_(self.ranks)
-            elif op == ReduceOp.PRODUCT:
-                tensor.pow_(self.ranks)
-            elif op not in (ReduceOp.MAX, ReduceOp.MIN, ReduceOp.AVG, ReduceOp.BAND, ReduceOp.BOR):
-                raise NotImplementedError(f"one rank without the others cannot reduce by {op}")
 
-        def allreduce(self, tensors: Any, opts: Any) -> Any:
-            for tensor in tensors:
-                self._reduce(tensor, opts.reduceOp)
-            return done(tensors)
+def on_host() -> dict[str, Callable[..., None] | None]:
+    """What collectives do with tensors of the host where all ranks hold the same; None: refused."""
+    import torch.distributed as dist
 
-        reduce = allreduce
+    def all_reduce(tensor: Any, op: Any = dist.ReduceOp.SUM, group: Any = None) -> None:
+        if op == dist.ReduceOp.SUM:
+            tensor.mul_(dist.get_world_size(group))
+        elif op not in (dist.ReduceOp.MAX, dist.ReduceOp.MIN, dist.ReduceOp.AVG):
+            raise NotImplementedError(f"one rank without the others cannot reduce by {op}; run all ranks")
 
-        def broadcast(self, tensors: Any, opts: Any) -> Any:
-            return done(tensors)
+    def all_gather(tensor_list: Any, tensor: Any, group: Any = None) -> None:
+        for each in tensor_list:
+            each.copy_(tensor)
 
-        def allgather(self, outputs: Any, inputs: Any, opts: Any = None) -> Any:
-            for output, tensor in zip(outputs, inputs, strict=True):
-                for each in output:
-                    each.copy_(tensor)
-            return done(outputs)
+    def all_gather_into_tensor(output_tensor: Any, input_tensor: Any, group: Any = None) -> None:
+        output_tensor.view(-1, *input_tensor.shape).copy_(input_tensor.expand(dist.get_world_size(group), *input_tensor.shape))
 
-        def _allgather_base(self, output: Any, tensor: Any, opts: Any = None) -> Any:
-            output.view(self.ranks, *tensor.shape).copy_(tensor.expand(self.ranks, *tensor.shape))
-            return done(output)
+    def broadcast(tensor: Any, src: Any = None, group: Any = None, group_src: Any = None) -> None:
+        pass
 
-        def gather(self, outputs: Any, inputs: Any, opts: Any = None) -> Any:
-            return self.allgather(outputs, inputs) if outputs else done(inputs)
+    refused = ("reduce", "gather", "scatter", "reduce_scatter", "reduce_scatter_tensor", "all_to_all", "all_to_all_single")
+    return {
+        "all_reduce": all_reduce,
+        "all_gather": all_gather,
+        "all_gather_into_tensor": all_gather_into_tensor,
+        "all_gather_single": all_gather_into_tensor,
+        "broadcast": broadcast,
+        **dict.fromkeys(refused),
+    }
 
-        def reduce_scatter(self, outputs: Any, inputs: Any, opts: Any) -> Any:
-            for output, pieces in zip(outputs, inputs, strict=True):
-                output.copy_(pieces[self.rank()])
-                self._reduce(output, opts.reduceOp)
-            return done(outputs)
 
-        def _reduce_scatter_base(self, output: Any, tensor: Any, opts: Any) -> Any:
-            output.copy_(tensor.chunk(self.ranks)[self.rank()].view_as(output))
-            self._reduce(output, opts.reduceOp)
-            return done(output)
+def all_gather_object(object_list: list[Any], obj: Any, group: Any = None) -> None:
+    """Every rank has the same object."""
+    object_list[:] = [copy.deepcopy(obj) for _ in object_list]
 
-        def barrier(self, opts: Any = None) -> Any:
-            return done(None)
 
-    assert Backend is not None
-    return Echo
+def gather_object(obj: Any, object_gather_list: list[Any] | None = None, *args: Any, **kwargs: Any) -> None:
+    """As `all_gather_object`, on the rank that has a list."""
+    if object_gather_list is not None:
+        all_gather_object(object_gather_list, obj)
+
+
+def broadcast_object_list(object_list: list[Any], *args: Any, **kwargs: Any) -> None:
+    """The sender has what is here."""
+
+
+def barrier(*args: Any, async_op: bool = False, **kwargs: Any) -> Any:
+    """Nobody is waited for."""
+    return Done() if async_op else None
+
+
+OBJECTS = {
+    "all_gather_object": all_gather_object,
+    "gather_object": gather_object,
+    "broadcast_object_list": broadcast_object_list,
+    "barrier": barrier,
+    "monitored_barrier": barrier,
+}
