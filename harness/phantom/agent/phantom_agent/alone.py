@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -99,15 +100,19 @@ def host_only(replacement: Callable[..., None] | None, original: Any, name: str)
     """`original` for tensors of the device; `replacement` for those of the host, or an error if there is none."""
     import torch
 
+    signature = inspect.signature(original)
+
     @wraps(original)
-    def call(*args: Any, async_op: bool = False, group: Any = None, **kwargs: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
         tensor = next((each for each in flat([*args, *kwargs.values()]) if isinstance(each, torch.Tensor)), None)
         if tensor is None or tensor.device.type != "cpu":
-            return original(*args, async_op=async_op, group=group, **kwargs)
+            return original(*args, **kwargs)
         if replacement is None:
             raise NotImplementedError(f"one rank without the others has no {name} of host memory; run all ranks")
-        replacement(*args, group=group, **kwargs)
-        return Done() if async_op else None
+        asked = signature.bind(*args, **kwargs).arguments
+        asynchronous = asked.pop("async_op", False)
+        replacement(**asked)
+        return Done() if asynchronous else None
 
     return call
 
