@@ -82,8 +82,14 @@ static int result(const void *from, void *to, size_t count, int type, int operat
 }
 int ncclAllReduce(const void *from, void *to, size_t count, int type, int operation, communicator *c, void *stream) { return result(from, to, count, type, operation, c, 1); }
 int ncclReduce(const void *from, void *to, size_t count, int type, int operation, int root, communicator *c, void *stream) { return c->rank == root ? result(from, to, count, type, operation, c, 1) : 0; }
-int ncclBroadcast(const void *from, void *to, size_t count, int type, int root, communicator *c, void *stream) { return result(from ? from : to, to, count, type, -1, c, 1); }
-int ncclBcast(void *buffer, size_t count, int type, int root, communicator *c, void *stream) { return result(buffer, buffer, count, type, -1, c, 1); }
+// What another rank sends is not here.
+static int sent(const void *from, void *to, size_t count, int type, int root, communicator *c) {
+    if (c->rank == root) return result(from, to, count, type, -1, c, 1);
+    phantom_forget(to, count * width(type));
+    return 0;
+}
+int ncclBroadcast(const void *from, void *to, size_t count, int type, int root, communicator *c, void *stream) { return sent(from ? from : to, to, count, type, root, c); }
+int ncclBcast(void *buffer, size_t count, int type, int root, communicator *c, void *stream) { return sent(buffer, buffer, count, type, root, c); }
 int ncclAllGather(const void *from, void *to, size_t count, int type, communicator *c, void *stream) { return result(from, to, count, type, -1, c, c->size); }
 int ncclReduceScatter(const void *from, void *to, size_t count, int type, int operation, communicator *c, void *stream) {
     return result((const char *)from + count * width(type) * c->rank, to, count, type, operation, c, 1);

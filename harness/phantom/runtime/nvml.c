@@ -71,7 +71,8 @@ int nvmlDeviceGetComputeRunningProcesses(void *device, unsigned *count, process_
 }
 int nvmlDeviceGetNvLinkRemoteDeviceType(void *device, unsigned link, int *type) { return NOT_SUPPORTED; }
 int nvmlDeviceGetNvLinkRemotePciInfo_v2(void *device, unsigned link, void *info) { return NOT_SUPPORTED; }
-int nvmlDeviceGetGpuFabricInfoV(void *device, void *info) { return NOT_SUPPORTED; }
+// What the caller has cleared stays: state 0 says that there is no fabric.
+int nvmlDeviceGetGpuFabricInfoV(void *device, void *info) { return 0; }
 int nvmlDeviceGetMigMode(void *device, unsigned *mode, unsigned *pending) { return NOT_SUPPORTED; }
 int nvmlDeviceGetClockInfo(void *device, int type, unsigned *megahertz) { return NOT_SUPPORTED; }
 int nvmlDeviceGetPowerUsage(void *device, unsigned *milliwatts) { return NOT_SUPPORTED; }

@@ -144,7 +144,7 @@ def on_host() -> dict[str, Callable[..., None] | None]:
         output_tensor.view(-1, *input_tensor.shape).copy_(input_tensor.expand(dist.get_world_size(group), *input_tensor.shape))
 
     def broadcast(tensor: Any, src: Any = None, group: Any = None, group_src: Any = None) -> None:
-        pass
+        own(src, group, group_src)
 
     refused = ("reduce", "gather", "scatter", "reduce_scatter", "reduce_scatter_tensor", "all_to_all", "all_to_all_single")
     return {
@@ -168,8 +168,22 @@ def gather_object(obj: Any, object_gather_list: list[Any] | None = None, *args: 
         all_gather_object(object_gather_list, obj)
 
 
-def broadcast_object_list(object_list: list[Any], *args: Any, **kwargs: Any) -> None:
-    """The sender has what is here."""
+def broadcast_object_list(
+    object_list: list[Any], src: int | None = None, group: Any = None, device: Any = None, group_src: int | None = None
+) -> None:
+    """What this rank sends is what it has."""
+    own(src, group, group_src)
+
+
+def own(src: int | None, group: Any, group_src: int | None) -> None:
+    """Raises `NotImplementedError` where another rank sends: what it holds is not here."""
+    import torch.distributed as dist
+
+    sender = group_src if group_src is not None else dist.get_group_rank(group or dist.group.WORLD, src or 0)
+    if sender != dist.get_rank(group):
+        raise NotImplementedError(
+            f"rank {dist.get_rank()} without the others waits for what rank {src or 0} holds; run that rank, or all"
+        )
 
 
 def barrier(*args: Any, async_op: bool = False, **kwargs: Any) -> Any:
