@@ -7,7 +7,18 @@ import sys
 
 import typer
 
-from harness.commands import claims, defects, gpu, matrix, phantom, plan, predict, present, run, verify
+from harness.commands import (
+    claims,
+    defects,
+    gpu,
+    matrix,
+    phantom,
+    plan,
+    predict,
+    present,
+    run,
+    verify,
+)
 
 app = typer.Typer(
     name="alst",

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+
+from harness.phantom.session import Held, Process, Read, Result, run
 
 GIB = 2**30
 
@@ -19,7 +22,8 @@ def phantom(
         str, typer.Option("--hardware", help="Row of the hardware table, or a YAML file with one.")
     ] = "h100-80gb",
     rank: Annotated[
-        int | None, typer.Option("--rank", help="Run this rank of --gpus alone, without the others.")
+        int | None,
+        typer.Option("--rank", help="Run this rank of --gpus alone, without the others."),
     ] = None,
     outside_gib: Annotated[
         float,
@@ -28,9 +32,12 @@ def phantom(
             help="GiB of each device outside PyTorch's allocator: CUDA's context, kernels, NCCL.",
         ),
     ] = 0.0,
-    limit_s: Annotated[float, typer.Option("--limit", help="Seconds after which the command is stopped.")] = 3600,
+    limit_s: Annotated[
+        float, typer.Option("--limit", help="Seconds after which the command is stopped.")
+    ] = 3600,
     sites: Annotated[
-        Path | None, typer.Option("--sites", help="YAML list of places of your own that read unknown values.")
+        Path | None,
+        typer.Option("--sites", help="YAML list of places of your own that read unknown values."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> int:
@@ -50,8 +57,6 @@ def phantom(
     Examples: alst phantom -- python train.py; alst phantom --gpus 4 -- torchrun --nproc-per-node 4 train.py;
     alst phantom --gpus 64 --rank 0 -- python train.py
     """
-    from harness.phantom.session import run
-
     if limit_s <= 0:
         raise ValueError(f"--limit {limit_s}: must be positive")
     if rank is not None and Path(command[0]).name in ("torchrun", "accelerate", "deepspeed"):
@@ -77,20 +82,19 @@ def phantom(
     return result.exit_code
 
 
-def text(result) -> str:  # type: ignore[no-untyped-def]  # noqa: ANN001
+def text(result: Result) -> str:
     """The result as lines for a terminal."""
     lines = [f"{result.verdict}: {result.reason} ({result.seconds:.1f} s here)"]
     for process in result.processes:
-        for use in process.devices:
-            lines.append(
-                f"rank {process.rank}, device {use.device} ({use.name}): allocated {use.allocated_bytes / GIB:.2f} GiB, "
-                f"reserved {use.reserved_bytes / GIB:.2f} of {use.total_bytes / GIB:.2f} GiB, "
-                f"{use.retries} retries; host pinned {process.pinned_bytes / GIB:.2f} GiB"
-            )
+        lines += used(process)
         if process.attention:
             lines.append(f"  attention kernels: {', '.join(process.attention)}")
     fullest = max(
-        ((use.allocated_bytes, process, use) for process in result.processes for use in process.devices),
+        (
+            (use.allocated_bytes, process, use)
+            for process in result.processes
+            for use in process.devices
+        ),
         key=lambda each: each[0],
         default=None,
     )
@@ -109,7 +113,17 @@ def text(result) -> str:  # type: ignore[no-untyped-def]  # noqa: ANN001
     return "\n".join(lines)
 
 
-def held(alive) -> list[str]:  # type: ignore[no-untyped-def]  # noqa: ANN001
+def used(process: Process) -> list[str]:
+    """One line for each device of a process."""
+    return [
+        f"rank {process.rank}, device {use.device} ({use.name}): allocated {use.allocated_bytes / GIB:.2f} GiB, "
+        f"reserved {use.reserved_bytes / GIB:.2f} of {use.total_bytes / GIB:.2f} GiB, {use.retries} retries; "
+        f"host pinned {process.pinned_bytes / GIB:.2f} GiB"
+        for use in process.devices
+    ]
+
+
+def held(alive: Sequence[Held]) -> list[str]:
     """One line for each line of the program that holds memory."""
     return [
         f"  {each.bytes / GIB:8.3f} GiB in {each.tensors} tensors, largest {each.largest_bytes / GIB:.3f}: "
@@ -118,15 +132,17 @@ def held(alive) -> list[str]:  # type: ignore[no-untyped-def]  # noqa: ANN001
     ]
 
 
-def reads(result) -> list[str]:  # type: ignore[no-untyped-def]  # noqa: ANN001
+def reads(result: Result) -> list[str]:
     """The unknown reads: those that spoil the run, and those that were answered."""
-    found = {}
+    found: dict[tuple[str, int, int], Read] = {}
     for process in result.processes:
         for read in process.reads:
             found.setdefault((read.file, read.line, read.bytes), read)
     lines = []
     for read in found.values():
-        place = f"{read.file}:{read.line} in {read.function}" + (f", from {read.caller}" if read.caller else "")
+        place = f"{read.file}:{read.line} in {read.function}" + (
+            f", from {read.caller}" if read.caller else ""
+        )
         if read.why is not None:
             lines.append(f"unknown value answered {read.answer} at {place}: {read.why}")
         elif read.doubtful:

@@ -49,7 +49,9 @@ def cache_key(wheel: Wheel) -> str:
     """Of the PyTorch version and all that the build reads here."""
     digest = hashlib.sha256(f"{wheel.version} {wheel.cuda}".encode())
     here = Path(__file__).parent
-    for path in sorted([*RUNTIME.iterdir(), *here.glob("*.yaml"), here / "generate.py", here / "symbols.py"]):
+    for path in sorted(
+        [*RUNTIME.iterdir(), *here.glob("*.yaml"), here / "generate.py", here / "symbols.py"]
+    ):
         digest.update(path.name.encode() + path.read_bytes())
     digest.update(Path(__file__).read_bytes())
     return f"{wheel.version}-{digest.hexdigest()[:12]}"
@@ -82,14 +84,23 @@ def built(wheel: Wheel) -> Path:
                     compile_all(wheel, Path(partial) / "lib")
                     (Path(partial) / "lib").rename(folder)
     except OSError as error:
-        raise ValueError(f"cannot build phantom libraries in {cache}: {error.strerror or error}") from None
+        raise ValueError(
+            f"cannot build phantom libraries in {cache}: {error.strerror or error}"
+        ) from None
     return folder
 
 
 def compile_all(wheel: Wheel, folder: Path) -> None:
     """Compile libphantom and a library for each soname into `folder`."""
     folder.mkdir()
-    flags = ["-O2", "-fPIC", "-w", f"-I{RUNTIME}", f"-I{headers(wheel)}", f"-DPHANTOM_CUDA={wheel.cuda_number}"]
+    flags = [
+        "-O2",
+        "-fPIC",
+        "-w",
+        f"-I{RUNTIME}",
+        f"-I{headers(wheel)}",
+        f"-DPHANTOM_CUDA={wheel.cuda_number}",
+    ]
     command = [*compiler(), *flags]
     core = [str(RUNTIME / name) for name in CORE]
     run([*command, "-shared", "-fvisibility=hidden", "-o", str(folder / "libphantom.so"), *core,

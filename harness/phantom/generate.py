@@ -38,7 +38,7 @@ def harmless() -> dict[str, str]:
 
 def stubs(soname: str, functions: Iterable[str]) -> str:
     """C source of `functions` of the library `soname`."""
-    base = soname.split(".so")[0]
+    base = soname.split(".so", maxsplit=1)[0]
     allowed = harmless()
     lines = ['#include "phantom.h"', "#include <stdlib.h>"]
     for name in sorted(functions):

@@ -59,7 +59,9 @@ def environment(
     search = [str(AGENT), str(wheel.folder), base.get("PYTHONPATH", "")]
     return {
         **base,
-        "LD_PRELOAD": ":".join([*(str(folder / name) for name in names), *filter(None, [base.get("LD_PRELOAD")])]),
+        "LD_PRELOAD": ":".join(
+            [*(str(folder / name) for name in names), *filter(None, [base.get("LD_PRELOAD")])]
+        ),
         "PYTHONPATH": os.pathsep.join(filter(None, search)),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), base.get("PATH", os.defpath)]),
         "PHANTOM_DEVICE": device,

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
@@ -169,7 +169,9 @@ def session_folder() -> Iterator[Path]:
     try:
         folder = Path(tempfile.mkdtemp(prefix="phantom-"))
     except OSError as error:
-        raise ValueError(f"no folder for the run in {tempfile.gettempdir()}: {error.strerror}") from None
+        raise ValueError(
+            f"no folder for the run in {tempfile.gettempdir()}: {error.strerror}"
+        ) from None
     try:
         yield folder
     finally:
@@ -206,7 +208,9 @@ def run(
         begin = time.monotonic()
         ended = follow(command, surroundings, folder, limit_s, output, on_progress)
         seconds = time.monotonic() - begin
-        processes = [Process(**json.loads(p.read_text())) for p in sorted(folder.glob("process-*.json"))]
+        processes = [
+            Process(**json.loads(p.read_text())) for p in sorted(folder.glob("process-*.json"))
+        ]
     processes.sort(key=lambda process: process.rank)
     verdict, reason = judge(ended, processes, limit_s)
     return Result(verdict=verdict, reason=reason, command=list(command), hardware=hardware, gpus=gpus,
@@ -261,7 +265,9 @@ def in_use(ledger: Path) -> int:
             head = file.read(64 * 8)
     except OSError:
         return 0
-    return max((int.from_bytes(head[i : i + 8], "little") for i in range(0, len(head), 8)), default=0)
+    return max(
+        (int.from_bytes(head[i : i + 8], "little") for i in range(0, len(head), 8)), default=0
+    )
 
 
 def judge(
@@ -284,6 +290,14 @@ def judge(
     if refused:
         return "no record", f"the program went on after a refusal{also}"
     if doubtful:
-        return "no record", f"values that nobody knows were read at {len(doubtful)} places, named below"
+        return (
+            "no record",
+            f"values that nobody knows were read at {len(doubtful)} places, named below",
+        )
     caught = sum(device.ooms for process in processes for device in process.devices)
-    return "fits", f"after {caught} out-of-memory errors that the program caught" if caught else "ran to its end"
+    return (
+        "fits",
+        f"after {caught} out-of-memory errors that the program caught"
+        if caught
+        else "ran to its end",
+    )

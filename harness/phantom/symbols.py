@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from alst_impl.config import Frozen
 
-SYSTEM = ("lib", "ld-linux")
 PREFIXES = {
     "nccl": "libnccl.so",
     "cusparseLt": "libcusparseLt.so",
@@ -49,26 +49,26 @@ def libraries(folder: Path) -> list[Library]:
                 elif not owner:
                     loose.add(name)
     for name in loose:
-        owner = owner_of(name, functions)
-        if owner is not None:
-            functions[owner].add(name)
+        found = owner_of(name, functions)
+        if found is not None:
+            functions[found].add(name)
     return [
         Library(soname=s, version=versions.get(s), functions=tuple(sorted(functions[s])))
         for s in sorted(functions)
     ]
 
 
-def undefined(elf: object) -> list[tuple[str, str, str]]:
+def undefined(elf: Any) -> list[tuple[str, str, str]]:
     """Name, library and version of each undefined symbol of an ELF file; the latter two may be empty."""
-    needs = elf.get_section_by_name(".gnu.version_r")  # type: ignore[attr-defined]
+    needs = elf.get_section_by_name(".gnu.version_r")
     nodes = {
         entry["vna_other"]: (need.name, entry.name)
         for need, entries in (needs.iter_versions() if needs else ())
         for entry in entries
     }
-    numbers = elf.get_section_by_name(".gnu.version")  # type: ignore[attr-defined]
+    numbers = elf.get_section_by_name(".gnu.version")
     found = []
-    for i, symbol in enumerate(elf.get_section_by_name(".dynsym").iter_symbols()):  # type: ignore[attr-defined]
+    for i, symbol in enumerate(elf.get_section_by_name(".dynsym").iter_symbols()):
         if symbol["st_shndx"] == "SHN_UNDEF" and symbol.name:
             number = numbers.get_symbol(i)["ndx"] if numbers else None
             found.append((symbol.name, *nodes.get(number, ("", ""))))

@@ -115,7 +115,9 @@ def fetch() -> None:
         install(home() / "torch", f"torch==={version}")
         wheel = wheel_in(home() / "torch")
         if wheel is None:
-            raise ValueError(f"torch {version} of the package registry is no CUDA build on this platform")
+            raise ValueError(
+                f"torch {version} of the package registry is no CUDA build on this platform"
+            )
     try:
         headers(wheel)
     except ValueError:
@@ -130,7 +132,16 @@ def fetch() -> None:
 def install(folder: Path, *requirements: str) -> None:
     """Install into `folder` beside it first, so that a broken download leaves nothing behind that looks whole."""
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(partial)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--target",
+        str(partial),
+    ]
     # Constraints are for the environment, which this does not touch.
     environment = {k: v for k, v in os.environ.items() if k != "PIP_CONSTRAINT"}
     environment["PIP_CONFIG_FILE"] = environment.get("ALST_PIP_CONFIG_FILE", os.devnull)

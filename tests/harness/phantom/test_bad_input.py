@@ -16,7 +16,7 @@ WHEEL = Wheel(folder=Path("nowhere"), version="2.13.0+cu130", cuda="13.0")
 
 def test_unknown_hardware_names_the_rows() -> None:
     """As everywhere."""
-    with pytest.raises(ValueError, match="unknown hardware 'h101'; use one of .*h100-80gb"):
+    with pytest.raises(ValueError, match=r"unknown hardware 'h101'; use one of .*h100-80gb"):
         load.device_of("h101", 1, 0)
 
 
@@ -45,13 +45,11 @@ def test_a_rank_of_another_node_has_its_local_number() -> None:
     assert (told["LOCAL_RANK"], told["GROUP_RANK"], told["LOCAL_WORLD_SIZE"]) == ("3", "2", "8")
 
 
-def test_no_cuda_build_says_how_to_get_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_cuda_build_says_how_to_get_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where neither the folder nor the environment has one."""
     monkeypatch.setenv("ALST_PHANTOM", str(tmp_path))
     monkeypatch.setattr(wheel, "environment_folder", lambda: None)
-    with pytest.raises(ValueError, match="no CUDA build of PyTorch .*fetch one"):
+    with pytest.raises(ValueError, match=r"no CUDA build of PyTorch .*fetch one"):
         wheel.find()
 
 
@@ -65,7 +63,7 @@ def test_another_platform_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_compiler_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     """That brings one."""
     monkeypatch.setenv("CC", "no-such-compiler")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(ValueError, match="pip install ziglang"):
         build.compiler()
 
@@ -121,7 +119,7 @@ def test_a_command_that_says_nothing_cannot_be_judged(
     command: list[str], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It never stops, fails, dies, or uses no device: exit code 2."""
-    monkeypatch.setattr(session, "environment", lambda folder, device, base: dict(base))
+    monkeypatch.setattr(session, "environment", lambda *given: dict(given[-1]))
     result = session.run(command, "h100-80gb", limit_s=0.4 if "60" in command else 20)
     assert reason in result.reason
     assert result.exit_code == 2
@@ -129,6 +127,6 @@ def test_a_command_that_says_nothing_cannot_be_judged(
 
 def test_a_command_that_does_not_exist_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything is started."""
-    monkeypatch.setattr(session, "environment", lambda folder, device, base: dict(base))
+    monkeypatch.setattr(session, "environment", lambda *given: dict(given[-1]))
     with pytest.raises(ValueError, match="command 'no-such-command' does not exist"):
         session.run(["no-such-command"], "h100-80gb")

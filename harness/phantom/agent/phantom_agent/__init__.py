@@ -10,6 +10,8 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
+from types import ModuleType
+from typing import Any
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
@@ -18,7 +20,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
     def __init__(self, name: str, call: Callable[[], None]) -> None:
         self.name, self.call = name, call
 
-    def find_spec(self, name, path=None, target=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name != self.name:
             return None
         sys.meta_path.remove(self)
@@ -27,7 +29,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
             return spec
         execute = spec.loader.exec_module
 
-        def exec_module(module):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+        def exec_module(module: ModuleType) -> None:
             execute(module)
             self.call()
 

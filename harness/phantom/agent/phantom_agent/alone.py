@@ -22,7 +22,6 @@ def stand_for_all() -> None:
     if not dist.is_available():
         return
     from torch.distributed import distributed_c10d as c10d
-    import torch.testing._internal.distributed.fake_pg  # registers the backend `fake`
 
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = lonely_store()
@@ -34,24 +33,28 @@ def stand_for_all() -> None:
     helper = c10d._new_process_group_helper
 
     @wraps(helper)
-    def new_group_helper(size: int, own: int, ranks: Any, backend: Any, *args: Any, **kwargs: Any) -> Any:
+    def new_group_helper(
+        size: int, own: int, ranks: Any, backend: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         return helper(size, own, ranks, without_gloo(backend), *args, **kwargs)
 
-    c10d._new_process_group_helper = new_group_helper
+    c10d._new_process_group_helper = new_group_helper  # type: ignore[assignment]
     for name, replacement in on_host().items():
         if hasattr(c10d, name):
             replaced = host_only(replacement, getattr(c10d, name), name)
             for module in (c10d, dist):
                 setattr(module, name, replaced)
-    for name, replacement in OBJECTS.items():
+    for name, object_collective in OBJECTS.items():
         for module in (c10d, dist):
-            setattr(module, name, replacement)
+            setattr(module, name, object_collective)
 
 
 def without_gloo(backend: Any) -> str:
     """A backend's name with PyTorch's fake one in place of gloo."""
     name = str(backend).lower()
-    return "cpu:fake,cuda:nccl" if name in ("undefined", "none", "") else name.replace("gloo", "fake")
+    return (
+        "cpu:fake,cuda:nccl" if name in ("undefined", "none", "") else name.replace("gloo", "fake")
+    )
 
 
 def lonely_store() -> Any:
@@ -104,11 +107,16 @@ def host_only(replacement: Callable[..., None] | None, original: Any, name: str)
 
     @wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
-        tensor = next((each for each in flat([*args, *kwargs.values()]) if isinstance(each, torch.Tensor)), None)
+        tensor = next(
+            (each for each in flat([*args, *kwargs.values()]) if isinstance(each, torch.Tensor)),
+            None,
+        )
         if tensor is None or tensor.device.type != "cpu":
             return original(*args, **kwargs)
         if replacement is None:
-            raise NotImplementedError(f"one rank without the others has no {name} of host memory; run all ranks")
+            raise NotImplementedError(
+                f"one rank without the others has no {name} of host memory; run all ranks"
+            )
         asked = signature.bind(*args, **kwargs).arguments
         asynchronous = asked.pop("async_op", False)
         replacement(**asked)
@@ -134,19 +142,31 @@ def on_host() -> dict[str, Callable[..., None] | None]:
         if op == dist.ReduceOp.SUM:
             tensor.mul_(dist.get_world_size(group))
         elif op not in (dist.ReduceOp.MAX, dist.ReduceOp.MIN, dist.ReduceOp.AVG):
-            raise NotImplementedError(f"one rank without the others cannot reduce by {op}; run all ranks")
+            raise NotImplementedError(
+                f"one rank without the others cannot reduce by {op}; run all ranks"
+            )
 
     def all_gather(tensor_list: Any, tensor: Any, group: Any = None) -> None:
         for each in tensor_list:
             each.copy_(tensor)
 
     def all_gather_into_tensor(output_tensor: Any, input_tensor: Any, group: Any = None) -> None:
-        output_tensor.view(-1, *input_tensor.shape).copy_(input_tensor.expand(dist.get_world_size(group), *input_tensor.shape))
+        output_tensor.view(-1, *input_tensor.shape).copy_(
+            input_tensor.expand(dist.get_world_size(group), *input_tensor.shape)
+        )
 
     def broadcast(tensor: Any, src: Any = None, group: Any = None, group_src: Any = None) -> None:
         own(src, group, group_src)
 
-    refused = ("reduce", "gather", "scatter", "reduce_scatter", "reduce_scatter_tensor", "all_to_all", "all_to_all_single")
+    refused = (
+        "reduce",
+        "gather",
+        "scatter",
+        "reduce_scatter",
+        "reduce_scatter_tensor",
+        "all_to_all",
+        "all_to_all_single",
+    )
     return {
         "all_reduce": all_reduce,
         "all_gather": all_gather,
@@ -162,14 +182,20 @@ def all_gather_object(object_list: list[Any], obj: Any, group: Any = None) -> No
     object_list[:] = [copy.deepcopy(obj) for _ in object_list]
 
 
-def gather_object(obj: Any, object_gather_list: list[Any] | None = None, *args: Any, **kwargs: Any) -> None:
+def gather_object(
+    obj: Any, object_gather_list: list[Any] | None = None, *args: Any, **kwargs: Any
+) -> None:
     """As `all_gather_object`, on the rank that has a list."""
     if object_gather_list is not None:
         all_gather_object(object_gather_list, obj)
 
 
 def broadcast_object_list(
-    object_list: list[Any], src: int | None = None, group: Any = None, device: Any = None, group_src: int | None = None
+    object_list: list[Any],
+    src: int | None = None,
+    group: Any = None,
+    device: Any = None,
+    group_src: int | None = None,
 ) -> None:
     """What this rank sends is what it has."""
     own(src, group, group_src)
@@ -179,7 +205,11 @@ def own(src: int | None, group: Any, group_src: int | None) -> None:
     """Raises `NotImplementedError` where another rank sends: what it holds is not here."""
     import torch.distributed as dist
 
-    sender = group_src if group_src is not None else dist.get_group_rank(group or dist.group.WORLD, src or 0)
+    sender = (
+        group_src
+        if group_src is not None
+        else dist.get_group_rank(group or dist.distributed_c10d._get_default_group(), src or 0)
+    )
     if sender != dist.get_rank(group):
         raise NotImplementedError(
             f"rank {dist.get_rank()} without the others waits for what rank {src or 0} holds; run that rank, or all"

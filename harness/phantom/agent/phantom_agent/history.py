@@ -33,7 +33,9 @@ def alive(snapshot: dict[str, Any], device: int) -> list[tuple[int, list[dict[st
 
 def alive_at_peak(snapshot: dict[str, Any], device: int) -> list[tuple[int, list[dict[str, Any]]]]:
     """As `alive`, at the moment of the recorded history at which most bytes were requested."""
-    events = [e for e in snapshot["device_traces"][device] if e["action"] in ("alloc", "free_completed")]
+    events = [
+        e for e in snapshot["device_traces"][device] if e["action"] in ("alloc", "free_completed")
+    ]
     now = {
         block["address"]: (block["requested_size"], block.get("frames", []))
         for segment in snapshot["segments"]
@@ -56,7 +58,11 @@ def alive_at_peak(snapshot: dict[str, Any], device: int) -> list[tuple[int, list
     # What was there before the history began and is freed or alive after the peak.
     later = set()
     for event in events[when:]:
-        if event["action"] == "free_completed" and event["addr"] not in held and event["addr"] not in later:
+        if (
+            event["action"] == "free_completed"
+            and event["addr"] not in held
+            and event["addr"] not in later
+        ):
             held[event["addr"]] = (event["size"], [])
         later.add(event["addr"])
     for address, block in now.items():
@@ -65,14 +71,22 @@ def alive_at_peak(snapshot: dict[str, Any], device: int) -> list[tuple[int, list
     return list(held.values())
 
 
-def grouped(held: Sequence[tuple[int, list[dict[str, Any]]]], most: int = 12) -> list[dict[str, Any]]:
+def grouped(
+    held: Sequence[tuple[int, list[dict[str, Any]]]], most: int = 12
+) -> list[dict[str, Any]]:
     """Bytes by the line that allocated them, the largest first."""
     groups: dict[tuple[str, str], list[int]] = {}
     for size, frames in held:
         groups.setdefault(place(frames), []).append(size)
     ranked = sorted(groups.items(), key=lambda item: -sum(item[1]))
     return [
-        {"where": where, "line": line, "bytes": sum(sizes), "tensors": len(sizes), "largest_bytes": max(sizes)}
+        {
+            "where": where,
+            "line": line,
+            "bytes": sum(sizes),
+            "tensors": len(sizes),
+            "largest_bytes": max(sizes),
+        }
         for (where, line), sizes in ranked[:most]
     ]
 
@@ -99,7 +113,9 @@ def place(frames: Sequence[dict[str, Any]]) -> tuple[str, str]:
 @lru_cache(maxsize=4096)
 def qualified(file: str, line: int) -> str | None:
     """`Class.function` around a line of a source file; None if the source is not there."""
-    functions = [(begin, end, name) for begin, end, name in functions_of(file) if begin <= line <= end]
+    functions = [
+        (begin, end, name) for begin, end, name in functions_of(file) if begin <= line <= end
+    ]
     return max(functions)[2] if functions else None
 
 

@@ -50,12 +50,16 @@ class Reads:
     def site(self, file: str, function: str) -> dict[str, Any] | None:
         """The reviewed site that a read in `function` of `file` belongs to."""
         for site in self.sites:
-            if file.endswith(site["file"]) and site["function"] in (function, function.split(".")[-1], "*"):
+            if file.endswith(site["file"]) and site["function"] in (
+                function,
+                function.rsplit(".", maxsplit=1)[-1],
+                "*",
+            ):
                 return site
         return None
 
 
-def encoded(answer: float, size: int) -> bytes:
+def encoded(answer: Any, size: int) -> bytes:
     """`answer` as `size` bytes: a float where it is written as one, else an integer or a bool."""
     if isinstance(answer, float):
         return struct.pack({4: "<f", 8: "<d"}[size], answer)

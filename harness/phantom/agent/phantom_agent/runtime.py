@@ -13,7 +13,14 @@ NAMES = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_char_p)
 def library() -> ctypes.CDLL:
     """libphantom, already loaded before the program began."""
     found = ctypes.CDLL(os.path.join(os.environ["PHANTOM_LIBRARIES"], "libphantom.so"))
-    for name in ("host_peak", "num_launches", "num_matmuls", "matmul_flops", "known_reads", "unknown_reads"):
+    for name in (
+        "host_peak",
+        "num_launches",
+        "num_matmuls",
+        "matmul_flops",
+        "known_reads",
+        "unknown_reads",
+    ):
         getattr(found, f"phantom_{name}").restype = ctypes.c_uint64
     return found
 
@@ -22,11 +29,10 @@ def kernels() -> dict[str, int]:
     """Launches by mangled name of the kernel."""
     found: dict[str, int] = {}
 
-    @NAME_COUNT
     def add(name: bytes, launches: int) -> None:
         found[name.decode()] = found.get(name.decode(), 0) + launches
 
-    library().phantom_each_kernel(add)
+    library().phantom_each_kernel(NAME_COUNT(add))
     return found
 
 
@@ -34,11 +40,10 @@ def refusals() -> list[str]:
     """Functions that were refused."""
     found: list[str] = []
 
-    @NAMES
     def add(owner: bytes, function: bytes) -> None:
         found.append(f"{function.decode()} ({owner.decode()})")
 
-    library().phantom_each_refusal(add)
+    library().phantom_each_refusal(NAMES(add))
     return sorted(found)
 
 

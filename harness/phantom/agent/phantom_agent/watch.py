@@ -47,10 +47,14 @@ class Watch:
         import torch
 
         cudart = runtime.first_cudart()
-        if cudart is None or not cudart.startswith(os.path.realpath(os.environ["PHANTOM_LIBRARIES"])):
-            sys.exit(f"phantom: another CUDA runtime is loaded first: {cudart}; start without LD_PRELOAD of it")
+        if cudart is None or not cudart.startswith(
+            os.path.realpath(os.environ["PHANTOM_LIBRARIES"])
+        ):
+            sys.exit(
+                f"phantom: another CUDA runtime is loaded first: {cudart}; start without LD_PRELOAD of it"
+            )
         history.record()
-        torch._C._cuda_attach_out_of_memory_observer(self.out_of_memory)
+        torch._C._cuda_attach_out_of_memory_observer(self.out_of_memory)  # type: ignore[attr-defined]
 
     def write(self) -> None:
         """Write the report of this process, if it used a device. A second call writes it again."""
@@ -120,8 +124,13 @@ def frames() -> list[Any]:
 
 def attention(launched: dict[str, int]) -> list[str]:
     """The families of attention kernels that ran."""
-    families = {"flash": ("flash_fwd", "flash_bwd"), "efficient": ("fmha_cutlass", "AttentionKernel")}
-    return [f for f, marks in families.items() if any(m in name for name in launched for m in marks)]
+    families = {
+        "flash": ("flash_fwd", "flash_bwd"),
+        "efficient": ("fmha_cutlass", "AttentionKernel"),
+    }
+    return [
+        f for f, marks in families.items() if any(m in name for name in launched for m in marks)
+    ]
 
 
 def begin() -> None:
@@ -133,7 +142,9 @@ def begin() -> None:
     atexit.register(watch.write)
     hook, leave = sys.excepthook, os._exit
 
-    def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    def excepthook(
+        kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
         watch.error = f"{kind.__name__}: {error}"
         hook(kind, error, trace)
 

@@ -16,7 +16,12 @@ def values() -> None:
     found["clone"] = bool((there.clone().cpu() == numbers).all())
     found["fills"] = [
         torch.full((3,), value, dtype=dtype, device="cuda").tolist()
-        for value, dtype in ((7, torch.int64), (1.5, torch.bfloat16), (2.5, torch.float32), (True, torch.bool))
+        for value, dtype in (
+            (7, torch.int64),
+            (1.5, torch.bfloat16),
+            (2.5, torch.float32),
+            (True, torch.bool),
+        )
     ]
     there.add_(1)
     found["after a kernel"] = there.cpu()[5].item()
@@ -26,7 +31,10 @@ def memory() -> None:
     """The allocator, on two devices."""
     first = torch.empty(100 * MIB, dtype=torch.uint8, device="cuda:0")
     second = torch.empty(300 * MIB, dtype=torch.uint8, device="cuda:1")
-    found["allocated"] = [torch.cuda.memory_allocated(0) >= 100 * MIB, torch.cuda.memory_allocated(1)]
+    found["allocated"] = [
+        torch.cuda.memory_allocated(0) >= 100 * MIB,
+        torch.cuda.memory_allocated(1),
+    ]
     found["used"] = [torch.cuda.device_memory_used(device) for device in (0, 1)]
     with torch.cuda.device(0):  # freeing charges the device of the memory, not the current one
         del second
@@ -80,7 +88,9 @@ def nvml() -> None:
     kept = torch.empty(1000 * MIB, dtype=torch.uint8, device="cuda")
     with Sampler(devices[:1]) as sampler:
         sampler.hear({"event": "progress", "rank": 0, "doing": "holding"})
-    found["sampled"] = [reading.used_bytes for each in sampler.readings for reading in each.sections]
+    found["sampled"] = [
+        reading.used_bytes for each in sampler.readings for reading in each.sections
+    ]
     del kept
 
 
