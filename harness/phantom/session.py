@@ -32,6 +32,8 @@ class Site(Frozen):
     """End of the path of the source file."""
     function: str
     """Its name, qualified or not; `*` is any of the file."""
+    line: str | None = None
+    """Part of the line that reads or of the three after it; any line of the function if not given."""
     answer: bool | int | float = 0
     """What the read is answered."""
     why: str

@@ -142,9 +142,8 @@ def install(folder: Path, *requirements: str) -> None:
         "--target",
         str(partial),
     ]
-    # Constraints are for the environment, which this does not touch.
-    environment = {k: v for k, v in os.environ.items() if k != "PIP_CONSTRAINT"}
-    environment["PIP_CONFIG_FILE"] = environment.get("ALST_PIP_CONFIG_FILE", os.devnull)
+    # Constraints are for the environment, which this does not touch; a file of none replaces them.
+    environment = {**os.environ, "PIP_CONSTRAINT": os.devnull}
     done = subprocess.run(
         [*command, *requirements], env=environment, check=False, stderr=subprocess.PIPE, text=True
     )

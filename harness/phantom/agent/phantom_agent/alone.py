@@ -36,6 +36,8 @@ def stand_for_all() -> None:
     def new_group_helper(
         size: int, own: int, ranks: Any, backend: Any, *args: Any, **kwargs: Any
     ) -> Any:
+        # A group that is bound to its device is split off another, and no others tell the size of the parts.
+        kwargs.pop("device_id", None)
         return helper(size, own, ranks, without_gloo(backend), *args, **kwargs)
 
     c10d._new_process_group_helper = new_group_helper  # type: ignore[assignment]
@@ -82,6 +84,9 @@ def lonely_store() -> Any:
 
         def check(self, keys: list[str]) -> bool:
             return all(key in self.held for key in keys)
+
+        def clone(self) -> Any:
+            return self
 
         def set_timeout(self, timeout: timedelta) -> None:
             pass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import linecache
 import os
 import struct
 import sys
@@ -30,7 +31,9 @@ class Reads:
         file, line = (frame.f_code.co_filename, frame.f_lineno) if frame else ("", 0)
         key = (file, line, name, size)
         if key not in self.found:
-            site = self.site(file, name)
+            # A condition may run over several lines, of which the first is told.
+            text = "".join(linecache.getline(file, line + i) for i in range(4))
+            site = self.site(file, name, text)
             self.found[key] = {
                 "file": file,
                 "line": line,
@@ -38,7 +41,7 @@ class Reads:
                 "bytes": size,
                 "count": 0,
                 "caller": caller(frame),
-                "answer": site and site.get("answer", 0),
+                "answer": site and site["answer"],
                 "why": site and site["why"],
             }
         read = self.found[key]
@@ -47,13 +50,14 @@ class Reads:
             value = encoded(read["answer"], size)
             ctypes.memmove(to, value, len(value))
 
-    def site(self, file: str, function: str) -> dict[str, Any] | None:
-        """The reviewed site that a read in `function` of `file` belongs to."""
+    def site(self, file: str, function: str, text: str) -> dict[str, Any] | None:
+        """The reviewed site that a read in `function` of `file`, in the lines `text`, belongs to."""
+        names = (function, function.rpartition(".")[2], "*")
         for site in self.sites:
-            if file.endswith(site["file"]) and site["function"] in (
-                function,
-                function.rsplit(".", maxsplit=1)[-1],
-                "*",
+            if (
+                file.endswith(site["file"])
+                and site["function"] in names
+                and (site["line"] or "") in text
             ):
                 return site
         return None
