@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,6 +56,30 @@ def environment(
     """
     wheel = wheel or find()
     folder = build.built(wheel)
+    changed = surroundings(folder, wheel, session, device, base)
+    tested = folder / "tested"
+    if not tested.is_file():
+        self_test(changed)
+        tested.touch()
+    return changed
+
+
+def self_test(changed: Mapping[str, str]) -> None:
+    """Raises `ValueError` with what the runtime does not keep in the environment `changed`."""
+    alone = {name: value for name, value in changed.items() if name != "PHANTOM_SESSION"}
+    script = str(Path(__file__).with_name("selftest.py"))
+    done = subprocess.run(
+        [sys.executable, script], env=alone, check=False, capture_output=True, text=True
+    )
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise ValueError(f"phantom devices do not work with this PyTorch: {said}")
+
+
+def surroundings(
+    folder: Path, wheel: Wheel, session: Path, device: str, base: Mapping[str, str]
+) -> dict[str, str]:
+    """`base` with the libraries in `folder`."""
     names = (folder / build.DONE).read_text().split()
     search = [str(AGENT), str(wheel.folder), base.get("PYTHONPATH", "")]
     return {
