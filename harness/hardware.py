@@ -10,7 +10,27 @@ from pydantic import Field, ValidationError
 from alst_impl.config import Frozen
 from alst_impl.plugin import explain
 
-GB, GIB, TIB = 10**9, 2**30, 2**40
+KIB, MIB, GIB, TIB = 2**10, 2**20, 2**30, 2**40
+GB = 10**9
+
+
+class Chip(Frozen):
+    """What CUDA tells a program of a device."""
+
+    capability: tuple[int, int]
+    """Compute capability."""
+    multiprocessors: int = Field(gt=0)
+    """Streaming multiprocessors."""
+    shared_block_bytes: int = Field(gt=0)
+    """Most shared memory that a block can ask for."""
+    shared_multiprocessor_bytes: int = Field(gt=0)
+    """Shared memory of a multiprocessor."""
+    l2_bytes: int = Field(gt=0)
+    """Second-level cache."""
+    usable_bytes: int = Field(gt=0)
+    """Device memory that CUDA offers in all, which is less than the nominal."""
+    source: str
+    """Where the numbers are from."""
 
 
 class Hardware(Frozen):
@@ -41,6 +61,8 @@ class Hardware(Frozen):
     """Title of the datasheets the numbers are from."""
     device_names: tuple[str, ...] = ()
     """What the driver calls this accelerator; none for what is not CUDA's."""
+    chip: Chip | None = None
+    """None for what is not CUDA's."""
 
 
 ROWS = {
@@ -65,6 +87,16 @@ ROWS = {
             devices_per_node=8,
             source="NVIDIA A100 80GB Tensor Core GPU datasheet (SXM); NVIDIA DGX A100 640GB datasheet",
             device_names=("NVIDIA A100-SXM4-80GB",),
+            chip=Chip(
+                capability=(8, 0),
+                multiprocessors=108,
+                shared_block_bytes=163 * KIB,
+                shared_multiprocessor_bytes=164 * KIB,
+                l2_bytes=40 * MIB,
+                usable_bytes=int(79.14 * GIB),
+                source="NVIDIA A100 Tensor Core GPU Architecture; CUDA C++ Programming Guide, compute capabilities; "
+                "usable bytes: the least total capacity in PyTorch's out-of-memory messages, which differ by driver",
+            ),
         ),
         Hardware(
             name="h100-80gb",
@@ -78,6 +110,16 @@ ROWS = {
             devices_per_node=8,
             source="NVIDIA H100 Tensor Core GPU datasheet (SXM); NVIDIA DGX H100 datasheet",
             device_names=("NVIDIA H100 80GB HBM3",),
+            chip=Chip(
+                capability=(9, 0),
+                multiprocessors=132,
+                shared_block_bytes=227 * KIB,
+                shared_multiprocessor_bytes=228 * KIB,
+                l2_bytes=50 * MIB,
+                usable_bytes=int(79.10 * GIB),
+                source="NVIDIA H100 Tensor Core GPU Architecture; CUDA C++ Programming Guide, compute capabilities; "
+                "usable bytes: the least total capacity in PyTorch's out-of-memory messages, which differ by driver",
+            ),
         ),
         Hardware(
             name="h200-141gb",
@@ -91,6 +133,16 @@ ROWS = {
             devices_per_node=8,
             source="NVIDIA H200 Tensor Core GPU datasheet (SXM); NVIDIA DGX H200 datasheet",
             device_names=("NVIDIA H200",),
+            chip=Chip(
+                capability=(9, 0),
+                multiprocessors=132,
+                shared_block_bytes=227 * KIB,
+                shared_multiprocessor_bytes=228 * KIB,
+                l2_bytes=50 * MIB,
+                usable_bytes=int(139.72 * GIB),
+                source="NVIDIA H100 Tensor Core GPU Architecture (the chip of H200); CUDA C++ Programming Guide, compute capabilities; "
+                "usable bytes: the least total capacity in PyTorch's out-of-memory messages, which differ by driver",
+            ),
         ),
         Hardware(
             name="b200-192gb",
@@ -104,6 +156,16 @@ ROWS = {
             devices_per_node=8,
             source="NVIDIA Blackwell Architecture Technical Brief (HGX B200); NVIDIA DGX B200 datasheet",
             device_names=("NVIDIA B200",),
+            chip=Chip(
+                capability=(10, 0),
+                multiprocessors=148,
+                shared_block_bytes=227 * KIB,
+                shared_multiprocessor_bytes=228 * KIB,
+                l2_bytes=126 * MIB,
+                usable_bytes=int(178.35 * GIB),
+                source="NVIDIA Blackwell Architecture Technical Brief; CUDA C++ Programming Guide, compute capabilities; "
+                "usable bytes: the least total capacity in PyTorch's out-of-memory messages, which differ by driver",
+            ),
         ),
     )
 }

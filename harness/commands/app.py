@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import typer
 
-from harness.commands import claims, defects, gpu, matrix, plan, predict, present, run, verify
+from harness.commands import (
+    claims,
+    defects,
+    gpu,
+    matrix,
+    phantom,
+    plan,
+    predict,
+    present,
+    run,
+    verify,
+)
 
 app = typer.Typer(
     name="alst",
@@ -27,6 +38,7 @@ app.command("compare")(claims.compare)
 app.command("devices")(gpu.devices)
 app.command("calibrate")(gpu.calibrate)
 app.command("confirm")(gpu.confirm)
+app.command("phantom")(phantom.phantom)
 app.command("table")(present.table)
 app.command("figures")(present.figures)
 app.command("report")(present.report)

@@ -1,0 +1,155 @@
+"""`alst phantom`: a training command on CUDA devices that have memory and no arithmetic."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from harness.phantom.session import Held, Process, Read, Result, run
+
+GIB = 2**30
+
+
+def phantom(
+    command: Annotated[list[str], typer.Argument(help="The command, after `--`.")],
+    gpus: Annotated[int, typer.Option("--gpus", help="Devices; with --rank, ranks.")] = 1,
+    hardware: Annotated[
+        str, typer.Option("--hardware", help="Row of the hardware table, or a YAML file with one.")
+    ] = "h100-80gb",
+    rank: Annotated[
+        int | None,
+        typer.Option("--rank", help="Run this rank of --gpus alone, without the others."),
+    ] = None,
+    outside_gib: Annotated[
+        float,
+        typer.Option(
+            "--outside-gib",
+            help="GiB of each device outside PyTorch's allocator: CUDA's context, kernels, NCCL.",
+        ),
+    ] = 0.0,
+    limit_s: Annotated[
+        float, typer.Option("--limit", help="Seconds after which the command is stopped.")
+    ] = 3600,
+    sites: Annotated[
+        Path | None,
+        typer.Option("--sites", help="YAML list of places of your own that read unknown values."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> int:
+    """Say whether a training command fits, on a machine without a GPU.
+
+    The command runs unmodified on PyTorch's CUDA build, over a CUDA runtime in which memory is real and
+    arithmetic is not. It says: peak memory allocated and reserved by rank, page-locked host memory, the real
+    out-of-memory error, and what is alive at the peak. It cannot say: times, losses or any other value made on
+    the device, rows of the CUDA profiler, replays of CUDA graphs.
+
+    Without --rank the command starts all processes itself, and their collectives have no results. With --rank
+    one process runs as that rank of --gpus; what it holds, the other ranks are taken to hold.
+
+    A value that nobody knows and the program reads (16 bytes or less) makes the run no record, unless the place
+    is reviewed. Exit code 0: fits. 1: does not fit. 2: neither can be said.
+
+    Examples: alst phantom -- python train.py; alst phantom --gpus 4 -- torchrun --nproc-per-node 4 train.py;
+    alst phantom --gpus 64 --rank 0 -- python train.py
+    """
+    if limit_s <= 0:
+        raise ValueError(f"--limit {limit_s}: must be positive")
+    if rank is not None and Path(command[0]).name in ("torchrun", "accelerate", "deepspeed"):
+        raise ValueError(
+            f"--rank runs one process, and {command[0]} starts several; write `python SCRIPT` after `--`"
+        )
+    console = Console(stderr=True)
+    with console.status("starting") as status:
+        result = run(
+            command,
+            hardware,
+            gpus,
+            rank,
+            round(outside_gib * GIB),
+            limit_s,
+            sites,
+            output=sys.stderr.fileno() if as_json else None,
+            on_progress=lambda seconds, used: status.update(
+                f"{seconds:.0f} s, {used / GIB:.1f} GiB in use on the fullest device"
+            ),
+        )
+    print(result.model_dump_json(indent=1) if as_json else text(result))
+    return result.exit_code
+
+
+def text(result: Result) -> str:
+    """The result as lines for a terminal."""
+    lines = [f"{result.verdict}: {result.reason} ({result.seconds:.1f} s here)"]
+    for process in result.processes:
+        lines += used(process)
+        if process.attention:
+            lines.append(f"  attention kernels: {', '.join(process.attention)}")
+    fullest = max(
+        (
+            (use.allocated_bytes, process, use)
+            for process in result.processes
+            for use in process.devices
+        ),
+        key=lambda each: each[0],
+        default=None,
+    )
+    failed = next((process for process in result.processes if process.oom), None)
+    if failed is not None and failed.oom is not None:
+        oom = failed.oom
+        lines.append(
+            f"out of memory on rank {failed.rank}: {oom.asked_bytes / GIB:.2f} GiB asked, {oom.free_bytes / GIB:.2f} "
+            f"GiB free, in {oom.where} ({oom.line}); alive then:"
+        )
+        lines += held(oom.alive)
+    elif fullest is not None:
+        lines.append(f"alive at the peak of rank {fullest[1].rank}:")
+        lines += held(fullest[2].alive)
+    lines += reads(result)
+    return "\n".join(lines)
+
+
+def used(process: Process) -> list[str]:
+    """One line for each device of a process."""
+    return [
+        f"rank {process.rank}, device {use.device} ({use.name}): allocated {use.allocated_bytes / GIB:.2f} GiB, "
+        f"reserved {use.reserved_bytes / GIB:.2f} of {use.total_bytes / GIB:.2f} GiB, {use.retries} retries; "
+        f"host pinned {process.pinned_bytes / GIB:.2f} GiB"
+        for use in process.devices
+    ]
+
+
+def held(alive: Sequence[Held]) -> list[str]:
+    """One line for each line of the program that holds memory."""
+    return [
+        f"  {each.bytes / GIB:8.3f} GiB in {each.tensors} tensors, largest {each.largest_bytes / GIB:.3f}: "
+        f"{each.where} ({each.line})"
+        for each in alive
+    ]
+
+
+def reads(result: Result) -> list[str]:
+    """The unknown reads: those that spoil the run, and those that were answered."""
+    found: dict[tuple[str, int, int], Read] = {}
+    for process in result.processes:
+        for read in process.reads:
+            found.setdefault((read.file, read.line, read.bytes), read)
+    lines = []
+    for read in found.values():
+        place = f"{read.file}:{read.line} in {read.function}" + (
+            f", from {read.caller}" if read.caller else ""
+        )
+        if read.why is not None:
+            lines.append(f"unknown value answered {read.answer} at {place}: {read.why}")
+        elif read.doubtful:
+            lines.append(f"unknown value of {read.bytes} bytes read (answered 0) at {place}")
+    if any(read.doubtful for read in found.values()):
+        lines.append(
+            "If none of them changes what the program allocates, list them in a YAML file for --sites: "
+            "'- {file: ..., function: ..., answer: 0, why: ...}'"
+        )
+    return lines

@@ -1,0 +1,51 @@
+"""Inside a program on phantom devices: watches unknown reads and memory, and reports when the process ends.
+
+Imports the standard library alone, so that any program can run with it; torch only once the program has.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Calls `call` when module `name` has been imported."""
+
+    def __init__(self, name: str, call: Callable[[], None]) -> None:
+        self.name, self.call = name, call
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            self.call()
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _torch_imported() -> None:
+    from phantom_agent import alone, watch
+
+    watch.begin()
+    if "PHANTOM_WORLD" in os.environ:
+        alone.stand_for_all()
+
+
+def install() -> None:
+    """Wait for the program to import torch. Does nothing in a process that is not of a session."""
+    if "PHANTOM_SESSION" in os.environ:
+        sys.meta_path.insert(0, _AfterImport("torch", _torch_imported))

@@ -1,0 +1,235 @@
+"""One process as rank R of N without the others: what this rank holds, the others are taken to hold."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from functools import wraps
+from typing import Any
+
+
+def stand_for_all() -> None:
+    """Make `init_process_group` return at once.
+
+    Groups of NCCL are PyTorch's own, over the stub library. Groups on host memory have no library below: what
+    is not worked out here is refused.
+    """
+    import torch.distributed as dist
+
+    if not dist.is_available():
+        return
+    from torch.distributed import distributed_c10d as c10d
+
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = lonely_store()
+
+    def rendezvous(*args: Any, **kwargs: Any) -> Iterator[tuple[Any, int, int]]:
+        yield store, rank, world_size
+
+    c10d.rendezvous = rendezvous
+    helper = c10d._new_process_group_helper
+
+    @wraps(helper)
+    def new_group_helper(
+        size: int, own: int, ranks: Any, backend: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        # A group that is bound to its device is split off another, and no others tell the size of the parts.
+        kwargs.pop("device_id", None)
+        return helper(size, own, ranks, without_gloo(backend), *args, **kwargs)
+
+    c10d._new_process_group_helper = new_group_helper  # type: ignore[assignment]
+    for name, replacement in on_host().items():
+        if hasattr(c10d, name):
+            replaced = host_only(replacement, getattr(c10d, name), name)
+            for module in (c10d, dist):
+                setattr(module, name, replaced)
+    for name, object_collective in OBJECTS.items():
+        for module in (c10d, dist):
+            setattr(module, name, object_collective)
+
+
+def without_gloo(backend: Any) -> str:
+    """A backend's name with PyTorch's fake one in place of gloo."""
+    name = str(backend).lower()
+    return (
+        "cpu:fake,cuda:nccl" if name in ("undefined", "none", "") else name.replace("gloo", "fake")
+    )
+
+
+def lonely_store() -> Any:
+    """A store that nobody else writes to: what others would have written is empty."""
+    from torch.distributed import Store
+
+    class Lonely(Store):
+        def __init__(self) -> None:
+            super().__init__()
+            self.held: dict[str, bytes] = {}
+
+        def set(self, key: str, value: Any) -> None:
+            self.held[key] = value.encode() if isinstance(value, str) else bytes(value)
+
+        def get(self, key: str) -> bytes:
+            return self.held.get(key, bytes(128))  # NCCL's unique id has 128 bytes
+
+        def add(self, key: str, amount: int) -> int:
+            total = int(self.held.get(key, b"0")) + amount
+            self.held[key] = str(total).encode()
+            return total
+
+        def wait(self, *args: Any) -> None:
+            pass
+
+        def check(self, keys: list[str]) -> bool:
+            return all(key in self.held for key in keys)
+
+        def clone(self) -> Any:
+            return self
+
+        def set_timeout(self, timeout: timedelta) -> None:
+            pass
+
+    return Lonely()
+
+
+class Done:
+    """The work of a collective that is over."""
+
+    def wait(self, *args: Any) -> bool:
+        return True
+
+    def is_completed(self) -> bool:
+        return True
+
+
+def host_only(replacement: Callable[..., None] | None, original: Any, name: str) -> Any:
+    """`original` for tensors of the device; `replacement` for those of the host, or an error if there is none."""
+    import torch
+
+    signature = inspect.signature(original)
+
+    @wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        tensor = next(
+            (each for each in flat([*args, *kwargs.values()]) if isinstance(each, torch.Tensor)),
+            None,
+        )
+        if tensor is None or tensor.device.type != "cpu":
+            return original(*args, **kwargs)
+        if replacement is None:
+            raise NotImplementedError(
+                f"one rank without the others has no {name} of host memory; run all ranks"
+            )
+        asked = signature.bind(*args, **kwargs).arguments
+        asynchronous = asked.pop("async_op", False)
+        replacement(**asked)
+        return Done() if asynchronous else None
+
+    return call
+
+
+def flat(values: Any) -> Iterator[Any]:
+    """The members of nested lists."""
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from flat(value)
+        else:
+            yield value
+
+
+def on_host() -> dict[str, Callable[..., None] | None]:
+    """What collectives do with tensors of the host where all ranks hold the same; None: refused."""
+    import torch.distributed as dist
+
+    def all_reduce(tensor: Any, op: Any = dist.ReduceOp.SUM, group: Any = None) -> None:
+        if op == dist.ReduceOp.SUM:
+            tensor.mul_(dist.get_world_size(group))
+        elif op not in (dist.ReduceOp.MAX, dist.ReduceOp.MIN, dist.ReduceOp.AVG):
+            raise NotImplementedError(
+                f"one rank without the others cannot reduce by {op}; run all ranks"
+            )
+
+    def all_gather(tensor_list: Any, tensor: Any, group: Any = None) -> None:
+        for each in tensor_list:
+            each.copy_(tensor)
+
+    def all_gather_into_tensor(output_tensor: Any, input_tensor: Any, group: Any = None) -> None:
+        output_tensor.view(-1, *input_tensor.shape).copy_(
+            input_tensor.expand(dist.get_world_size(group), *input_tensor.shape)
+        )
+
+    def broadcast(tensor: Any, src: Any = None, group: Any = None, group_src: Any = None) -> None:
+        own(src, group, group_src)
+
+    refused = (
+        "reduce",
+        "gather",
+        "scatter",
+        "reduce_scatter",
+        "reduce_scatter_tensor",
+        "all_to_all",
+        "all_to_all_single",
+    )
+    return {
+        "all_reduce": all_reduce,
+        "all_gather": all_gather,
+        "all_gather_into_tensor": all_gather_into_tensor,
+        "all_gather_single": all_gather_into_tensor,
+        "broadcast": broadcast,
+        **dict.fromkeys(refused),
+    }
+
+
+def all_gather_object(object_list: list[Any], obj: Any, group: Any = None) -> None:
+    """Every rank has the same object."""
+    object_list[:] = [copy.deepcopy(obj) for _ in object_list]
+
+
+def gather_object(
+    obj: Any, object_gather_list: list[Any] | None = None, *args: Any, **kwargs: Any
+) -> None:
+    """As `all_gather_object`, on the rank that has a list."""
+    if object_gather_list is not None:
+        all_gather_object(object_gather_list, obj)
+
+
+def broadcast_object_list(
+    object_list: list[Any],
+    src: int | None = None,
+    group: Any = None,
+    device: Any = None,
+    group_src: int | None = None,
+) -> None:
+    """What this rank sends is what it has."""
+    own(src, group, group_src)
+
+
+def own(src: int | None, group: Any, group_src: int | None) -> None:
+    """Raises `NotImplementedError` where another rank sends: what it holds is not here."""
+    import torch.distributed as dist
+
+    sender = (
+        group_src
+        if group_src is not None
+        else dist.get_group_rank(group or dist.distributed_c10d._get_default_group(), src or 0)
+    )
+    if sender != dist.get_rank(group):
+        raise NotImplementedError(
+            f"rank {dist.get_rank()} without the others waits for what rank {src or 0} holds; run that rank, or all"
+        )
+
+
+def barrier(*args: Any, async_op: bool = False, **kwargs: Any) -> Any:
+    """Nobody is waited for."""
+    return Done() if async_op else None
+
+
+OBJECTS = {
+    "all_gather_object": all_gather_object,
+    "gather_object": gather_object,
+    "broadcast_object_list": broadcast_object_list,
+    "barrier": barrier,
+    "monitored_barrier": barrier,
+}

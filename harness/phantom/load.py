@@ -1,0 +1,99 @@
+"""The environment in which a program finds phantom devices, and the test that it does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from harness.hardware import ROWS, Hardware, load_hardware
+from harness.phantom import build
+from harness.phantom.wheel import Wheel, find
+
+AGENT = Path(__file__).with_name("agent")
+"""First on the search path: its `sitecustomize` is run in every Python process of the program."""
+
+
+def device_of(hardware: str, gpus: int, outside_bytes: int) -> str:
+    """What the runtime reads of its devices: `gpus` of the row `hardware`, each with `outside_bytes` in use.
+
+    Raises `ValueError` for a row without CUDA devices and for numbers that do not fit.
+    """
+    row: Hardware = load_hardware(hardware)
+    if row.chip is None:
+        usable = ", ".join(name for name, each in ROWS.items() if each.chip is not None)
+        raise ValueError(f"hardware '{hardware}' has no CUDA devices; use one of {usable}")
+    if not 1 <= gpus <= 64:
+        raise ValueError(f"--gpus {gpus}: one process can see 1 to 64 devices")
+    total = row.chip.usable_bytes - outside_bytes
+    if outside_bytes < 0 or total <= 0:
+        raise ValueError(
+            f"{outside_bytes / 2**30:.1f} GiB outside the allocator do not fit in the "
+            f"{row.chip.usable_bytes / 2**30:.1f} GiB of '{hardware}'"
+        )
+    fields = {
+        "count": gpus,
+        "major": row.chip.capability[0],
+        "minor": row.chip.capability[1],
+        "multiprocessors": row.chip.multiprocessors,
+        "total": total,
+        "shared": row.chip.shared_block_bytes,
+        "shared_multiprocessor": row.chip.shared_multiprocessor_bytes,
+        "l2": row.chip.l2_bytes,
+    }
+    name = row.device_names[0] if row.device_names else row.name
+    return ";".join([name, *(f"{key}={value}" for key, value in fields.items())]) + ";"
+
+
+def environment(
+    session: Path, device: str, base: Mapping[str, str], wheel: Wheel | None = None
+) -> dict[str, str]:
+    """`base`, changed so that programs find phantom devices. `session` holds what its processes share.
+
+    Builds the libraries if need be. Raises `ValueError` where they cannot be had.
+    """
+    wheel = wheel or find()
+    folder = build.built(wheel)
+    changed = surroundings(folder, wheel, session, device, base)
+    tested = folder / "tested"
+    if not tested.is_file():
+        self_test(changed)
+        tested.touch()
+    return changed
+
+
+def self_test(changed: Mapping[str, str]) -> None:
+    """Raises `ValueError` with what the runtime does not keep in the environment `changed`."""
+    alone = {name: value for name, value in changed.items() if name != "PHANTOM_SESSION"}
+    script = str(Path(__file__).with_name("selftest.py"))
+    done = subprocess.run(
+        [sys.executable, script], env=alone, check=False, capture_output=True, text=True
+    )
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise ValueError(f"phantom devices do not work with this PyTorch: {said}")
+
+
+def surroundings(
+    folder: Path, wheel: Wheel, session: Path, device: str, base: Mapping[str, str]
+) -> dict[str, str]:
+    """`base` with the libraries in `folder`."""
+    names = (folder / build.DONE).read_text().split()
+    search = [str(AGENT), str(wheel.folder), base.get("PYTHONPATH", "")]
+    return {
+        **base,
+        "LD_PRELOAD": ":".join(
+            [*(str(folder / name) for name in names), *filter(None, [base.get("LD_PRELOAD")])]
+        ),
+        "PYTHONPATH": os.pathsep.join(filter(None, search)),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), base.get("PATH", os.defpath)]),
+        "PHANTOM_DEVICE": device,
+        "PHANTOM_LEDGER": str(session / "ledger"),
+        "PHANTOM_SESSION": str(session),
+        "PHANTOM_LIBRARIES": str(folder),
+        # Triton looks for the driver in a folder; its launcher is compiled for each driver.
+        "TRITON_LIBCUDA_PATH": str(folder),
+        "TRITON_CACHE_DIR": base.get("TRITON_CACHE_DIR", str(folder.parent / "triton")),
+    }

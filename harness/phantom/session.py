@@ -1,0 +1,305 @@
+"""Runs a command on phantom devices and gathers what its processes report."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import Field, TypeAdapter, ValidationError
+
+from alst_impl.config import Frozen
+from alst_impl.plugin import explain
+from harness.phantom.load import device_of, environment
+
+SMALL = 16
+"""Bytes up to which an unknown value may steer a program."""
+
+
+class Site(Frozen):
+    """A place that reads a value of the device which nobody knows, reviewed."""
+
+    file: str
+    """End of the path of the source file."""
+    function: str
+    """Its name, qualified or not; `*` is any of the file."""
+    line: str | None = None
+    """Part of the line that reads or of the three after it; any line of the function if not given."""
+    answer: bool | int | float = 0
+    """What the read is answered."""
+    why: str
+    """Why the program does then what it would do on a device."""
+
+
+class Read(Frozen):
+    """Unknown reads of one size at one place."""
+
+    file: str
+    line: int
+    function: str
+    bytes: int
+    count: int
+    caller: str | None
+    """The nearest line outside packages, if that is another."""
+    answer: bool | int | float | None
+    why: str | None
+    """None at a site that is not reviewed."""
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether it may have steered the program, and nobody has looked."""
+        return self.why is None and self.bytes <= SMALL
+
+
+class Held(Frozen):
+    """Tensors that one line allocated."""
+
+    where: str
+    line: str
+    bytes: int
+    tensors: int
+    largest_bytes: int
+
+
+class DeviceUse(Frozen):
+    """What one process used of one device."""
+
+    device: int
+    name: str
+    total_bytes: int
+    allocated_bytes: int
+    reserved_bytes: int
+    retries: int
+    ooms: int
+    alive: list[Held]
+    """At the peak, the largest first."""
+
+
+class OutOfMemory(Frozen):
+    """The last allocation that found no memory."""
+
+    device: int
+    asked_bytes: int
+    total_bytes: int
+    free_bytes: int
+    where: str
+    line: str
+    alive: list[Held]
+
+
+class Process(Frozen):
+    """What one process did."""
+
+    pid: int
+    rank: int
+    devices: list[DeviceUse]
+    pinned_bytes: int
+    launches: int
+    matmuls: int
+    matmul_flops: int
+    attention: list[str]
+    """Families of attention kernels that were launched."""
+    refused: list[str]
+    reads: list[Read]
+    oom: OutOfMemory | None
+    error: str | None
+
+
+class Result(Frozen):
+    """What a command did on phantom devices."""
+
+    verdict: Literal["fits", "does not fit", "no record", "cannot run"]
+    reason: str
+    command: list[str]
+    hardware: str
+    gpus: int
+    rank: int | None
+    """The one rank that was run; None for all."""
+    seconds: float = Field(description="How long this took here; no time of a device.")
+    processes: list[Process]
+
+    @property
+    def exit_code(self) -> int:
+        """0 fits, 1 does not, 2 says neither."""
+        return {"fits": 0, "does not fit": 1}.get(self.verdict, 2)
+
+
+def reviewed_sites(more: Path | None = None) -> list[Site]:
+    """The sites that come with this package, and those in the YAML file `more`."""
+    found: list[Site] = []
+    for path in filter(None, (more, Path(__file__).with_name("sites.yaml"))):
+        if not path.is_file():
+            raise ValueError(f"--sites {path}: no such file")
+        try:
+            found += TypeAdapter(list[Site]).validate_python(yaml.safe_load(path.read_text()))
+        except ValidationError as error:
+            raise ValueError(explain(error, f"sites '{path}'", sorted(Site.model_fields))) from None
+        except yaml.YAMLError as error:
+            raise ValueError(f"sites '{path}': not YAML: {error}") from None
+    return found
+
+
+def rank_environment(rank: int, world_size: int, devices_per_node: int) -> dict[str, str]:
+    """What a launcher tells rank `rank` of `world_size`, which is alone here."""
+    if not 0 <= rank < world_size:
+        raise ValueError(f"--rank {rank}: with --gpus {world_size} ranks are 0 to {world_size - 1}")
+    local = min(devices_per_node, world_size)
+    return {
+        "PHANTOM_WORLD": str(world_size),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank % local),
+        "GROUP_RANK": str(rank // local),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(local),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "29500",
+    }
+
+
+@contextmanager
+def session_folder() -> Iterator[Path]:
+    """What the processes of a run share, gone after it."""
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="phantom-"))
+    except OSError as error:
+        raise ValueError(
+            f"no folder for the run in {tempfile.gettempdir()}: {error.strerror}"
+        ) from None
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def run(
+    command: Sequence[str],
+    hardware: str,
+    gpus: int = 1,
+    rank: int | None = None,
+    outside_bytes: int = 0,
+    limit_s: float = 3600,
+    sites: Path | None = None,
+    output: int | None = None,
+    base: Mapping[str, str] = os.environ,
+    on_progress: Callable[[float, int], None] | None = None,
+) -> Result:
+    """Run `command` on `gpus` devices of the row `hardware`, or as rank `rank` of `gpus` without the others.
+
+    `on_progress(seconds, bytes)` hears a few times a second how much memory is in use on the fullest device.
+    Raises `ValueError` if the command cannot be started.
+    """
+    from harness.hardware import load_hardware
+
+    row = load_hardware(hardware)
+    devices = gpus if rank is None else min(gpus, row.devices_per_node)
+    ranked = {} if rank is None else rank_environment(rank, gpus, row.devices_per_node)
+    device = device_of(hardware, devices, outside_bytes)
+    listed = json.dumps([site.model_dump() for site in reviewed_sites(sites)])
+    with session_folder() as folder:
+        (folder / "sites.json").write_text(listed)
+        surroundings = {**environment(folder, device, base), **ranked}
+        begin = time.monotonic()
+        ended = follow(command, surroundings, folder, limit_s, output, on_progress)
+        seconds = time.monotonic() - begin
+        processes = [
+            Process(**json.loads(p.read_text())) for p in sorted(folder.glob("process-*.json"))
+        ]
+    processes.sort(key=lambda process: process.rank)
+    verdict, reason = judge(ended, processes, limit_s)
+    return Result(verdict=verdict, reason=reason, command=list(command), hardware=hardware, gpus=gpus,
+                  rank=rank, seconds=seconds, processes=processes)  # fmt: skip
+
+
+def follow(
+    command: Sequence[str],
+    surroundings: Mapping[str, str],
+    folder: Path,
+    limit_s: float,
+    output: int | None,
+    on_progress: Callable[[float, int], None] | None,
+) -> int | None:
+    """Exit code of `command`; None if it had to be stopped after `limit_s` seconds."""
+    program = shutil.which(command[0], path=surroundings["PATH"])
+    if program is None:
+        raise ValueError(f"command '{command[0]}' does not exist")
+    process = subprocess.Popen(
+        [program, *command[1:]], env=dict(surroundings), stdout=output, start_new_session=True
+    )
+    begin = time.monotonic()
+    try:
+        while time.monotonic() - begin < limit_s:
+            try:
+                return process.wait(0.2)
+            except subprocess.TimeoutExpired:
+                if on_progress is not None:
+                    on_progress(time.monotonic() - begin, in_use(folder / "ledger"))
+        return None
+    finally:
+        stop(process)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End the group of a process, whatever it has started; nothing if all has ended."""
+    for sent in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, sent)
+        except ProcessLookupError:
+            return
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def in_use(ledger: Path) -> int:
+    """Bytes in use on the fullest device."""
+    try:
+        with ledger.open("rb") as file:
+            head = file.read(64 * 8)
+    except OSError:
+        return 0
+    return max(
+        (int.from_bytes(head[i : i + 8], "little") for i in range(0, len(head), 8)), default=0
+    )
+
+
+def judge(
+    ended: int | None, processes: Sequence[Process], limit_s: float
+) -> tuple[Literal["fits", "does not fit", "no record", "cannot run"], str]:
+    """The verdict, and why."""
+    refused = sorted({name for process in processes for name in process.refused})
+    also = f"; refused: {', '.join(refused)}" if refused else ""
+    doubtful = [read for process in processes for read in process.reads if read.doubtful]
+    if ended is None:
+        return "cannot run", f"not done after {limit_s:.0f} s; a longer --limit may be needed"
+    if ended != 0 and any(process.oom for process in processes):
+        return "does not fit", "out of memory"
+    if ended != 0:
+        errors = list(dict.fromkeys(process.error for process in processes if process.error))
+        why = f"ended with exit code {ended}" if ended > 0 else f"was ended by signal {-ended}"
+        return "cannot run", f"the command {why}{': ' + errors[0] if errors else ''}{also}"
+    if not processes:
+        return "cannot run", "the command used no CUDA device"
+    if refused:
+        return "no record", f"the program went on after a refusal{also}"
+    if doubtful:
+        return (
+            "no record",
+            f"values that nobody knows were read at {len(doubtful)} places, named below",
+        )
+    caught = sum(device.ooms for process in processes for device in process.devices)
+    return (
+        "fits",
+        f"after {caught} out-of-memory errors that the program caught"
+        if caught
+        else "ran to its end",
+    )

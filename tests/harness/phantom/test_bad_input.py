@@ -1,0 +1,132 @@
+"""What a user may do wrong, and a machine lack: one clear line each."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from harness.phantom import build, load, session, wheel
+from harness.phantom.wheel import Wheel
+
+WHEEL = Wheel(folder=Path("nowhere"), version="2.13.0+cu130", cuda="13.0")
+
+
+def test_unknown_hardware_names_the_rows() -> None:
+    """As everywhere."""
+    with pytest.raises(ValueError, match=r"unknown hardware 'h101'; use one of .*h100-80gb"):
+        load.device_of("h101", 1, 0)
+
+
+def test_hardware_without_cuda_is_refused() -> None:
+    """The rows that have devices are named."""
+    with pytest.raises(ValueError, match="'cpu' has no CUDA devices; use one of a100-80gb"):
+        load.device_of("cpu", 1, 0)
+
+
+@pytest.mark.parametrize(("gpus", "outside"), [(0, 0), (65, 0), (1, 80 * 2**30), (1, -1)])
+def test_numbers_out_of_range_are_refused(gpus: int, outside: int) -> None:
+    """Of devices, and of bytes outside the allocator."""
+    with pytest.raises(ValueError, match=r"--gpus|outside the allocator"):
+        load.device_of("h100-80gb", gpus, outside)
+
+
+def test_a_rank_beyond_the_others_is_refused() -> None:
+    """The ranks there are are named."""
+    with pytest.raises(ValueError, match="with --gpus 4 ranks are 0 to 3"):
+        session.rank_environment(4, 4, 8)
+
+
+def test_a_rank_of_another_node_has_its_local_number() -> None:
+    """Rank 19 of 32 is the fourth of the third node of eight."""
+    told = session.rank_environment(19, 32, 8)
+    assert (told["LOCAL_RANK"], told["GROUP_RANK"], told["LOCAL_WORLD_SIZE"]) == ("3", "2", "8")
+
+
+def test_no_cuda_build_says_how_to_get_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where neither the folder nor the environment has one."""
+    monkeypatch.setenv("ALST_PHANTOM", str(tmp_path))
+    monkeypatch.setattr(wheel, "environment_folder", lambda: None)
+    with pytest.raises(ValueError, match=r"no CUDA build of PyTorch .*fetch one"):
+        wheel.find()
+
+
+def test_another_platform_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the ones that work."""
+    monkeypatch.setattr("sys.platform", "darwin")
+    with pytest.raises(ValueError, match="need Linux on x86_64 or aarch64, this is darwin"):
+        wheel.find()
+
+
+def test_no_compiler_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That brings one."""
+    monkeypatch.setenv("CC", "no-such-compiler")
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(ValueError, match="pip install ziglang"):
+        build.compiler()
+
+
+def test_two_builds_at_once_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second waits for the first and takes what it made; what was half written is thrown away."""
+    builds = []
+
+    def compile_all(wheel: Wheel, folder: Path) -> None:
+        folder.mkdir()
+        builds.append(folder)
+        time.sleep(0.2)
+        (folder / build.DONE).write_text("libphantom.so\n")
+
+    monkeypatch.setenv("ALST_PHANTOM", str(tmp_path))
+    monkeypatch.setattr(build, "compile_all", compile_all)
+    half = tmp_path / "cache" / build.cache_key(WHEEL)
+    half.mkdir(parents=True)
+    (half / "libcudart.so.13").touch()
+    threads = [threading.Thread(target=build.built, args=(WHEEL,)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(builds) == 1
+    assert [path.name for path in half.iterdir()] == [build.DONE]
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The line says where there is no room."""
+
+    def compile_all(wheel: Wheel, folder: Path) -> None:
+        folder.mkdir()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setenv("ALST_PHANTOM", str(tmp_path))
+    monkeypatch.setattr(build, "compile_all", compile_all)
+    with pytest.raises(ValueError, match=r"cannot build phantom libraries in .*: No space left"):
+        build.built(WHEEL)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["lock"]
+
+
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [
+        (["sleep", "60"], "not done after 0 s"),
+        (["false"], "ended with exit code 1"),
+        (["sh", "-c", "kill -9 $$"], "was ended by signal 9"),
+        (["true"], "used no CUDA device"),
+    ],
+)
+def test_a_command_that_says_nothing_cannot_be_judged(
+    command: list[str], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It never stops, fails, dies, or uses no device: exit code 2."""
+    monkeypatch.setattr(session, "environment", lambda *given: dict(given[-1]))
+    result = session.run(command, "h100-80gb", limit_s=0.4 if "60" in command else 20)
+    assert reason in result.reason
+    assert result.exit_code == 2
+
+
+def test_a_command_that_does_not_exist_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is started."""
+    monkeypatch.setattr(session, "environment", lambda *given: dict(given[-1]))
+    with pytest.raises(ValueError, match="command 'no-such-command' does not exist"):
+        session.run(["no-such-command"], "h100-80gb")

@@ -1,0 +1,156 @@
+"""Programs on phantom devices: what is real is real, and what is not refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.phantom.session import Result, run
+from harness.phantom.wheel import find, headers
+
+PROGRAMS = Path(__file__).with_name("programs")
+GIB = 2**30
+
+
+def missing() -> str:
+    """What is not there of what these tests need; empty if nothing."""
+    try:
+        headers(find())
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+pytestmark = [
+    pytest.mark.phantom,
+    pytest.mark.skipif(bool(missing()), reason=missing() or "all there"),
+]
+
+
+def phantom(program: str, **options: Any) -> Result:
+    """The result of a program of this folder."""
+    root = str(Path(__file__).parents[3])
+    base = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, str(PROGRAMS / f"{program}.py")]
+    return run(command, **{"hardware": "h100-80gb", "base": base, "limit_s": 120, **options})
+
+
+@pytest.fixture(scope="module")
+def parts() -> tuple[Result, dict[str, Any]]:
+    """What the parts of a device said, and the result of the program that asked them."""
+    with tempfile.TemporaryFile() as output:
+        result = phantom("parts", gpus=2, output=output.fileno())
+        output.seek(0)
+        text = output.read().decode()
+    assert result.processes, (result.reason, text)
+    return result, json.loads(text.strip().splitlines()[-1])
+
+
+def test_known_values_return(parts: tuple[Result, dict[str, Any]]) -> None:
+    """Copies and fills come back as they went; what a kernel may have changed does not."""
+    _, found = parts
+    assert found["round trip"]
+    assert found["clone"]
+    assert found["fills"] == [[7, 7, 7], [1.5, 1.5, 1.5], [2.5, 2.5, 2.5], [True, True, True]]
+    assert found["after a kernel"] == 0
+
+
+def test_memory_is_charged_to_its_device(parts: tuple[Result, dict[str, Any]]) -> None:
+    """Each device counts what lies on it, also when another is current; NVML says the same."""
+    _, found = parts
+    assert found["allocated"] == [True, 300 * 2**20]
+    assert found["used"][1] == 300 * 2**20
+    assert found["used after"] == 0
+
+
+def test_pinned_memory_is_rounded_by_pytorch(parts: tuple[Result, dict[str, Any]]) -> None:
+    """Five million bytes take eight MiB, and views of them are pinned, too."""
+    result, found = parts
+    assert found["pinned"] == [True, True, False]
+    assert found["pinned bytes"] >= 2**23
+    assert result.processes[0].pinned_bytes >= 2**23
+
+
+def test_streams_work_and_event_times_are_no_numbers(parts: tuple[Result, dict[str, Any]]) -> None:
+    """Everything is done when it is asked for, and takes no time that could be reported."""
+    _, found = parts
+    assert found["done"] == [True, True]
+    assert found["event time"] == "nan"
+
+
+def test_flash_attention_is_chosen(parts: tuple[Result, dict[str, Any]]) -> None:
+    """Never cuDNN's, which has no host code here."""
+    result, _ = parts
+    assert result.processes[0].attention == ["flash"]
+    assert result.processes[0].refused == []
+
+
+def test_segments_grow(parts: tuple[Result, dict[str, Any]]) -> None:
+    """Expandable segments are used where they are asked for."""
+    assert parts[1]["expandable"]
+
+
+def test_the_sampler_reads_phantom_devices(parts: tuple[Result, dict[str, Any]]) -> None:
+    """Another process sees by NVML what this one holds."""
+    _, found = parts
+    assert found["devices"] == ["NVIDIA H100 80GB HBM3"] * 2
+    assert max(found["sampled"]) >= 1000 * 2**20
+
+
+def test_out_of_memory_is_the_allocators() -> None:
+    """A device of 79.1 GiB holds 79 tensors of one GiB, fewer where other memory is taken; the line is named."""
+    result = phantom("full", outside_bytes=6 * GIB)
+    assert (result.verdict, result.exit_code) == ("does not fit", 1)
+    (process,) = result.processes
+    assert process.oom is not None
+    assert process.oom.where == "grow"
+    assert process.oom.asked_bytes == GIB
+    assert process.oom.alive[0].tensors == 73
+
+
+def test_an_unknown_value_makes_no_record(tmp_path: Path) -> None:
+    """The line that reads it is named; a reviewed place is answered as its list says."""
+    sites = tmp_path / "sites.yaml"
+    sites.write_text("[{file: reads.py, function: reviewed, answer: 1.0, why: a test}]")
+    result = phantom("reads", sites=sites)
+    assert (result.verdict, result.exit_code) == ("no record", 2)
+    (process,) = result.processes
+    reads = [(read.line, read.bytes, read.answer, read.doubtful) for read in process.reads]
+    assert reads == [(8, 4, 1.0, False), (13, 4, None, True)]
+    assert 2**22 <= process.devices[0].allocated_bytes < 2**32
+
+
+def test_what_nobody_looked_at_refuses() -> None:
+    """A program that goes on after a refusal is no record, and the function is named."""
+    result = phantom("refused")
+    assert (result.verdict, result.exit_code) == ("no record", 2)
+    assert "cufftCreate" in result.reason
+
+
+@pytest.mark.parametrize(
+    ("program", "rank"), [("sharded", 3), ("library", 3), ("deepspeed_zero", 0)]
+)
+def test_training_scripts_run_as_one_rank_of_eight(program: str, rank: int) -> None:
+    """Unmodified, and the check for packed sequences is answered as without packing."""
+    result = phantom(program, gpus=8, rank=rank)
+    assert result.verdict == "fits", (result.reason, result.processes)
+    (process,) = result.processes
+    assert (process.rank, process.devices[0].device) == (rank, rank)
+    # A mask of 8,192 x 8,192 would be the largest tensor of all.
+    assert not any("mask" in held.where for held in process.devices[0].alive)
+
+
+def test_all_ranks_run_under_a_launcher() -> None:
+    """Each on its device."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    result = run(
+        [sys.executable, *launcher, str(PROGRAMS / "sharded.py")], "h100-80gb", gpus=2, limit_s=120
+    )
+    assert result.verdict == "fits", result.reason
+    assert [(p.rank, p.devices[0].device) for p in result.processes] == [(0, 0), (1, 1)]
