@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := sweep
 .DELETE_ON_ERROR:
-.PHONY: sweep install test update lint clean
+.PHONY: sweep install phantom test update lint clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -25,6 +25,9 @@ $(STAMP): pyproject.toml setup.py $(LOCK)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(addprefix --constraint ,$(LOCK)) --editable '.[dev]'
 	touch $@
+
+phantom: $(STAMP)  ## Fetch PyTorch's CUDA build (0.5 GB) for `alst phantom`, without NVIDIA's libraries
+	python -m harness.phantom.wheel
 
 test: $(STAMP)  ## The whole CPU test suite
 	mkdir -p results

@@ -134,20 +134,10 @@ class LongSequence:
                 "average_gradients() is for replicated parameters; fully_shard and DeepSpeed average "
                 "gradients themselves: leave the call out"
             )
-        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        have = torch.tensor([p.grad is not None for _, p in named], device=self.device).int()
-        dist.all_reduce(have)
-        without = [name for (name, _), n in zip(named, have.tolist(), strict=True) if n == 0]
-        if without:
-            warnings.warn(
-                f"{len(without)} trainable parameters have no gradient on any rank: "
-                f"{', '.join(without[:TOLD_NAMES])}{', ...' if len(without) > TOLD_NAMES else ''}; "
-                "they are not part of the loss",
-                stacklevel=2,
-            )
-        for name, parameter in named:
-            if name in without:
-                continue
+        named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        for name in self._without_gradient(named):
+            del named[name]
+        for parameter in named.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             dist.all_reduce(parameter.grad)
@@ -169,6 +159,24 @@ class LongSequence:
                 yield
         finally:
             self._guard.stock = False
+
+    def _without_gradient(self, named: dict[str, torch.nn.Parameter]) -> list[str]:
+        """Names of parameters that have no gradient on any rank, with a warning. Collective."""
+        have = torch.tensor([p.grad is not None for p in named.values()], device=self.device).int()
+        missing = (have == 0).sum()
+        dist.all_reduce(missing)
+        if int(missing) == 0:
+            return []
+        dist.all_reduce(have)
+        without = [name for name, n in zip(named, have.tolist(), strict=True) if n == 0]
+        if without:
+            warnings.warn(
+                f"{len(without)} trainable parameters have no gradient on any rank: "
+                f"{', '.join(without[:TOLD_NAMES])}{', ...' if len(without) > TOLD_NAMES else ''}; "
+                "they are not part of the loss",
+                stacklevel=3,
+            )
+        return without
 
     def _agreed_labels(self, whole: Batch, num_items: Tensor | int | None) -> int:
         """Valid labels of this micro-batch on all ranks. Raises where ranks do not agree. Collective."""
