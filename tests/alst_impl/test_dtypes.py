@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from test_resume import train
 from torch.distributed.device_mesh import init_device_mesh
-from training import assert_same_gradients, config_of, run_steps, truth_of
+from training import assert_same_gradients, config_of, run_steps, train, truth_of
 
 from alst_impl import models, step
 from alst_impl.config import TrainConfig
