@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,6 +64,32 @@ def run_steps(rank: int, world_size: int, config: TrainConfig, steps: int = 1) -
         norms.append(float(runtime.update()))
     final = {name: value.clone() for name, value in runtime.state_dict().items()}
     return Run(gradients, losses, norms, initial, final, placement.evidence) if rank == 0 else None
+
+
+def train(
+    rank: int,
+    world_size: int,
+    config: TrainConfig,
+    steps: range,
+    load: Path | None = None,
+    save: Path | None = None,
+) -> tuple[list[float], dict[str, Tensor]]:
+    """Losses of `steps`, and the parameters after them."""
+    method = load_method(config.method)
+    axes = method.axes(world_size)
+    mesh = init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
+    placement = Placement(torch.device("cpu"))
+    method, runtime = step.start(config, mesh, placement)
+    if load:
+        runtime.load(load)
+    corpus = corpus_of(config)
+    losses = []
+    for index in steps:
+        batches = step.micro_batches(config, corpus, method, mesh, index, placement.device)
+        losses.append(float(step.train_step(method, runtime, batches).loss))
+    if save:
+        runtime.save(save)
+    return losses, {name: p.clone() for name, p in runtime.state_dict().items()}
 
 
 @dataclass(frozen=True)

@@ -112,9 +112,15 @@ class ZeroRuntime(Runtime):
         dist.barrier()
 
     def load(self, folder: Path) -> None:
+        import torch
+
         # Where DeepSpeed's configuration would say so, before it is known that there is something to load.
         self.module._config.load_universal_checkpoint = True
         self.module.load_checkpoint(str(folder), tag=UNIVERSAL)
+        for state in self.module.optimizer.optimizer.state.values():
+            # Stage 3 gives all groups one tensor, which each of them would then advance.
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].clone()
 
 
 class Zero(Engine):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
-from training import assert_same_gradients, config_of, run_steps, truth_of
+from training import assert_same_gradients, config_of, run_steps, train, truth_of
 
 from alst_impl import models, step
 from alst_impl.config import TrainConfig
@@ -109,6 +109,19 @@ def test_other_engines_keep_routers_in_fp32(
 ) -> None:
     """No engine casts what a model keeps in fp32."""
     assert_trains(ranks, bf16_run(tmp_path, "deepseek_v3", engine))
+
+
+@pytest.mark.parametrize("engine", [{"name": "fsdp2"}, {"name": "zero"}], ids=["fsdp2", "zero3"])
+def test_a_run_of_two_dtypes_goes_on_where_it_was_saved(
+    ranks: Ranks, tmp_path: Path, engine: dict[str, Any]
+) -> None:
+    """Optimizer states of both are in the checkpoint: four steps, or two and two, to the bit."""
+    config, saved = bf16_run(tmp_path, "deepseek_v3", engine), tmp_path / "saved"
+    (losses, whole), _ = ranks(2)(train, config, range(4))
+    ranks(2)(train, config, range(2), None, saved)
+    (rest, resumed), _ = ranks(2)(train, config, range(2, 4), saved)
+    assert rest == losses[2:]
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 def start(rank: int, world_size: int, config: TrainConfig) -> str:

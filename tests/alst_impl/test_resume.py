@@ -7,14 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from training import config_of, corpus_of
+from training import config_of, train
 
-from alst_impl import step
 from alst_impl.config import OptimizerConfig, Spec, TrainConfig
-from alst_impl.methods.base import load_method
-from alst_impl.placement import Placement
 
 if TYPE_CHECKING:
     from conftest import Ranks
@@ -32,32 +27,6 @@ def config_at(sp: int, world_size: int, engine: dict[str, Any]) -> TrainConfig:
         batch_size=2 * sp // world_size,
         optimizer=OptimizerConfig(learning_rate=1e-2, weight_decay=0.1),
     )
-
-
-def train(
-    rank: int,
-    world_size: int,
-    config: TrainConfig,
-    steps: range,
-    load: Path | None = None,
-    save: Path | None = None,
-) -> tuple[list[float], dict[str, Tensor]]:
-    """Losses of `steps`, and the parameters after them."""
-    method = load_method(config.method)
-    axes = method.axes(world_size)
-    mesh = init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
-    placement = Placement(torch.device("cpu"))
-    method, runtime = step.start(config, mesh, placement)
-    if load:
-        runtime.load(load)
-    corpus = corpus_of(config)
-    losses = []
-    for index in steps:
-        batches = step.micro_batches(config, corpus, method, mesh, index, placement.device)
-        losses.append(float(step.train_step(method, runtime, batches).loss))
-    if save:
-        runtime.save(save)
-    return losses, {name: p.clone() for name, p in runtime.state_dict().items()}
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from test_library import batches, stock_model
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from training import assert_same_gradients, config_of
+from training import assert_same_gradients, config_of, corpus_of, truth_of
 
-from alst_impl import library
+from alst_impl import library, models
 from alst_impl.engines.zero import Zero
 
 if TYPE_CHECKING:
@@ -24,13 +23,13 @@ def gradients_of_zero3(rank: int, world_size: int, partitioned: bool) -> dict[st
     from deepspeed.utils import safe_get_full_grad
 
     settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 2,
+        "train_micro_batch_size_per_gpu": 1,
         "gradient_clipping": 0.0,
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
         "zero_allow_untested_optimizer": True,
     }
     settings["zero_optimization"] |= {"reduce_bucket_size": 10_000}
-    model = stock_model().float()
+    model = models.materialize(config_of())
     if partitioned:
         deepspeed.zero.Init(module=model, config_dict_or_path=settings, dtype=torch.float32)
     mesh = init_device_mesh("cpu", (1, world_size), mesh_dim_names=("dp", "sp"))
@@ -39,8 +38,8 @@ def gradients_of_zero3(rank: int, world_size: int, partitioned: bool) -> dict[st
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=settings, dist_init_required=False
     )
-    batch = batches()[0]
-    loss = engine(**alst.shard(batch["input_ids"], batch["labels"])).loss
+    ids, labels, _, _ = corpus_of(config_of()).sample(0)
+    loss = engine(**alst.shard(ids[None], labels[None])).loss
     engine.backward(loss * world_size)
     return {name: safe_get_full_grad(p) for name, p in engine.module.named_parameters()}
 
@@ -51,10 +50,7 @@ def test_zero3_around_an_enabled_model_has_the_gradients_of_the_stock_model(
 ) -> None:
     """What runs in tiles is gathered as a whole, wherever DeepSpeed was called."""
     ours = ranks(2)(gradients_of_zero3, partitioned)[0]
-    model = stock_model()
-    model(**batches()[0], use_cache=False).loss.backward()
-    truth = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert_same_gradients(ours, truth)
+    assert_same_gradients(ours, truth_of(config_of()).gradients)
 
 
 @pytest.mark.parametrize(
