@@ -149,7 +149,7 @@ def sharded_gradients(rank: int, world_size: int) -> list[dict[str, Tensor]]:
         model = phi3(0.3)
         alst = library.enable(model, mesh, tile_norm=False, tile_mlp=False, checkpoint=on)
         gradients_of(model, alst.shard(IDS, IDS))
-        alst.sum_gradients()
+        alst.average_gradients()
         found.append({name: p.grad for name, p in model.named_parameters()})
     return found
 
