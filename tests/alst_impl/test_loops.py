@@ -161,6 +161,16 @@ def accumulate(rank: int, world_size: int) -> None:
     engine.step()
     with pytest.raises(ValueError, match="accumulated gradients need one count"):
         alst.shard(**data[1])
+    # DeepSpeed divides on top of the count, unless it is told not to.
+    model, alst = enabled(2, stock_model(torch.float32))
+    engine = zero(model, 2, 2)
+    count = alst.count(batch["labels"] for batch in data)
+    for batch in data:
+        engine.backward(engine(**alst.shard(**batch, num_items=count)).loss)
+        if batch is data[0]:
+            engine.step()
+    with pytest.raises(ValueError, match="scale_wrt_gas=False"):
+        engine.step()
     # A step whose gradients were dropped is no part of the next one.
     model, alst = enabled(2)
     micro_step(alst, model, data[0])
@@ -170,7 +180,6 @@ def accumulate(rank: int, world_size: int) -> None:
     sgd(model).step()
     # Counted twice, as the sum over ranks of what each of them holds; and divided on top.
     model, alst = enabled(2)
-    count = alst.count(batch["labels"] for batch in data)
     for batch in data:
         micro_step(alst, model, batch, num_items=2 * count)
     alst.average_gradients()
