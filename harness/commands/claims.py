@@ -48,6 +48,7 @@ def claims(
     experiments = [load_experiment(path) for path in paths.experiments()]
     simulated = [(e, cells) for e in experiments if (cells := _simulated(e))]
     if not stored:
+        _require_reference(simulated)  # before minutes of work
         bring_up_to_date(simulated, results)
     from harness.table import fresh
 
@@ -61,16 +62,24 @@ def claims(
         print(json.dumps([each.model_dump(mode="json") for each in found], indent=1))
     else:
         _print_claims(found)
-    references = [(each, reference_records(each.name)) for each in all_results]
-    moved = [c for each, before in references for c in changes(before, each.measurements)]
+    _require_reference(simulated)
+    moved = [
+        change
+        for each in all_results
+        for change in changes(reference_records(each.name), each.measurements)
+    ]
     for change in moved:
         print(f"alst: {change}", file=sys.stderr)
-    if not any(set(before) & set(each.measurements) for each, before in references):
+    return 1 if any(change.worse for change in moved) else 0
+
+
+def _require_reference(simulated: list[tuple[Experiment, dict[str, Cell]]]) -> None:
+    """Raise `ValueError` if no cell has a committed record: nothing would say whether a number got worse."""
+    if not any(set(reference_records(e.name)) & set(cells) for e, cells in simulated):
         raise ValueError(
             f"{paths.REFERENCE} holds none of these cells, so nothing says whether a number got worse; "
             "run it in a checkout with committed records, or make them with `alst reference NAME`"
         )
-    return 1 if any(change.worse for change in moved) else 0
 
 
 def _nothing(count: int, results: Path) -> str:

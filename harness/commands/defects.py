@@ -40,6 +40,11 @@ def defects(
     """
     begin = time.monotonic()
     console = Console()
+    if not paths.DEFECTS.is_file():
+        raise ValueError(
+            f"{paths.DEFECTS} is not in this folder, and what catches them is written beside it; run it in a "
+            "checkout"
+        )
     planted = {n: d for n, d in read_defects(paths.DEFECTS).items() if not d.tests}
     if not planted:
         raise ValueError(

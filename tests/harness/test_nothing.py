@@ -50,7 +50,6 @@ COMMANDS = (
     "compare results/reference results/cells",
     "confirm told",
     "defects",
-    "matrix",
     "reference told --partial",
     "report",
     "report told",
