@@ -13,7 +13,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError
 
-from alst_impl.config import Frozen, TrainConfig
+from alst_impl.config import Frozen, Spec, TrainConfig
 from alst_impl.engines.base import load_engine
 from alst_impl.methods.base import load_method
 from alst_impl.models import published
@@ -23,7 +23,7 @@ from harness import paths
 from harness.hardware import load_hardware
 from harness.matrix import Matrix, Row, merge
 
-World = Literal["cuda", "cpu", "sim"]
+World = Literal["cuda", "cpu", "phantom", "sim"]
 Quantity = Literal[
     "longest_tokens",
     "longest_ratio",
@@ -35,8 +35,12 @@ Quantity = Literal[
 """What papers publish of a run: the longest sequence, how many times that of another run it is, time of a
 step, tokens of all ranks over it, what NVML reads, what PyTorch's profiler does."""
 
-NOTHING_TIMED = {"gate": False, "followed": False, "timed": False, "warmup": 0, "steps": 0}
-"""Fields of a simulated cell: fake tensors have no values to compare and no time."""
+NOTHING_TIMED = {"gate": False, "followed": False, "timed": False, "steps": 0}
+"""Fields of a cell without values to compare and without time: on fake tensors, and on phantom devices."""
+FORECAST = ("phantom", "sim")
+"""Worlds in which one process plays one rank of all, and numbers are forecasts."""
+DEVICES = ("cuda", "phantom")
+"""Worlds with CUDA's allocator."""
 
 
 class Simulation(Frozen):
@@ -137,7 +141,7 @@ class Cell(Frozen):
     @property
     def num_processes(self) -> int:
         """Processes that execute it: one per rank, but a simulation plays one rank of all."""
-        return 1 if self.world == "sim" else self.train.world_size
+        return 1 if self.world in FORECAST else self.train.world_size
 
     @property
     def label(self) -> str:
@@ -270,9 +274,14 @@ def _claim(raw: Any) -> Claim:
 
 def make_cell(settings: dict[str, Any]) -> Cell:
     """A checked cell from flat settings: fields of `TrainConfig` and of `Cell` side by side."""
-    if settings.get("world") == "sim":
+    if settings.get("world") in FORECAST:
         settings = {**NOTHING_TIMED, "simulation": {}, **settings}
-    if settings.get("world") == "cuda":
+    if settings.get("world") == "sim":
+        settings = {"warmup": 0, **settings}
+    if settings.get("world") == "phantom" and _updates_on_host(settings.get("engine")):
+        # What a first step leaves behind is optimizer states, which are not on the device.
+        settings = {"warmup": 0, **settings}
+    if settings.get("world") in DEVICES:
         settings = {"expandable_segments": True, **settings}
     outer = {k: v for k, v in settings.items() if k in Cell.model_fields and k != "train"}
     inner = {k: v for k, v in settings.items() if k not in outer}
@@ -301,9 +310,28 @@ def make_cell(settings: dict[str, Any]) -> Cell:
     return cell
 
 
+def _updates_on_host(engine: Any) -> bool:
+    try:
+        spec = TrainConfig.model_fields["engine"].default if engine is None else engine
+        return load_engine(Spec.model_validate(spec)).updates_on_host
+    except ValueError:
+        return False  # which is told when the cell is checked
+
+
 def _check_world(cell: Cell) -> None:
     """Raise `ValueError` for what only CUDA has, in another world."""
     if cell.world == "cuda":
+        return
+    if cell.world == "phantom":
+        if cell.train.attention not in ("sdpa", "sdpa_flash"):
+            raise ValueError(
+                f"attention '{cell.train.attention}' is not one of PyTorch's own kernels, which phantom devices "
+                "know; use attention 'sdpa_flash' or 'sdpa'"
+            )
+        if load_hardware(cell.hardware).chip is None:
+            raise ValueError(
+                f"world 'phantom' needs a CUDA device, and hardware '{cell.hardware}' is none; use h100-80gb"
+            )
         return
     if cell.expandable_segments is not None:
         raise ValueError(
@@ -320,13 +348,21 @@ def _check_world(cell: Cell) -> None:
 
 def _check_simulation(cell: Cell) -> None:
     """Raise `ValueError` for settings that belong to the other kind of world."""
-    if cell.world == "sim":
+    if cell.world in FORECAST:
         for field, value in NOTHING_TIMED.items():
             if getattr(cell, field) != value:
                 raise ValueError(
-                    f"{field} is {getattr(cell, field)}, but world 'sim' has no values to compare and no "
+                    f"{field} is {getattr(cell, field)}, but world '{cell.world}' has no values to compare and no "
                     f"time to measure; leave it out or set it to {value}"
                 )
+    if cell.world == "phantom":
+        _check_phantom(cell)
+        return
+    if cell.world == "sim":
+        if cell.warmup:
+            raise ValueError(
+                f"warmup is {cell.warmup}, but world 'sim' runs one step; leave it out or set it to 0"
+            )
         if cell.simulation and cell.simulation.part != "schedule" and cell.simulation.tp > 1:
             raise ValueError(
                 f"tp ({cell.simulation.tp}) is for part 'schedule', not '{cell.simulation.part}': no "
@@ -345,6 +381,23 @@ def _check_simulation(cell: Cell) -> None:
         raise ValueError(
             f"method '{cell.train.method.name}' computes nothing and runs in world 'sim' only, "
             f"not '{cell.world}'"
+        )
+
+
+def _check_phantom(cell: Cell) -> None:
+    """Raise `ValueError` for settings that say how world `sim` runs: a device runs what the engine does."""
+    assert cell.simulation is not None
+    spoken = {"search", "host_memory_bytes"}
+    for name, info in Simulation.model_fields.items():
+        if name not in spoken and getattr(cell.simulation, name) != info.default:
+            raise ValueError(
+                f"simulation.{name} is for world 'sim'; in world 'phantom' leave it out: what lies in host memory "
+                "is the engine's option, the kernel is attention's"
+            )
+    if load_method(cell.train.method).simulation_only:
+        raise ValueError(
+            f"method '{cell.train.method.name}' computes nothing and runs in world 'sim' only; use "
+            "'deepspeed_alst'"
         )
 
 

@@ -26,6 +26,7 @@ PER_JOB = (
     "PYTORCH_ALLOC_CONF",
     "PYTORCH_CUDA_ALLOC_CONF",
     "TORCHELASTIC_",
+    "PHANTOM_",
 )
 """Beginnings of variables that a server must not hand on: it serves clients with others."""
 
@@ -125,8 +126,13 @@ def _open(path: Path) -> socket.socket:
 def server_environment(accelerator: Accelerator) -> dict[str, str]:
     """Of a new server: ours, less what each job decides for its own ranks."""
     ours = {k: v for k, v in os.environ.items() if not k.startswith(PER_JOB)}
-    ours["DS_ACCELERATOR"] = accelerator
-    if accelerator == "cuda":
+    ours["DS_ACCELERATOR"] = "cpu" if accelerator == "cpu" else "cuda"
+    if accelerator == "phantom":
+        from harness.phantom.load import device_of, prepared
+
+        # What asks for devices during imports finds one; ranks name their own.
+        ours = {**prepared(ours), "PHANTOM_DEVICE": device_of("h100-80gb", 1, 0)}
+    if accelerator != "cpu":
         # PyTorch else asks CUDA whether it is there, and who has asked cannot fork ranks that use it.
         ours["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     return ours
@@ -135,13 +141,14 @@ def server_environment(accelerator: Accelerator) -> dict[str, str]:
 def _start(path: Path, accelerator: Accelerator) -> None:
     """Start a server that outlives us and has nothing of our terminal; it listens on return."""
     root = str(Path(__file__).parents[1])
-    search = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    environment = server_environment(accelerator)
+    search = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
     log = path.with_suffix(".log")
     with log.open("wb") as output:
         done = subprocess.run(
             [sys.executable, "-m", "harness.server", accelerator, str(path)],
             cwd=root,
-            env={**server_environment(accelerator), "PYTHONPATH": search},
+            env={**environment, "PYTHONPATH": search},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

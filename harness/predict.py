@@ -17,9 +17,10 @@ from alst_impl.methods.base import load_method
 from alst_impl.models import field, published
 from harness import flops, pipelines, roofline
 from harness.calibration import committed_path, outside_bytes, read
+from harness.depth import structure
 from harness.hardware import Hardware
 from harness.prediction import Cost, Flops, Limit, Prediction, SearchResult
-from harness.worlds.sim import Offload, Trace, stretched, structure
+from harness.worlds.sim import Offload, Trace, stretched
 
 GIB = 2**30
 OPTIMIZER_BYTES = 16

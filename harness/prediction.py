@@ -50,14 +50,16 @@ class Cost(Frozen):
 class Prediction(Frozen):
     """What a step holds, per GPU unless said, and whether it fits."""
 
-    live_bytes: int
-    """Live tensors at the instant of the peak."""
-    scratch_bytes: int
-    """Inside the kernel that runs at that instant."""
+    live_bytes: int | None = None
+    """Live tensors at the instant of the peak; None where the allocator itself counted."""
+    scratch_bytes: int | None = None
+    """Inside the kernel that runs at that instant; None likewise."""
     allocated_bytes: int
-    """Their sum: what `max_memory_allocated` reads."""
+    """What `max_memory_allocated` reads, their sum."""
+    reserved_bytes: int | None = None
+    """What `max_memory_reserved` reads; None where no allocator ran."""
     overhead_bytes: int
-    """Reserved but free, and outside the allocator: modelled."""
+    """Reserved but free, and outside the allocator."""
     total_bytes: int
     """What NVML reads: modelled."""
     host_bytes: int

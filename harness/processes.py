@@ -16,8 +16,9 @@ from typing import Any, Literal
 
 from alst_impl.config import Frozen
 
-Accelerator = Literal["cpu", "cuda"]
-"""What ranks compute on. A fork server serves one: DeepSpeed chooses as it is imported."""
+Accelerator = Literal["cpu", "cuda", "phantom"]
+"""What ranks compute on. A fork server serves one: DeepSpeed chooses as it is imported, and phantom devices
+have a PyTorch of their own."""
 SOURCES = [Path(__file__).parents[1] / package for package in ("alst_impl", "harness")]
 
 CONSEQUENCES = (
@@ -117,9 +118,13 @@ def runtime_folder() -> Path:
 
 def fingerprint(accelerator: Accelerator = "cpu") -> str:
     """Changes with our code, the interpreter and its packages: a server of another is stale."""
-    digest = hashlib.sha256(f"{sys.executable} {sys.version} {accelerator}".encode())
+    served = f"{sys.executable} {sys.version} {accelerator}"
+    if accelerator == "phantom":
+        served += f" {os.environ.get('ALST_PHANTOM')}"
+    digest = hashlib.sha256(served.encode())
     packages = Path(sysconfig.get_paths()["purelib"])
-    files = [p for root in SOURCES for p in root.rglob("*") if p.suffix in (".py", ".json")]
+    kinds = (".py", ".json", ".yaml", ".c", ".h")
+    files = [p for root in SOURCES for p in root.rglob("*") if p.suffix in kinds]
     for path in (packages, *sorted(files)):
         with contextlib.suppress(FileNotFoundError):  # an editor replaces files as we look
             status = path.stat()

@@ -12,7 +12,7 @@ from alst_impl.config import Frozen
 from alst_impl.engines.base import load_engine
 from harness import client
 from harness.calibration import Calibration
-from harness.cell import Cell
+from harness.cell import FORECAST, Cell
 from harness.client import Listener
 from harness.gate import broken_promises, explain_failure
 from harness.launch import Launch, Meeting, combined, job_fields, launched
@@ -84,7 +84,7 @@ def measure(
     another `alst_impl`, which the ranks run.
     """
     begin = time.monotonic()
-    if cell.world == "sim":
+    if cell.world in FORECAST:
         return _simulate(cell, listener, begin)
     devices = require_devices(cell, None) if cell.world == "cuda" else []
     ran = _execute(cell, cache, listener, truth, devices, sources)
@@ -142,7 +142,7 @@ def measure_to(
     on it or its checkout is not fit for. Under torchrun it is collective.
     """
     launch = launched(os.environ)
-    if launch is not None and cell.world != "sim":
+    if launch is not None and cell.world not in FORECAST:
         return _measure_together(launch, path, cell, cache, force, listener, allow_dirty)
     existing = None if force else final(path, cell)
     if existing is not None:
@@ -251,15 +251,25 @@ def stale(measurement: Measurement) -> bool:
 
 def _simulate(cell: Cell, listener: Listener, begin: float) -> Measurement:
     payload = {"cell": cell.model_dump(mode="json")}
-    ending = client.submit("harness.forecast:execute", payload, 1, cell.timeout_s, listener)
+    if cell.world == "sim":
+        ending = client.submit("harness.forecast:execute", payload, 1, cell.timeout_s, listener)
+    else:
+        ending = client.submit(
+            "harness.fits:execute", payload, 1, cell.timeout_s, listener, accelerator="phantom"
+        )
     outcome, detail = classify(ending)
-    simulated = Simulated(**ending.results[0]) if ending.how == "finished" else None
+    simulated, readings = None, None
+    if ending.how == "finished" and cell.world == "sim":
+        simulated = Simulated(**ending.results[0])
+    elif ending.how == "finished":
+        simulated = Simulated(**ending.results[0]["simulated"])
+        readings = _readings([ending.results[0]["readings"]], [])
     return settled(
         Measurement(
             cell=cell,
             outcome=outcome,
             detail=detail,
-            readings=None,
+            readings=readings,
             simulated=simulated,
             provenance=provenance(time.monotonic() - begin),
         )

@@ -278,8 +278,8 @@ def _preload(accelerator: Accelerator) -> Ending | None:
     try:
         importlib.import_module("harness.preload")
         importlib.import_module("harness.worlds.base")
-        if accelerator == "cuda":
-            importlib.import_module("harness.worlds.cuda").require_forkable()
+        if accelerator != "cpu":
+            importlib.import_module(f"harness.worlds.{accelerator}").require_forkable()
     except Exception as error:
         trace = traceback.format_exc()
         return Ending(how="lost", error=type(error).__name__, message=str(error), trace=trace)

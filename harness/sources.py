@@ -13,7 +13,10 @@ from harness.processes import SOURCES
 HARNESS = (
     "allocator",
     "calibration",
+    "apart",
     "cost",
+    "depth",
+    "fits",
     "flops",
     "forecast",
     "hardware",
@@ -23,7 +26,10 @@ HARNESS = (
     "roofline",
     "scratch",
     "tracker",
+    "worlds/base",
+    "worlds/cuda",
     "worlds/parts",
+    "worlds/phantom",
     "worlds/sim",
 )
 """Modules of the harness; of the implementation, every file counts."""

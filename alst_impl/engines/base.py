@@ -32,6 +32,8 @@ class Runtime(ABC):
     module: nn.Module
     """What is called in forward: the engine's wrapper where it has one."""
     placement: Placement
+    optimizer: torch.optim.Optimizer
+    """PyTorch's, over this rank's shards."""
     stages: ProcessGroup | None = None
     """Ranks that hold the model's other layers; None where every rank has all of them."""
 
@@ -98,6 +100,10 @@ class Runtime(ABC):
         """Announce how many `backward` calls make one step."""
 
     @abstractmethod
+    def drop_gradients(self) -> None:
+        """End a step without an update: clear its gradients."""
+
+    @abstractmethod
     def _gradients(self) -> dict[str, Tensor]: ...
 
     @abstractmethod
@@ -117,6 +123,11 @@ class Runtime(ABC):
 
 class Engine(Frozen):
     """Owner of parameters, gradients and optimizer; its options are its fields."""
+
+    @property
+    def updates_on_host(self) -> bool:
+        """Whether optimizer states lie in host memory, so that the update uses no device memory."""
+        return False
 
     def require(self) -> None:
         """Raise `ValueError`, naming the extra, where a package that `start` needs is not installed."""

@@ -42,7 +42,7 @@ class FSDP2Runtime(Runtime):
         self.module = model
         self.placement = placement
         self.stages = stages(mesh)
-        self._optimizer = optimizer_of([p for p in model.parameters() if p.requires_grad], config)
+        self.optimizer = optimizer_of([p for p in model.parameters() if p.requires_grad], config)
         self._max_norm = config.optimizer.max_grad_norm
         self._left = 0
 
@@ -67,9 +67,12 @@ class FSDP2Runtime(Runtime):
         norm = self._norm_of_all_stages(norm)
         if self._max_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, self._max_norm, norm)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        return norm
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm.to(self.placement.device)
+
+    def drop_gradients(self) -> None:
+        self.optimizer.zero_grad()
 
     def _gradients(self) -> dict[str, Tensor]:
         return {
@@ -85,10 +88,10 @@ class FSDP2Runtime(Runtime):
         }
 
     def save(self, folder: Path) -> None:
-        save_distributed(self.module, self._optimizer, folder)
+        save_distributed(self.module, self.optimizer, folder)
 
     def load(self, folder: Path) -> None:
-        load_distributed(self.module, self._optimizer, folder)
+        load_distributed(self.module, self.optimizer, folder)
 
 
 class FSDP2(Engine):
@@ -96,6 +99,14 @@ class FSDP2(Engine):
 
     Parameters of a unit that differ in dtype are gathered and reduced apart, each in its own dtype.
     """
+
+    offload: bool = False
+    """Keep shards of parameters, their gradients and optimizer states in host memory, where the update runs:
+    PyTorch's `CPUOffloadPolicy`."""
+
+    @property
+    def updates_on_host(self) -> bool:
+        return self.offload
 
     def start(
         self,
@@ -106,7 +117,7 @@ class FSDP2(Engine):
         placement: Placement,
         mpu: ModuleType | None = None,
     ) -> Runtime:
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
         from alst_impl import hf
 
@@ -116,13 +127,16 @@ class FSDP2(Engine):
         # A stage of a pipeline has one of them, or neither.
         ends = [end for end in (embedding, head) if end is not None and [*end.parameters()]]
         placements = _placements(model, mesh, ranks)
+        # Pages that a device copies from and to without waiting.
+        pinned = placement.device.type != "cpu"
+        policy = CPUOffloadPolicy(pin_memory=pinned) if self.offload else OffloadPolicy()
         untied = len({end.weight for end in ends}) == len(ends)
         if untied:
             units += ends
         for unit in [*units, model]:
             # Filled and sharded one by one: a process holds its shards and one whole unit.
             initializer.fill(model, unit, placement.device)
-            fully_shard(unit, mesh=ranks, shard_placement_fn=placements)
+            fully_shard(unit, mesh=ranks, shard_placement_fn=placements, offload_policy=policy)
             sharded = cast("FSDPModule", unit)
             # Losses are addends already: the sum over ranks is the gradient.
             sharded.set_gradient_divide_factor(1.0)

@@ -38,7 +38,7 @@ class PlainRuntime(Runtime):
         self.stages = stages(mesh)
         self._replicas = replicas(mesh, placement.device).get_group()
         self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._optimizer = optimizer_of(self._parameters, config)
+        self.optimizer = optimizer_of(self._parameters, config)
         self._max_norm = config.optimizer.max_grad_norm
         self._left = 0
 
@@ -66,9 +66,12 @@ class PlainRuntime(Runtime):
         norm = self._norm_of_all_stages(norm)
         if self._max_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self._parameters, self._max_norm, norm)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         return norm
+
+    def drop_gradients(self) -> None:
+        self.optimizer.zero_grad()
 
     def _gradients(self) -> dict[str, Tensor]:
         return {
@@ -81,10 +84,10 @@ class PlainRuntime(Runtime):
         return {name: p.detach().cpu() for name, p in self.module.named_parameters()}
 
     def save(self, folder: Path) -> None:
-        save_distributed(self.module, self._optimizer, folder)
+        save_distributed(self.module, self.optimizer, folder)
 
     def load(self, folder: Path) -> None:
-        load_distributed(self.module, self._optimizer, folder)
+        load_distributed(self.module, self.optimizer, folder)
 
 
 class Plain(Engine):

@@ -42,6 +42,7 @@ class ZeroRuntime(Runtime):
     def __init__(self, engine: Any, placement: Placement) -> None:
         self.module = engine
         self.placement = placement
+        self.optimizer = engine.optimizer.optimizer
         self._left = 0
 
     def start_step(self, num_backwards: int) -> None:
@@ -67,6 +68,12 @@ class ZeroRuntime(Runtime):
 
         self.module.step()
         return torch.as_tensor(self.module.get_global_grad_norm(), device=self.placement.device)
+
+    def drop_gradients(self) -> None:
+        optimizer = self.module.optimizer
+        if self.module.zero_optimization_stage() == 3:
+            optimizer._partition_all_parameters()  # as its step does at the end
+        optimizer.zero_grad()
 
     def _named(self) -> list[tuple[str, torch.nn.Parameter]]:
         return list(self.module.module.named_parameters())
@@ -139,6 +146,10 @@ class Zero(Engine):
     models of `LARGE` parameters and more, and in proportion for smaller ones, of which it would be most."""
     prefetch_bucket_size: int | None = Field(default=None, ge=0)
     """Parameter elements that stage 3 gathers ahead; None likewise, of DeepSpeed's own 50 million."""
+
+    @property
+    def updates_on_host(self) -> bool:
+        return self.offload_optimizer
 
     def require(self) -> None:
         require("engine 'zero'", "zero", "deepspeed")

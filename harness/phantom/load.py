@@ -28,7 +28,7 @@ def device_of(hardware: str, gpus: int, outside_bytes: int) -> str:
     if not 1 <= gpus <= 64:
         raise ValueError(f"--gpus {gpus}: one process can see 1 to 64 devices")
     total = row.chip.usable_bytes - outside_bytes
-    if outside_bytes < 0 or total <= 0:
+    if total <= 0:
         raise ValueError(
             f"{outside_bytes / 2**30:.1f} GiB outside the allocator do not fit in the "
             f"{row.chip.usable_bytes / 2**30:.1f} GiB of '{hardware}'"
@@ -47,38 +47,46 @@ def device_of(hardware: str, gpus: int, outside_bytes: int) -> str:
     return ";".join([name, *(f"{key}={value}" for key, value in fields.items())]) + ";"
 
 
-def environment(
-    session: Path, device: str, base: Mapping[str, str], wheel: Wheel | None = None
-) -> dict[str, str]:
+def environment(session: Path, device: str, base: Mapping[str, str]) -> dict[str, str]:
     """`base`, changed so that programs find phantom devices. `session` holds what its processes share.
 
     Builds the libraries if need be. Raises `ValueError` where they cannot be had.
     """
+    return {
+        **prepared(base),
+        "PHANTOM_DEVICE": device,
+        "PHANTOM_LEDGER": str(session / "ledger"),
+        "PHANTOM_SESSION": str(session),
+    }
+
+
+def prepared(base: Mapping[str, str], wheel: Wheel | None = None) -> dict[str, str]:
+    """`base` with the libraries loaded before anything else, built and tested if need be; no device yet.
+
+    Raises `ValueError` where they cannot be had.
+    """
     wheel = wheel or find()
     folder = build.built(wheel)
-    changed = surroundings(folder, wheel, session, device, base)
+    changed = preloaded(folder, wheel, base)
     tested = folder / "tested"
     if not tested.is_file():
-        self_test(changed)
+        self_test({**changed, "PHANTOM_DEVICE": device_of("h100-80gb", 1, 0)})
         tested.touch()
     return changed
 
 
 def self_test(changed: Mapping[str, str]) -> None:
     """Raises `ValueError` with what the runtime does not keep in the environment `changed`."""
-    alone = {name: value for name, value in changed.items() if name != "PHANTOM_SESSION"}
     script = str(Path(__file__).with_name("selftest.py"))
     done = subprocess.run(
-        [sys.executable, script], env=alone, check=False, capture_output=True, text=True
+        [sys.executable, script], env=dict(changed), check=False, capture_output=True, text=True
     )
     if done.returncode:
         said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise ValueError(f"phantom devices do not work with this PyTorch: {said}")
 
 
-def surroundings(
-    folder: Path, wheel: Wheel, session: Path, device: str, base: Mapping[str, str]
-) -> dict[str, str]:
+def preloaded(folder: Path, wheel: Wheel, base: Mapping[str, str]) -> dict[str, str]:
     """`base` with the libraries in `folder`."""
     names = (folder / build.DONE).read_text().split()
     search = [str(AGENT), str(wheel.folder), base.get("PYTHONPATH", "")]
@@ -89,9 +97,6 @@ def surroundings(
         ),
         "PYTHONPATH": os.pathsep.join(filter(None, search)),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), base.get("PATH", os.defpath)]),
-        "PHANTOM_DEVICE": device,
-        "PHANTOM_LEDGER": str(session / "ledger"),
-        "PHANTOM_SESSION": str(session),
         "PHANTOM_LIBRARIES": str(folder),
         # Triton looks for the driver in a folder; its launcher is compiled for each driver.
         "TRITON_LIBCUDA_PATH": str(folder),

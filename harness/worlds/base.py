@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import DeviceMesh
 
-from alst_impl.config import Frozen
+from alst_impl.config import Frozen, TrainConfig
+from alst_impl.data import Corpus
 from alst_impl.engines.base import Runtime
 from alst_impl.methods.base import Method
 from alst_impl.models import Initializer
@@ -34,6 +35,10 @@ class World(ABC):
 
     device: torch.device
     """Where a rank computes."""
+    has_time = True
+    """Whether steps take the time that they would; where they do not, none is timed."""
+    has_values = True
+    """Whether tensors hold what was computed; where they do not, no value is read."""
 
     @abstractmethod
     def group(self, rank: Rank, cell: Cell) -> AbstractContextManager[DeviceMesh]:
@@ -51,14 +56,25 @@ class World(ABC):
         """What draws the weights; None is the one that all worlds share."""
         return None
 
-    def settle(self) -> None:
+    def stand(self, runtime: Runtime) -> None:
         """The model stands: give back what building it left behind."""
+
+    def corpus(self, config: TrainConfig) -> Corpus:
+        """Where samples come from."""
+        return corpus_of(config)
+
+    def skips_update(self) -> bool:
+        """Whether a step ends without its update."""
+        return False
 
     def on_host(self, tensor: Tensor) -> None:
         """`tensor` is about to hold offloaded data."""
 
     def on_phase(self, name: str) -> None:
         """`forward`, `backward` or `update` begins."""
+
+    def on_layer(self) -> None:
+        """A pass through a decoder layer begins, of a method that does not call its attention module."""
 
 
 class NanLoss(ArithmeticError):
@@ -98,10 +114,15 @@ def execute(rank: Rank, payload: dict[str, Any]) -> dict[str, Any]:
     """Run `payload["cell"]` on this rank; `payload["truth"]` what it is held against. Collective."""
     cell = Cell(**payload["cell"])
     world = load_world(cell.world)
+    truth = None if payload["truth"] is None else Truth(**payload["truth"])
+    return run(rank, cell, world, truth).model_dump(mode="json")
+
+
+def run(rank: Rank, cell: Cell, world: World, truth: Truth | None = None) -> RankReadings:
+    """The steps of `cell` on this rank of `world`. Collective."""
     rank.progress("joining the group")
     with world.group(rank, cell) as mesh:
-        truth = None if payload["truth"] is None else Truth(**payload["truth"])
-        return _Run(rank, cell, world, mesh, truth).readings().model_dump(mode="json")
+        return _Run(rank, cell, world, mesh, truth).readings()
 
 
 class _Run:
@@ -113,12 +134,15 @@ class _Run:
         self.rank, self.cell, self.world, self.mesh, self.truth = rank, cell, world, mesh, truth
         rank.progress("building the model")
         self.placement = Placement(
-            device=world.device, on_host=world.on_host, on_phase=world.on_phase
+            device=world.device,
+            on_host=world.on_host,
+            on_phase=world.on_phase,
+            on_layer=world.on_layer,
         )
         self.method: Method
         self.method, self.runtime = start(cell.train, mesh, self.placement, world.initializer(cell))
-        world.settle()
-        self.corpus = corpus_of(cell.train)
+        world.stand(self.runtime)
+        self.corpus = world.corpus(cell.train)
         self.step = 0
         self.loss: list[float] = []
         self.grad_norm: list[float] = []
@@ -133,7 +157,7 @@ class _Run:
         for i in range(cell.warmup):
             self._timed(f"warm-up step {i + 1}/{cell.warmup}")
         step_s = [self._timed(f"step {i + 1}/{cell.steps}") for i in range(cell.steps)]
-        memory = self._tracked() if cell.steps else None
+        memory = self._tracked() if cell.steps or not self.world.has_time else None
         return RankReadings(
             step_s=step_s,
             loss=self.loss,
@@ -156,6 +180,8 @@ class _Run:
         return batches
 
     def _note(self, result: StepResult) -> None:
+        if not self.world.has_values:
+            return
         loss, norm = float(result.loss), float(result.grad_norm)
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise NanLoss(f"loss {loss}, gradient norm {norm} in step {self.step}")
@@ -214,10 +240,17 @@ class _Run:
             begin += self.world.clock() - paused
             result = StepResult(loss=loss, grad_norm=self.runtime.update())
         else:
-            result = train_step(self.method, self.runtime, batches)
+            result = self._step(batches)
         seconds = self.world.clock() - begin
         self._note(result)
         return seconds
+
+    def _step(self, batches: list[Any]) -> StepResult:
+        if not self.world.skips_update():
+            return train_step(self.method, self.runtime, batches)
+        loss = accumulate_gradients(self.method, self.runtime, batches)
+        self.runtime.drop_gradients()
+        return StepResult(loss=loss, grad_norm=torch.zeros_like(loss))
 
     def _tracked(self) -> RankMemory:
         batches = self._batches("memory step")
@@ -225,7 +258,7 @@ class _Run:
 
     def _noted(self, batches: list[Any]) -> Callable[[], StepResult]:
         def step() -> StepResult:
-            result = train_step(self.method, self.runtime, batches)
+            result = self._step(batches)
             self._note(result)
             return result
 

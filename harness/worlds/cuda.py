@@ -22,7 +22,7 @@ from torch.distributed import DeviceMesh, init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from alst_impl.engines.base import Runtime
+from alst_impl.engines.base import Runtime, load_engine
 from alst_impl.methods.base import load_method
 from alst_impl.models import Initializer
 from alst_impl.step import StepResult
@@ -220,8 +220,10 @@ class Cuda(World):
         # Optimizer states in host memory are updated by this process.
         here = int(os.environ.get("LOCAL_WORLD_SIZE", rank.world_size))
         torch.set_num_threads(max(len(os.sched_getaffinity(0)) // here, 1))
+        # What lies in host memory is summed there.
+        host_too = load_engine(cell.train.engine).updates_on_host
         dist.init_process_group(
-            "nccl",
+            "cpu:gloo,cuda:nccl" if host_too else "nccl",
             store=store_of(rank, cell),
             rank=rank.index,
             world_size=rank.world_size,
@@ -239,7 +241,7 @@ class Cuda(World):
             return None  # the truth starts from the weights that all worlds share
         return DrawnOnDevice(cell.train.seed, weights_of(cell))
 
-    def settle(self) -> None:
+    def stand(self, runtime: Runtime) -> None:
         gc.collect()
         self._meter.empty_cache()
 
@@ -255,9 +257,8 @@ class Cuda(World):
         self._host.peak = self._host.live
         self._phases = phases = Phases(meter)
         phases.begin("setup")
-        names = OperatorNames()
         try:
-            with names:
+            with self.watching() as attention:
                 step()
             phases.begin(None)
         finally:
@@ -268,7 +269,7 @@ class Cuda(World):
             phase_peak_bytes=phases.allocated,
             resting_bytes=meter.allocated(),
             rss_bytes=rss_bytes(),
-            attention=attention_operators(names.names),
+            attention=attention(),
             cuda=CudaMemory(
                 allocated_bytes=phases.allocated,
                 reserved_bytes=phases.reserved,
@@ -278,6 +279,13 @@ class Cuda(World):
                 allocator=meter.settings(),
             ),
         )
+
+    @contextmanager
+    def watching(self) -> Iterator[Callable[[], list[str]]]:
+        """While a step runs: what says afterwards which core attention ran."""
+        names = OperatorNames()
+        with names:
+            yield lambda: attention_operators(names.names)
 
     def on_host(self, tensor: Tensor) -> None:
         self._host.add(tensor)

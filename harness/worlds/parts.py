@@ -16,6 +16,7 @@ from alst_impl.models import published
 from alst_impl.placement import Placement
 from alst_impl.step import start
 from harness.cost import Meter
+from harness.depth import at_depth
 from harness.repeat import Recording
 from harness.tracker import Tracker
 from harness.worlds.sim import (
@@ -25,7 +26,6 @@ from harness.worlds.sim import (
     Offload,
     Trace,
     Unfilled,
-    at_depth,
     fake_world,
     replay,
 )

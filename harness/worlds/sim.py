@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -34,12 +33,13 @@ from alst_impl import hf
 from alst_impl.config import TrainConfig
 from alst_impl.data import Batch
 from alst_impl.methods.base import load_method
-from alst_impl.models import Initializer, build, field, published
+from alst_impl.models import Initializer, field, published
 from alst_impl.ops import flash, loss, ring, tiling
 from alst_impl.placement import Placement
 from alst_impl.step import accumulate_gradients, start
 from harness.allocator import reserved_bytes
 from harness.cost import Meter, Weighted
+from harness.depth import at_depth, structure
 from harness.prediction import Cost
 from harness.repeat import DEPTH, MIDDLE, Recording, passes, repeated
 from harness.scratch import cuda_scratch
@@ -470,49 +470,3 @@ def stretched(config: TrainConfig, **options: Any) -> Trace:
     if not alike or shallow or not config.checkpoint or config.accumulation > 1:
         return simulate(config, **options)
     return simulate(at_depth(config, DEPTH * period), num_layers=num_layers, **options)
-
-
-def at_depth(config: TrainConfig, num_layers: int) -> TrainConfig:
-    """The same run of a model with `num_layers` layers."""
-    fields = published(config.model, config.overrides)
-    # Lists with an entry per layer are cut along.
-    cut = {
-        key: value[:num_layers]
-        for key, value in fields.items()
-        if isinstance(value, list) and len(value) == fields.get("num_hidden_layers")
-    }
-    overrides = {**config.overrides, **cut, "num_hidden_layers": num_layers}
-    return config.model_copy(update={"overrides": overrides})
-
-
-@dataclass(frozen=True)
-class Structure:
-    """What a model is made of."""
-
-    num_parameters: int
-    """All of them, tied ones once."""
-    layers_alike: bool
-    """Whether every decoder layer holds modules and parameters of the same types and shapes."""
-
-
-def structure(config: TrainConfig) -> Structure:
-    """The structure of the model of `config`, from the model itself."""
-    fields = json.dumps(published(config.model, config.overrides), sort_keys=True)
-    if fields not in _STRUCTURES:
-        model, _ = build(config)
-        kinds = {_kind(layer) for layer in hf.decoder_layers(model)}
-        types = set(published(config.model, config.overrides).get("layer_types") or ())
-        _STRUCTURES[fields] = Structure(
-            num_parameters=sum(p.numel() for p in model.parameters()),
-            layers_alike=len(kinds) == 1 and len(types) <= 1,
-        )
-    return _STRUCTURES[fields]
-
-
-_STRUCTURES: dict[str, Structure] = {}
-"""By configuration: a search asks for the same one at every length."""
-
-
-def _kind(layer: nn.Module) -> tuple[Any, ...]:
-    modules = tuple(type(module) for module in layer.modules())
-    return modules, tuple((name, p.shape) for name, p in layer.named_parameters())

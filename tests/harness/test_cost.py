@@ -10,11 +10,12 @@ import torch
 from alst_impl.config import TrainConfig
 from alst_impl.models import published
 from harness.cost import Meter, Weighted
+from harness.depth import structure
 from harness.flops import attention_forward, linear_forward, shape_of
 from harness.hardware import load_hardware
 from harness.prediction import Cost
 from harness.roofline import least_seconds
-from harness.worlds.sim import simulate, stretched, structure
+from harness.worlds.sim import simulate, stretched
 
 
 def config(method: dict[str, Any], seqlen: int = 1_536, **overrides: Any) -> TrainConfig:

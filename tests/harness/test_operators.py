@@ -16,7 +16,8 @@ import torchgen
 import yaml
 
 from alst_impl.config import Spec, TrainConfig
-from harness.worlds.sim import at_depth, simulate
+from harness.depth import at_depth
+from harness.worlds.sim import simulate
 
 NATIVE = Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml"
 """PyTorch's own table of operators and their kernels, as installed."""

@@ -13,7 +13,8 @@
 #include <unistd.h>
 
 static const uint64_t FIRST = 0x100000000000ull;  // no host pointer lies here, also of position-independent programs
-static const uint64_t SLICE = 1ull << 40;         // addresses of one device
+static const uint64_t SPAN = 1ull << 46;          // addresses of all devices, below what the system gives to programs
+static uint64_t slice;                            // of one: each expandable segment reserves more than the device holds
 enum { MAX_PROCESSES = 512 };
 
 typedef struct {
@@ -54,6 +55,7 @@ static void read_kind(void) {
     kind.shared_multiprocessor = number(text, ";shared_multiprocessor=");
     kind.l2_bytes = number(text, ";l2=");
     if (kind.count < 1 || kind.count > MAX_DEVICES) stop("PHANTOM_DEVICE: count is out of range");
+    slice = SPAN / kind.count / GRANULE * GRANULE;
 }
 
 // As in CUDA: an entry that names no device ends the list.
@@ -72,7 +74,11 @@ static void read_visible(void) {
     }
 }
 
-static void forked(void) { slot = -1; }
+// A process that has used no memory leaves its forks free to be of other devices.
+static void forked(void) {
+    if (slot < 0) once = (pthread_once_t)PTHREAD_ONCE_INIT;
+    slot = -1;
+}
 
 static void open_book(void) {
     const char *path = getenv("PHANTOM_LEDGER");
@@ -86,7 +92,9 @@ static void open_book(void) {
     book = mmap(NULL, sizeof(ledger), PROT_READ | PROT_WRITE, flags, file, 0);
     if (book == MAP_FAILED) stop("cannot map PHANTOM_LEDGER");
     if (file >= 0) close(file);
-    pthread_atfork(NULL, NULL, forked);
+    static bool heard;
+    if (!heard) pthread_atfork(NULL, NULL, forked);
+    heard = true;
 }
 
 static void begin(void) {
@@ -178,8 +186,8 @@ static block **bucket(uint64_t address) { return &allocated[(address / GRANULE) 
 static uint64_t rounded(uint64_t bytes, uint64_t unit) { return (bytes + unit - 1) / unit * unit; }
 
 static uint64_t fresh(uint64_t bytes, int device) {
-    if (!next_address[device]) next_address[device] = FIRST + device * SLICE;
-    if (next_address[device] + bytes > FIRST + (device + 1) * SLICE) stop("a device has run out of addresses");
+    if (!next_address[device]) next_address[device] = FIRST + device * slice;
+    if (next_address[device] + bytes > FIRST + (device + 1) * slice) stop("a device has run out of addresses");
     uint64_t address = next_address[device];
     next_address[device] += bytes;
     return address;
@@ -237,9 +245,9 @@ API uint64_t phantom_reserve_addresses(size_t bytes, int device) {
 }
 
 API bool phantom_is_device(const void *pointer) {
-    return (uint64_t)pointer >= FIRST && (uint64_t)pointer < FIRST + MAX_DEVICES * SLICE;
+    return (uint64_t)pointer >= FIRST && (uint64_t)pointer < FIRST + SPAN;
 }
-API int phantom_device_of(const void *pointer) { return ((uint64_t)pointer - FIRST) / SLICE; }
+API int phantom_device_of(const void *pointer) { return ((uint64_t)pointer - FIRST) / slice; }
 
 // -- page-locked host memory --------------------------------------------------------------------
 

@@ -13,8 +13,9 @@ from alst_impl.data import Corpus
 from alst_impl.methods.base import load_method
 from alst_impl.placement import Placement
 from alst_impl.step import accumulate_gradients, micro_batches, start
+from harness.depth import at_depth
 from harness.tracker import Tracker
-from harness.worlds.sim import Offload, Trace, at_depth, simulate, stretched
+from harness.worlds.sim import Offload, Trace, simulate, stretched
 
 LAYERS = 9
 

@@ -71,6 +71,37 @@ def alive_at_peak(snapshot: dict[str, Any], device: int) -> list[tuple[int, list
     return list(held.values())
 
 
+def alive_between(
+    before: dict[str, Any], after: dict[str, Any], device: int
+) -> dict[int, tuple[int, list[dict[str, Any]]]]:
+    """Size and frames by address of what is allocated when most bytes are, between two snapshots.
+
+    The history was recorded from the first to the second of them.
+    """
+    held = {
+        block["address"]: (block["requested_size"], block.get("frames", []))
+        for segment in before["segments"]
+        if segment["device"] == device
+        for block in segment["blocks"]
+        if block["state"].startswith("active")
+    }
+    events = [
+        e for e in after["device_traces"][device] if e["action"] in ("alloc", "free_completed")
+    ]
+    now = most = sum(size for size, _ in held.values())
+    when = 0
+    for i, event in enumerate(events):
+        now += event["size"] * (1 if event["action"] == "alloc" else -1)
+        if now > most:
+            most, when = now, i + 1
+    for event in events[:when]:
+        if event["action"] == "alloc":
+            held[event["addr"]] = (event["size"], event.get("frames", []))
+        else:
+            held.pop(event["addr"], None)
+    return held
+
+
 def grouped(
     held: Sequence[tuple[int, list[dict[str, Any]]]], most: int = 12
 ) -> list[dict[str, Any]]:

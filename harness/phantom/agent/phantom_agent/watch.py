@@ -17,7 +17,8 @@ class Watch:
 
     def __init__(self) -> None:
         self.pid = os.getpid()
-        self.reads = reads.watch()
+        with open(os.path.join(os.environ["PHANTOM_SESSION"], "sites.json")) as file:
+            self.reads = reads.watch(json.load(file))
         self.oom: dict[str, Any] | None = None
         self.error: str | None = None
 

@@ -1,0 +1,59 @@
+"""The layers of a model: how many, whether they are alike, and the same model with fewer."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from alst_impl import hf
+from alst_impl.config import TrainConfig
+from alst_impl.models import build, published
+
+
+def at_depth(config: TrainConfig, num_layers: int) -> TrainConfig:
+    """The same run of a model with `num_layers` layers."""
+    fields = published(config.model, config.overrides)
+    # Lists with an entry per layer are cut along.
+    cut = {
+        key: value[:num_layers]
+        for key, value in fields.items()
+        if isinstance(value, list) and len(value) == fields.get("num_hidden_layers")
+    }
+    overrides = {**config.overrides, **cut, "num_hidden_layers": num_layers}
+    return config.model_copy(update={"overrides": overrides})
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What a model is made of."""
+
+    num_parameters: int
+    """All of them, tied ones once."""
+    layers_alike: bool
+    """Whether every decoder layer holds modules and parameters of the same types and shapes."""
+
+
+def structure(config: TrainConfig) -> Structure:
+    """The structure of the model of `config`, from the model itself."""
+    fields = json.dumps(published(config.model, config.overrides), sort_keys=True)
+    if fields not in _STRUCTURES:
+        model, _ = build(config)
+        kinds = {_kind(layer) for layer in hf.decoder_layers(model)}
+        types = set(published(config.model, config.overrides).get("layer_types") or ())
+        _STRUCTURES[fields] = Structure(
+            num_parameters=sum(p.numel() for p in model.parameters()),
+            layers_alike=len(kinds) == 1 and len(types) <= 1,
+        )
+    return _STRUCTURES[fields]
+
+
+_STRUCTURES: dict[str, Structure] = {}
+"""By configuration: a search asks for the same one at every length."""
+
+
+def _kind(layer: nn.Module) -> tuple[Any, ...]:
+    modules = tuple(type(module) for module in layer.modules())
+    return modules, tuple((name, p.shape) for name, p in layer.named_parameters())

@@ -1,0 +1,275 @@
+"""Phantom devices: PyTorch's CUDA build over a runtime in which memory is real and arithmetic is not.
+
+One process is the rank that holds the most, in a fake process group of all ranks. It shares its code with
+world `cuda`, which it agrees with to the byte; values and times it does not have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import phantom_agent.history
+import phantom_agent.reads
+import phantom_agent.runtime
+import phantom_agent.watch
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import DeviceMesh, init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
+
+from alst_impl import hf
+from alst_impl.config import TrainConfig
+from alst_impl.data import Batch
+from alst_impl.engines.base import Runtime, load_engine
+from alst_impl.methods.base import load_method
+from alst_impl.models import Initializer
+from alst_impl.step import StepResult
+from harness import cost
+from harness.cell import Cell
+from harness.phantom.session import Read, reviewed_sites
+from harness.prediction import Cost, Holding
+from harness.processes import Rank
+from harness.record import RankMemory
+from harness.worlds.base import World
+from harness.worlds.cuda import Cuda, Meter, ask_for_settings, require_forkable
+
+__all__ = ["Phantom", "UnknownValue", "require_forkable", "world"]
+
+
+STATES = {"adamw": 2, "sgd": 0}
+"""Tensors like each parameter that PyTorch's optimizers keep."""
+
+
+class UnknownValue(RuntimeError):
+    """A value that no device computed may have steered the run."""
+
+
+class _Seen(BaseException):
+    """A step has shown what it was run for."""
+
+
+class Counting(TorchDispatchMode):
+    """Has a meter observe every operator."""
+
+    def __init__(self, meter: cost.Meter) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._meter = meter
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self._meter.observe(func, args, kwargs or {}, result)
+        return result
+
+
+class Unfilled(Initializer):
+    """Weights of the right shape and dtype in device memory, without values."""
+
+    def values(self, model: PreTrainedModel, path: str, module: nn.Module) -> dict[str, Tensor]:
+        """Tensors for all parameters and buffers that `module` itself holds, by name."""
+        held = {**module._parameters, **module._buffers}
+        return {
+            k: torch.empty(t.shape, dtype=t.dtype, device="cuda")
+            for k, t in held.items()
+            if t is not None
+        }
+
+
+class Blank:
+    """Unpacked samples of which every label counts."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self._seqlen = config.seqlen
+
+    def batch(self, samples: Sequence[int]) -> Batch:
+        """ids, labels and positions [B, S]."""
+        ids = torch.zeros(len(samples), self._seqlen, dtype=torch.int64)
+        return Batch(ids, ids.clone(), torch.arange(self._seqlen).expand_as(ids))
+
+
+class Marks:
+    """Places within a step, in the order they are passed: each phase and each pass through a layer."""
+
+    def __init__(self, meter: Meter) -> None:
+        self._meter = meter
+        self.count = 0
+        self.highest = 0
+        self.before_highest = 0
+        """The mark after which most bytes were allocated."""
+        self.on_pass: Callable[[int], None] | None = None
+
+    def passed(self) -> None:
+        """Note whether the peak has risen since the last mark."""
+        peak = self._meter.peak_allocated()
+        if peak > self.highest:
+            self.highest, self.before_highest = peak, self.count - 1
+        if self.on_pass is not None:
+            self.on_pass(self.count)
+        self.count += 1
+
+
+class Phantom(Cuda):
+    """The heaviest rank of all on a device without arithmetic."""
+
+    has_time = has_values = False
+
+    def __init__(
+        self, rank: int | None = None, *, counted: bool = False, explained: bool = False
+    ) -> None:
+        """`rank` is played, by default the method's heaviest. `counted`: the tracked step counts its work;
+        `explained`: one step more, the last, tells what is alive at the peak.
+        """
+        super().__init__()
+        self._played, self._counted, self._explained = rank, counted, explained
+        self._marks: Marks | None = None
+        self.cost: Cost | None = None
+        self.holdings: list[Holding] = []
+        self.states_on_host_bytes = 0
+
+    @contextmanager
+    def group(self, rank: Rank, cell: Cell) -> Iterator[DeviceMesh]:
+        self._rank, self._cell = rank, cell
+        self.device = torch.device("cuda", 0)
+        torch.cuda.init()
+        self._meter = Meter(self.device)
+        ask_for_settings(self._meter, cell)
+        self._reads = phantom_agent.reads.watch([site.model_dump() for site in reviewed_sites()])
+        method, size = load_method(cell.train.method), cell.train.world_size
+        played = method.heaviest_rank(size) if self._played is None else self._played
+        dist.init_process_group("fake", rank=played, world_size=size, store=FakeStore())
+        axes = method.axes(size)
+        yield init_device_mesh("cuda", tuple(axes.values()), mesh_dim_names=tuple(axes))
+        dist.destroy_process_group()
+
+    def stand(self, runtime: Runtime) -> None:
+        super().stand(runtime)
+        model: Any = getattr(runtime.module, "module", runtime.module)  # DeepSpeed wraps it
+        for attention in hf.attention_modules(model):
+            attention.register_forward_pre_hook(lambda *_: self.on_layer())
+
+    def track(self, step: Callable[[], StepResult], runtime: Runtime) -> RankMemory:
+        self._marks = marks = Marks(self._meter)
+        memory = super().track(step, runtime)
+        self.states_on_host_bytes = _states_on_host(runtime, self._cell.train.optimizer.name)
+        if self._explained:
+            self.holdings = self._alive_after(marks.before_highest, step, runtime)
+        self._require_known()
+        return memory
+
+    @contextmanager
+    def watching(self) -> Iterator[Callable[[], list[str]]]:
+        meter = cost.Meter(host="cpu")
+        with Counting(meter) if self._counted else contextlib.nullcontext():
+            yield lambda: phantom_agent.watch.attention(phantom_agent.runtime.kernels())
+            self.on_layer()
+        if self._counted:
+            self.cost = meter.cost()
+
+    def on_phase(self, name: str) -> None:
+        self.on_layer()  # before the phase that ends has its peaks reset
+        super().on_phase(name)
+
+    def on_layer(self) -> None:
+        if self._marks is not None:
+            self._marks.passed()
+
+    def initializer(self, cell: Cell) -> Initializer | None:
+        return Unfilled(cell.train.seed)
+
+    def corpus(self, config: TrainConfig) -> Any:
+        """Samples without content, where content decides nothing: no kernel reads it."""
+        plain = config.data.documents == 1 and config.data.mask == "none"
+        return Blank(config) if plain else super().corpus(config)
+
+    def skips_update(self) -> bool:
+        """On the host it would be real arithmetic, and uses no device memory."""
+        return load_engine(self._cell.train.engine).updates_on_host
+
+    def _alive_after(
+        self, mark: int, step: Callable[[], StepResult], runtime: Runtime
+    ) -> list[Holding]:
+        """What is alive at the peak between `mark` and the next, in another step like the tracked one."""
+        memory = torch.cuda.memory
+        before: dict[str, Any] = {}
+        after: dict[str, Any] = {}
+        parameters: dict[int, str] = {}
+
+        def on_pass(number: int) -> None:
+            if number == mark:
+                parameters.update(_places(runtime))
+                before.update(memory._snapshot())
+                memory._record_memory_history(enabled="all", stacks="python")
+            elif number == mark + 1:
+                after.update(memory._snapshot())
+                memory._record_memory_history(enabled=None)
+                raise _Seen
+
+        gc.collect()
+        memory._record_memory_history(enabled="state", stacks="python")
+        self._marks = Marks(self._meter)
+        self._marks.on_pass = on_pass
+        with contextlib.suppress(_Seen):
+            on_pass(-1)
+            step()
+            self._marks.passed()
+        self._marks = None
+        held = phantom_agent.history.alive_between(before, after, self.device.index)
+        return [
+            Holding(category=c, operator=o, location=at, nbytes=sum(sizes), count=len(sizes))
+            for (c, o, at), sizes in _grouped(held, parameters).items()
+        ]
+
+    def _require_known(self) -> None:
+        """Raise `UnknownValue` where a value that nobody knows was read at a place that nobody reviewed."""
+        doubtful = [r for each in self._reads.found.values() if (r := Read(**each)).doubtful]
+        if doubtful:
+            places = ", ".join(f"{read.file}:{read.line} ({read.function})" for read in doubtful)
+            raise UnknownValue(f"a value that no device computed was read at {places}")
+
+
+def _states_on_host(runtime: Runtime, optimizer: str) -> int:
+    """Bytes of the states that the optimizer makes of parameters in host memory in its first step."""
+    parameters = [p for group in runtime.optimizer.param_groups for p in group["params"]]
+    held: list[Tensor] = [getattr(p, "_local_tensor", p) for p in parameters]
+    return STATES[optimizer] * sum(t.nbytes for t in held if t.device.type == "cpu")
+
+
+def _places(runtime: Runtime) -> dict[int, str]:
+    """Category by address, of what a step finds and leaves."""
+    found: dict[int, str] = {}
+    for p in runtime.module.parameters():
+        for tensor, category in ((p, "parameters"), (p.grad, "gradients")):
+            if tensor is not None:
+                local = getattr(tensor, "_local_tensor", tensor)
+                found[local.untyped_storage().data_ptr()] = category
+    for state in runtime.optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, torch.Tensor):
+                local = getattr(value, "_local_tensor", value)
+                found[local.untyped_storage().data_ptr()] = "optimizer"
+    return found
+
+
+def _grouped(
+    held: dict[int, tuple[int, list[Any]]], places: dict[int, str]
+) -> dict[tuple[str, str, str | None], list[int]]:
+    """Sizes of what is held, by category, function and line."""
+    found: dict[tuple[str, str, str | None], list[int]] = {}
+    for address, (size, frames) in held.items():
+        category = places.get(address, "activations")
+        function, line = phantom_agent.history.place(frames) if frames else ("", None)
+        found.setdefault((category, function, line), []).append(size)
+    return dict(sorted(found.items(), key=lambda item: -sum(item[1])))
+
+
+def world() -> World:
+    """What `harness.worlds.base.load_world` loads."""
+    return Phantom()
