@@ -52,6 +52,12 @@ class DeepspeedAlst(Method):
     offload: bool = False
     """Checkpointed layer inputs in host memory, by ArcticTraining's blocking copies to unpinned memory."""
 
+    def require(self) -> None:
+        if self.liger:
+            require("liger of method 'deepspeed_alst'", "peers", "liger_kernel", "triton")
+        if self.offload:
+            _arctic_patches()
+
     def check(self, config: TrainConfig) -> None:
         check_sharded(config, self.sp, "deepspeed_alst")
         if config.engine.name != "zero":
@@ -123,6 +129,8 @@ class DeepspeedAlst(Method):
     def apply(
         self, model: PreTrainedModel, config: TrainConfig, mesh: DeviceMesh, placement: Placement
     ) -> None:
+        self.require()
+        self._refuse_host(placement)
         import deepspeed
         import torch.distributed as dist
         from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
@@ -141,7 +149,7 @@ class DeepspeedAlst(Method):
             seq_length_is_variable=True,
         )
         if self.liger:
-            _use_liger(model, placement, swiglu=not self.tile_mlp)
+            _use_liger(model, swiglu=not self.tile_mlp)
         if self.tile_mlp:
             for mlp in hf.token_wise_modules(model)[0]:
                 self._tile_mlp(mlp, placement.evidence)
@@ -199,6 +207,19 @@ class DeepspeedAlst(Method):
         world_size = torch.distributed.get_world_size()
         micro_batches = engine.gradient_accumulation_steps()
         return loss.detach() / world_size / micro_batches  # type: ignore[no-any-return]
+
+    def _refuse_host(self, placement: Placement) -> None:
+        """Raise `ValueError` for options that cannot work where the run computes on the host."""
+        on = [name for name in ("liger", "offload") if getattr(self, name)]
+        if on and placement.device.type != "cuda":
+            why = {
+                "liger": "its kernels are written in Triton",
+                "offload": "layer inputs are on the host already",
+            }[on[0]]
+            raise ValueError(
+                f"{on[0]} of method 'deepspeed_alst' needs a CUDA device, not '{placement.device.type}': {why}; "
+                f"set {on[0]}: false"
+            )
 
     def _trainer_loss(self, engine: Any, inputs: dict[str, Any]) -> Tensor:
         """What `Trainer.compute_loss` returns under accelerate's ParallelismConfig(sp_backend="deepspeed")."""
@@ -271,10 +292,8 @@ class DeepspeedAlst(Method):
         model.forward = forward
 
 
-def _use_liger(model: PreTrainedModel, placement: Placement, *, swiglu: bool) -> None:
-    """Liger's kernels into `model`, in place. Raises `ValueError` where they are missing or cannot work."""
-    _refuse_host(placement, "liger", "Liger's kernels are written in Triton")
-    require("liger of method 'deepspeed_alst'", "peers", "liger_kernel", "triton")
+def _use_liger(model: PreTrainedModel, *, swiglu: bool) -> None:
+    """Liger's kernels into `model`, in place. Raises `ValueError` for a model that it has none for."""
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
     model_type = model.config.model_type
@@ -287,14 +306,9 @@ def _use_liger(model: PreTrainedModel, placement: Placement, *, swiglu: bool) ->
 
 
 def _offloaded_checkpoint(placement: Placement) -> Callable[..., Any]:
-    """What checkpoints a layer with ArcticTraining's function in place of PyTorch's reentrant one.
-
-    Raises `ValueError` where the package is missing or nothing could be moved.
-    """
-    import torch
+    """What checkpoints a layer with ArcticTraining's function in place of PyTorch's reentrant one."""
     from torch.autograd.graph import saved_tensors_hooks
 
-    _refuse_host(placement, "offload", "checkpoints are on the host already")
     function = _arctic_patches().CheckpointFunctionWithCPUOffload
 
     def note(saved: Tensor) -> Tensor:
@@ -313,14 +327,19 @@ def _offloaded_checkpoint(placement: Placement) -> Callable[..., Any]:
 
 @cache
 def _arctic_patches() -> ModuleType:
-    """The module `arctic_training.monkey_patches`, without the rest of the package, which imports its trainers."""
+    """The module `arctic_training.monkey_patches`, without the rest of its package, which imports trainers.
+
+    Raises `ValueError` where the package is missing.
+    """
     from importlib.util import find_spec, module_from_spec, spec_from_file_location
     from pathlib import Path
 
-    require("offload of method 'deepspeed_alst'", "peers", "arctic_training")
     package = find_spec("arctic_training")
-    assert package is not None
-    assert package.origin is not None
+    if package is None or package.origin is None:
+        raise ValueError(
+            "offload of method 'deepspeed_alst' needs arctic_training, whose dependencies exclude transformers 5: "
+            "pip install --no-deps 'arctic-training>=0.8,<0.9'"
+        )
     spec = spec_from_file_location(
         "arctic_training.monkey_patches", Path(package.origin).with_name("monkey_patches.py")
     )
@@ -329,12 +348,3 @@ def _arctic_patches() -> ModuleType:
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def _refuse_host(placement: Placement, option: str, why: str) -> None:
-    """Raise `ValueError` unless the run computes on a CUDA device."""
-    if placement.device.type != "cuda":
-        raise ValueError(
-            f"{option} of method 'deepspeed_alst' needs a CUDA device, not '{placement.device.type}': "
-            f"{why}; set {option}: false"
-        )

@@ -24,11 +24,15 @@ print(
         {
             "resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "bytes": [t.untyped_storage().nbytes() for t in (shard, master, pinned)],
-            "pinned": [pinned.is_pinned(), torch.cuda.host_memory_stats()["allocated_bytes.current"]],
+            "pinned": [
+                pinned.is_pinned(),
+                torch.cuda.host_memory_stats()["allocated_bytes.current"],
+            ],
             "moments": optimizer.state[weight]["exp_avg"].shape == weight.shape,
             "view": view.tolist() == [0.0] * 1000,
             "small": [round(x, 3) for x in small.tolist()],
-            "ids": bool((ids.clone() == ids).all()) and ids.to(torch.int32).sum().item() == 7999998000000,
+            "ids": bool((ids.clone() == ids).all())
+            and ids.to(torch.int32).sum().item() == 7999998000000,
             "numbers": [(torch.arange(3) == 1).tolist(), torch.full((2,), 2.5).mul_(2).tolist()],
         }
     )

@@ -5,6 +5,7 @@ import os
 
 import torch
 import torch.distributed as dist
+from phantom_agent import runtime
 from torch import nn
 from torch.distributed import init_device_mesh
 from transformers import PreTrainedModel
@@ -14,13 +15,14 @@ from alst_impl.data import Batch
 from alst_impl.models import Initializer
 from alst_impl.placement import Placement
 from alst_impl.step import accumulate_gradients, check, start
-from phantom_agent import runtime
 
 
 class Undrawn(Initializer):
     """Weights without values."""
 
-    def values(self, model: PreTrainedModel, path: str, module: nn.Module) -> dict[str, torch.Tensor]:
+    def values(
+        self, model: PreTrainedModel, path: str, module: nn.Module
+    ) -> dict[str, torch.Tensor]:
         held = {**module._parameters, **module._buffers}
         return {k: torch.empty_like(v, device="cuda") for k, v in held.items() if v is not None}
 
@@ -44,7 +46,8 @@ dist.init_process_group("nccl")
 mesh = init_device_mesh("cuda", (1, world_size), mesh_dim_names=("dp", "sp"))
 on_host: list[int] = []
 placement = Placement(
-    torch.device("cuda", 0), on_host=lambda tensor: on_host.append(tensor.untyped_storage().nbytes())
+    torch.device("cuda", 0),
+    on_host=lambda tensor: on_host.append(tensor.untyped_storage().nbytes()),
 )
 method, running = start(config, mesh, placement, Undrawn(0))
 tokens = torch.zeros(1, config.seqlen, dtype=torch.long)
