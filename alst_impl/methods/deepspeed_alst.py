@@ -84,7 +84,7 @@ class DeepspeedAlst(Method):
         if self.liger and (self.tile_loss or self.trainer_loss):
             other = "tile_loss" if self.tile_loss else "trainer_loss"
             raise ValueError(
-                f"liger computes the loss, and so does {other}; set {other} to false, or liger"
+                f"liger computes the loss, and so does {other}; set {other}: false, or liger: false"
             )
         if self.offload and not config.checkpoint:
             raise ValueError(

@@ -96,7 +96,7 @@ def test_the_peers_fused_loss_loses_the_division_for_the_head(ranks: Ranks, sp: 
         (
             {"liger": True, "sp": 2, "tile_loss": False, "trainer_loss": True},
             {"world_size": 2, "seqlen": 64},
-            "so does trainer_loss; set trainer_loss to false",
+            "so does trainer_loss; set trainer_loss: false",
         ),
         ({"offload": True}, {"checkpoint": False}, "checkpoint is false; set offload: false"),
     ],

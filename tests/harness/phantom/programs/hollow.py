@@ -4,6 +4,7 @@ import json
 import resource
 
 import torch
+from phantom_agent import runtime
 
 GIB = 2**30
 shard = torch.zeros(8 * GIB, dtype=torch.bfloat16)
@@ -24,6 +25,7 @@ print(
         {
             "resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "bytes": [t.untyped_storage().nbytes() for t in (shard, master, pinned)],
+            "pageable": runtime.library().phantom_pageable_peak(),
             "pinned": [
                 pinned.is_pinned(),
                 torch.cuda.host_memory_stats()["allocated_bytes.current"],
