@@ -10,6 +10,7 @@ from typing import Any
 
 from alst_impl.config import Frozen
 from alst_impl.engines.base import load_engine
+from alst_impl.methods.base import load_method
 from harness import client
 from harness.calibration import Calibration
 from harness.cell import FORECAST, Cell
@@ -158,6 +159,7 @@ def _require(cell: Cell, launch: Launch | None, allow_dirty: bool) -> list[Devic
     if cell.world == "sim":
         return []
     load_engine(cell.train.engine).require()
+    load_method(cell.train.method).require()
     if cell.world != "cuda":
         return []
     devices = require_devices(cell, launch)

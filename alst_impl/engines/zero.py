@@ -146,6 +146,9 @@ class Zero(Engine):
     models of `LARGE` parameters and more, and in proportion for smaller ones, of which it would be most."""
     prefetch_bucket_size: int | None = Field(default=None, ge=0)
     """Parameter elements that stage 3 gathers ahead; None likewise, of DeepSpeed's own 50 million."""
+    seq_parallel_communication_data_type: Literal["fp32", "bf16"] = "fp32"
+    """What gradients are reduced in under methods of DeepSpeed's own sequence parallelism; the released
+    ALST recipes use bf16."""
 
     @property
     def updates_on_host(self) -> bool:
@@ -186,6 +189,9 @@ class Zero(Engine):
         settings = self._settings(config, mixed, sum(p.numel() for p in model.parameters()))
         if mpu is not None:
             settings["sequence_parallel_size"] = mpu.get_sequence_parallel_world_size()
+            settings["seq_parallel_communication_data_type"] = (
+                self.seq_parallel_communication_data_type
+            )
         if self.stage == 3:
             self._shard(model, initializer, settings, placement)
         else:

@@ -39,6 +39,9 @@ class Method(Frozen):
     recomputes_layers: ClassVar[bool] = True
     """Whether each layer runs forward, forward again, and backward once, as in published runs."""
 
+    def require(self) -> None:
+        """Raise `ValueError`, naming the extra, where a package that `apply` needs is not installed."""
+
     def check(self, config: TrainConfig) -> None:
         """Raise `ValueError` for settings that cannot work: the values, the rule, the way out."""
 

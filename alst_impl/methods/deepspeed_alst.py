@@ -1,17 +1,22 @@
-"""The peer: ALST through DeepSpeed's own classes, unmodified, called as its tutorial does.
+"""The peer: ALST through the classes that its authors released, unmodified, called as they call them.
 
-Source: deepspeed/runtime/sequence_parallel/ulysses_sp.py and the tutorial "Arctic Long Sequence
-Training (ALST) for HF Transformers integration". What it computes is measured, not assumed.
+Sources: deepspeed/runtime/sequence_parallel/ulysses_sp.py and the tutorial "Arctic Long Sequence
+Training (ALST) for HF Transformers integration"; with `liger` and `offload`, ArcticTraining's recipes
+(arctic_training/trainer/sft_trainer.py, model/liger_factory.py, monkey_patches.py). What it computes
+is measured, not assumed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from alst_impl.config import TrainConfig
+from alst_impl.extras import require
 from alst_impl.methods.base import Method, check_sharded
 
 if TYPE_CHECKING:
@@ -40,6 +45,18 @@ class DeepspeedAlst(Method):
     tutorial does; untiled."""
     tiles: int | None = Field(default=None, ge=1)
     """Tiles of everything tiled; None follows the tutorial: `hidden_size` rows each."""
+    liger: bool = False
+    """Liger-Kernel's norms, RoPE and fused logits and loss, and its SwiGLU where the MLP is not tiled
+    (both replace the MLP: arXiv:2506.13996, section 5.4). It runs on CUDA devices only, and replaces the
+    RoPE of the model's module for the whole process."""
+    offload: bool = False
+    """Checkpointed layer inputs in host memory, by ArcticTraining's blocking copies to unpinned memory."""
+
+    def require(self) -> None:
+        if self.liger:
+            require("liger of method 'deepspeed_alst'", "peers", "liger_kernel", "triton")
+        if self.offload:
+            _arctic_patches()
 
     def check(self, config: TrainConfig) -> None:
         check_sharded(config, self.sp, "deepspeed_alst")
@@ -64,12 +81,22 @@ class DeepspeedAlst(Method):
                 f"trainer_loss is of a sharded sequence and untiled, but sp is {self.sp} and tile_loss "
                 f"{self.tile_loss}; set sp to 2 or more and tile_loss to false"
             )
+        if self.liger and (self.tile_loss or self.trainer_loss):
+            other = "tile_loss" if self.tile_loss else "trainer_loss"
+            raise ValueError(
+                f"liger computes the loss, and so does {other}; set {other}: false, or liger: false"
+            )
+        if self.offload and not config.checkpoint:
+            raise ValueError(
+                "offload moves checkpointed layer inputs, but checkpoint is false; set offload: false"
+            )
 
     def axes(self, world_size: int) -> dict[str, int]:
         return {"dp": world_size // self.sp, "sp": self.sp}
 
     def promises(self, config: TrainConfig) -> set[str]:
-        return {"tiles"} if self.tile_mlp or self.tile_loss else set()
+        promised = {"tiles"} if self.tile_mlp or self.tile_loss else set()
+        return promised | {"offloaded_bytes"} if self.offload else promised
 
     def mpu(self) -> ModuleType | None:
         if self.sp == 1:
@@ -90,8 +117,10 @@ class DeepspeedAlst(Method):
         labels = torch.nn.functional.pad(batch.shift_labels[:, :-1], (1, 0), value=IGNORE_INDEX)
         whole = {"input_ids": batch.input_ids, "labels": labels, "position_ids": batch.position_ids}
         group = mesh["sp"].get_group()
+        # It gathers where the group can, and hands out shards in host memory.
+        device = torch.device(mesh.device_type)
         loader = UlyssesSPDataLoaderAdapter(
-            [whole], mesh["sp"].get_local_rank(), group, self.sp, batch.input_ids.device
+            [whole], mesh["sp"].get_local_rank(), group, self.sp, device
         )
         # All ranks of the group brought the same sample; the adapter yields it once per rank.
         shard = next(loader)
@@ -100,6 +129,8 @@ class DeepspeedAlst(Method):
     def apply(
         self, model: PreTrainedModel, config: TrainConfig, mesh: DeviceMesh, placement: Placement
     ) -> None:
+        self.require()
+        self._refuse_host(placement)
         import deepspeed
         import torch.distributed as dist
         from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
@@ -117,6 +148,8 @@ class DeepspeedAlst(Method):
             micro_batch_size=config.batch_size,
             seq_length_is_variable=True,
         )
+        if self.liger:
+            _use_liger(model, swiglu=not self.tile_mlp)
         if self.tile_mlp:
             for mlp in hf.token_wise_modules(model)[0]:
                 self._tile_mlp(mlp, placement.evidence)
@@ -127,6 +160,9 @@ class DeepspeedAlst(Method):
         from alst_impl import hf
 
         hf.stock_checkpointing(model, use_reentrant=True)
+        if self.offload:
+            run = _offloaded_checkpoint(placement)
+            model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=run)
 
     def micro_step(self, runtime: Runtime, batch: Batch, num_valid: Tensor) -> Tensor:
         import torch
@@ -144,6 +180,8 @@ class DeepspeedAlst(Method):
         runtime.placement.on_phase("forward")
         if self.trainer_loss:
             loss = self._trainer_loss(engine, {**inputs, "shift_labels": shift_labels})
+        elif self.liger:
+            loss = engine(**inputs, shift_labels=shift_labels, use_cache=False).loss
         elif self.tile_loss:
             total = engine(**inputs, shift_labels=shift_labels, use_cache=False).loss
             loss = total / max(good_tokens, 1)
@@ -169,6 +207,19 @@ class DeepspeedAlst(Method):
         world_size = torch.distributed.get_world_size()
         micro_batches = engine.gradient_accumulation_steps()
         return loss.detach() / world_size / micro_batches  # type: ignore[no-any-return]
+
+    def _refuse_host(self, placement: Placement) -> None:
+        """Raise `ValueError` for options that cannot work where the run computes on the host."""
+        on = [name for name in ("liger", "offload") if getattr(self, name)]
+        if on and placement.device.type != "cuda":
+            why = {
+                "liger": "its kernels are written in Triton",
+                "offload": "layer inputs are on the host already",
+            }[on[0]]
+            raise ValueError(
+                f"{on[0]} of method 'deepspeed_alst' needs a CUDA device, not '{placement.device.type}': {why}; "
+                f"set {on[0]}: false"
+            )
 
     def _trainer_loss(self, engine: Any, inputs: dict[str, Any]) -> Tensor:
         """What `Trainer.compute_loss` returns under accelerate's ParallelismConfig(sp_backend="deepspeed")."""
@@ -239,3 +290,61 @@ class DeepspeedAlst(Method):
             return CausalLMOutputWithPast(loss=loss)
 
         model.forward = forward
+
+
+def _use_liger(model: PreTrainedModel, *, swiglu: bool) -> None:
+    """Liger's kernels into `model`, in place. Raises `ValueError` for a model that it has none for."""
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    model_type = model.config.model_type
+    apply = MODEL_TYPE_TO_APPLY_LIGER_FN.get(model_type)
+    if apply is None:
+        raise ValueError(
+            f"liger has no kernels for model_type '{model_type}'; set liger: false and tile_loss: true"
+        )
+    apply(model=model, swiglu=swiglu)
+
+
+def _offloaded_checkpoint(placement: Placement) -> Callable[..., Any]:
+    """What checkpoints a layer with ArcticTraining's function in place of PyTorch's reentrant one."""
+    from torch.autograd.graph import saved_tensors_hooks
+
+    function = _arctic_patches().CheckpointFunctionWithCPUOffload
+
+    def note(saved: Tensor) -> Tensor:
+        if saved.device.type == "cpu":
+            placement.on_host(saved)
+            placement.evidence.offloaded_bytes += saved.nbytes
+        return saved
+
+    def run(layer: Callable[..., Any], *args: Any) -> Any:
+        # Saved are the inputs alone: the layer itself runs without gradients.
+        with saved_tensors_hooks(note, lambda saved: saved):
+            return function.apply(layer, True, *args)
+
+    return run
+
+
+@cache
+def _arctic_patches() -> ModuleType:
+    """The module `arctic_training.monkey_patches`, without the rest of its package, which imports trainers.
+
+    Raises `ValueError` where the package is missing.
+    """
+    from importlib.util import find_spec, module_from_spec, spec_from_file_location
+    from pathlib import Path
+
+    package = find_spec("arctic_training")
+    if package is None or package.origin is None:
+        raise ValueError(
+            "offload of method 'deepspeed_alst' needs arctic_training, whose dependencies exclude transformers 5: "
+            "pip install --no-deps 'arctic-training>=0.8,<0.9'"
+        )
+    spec = spec_from_file_location(
+        "arctic_training.monkey_patches", Path(package.origin).with_name("monkey_patches.py")
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -18,7 +18,7 @@ from harness.phantom import generate, symbols
 from harness.phantom.wheel import Wheel, headers, home
 
 RUNTIME = Path(__file__).with_name("runtime")
-CORE = ("devices.c", "values.c", "launches.c")
+CORE = ("devices.c", "values.c", "launches.c", "host.c")
 """Sources of libphantom.so, which all others are linked with."""
 IMPLEMENTED = {
     "libcudart": "cudart.c",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 from training import (
     Run,
     Truth,
@@ -14,6 +16,12 @@ from training import (
     run_steps,
     truth_of,
 )
+
+from alst_impl import step
+from alst_impl.config import Spec
+from alst_impl.methods.base import load_method
+from alst_impl.models import build
+from alst_impl.placement import Placement
 
 if TYPE_CHECKING:
     from conftest import Ranks
@@ -79,3 +87,61 @@ def test_the_peers_fused_loss_loses_the_division_for_the_head(ranks: Ranks, sp: 
     for name, expected in truth.gradients.items():
         ratio, _ = ratio_and_cosine(run.gradients[name], expected)
         assert ratio == pytest.approx(63 / sp if name == "lm_head.weight" else 1, rel=1e-5), name
+
+
+@pytest.mark.parametrize(
+    ("options", "settings", "said"),
+    [
+        ({"liger": True}, {}, "liger computes the loss, and so does tile_loss"),
+        (
+            {"liger": True, "sp": 2, "tile_loss": False, "trainer_loss": True},
+            {"world_size": 2, "seqlen": 64},
+            "so does trainer_loss; set trainer_loss: false",
+        ),
+        ({"offload": True}, {"checkpoint": False}, "checkpoint is false; set offload: false"),
+    ],
+)
+def test_switches_that_exclude_each_other_are_refused(
+    options: dict[str, object], settings: dict[str, object], said: str
+) -> None:
+    """When the run is checked."""
+    config = config_of(method={"name": "deepspeed_alst", **options}, engine="zero", **settings)
+    with pytest.raises(ValueError, match=said):
+        step.check(config)
+
+
+@pytest.mark.parametrize("option", ["liger", "offload"])
+def test_switches_for_gpus_are_refused_on_a_host(
+    option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the packages are missing, they are named before."""
+    spec = Spec(name="deepspeed_alst", options={"tile_loss": False, option: True})
+    config = config_of(method=spec, engine="zero")
+    model, _ = build(config)
+    method = load_method(spec)
+    monkeypatch.setattr(type(method), "require", lambda _: None)
+    with pytest.raises(
+        ValueError, match=f"{option} of .* needs a CUDA device, not 'cpu'.*set {option}: false"
+    ):
+        method.apply(model, config, None, Placement(torch.device("cpu")))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("option", "missing", "said"),
+    [
+        ("liger", "liger_kernel", r"needs liger_kernel.*pip install 'alst-bench\[peers\]'"),
+        (
+            "offload",
+            "arctic_training",
+            "needs arctic_training.*pip install --no-deps 'arctic-training",
+        ),
+    ],
+)
+def test_a_missing_peer_is_named(
+    option: str, missing: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the command that installs it."""
+    monkeypatch.setitem(sys.modules, missing, None)
+    spec = Spec(name="deepspeed_alst", options={"tile_loss": False, option: True})
+    with pytest.raises(ValueError, match=said):
+        load_method(spec).require()

@@ -30,6 +30,9 @@ CUresult cuCtxGetCurrent(CUcontext *c) { *c = (CUcontext)&context; return 0; }
 CUresult cuCtxSetCurrent(CUcontext c) { return 0; }
 CUresult cuCtxGetDevice(CUdevice *device) { *device = phantom_device(); return 0; }
 CUresult cuCtxSynchronize(void) { return 0; }
+// PyTorch does not ask for these, so that no stub is made of them; Triton's module is linked with them.
+CUresult cuCtxGetLimit(size_t *value, CUlimit limit) { return phantom_refuse("libcuda.so.1", "cuCtxGetLimit", CUDA_ERROR_NOT_SUPPORTED); }
+CUresult cuCtxSetLimit(CUlimit limit, size_t value) { return phantom_refuse("libcuda.so.1", "cuCtxSetLimit", CUDA_ERROR_NOT_SUPPORTED); }
 CUresult cuDevicePrimaryCtxGetState(CUdevice device, unsigned *flags, int *active) { *flags = 0; *active = 1; return 0; }
 CUresult cuDevicePrimaryCtxRetain(CUcontext *c, CUdevice device) { *c = (CUcontext)&context; return 0; }
 CUresult cuGetErrorString(CUresult error, const char **text) {

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,23 +34,31 @@ pytestmark = [
 ]
 
 
-def phantom(program: str, **options: Any) -> Result:
-    """The result of a program of this folder."""
+def phantom(program: str, surroundings: dict[str, str] | None = None, **options: Any) -> Result:
+    """The result of a program of this folder, with more in its environment."""
     root = str(Path(__file__).parents[3])
-    base = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
+    base = {**os.environ, "PYTHONPATH": path, **(surroundings or {})}
     command = [sys.executable, str(PROGRAMS / f"{program}.py")]
     return run(command, **{"hardware": "h100-80gb", "base": base, "limit_s": 120, **options})
+
+
+def printed(program: str, **options: Any) -> tuple[Result, dict[str, Any]]:
+    """The result of a program of this folder, and the last line that it printed, as JSON."""
+    with tempfile.TemporaryFile() as output:
+        result = phantom(program, output=output.fileno(), **options)
+        output.seek(0)
+        text = output.read().decode()
+    assert text, result.reason
+    return result, json.loads(text.strip().splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
 def parts() -> tuple[Result, dict[str, Any]]:
     """What the parts of a device said, and the result of the program that asked them."""
-    with tempfile.TemporaryFile() as output:
-        result = phantom("parts", gpus=2, output=output.fileno())
-        output.seek(0)
-        text = output.read().decode()
-    assert result.processes, (result.reason, text)
-    return result, json.loads(text.strip().splitlines()[-1])
+    result, found = printed("parts", gpus=2)
+    assert result.processes, result.reason
+    return result, found
 
 
 def test_known_values_return(parts: tuple[Result, dict[str, Any]]) -> None:
@@ -154,3 +163,37 @@ def test_all_ranks_run_under_a_launcher() -> None:
     )
     assert result.verdict == "fits", result.reason
     assert [(p.rank, p.devices[0].device) for p in result.processes] == [(0, 0), (1, 1)]
+
+
+HOLLOW = {"PHANTOM_HOLLOW_HOST": "1"}
+
+
+def test_large_tensors_on_the_host_cost_no_memory() -> None:
+    """Also one that is larger than this machine, pinned ones and optimizer states; small tensors and tokens keep values."""
+    _, found = printed("hollow", surroundings=HOLLOW)
+    assert found["resident"] < GIB
+    assert found["bytes"] == [16 * GIB, 32 * GIB, 16 * GIB]
+    assert found["pinned"] == [True, 16 * GIB]
+    # Shard, master copy, gradient and two moments, each with some pages more.
+    assert 0 <= found["pageable"] - (16 + 4 * 32) * GIB < GIB
+    assert found["moments"]
+    assert found["view"]
+    assert found["small"] == [0.5] * 3
+    assert found["ids"]
+    assert found["numbers"] == [[False, True, False], [5.0, 5.0]]
+
+
+@pytest.mark.skipif(
+    any(find_spec(name) is None for name in ("arctic_training", "liger_kernel", "triton")),
+    reason="needs the extra peers",
+)
+def test_the_released_stack_runs() -> None:
+    """DeepSpeed with parameters and optimizer on the host, Liger, TiledMLP and ArcticTraining's checkpoint offload."""
+    result, found = printed("released", gpus=8, rank=0, surroundings=HOLLOW)
+    assert result.verdict == "fits", (result.reason, result.processes)
+    layer_input = found["local"] * 5_120 * 2
+    assert found["offloaded"] == [2 * layer_input, layer_input, layer_input]
+    assert found["tiles"] == 2 * 2 * 2  # two of each of two layers, computed twice
+    for kernel in ("_rms_norm_forward", "_triton_rope", "liger_cross_entropy"):
+        assert any(kernel in name for name in found["kernels"]), kernel
+    assert not any("swiglu" in name for name in found["kernels"])

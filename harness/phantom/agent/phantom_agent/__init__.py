@@ -38,9 +38,11 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 
 
 def _torch_imported() -> None:
-    from phantom_agent import alone, watch
+    from phantom_agent import alone, host, watch
 
     watch.begin()
+    if "PHANTOM_HOLLOW_HOST" in os.environ:
+        host.leave_large_untouched()
     if "PHANTOM_WORLD" in os.environ:
         alone.stand_for_all()
 

@@ -15,6 +15,7 @@ def library() -> ctypes.CDLL:
     found = ctypes.CDLL(os.path.join(os.environ["PHANTOM_LIBRARIES"], "libphantom.so"))
     for name in (
         "host_peak",
+        "pageable_peak",
         "num_launches",
         "num_matmuls",
         "matmul_flops",
