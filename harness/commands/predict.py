@@ -6,7 +6,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -20,7 +20,7 @@ from alst_impl.models import field, published
 from harness.cell import Cell, make_cell
 from harness.commands.options import parsed
 from harness.plain import bytes_text, bytes_value, options_text, seconds_text
-from harness.prediction import LIMITS, Cost, Prediction, SearchResult
+from harness.prediction import LIMITS, Cost, Holding, Prediction, SearchResult, Simulated
 
 if TYPE_CHECKING:
     from harness.tracker import Allocation
@@ -60,6 +60,13 @@ Kernel = Annotated[
     Literal["flash_attention_2", "flash_attention_3"],
     typer.Option(help="Core attention whose scratch counts."),
 ]
+WorldName = Annotated[
+    Literal["sim", "phantom"],
+    typer.Option(
+        help="What runs the step: a model of CUDA on fake tensors, or PyTorch's own CUDA build on phantom devices "
+        "(`make phantom` fetches it)."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -73,6 +80,7 @@ def predict(
     option: Options = None,
     offload_parameters: OffloadParameters = False,
     kernel: Kernel = "flash_attention_2",
+    world: WorldName = "sim",
     explain: Annotated[
         bool, typer.Option("--explain", help="List what is alive at the peak, with source lines.")
     ] = False,
@@ -80,16 +88,29 @@ def predict(
 ) -> None:
     """Predict memory, limits, FLOPs and step time of one training step, without a GPU.
 
-    Live tensors and kernel scratch are counted on a simulated step; overhead and time are modelled.
+    World sim counts live tensors and kernel scratch on a simulated step and models the allocator. World
+    phantom runs the step of PyTorch's CUDA build, whose allocator counts. Time is modelled in both.
     bf16, one sample per sp ranks, checkpointed layers, parameters sharded by engine fsdp2,
-    optimizer states on the host.
+    optimizer states on the host; in world phantom parameters and gradients, too.
 
     Example: alst predict llama3.1-8b --method alst --gpus 8 --seqlen 3_700_000 --hardware h100-80gb
     """
     cell = cell_of(
-        model, seqlen, method, gpus, hardware, host_memory, option, offload_parameters, kernel
+        model,
+        seqlen,
+        method,
+        gpus,
+        hardware,
+        host_memory,
+        option,
+        offload_parameters,
+        kernel,
+        world,
     )
     hush_transformers()
+    if world == "phantom":
+        _show_forecast(forecast_of(cell), cell, explain, as_json)
+        return
     from harness.forecast import setting
     from harness.predict import as_json as plain
     from harness.predict import explained, longer, with_slope
@@ -122,16 +143,27 @@ def search(
     option: Options = None,
     offload_parameters: OffloadParameters = False,
     kernel: Kernel = "flash_attention_2",
+    world: WorldName = "sim",
     as_json: AsJson = False,
 ) -> None:
     """Find the longest sequence that fits, the shortest that does not, and the limit it meets.
 
+    In world phantom what does not fit has met the out-of-memory of PyTorch's own allocator.
+
     Example: alst search llama3.1-8b --method alst --gpus 8 --hardware h100-80gb
     """
     cell = cell_of(
-        model, GUESS, method, gpus, hardware, host_memory, option, offload_parameters, kernel
+        model, GUESS, method, gpus, hardware, host_memory, option, offload_parameters, kernel, world
     )
     hush_transformers()
+    if world == "phantom":
+        found = forecast_of(searching(cell)).search
+        assert found is not None
+        if as_json:
+            print(found.model_dump_json())
+        else:
+            _print_search(wide_console(), cell, found)
+        return
     from harness.forecast import setting
     from harness.predict import search as find
 
@@ -157,6 +189,7 @@ def cell_of(
     option: list[str] | None = None,
     offload_parameters: bool = False,
     kernel: str = "flash_attention_2",
+    world: str = "sim",
 ) -> Cell:
     """The checked cell of what was asked for. Raises `ValueError` in words."""
     options = parsed(option or [])
@@ -172,19 +205,57 @@ def cell_of(
         "kernel": kernel,
         "host_memory_bytes": None if host_memory is None else bytes_value(host_memory),
     }
+    engine: str | dict[str, Any] = "fsdp2"
+    if world == "phantom":
+        engine = {"name": "fsdp2", "offload": True}
+        simulation |= {"offload_parameters": False, "search": False}
     return make_cell(
         {
             "model": model,
             "method": {"name": method, "options": options},
-            "engine": "fsdp2",
+            "engine": engine,
             "seqlen": seqlen,
             "world_size": gpus,
             "dtype": "bfloat16",
-            "world": "sim",
+            "world": world,
             "hardware": hardware,
             "simulation": simulation,
         }
     )
+
+
+def searching(cell: Cell) -> Cell:
+    """`cell`, asking for its longest sequence, too."""
+    assert cell.simulation is not None
+    return cell.model_copy(
+        update={"simulation": cell.simulation.model_copy(update={"search": True})}
+    )
+
+
+def forecast_of(cell: Cell) -> Simulated:
+    """What a phantom device says of `cell`. Raises `ValueError` for what cannot run, `RuntimeError` for what failed."""
+    from harness import client
+
+    doing = {"now": f"{cell.label} on a phantom device"}
+
+    def heard(event: dict[str, Any]) -> None:
+        doing["now"] = f"{cell.label}: {event.get('doing', 'starting')}"
+
+    with patience(lambda: doing["now"]):
+        ending = client.submit(
+            "harness.fits:execute",
+            {"cell": cell.model_dump(mode="json")},
+            1,
+            cell.timeout_s,
+            heard,
+            accelerator="phantom",
+        )
+    if ending.how == "finished":
+        return Simulated(**ending.results[0]["simulated"])
+    said = f"{ending.error or ending.how}: {ending.message}"
+    if ending.error == "ValueError":
+        raise ValueError(ending.message)
+    raise RuntimeError(f"{cell.label} on a phantom device: {said}")
 
 
 def _degree(options: dict[str, Any], name: str) -> int:
@@ -203,8 +274,9 @@ def hush_transformers() -> None:
 
 
 @contextmanager
-def patience(doing: str) -> Iterator[None]:
+def patience(doing: str | Callable[[], str]) -> Iterator[None]:
     """On stderr, from `PATIENCE_S` on: what is done, and for how long on a terminal."""
+    told = doing if callable(doing) else lambda: doing
     console = Console(stderr=True)
     begin = time.monotonic()
     done = threading.Event()
@@ -213,11 +285,11 @@ def patience(doing: str) -> Iterator[None]:
         if done.wait(PATIENCE_S):
             return
         if not console.is_terminal:
-            console.print(f"alst: {doing} ...", highlight=False, soft_wrap=True)
+            console.print(f"alst: {told()} ...", highlight=False, soft_wrap=True)
             return
-        with console.status(doing) as status:
+        with console.status(told()) as status:
             while not done.wait(0.5):
-                status.update(f"{doing}, {time.monotonic() - begin:.0f} s")
+                status.update(f"{told()}, {time.monotonic() - begin:.0f} s")
 
     thread = threading.Thread(target=show, daemon=True)
     thread.start()
@@ -241,10 +313,16 @@ def _print_prediction(console: Console, cell: Cell, p: Prediction) -> None:
     for category, nbytes in sorted(p.by_category.items(), key=lambda item: -item[1]):
         table.add_row(category, bytes_text(nbytes), "")
     table.add_section()
-    table.add_row("live tensors", bytes_text(p.live_bytes), "counted")
-    table.add_row("kernel scratch", bytes_text(p.scratch_bytes), "from a table of kernels")
-    table.add_row("allocated", bytes_text(p.allocated_bytes), "their sum, at its largest")
-    table.add_row("overhead", bytes_text(p.overhead_bytes), "modelled")
+    if p.live_bytes is not None and p.scratch_bytes is not None:
+        table.add_row("live tensors", bytes_text(p.live_bytes), "counted")
+        table.add_row("kernel scratch", bytes_text(p.scratch_bytes), "from a table of kernels")
+        table.add_row("allocated", bytes_text(p.allocated_bytes), "their sum, at its largest")
+        table.add_row("overhead", bytes_text(p.overhead_bytes), "modelled")
+    elif p.reserved_bytes is not None:
+        outside = p.total_bytes - p.reserved_bytes
+        table.add_row("allocated", bytes_text(p.allocated_bytes), "by PyTorch's allocator")
+        table.add_row("reserved", bytes_text(p.reserved_bytes), "by PyTorch's allocator")
+        table.add_row("outside the allocator", bytes_text(outside), "from published readings")
     table.add_row("total", bytes_text(p.total_bytes), "modelled; what NVML reads", style="bold")
     table.add_section()
     table.add_row("host memory of a node", bytes_text(p.host_bytes), "counted; states modelled")
@@ -261,6 +339,39 @@ def _print_prediction(console: Console, cell: Cell, p: Prediction) -> None:
     if p.cost is not None:
         _print_cost(console, p, p.cost, cell.train.world_size)
     console.print(f"step: {seconds_text(p.step_seconds_modelled)} (modelled)", highlight=False)
+
+
+def _show_forecast(found: Simulated, cell: Cell, explain: bool, as_json: bool) -> None:
+    """What a phantom device says, as JSON or as tables."""
+    assert found.prediction is not None
+    if as_json:
+        answer = found.prediction.model_dump(mode="json")
+        if explain:
+            answer["alive_at_peak"] = [each.model_dump(mode="json") for each in found.holdings]
+        print(json.dumps(answer))
+        return
+    console = wide_console()
+    _print_prediction(console, cell, found.prediction)
+    if explain:
+        _print_holdings(console, found.holdings)
+
+
+def _print_holdings(console: Console, held: list[Holding]) -> None:
+    table = Table(title="alive at the peak", title_justify="left", box=None)
+    table.add_column("bytes", justify="right", no_wrap=True)
+    table.add_column("tensors", justify="right", no_wrap=True)
+    for heading in ("category", "function", "line"):
+        table.add_column(heading, no_wrap=True)
+    for each in held[:SHOWN]:
+        table.add_row(
+            bytes_text(each.nbytes),
+            str(each.count),
+            each.category,
+            each.operator,
+            each.location or "",
+        )
+    console.width = WIDE  # cut by no terminal: lines are there to be found in the source
+    console.print(table, soft_wrap=True)
 
 
 def _print_cost(console: Console, p: Prediction, cost: Cost, ranks: int) -> None:
