@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := sweep
 .DELETE_ON_ERROR:
-.PHONY: sweep install phantom test update lint clean
+.PHONY: sweep install phantom peers test update lint clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -28,6 +28,9 @@ $(STAMP): pyproject.toml setup.py $(LOCK)
 
 phantom: $(STAMP)  ## Fetch PyTorch's CUDA build (0.5 GB) for `alst phantom`, without NVIDIA's libraries
 	python -m harness.phantom.wheel
+
+peers: $(STAMP)  ## The same, with what the released ALST recipes call: Liger, Triton, ArcticTraining (0.2 GB)
+	python -m harness.phantom.wheel --peers
 
 test: $(STAMP)  ## The whole CPU test suite
 	mkdir -p results

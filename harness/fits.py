@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from functools import partial
 from typing import Any
 
@@ -52,6 +53,8 @@ STEP = 256
 """Lengths are searched in multiples of this many tokens per rank (the recipes' own advice)."""
 PRECISION = 0.015
 """Relative width of the bracket at which a search ends."""
+FULL = 0.97
+"""Share of what the allocator may hold that a step allocates at most: blocks are rounded, and gaps are left."""
 HOLDINGS = 40
 """Rows kept of what is alive at the peak."""
 
@@ -64,8 +67,8 @@ class Step(Frozen):
     """Counted where it was asked for."""
     holdings: list[Holding]
     """What is alive at the peak, largest first, where it was asked for."""
-    states_on_host_bytes: int
-    """Of one rank: what its optimizer keeps in host memory and no step here has made."""
+    pageable_bytes: int
+    """Host memory of one rank that is not page-locked: samples, and an optimizer's shards and states there."""
 
     @property
     def memory(self) -> RankMemory:
@@ -96,7 +99,12 @@ Tried = Step | Exceeded
 
 def execute(rank: Rank, payload: dict[str, Any]) -> dict[str, Any]:
     """`forecast` of `payload["cell"]` as plain data."""
-    return forecast(rank, Cell(**payload["cell"])).model_dump(mode="json")
+    # The search path of who asks does not lead to what phantom processes have besides.
+    ours = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path += [folder for folder in ours if folder not in sys.path]
+    cell = Cell(**payload["cell"])
+    load_method(cell.train.method).require()
+    return forecast(rank, cell).model_dump(mode="json")
 
 
 class Forecast(Frozen):
@@ -113,8 +121,8 @@ def forecast(rank: Rank, cell: Cell) -> Forecast:
     Raises `ValueError` for a length whose tokens alone are more than a device holds.
     """
     assert cell.simulation is not None
+    require_thinkable(cell)
     more = longer(cell)
-    require_thinkable(more)
     rank.progress("counting its work")
     cost = counted(rank, cell)
     rank.progress("running a step on a phantom device")
@@ -180,7 +188,7 @@ def attempt(
                 readings=readings,
                 cost=world.cost,
                 holdings=world.holdings,
-                states_on_host_bytes=world.states_on_host_bytes,
+                pageable_bytes=world.pageable_bytes,
             )
         )
     return max(found, key=lambda step: step.allocated_bytes)
@@ -192,27 +200,20 @@ def longest(rank: Rank, cell: Cell, step: Step, fits: bool) -> SearchResult:
     A straight line through what is known says where to look, on both sides at a time.
     """
     unit = STEP * sequence_parallel(cell.train)
-    capacity = capacity_bytes(cell)
-    length = cell.train.seqlen
-    known = {0: step.memory.resting_bytes, length: step.reserved_bytes}
+    capacity, length = capacity_bytes(cell), cell.train.seqlen
+    known = {0: step.memory.resting_bytes, length: step.allocated_bytes}
     low, high = (length // unit, None) if fits else (0, -(-length // unit))
     limit: Limit = "gpu_memory"
     evaluations = 1
     while high is None or high - low > max(1, int(PRECISION * high)):
-        meets = int(_crossing(known, capacity) / unit)
-        half = max(1, int(PRECISION * meets * 0.45))
-        top = math.inf if high is None else high
-        pair = {max(meets - half, low + 1), max(meets + half, low + 2)}
-        if high is not None and (meets - half >= high or meets + half <= low):
-            pair = {(low + high) // 2}
-        tries = sorted(n for n in pair if low < n < top) or [(low + int(top)) // 2]
+        tries = _next_tries(low, high, int(_crossing(known, capacity) / unit))
         cells = [_at(cell, n * unit) for n in tries]
         found = apart([partial(attempt, rank, each, capacity) for each in cells])
         evaluations += len(tries)
         for n, each in zip(tries, found, strict=True):
             exceeded = _exceeds(cell, each)
             if isinstance(each, Step):
-                known[n * unit] = each.reserved_bytes
+                known[n * unit] = each.allocated_bytes
             if exceeded is None:
                 low = max(low, n)
             elif high is None or n < high:
@@ -225,11 +226,25 @@ def longest(rank: Rank, cell: Cell, step: Step, fits: bool) -> SearchResult:
     )
 
 
+def _next_tries(low: int, high: int | None, guess: int) -> list[int]:
+    """One or two numbers to try: around `guess`, else where they cut the range from `low`, which fits, to `high`, which does not."""
+    half = max(1, int(PRECISION * guess * 0.45))
+    beyond = high is not None and guess + half >= high
+    if high is None:
+        # A line through a short and a longer length may miss by much, and each try is a whole step.
+        around = min(max(guess, low + 1), 16 * max(low, 64))
+        return sorted({max(around - half, low + 1), max(around + half, low + 2)})
+    if beyond or guess - half <= low:
+        third = (high - low) // 3
+        return sorted({low + third, high - third} - {low, high}) or [low + 1]
+    return sorted({guess - half, guess + half})
+
+
 def _crossing(known: dict[int, int], capacity: int) -> float:
     """Tokens at which a straight line through the two longest known steps meets the device's memory."""
     (x, near), (far, there) = sorted(known.items())[-2:]
-    slope = (there - near) / (far - x)
-    return far + (capacity - there) / max(slope, 1e-9)
+    slope = max((there - near) / (far - x), 1.0)
+    return far + (FULL * capacity - there) / slope
 
 
 def _exceeds(cell: Cell, tried: Tried) -> Limit | None:
@@ -253,10 +268,10 @@ def outside_bytes(config: TrainConfig) -> int:
 
 
 def host_bytes(cell: Cell, step: Step) -> int:
-    """Host memory of a node's ranks: page-locked blocks, and optimizer states that live there."""
+    """Host memory of a node's ranks."""
     ranks = min(cell.train.world_size, load_hardware(cell.hardware).devices_per_node)
     assert step.memory.cuda is not None
-    return ranks * ((step.memory.cuda.pinned_bytes or 0) + step.states_on_host_bytes)
+    return ranks * ((step.memory.cuda.pinned_bytes or 0) + step.pageable_bytes)
 
 
 def host_memory_bytes(cell: Cell) -> float:
@@ -278,8 +293,8 @@ def require_thinkable(cell: Cell) -> None:
     capacity = capacity_bytes(cell)
     if ids > capacity:
         raise ValueError(
-            f"seqlen ({cell.train.seqlen:,}): the ids of a rank's tokens alone are {ids / GIB:,.0f} GiB, more than "
-            f"the {capacity / GIB:.0f} GiB of a device; use a shorter sequence or more ranks"
+            f"seqlen ({cell.train.seqlen:,}) does not fit: the ids of a rank's tokens alone are {ids / GIB:,.0f} "
+            f"GiB, more than the {capacity / GIB:.0f} GiB of a device; use a shorter sequence or more ranks"
         )
 
 

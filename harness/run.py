@@ -79,14 +79,14 @@ def measure(
     sources: Path | None = None,
 ) -> Measurement:
     """Run `cell`, with truths kept in the folder `cache`. Never raises for what a cell does; raises
-    `ValueError` for one that nothing can be compared with.
+    `ValueError` for one that nothing can be compared with, or that a phantom device lacks packages for.
 
     `truth` is what `truths` gave for it; without it, it is prepared here. `sources` is a folder with
     another `alst_impl`, which the ranks run.
     """
     begin = time.monotonic()
     if cell.world in FORECAST:
-        return _simulate(cell, listener, begin)
+        return _simulate(cell, listener, begin, sources)
     devices = require_devices(cell, None) if cell.world == "cuda" else []
     ran = _execute(cell, cache, listener, truth, devices, sources)
     return measurement(cell, ran, time.monotonic() - begin)
@@ -156,7 +156,7 @@ def measure_to(
 
 def _require(cell: Cell, launch: Launch | None, allow_dirty: bool) -> list[Device]:
     """Refuse a cell that cannot be measured here; the devices that its ranks run on."""
-    if cell.world == "sim":
+    if cell.world in FORECAST:
         return []
     load_engine(cell.train.engine).require()
     load_method(cell.train.method).require()
@@ -251,14 +251,18 @@ def stale(measurement: Measurement) -> bool:
     return measurement.cell.steps == 0 and measurement.provenance.code != judging_fingerprint()
 
 
-def _simulate(cell: Cell, listener: Listener, begin: float) -> Measurement:
+def _simulate(
+    cell: Cell, listener: Listener, begin: float, sources: Path | None = None
+) -> Measurement:
     payload = {"cell": cell.model_dump(mode="json")}
-    if cell.world == "sim":
-        ending = client.submit("harness.forecast:execute", payload, 1, cell.timeout_s, listener)
-    else:
-        ending = client.submit(
-            "harness.fits:execute", payload, 1, cell.timeout_s, listener, accelerator="phantom"
-        )
+    more: dict[str, Any] = {} if sources is None else {"sources": str(sources)}
+    entry = "harness.forecast:execute"
+    if cell.world == "phantom":
+        entry = "harness.fits:execute"
+        more["accelerator"] = "phantom"
+    ending = client.submit(entry, payload, 1, cell.timeout_s, listener, **more)
+    if ending.error == "ValueError" and ending.during in ("start-up", None):
+        raise ValueError(f"{cell.label}: {ending.message}")
     outcome, detail = classify(ending)
     simulated, readings = None, None
     if ending.how == "finished" and cell.world == "sim":

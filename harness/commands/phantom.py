@@ -39,6 +39,14 @@ def phantom(
         Path | None,
         typer.Option("--sites", help="YAML list of places of your own that read unknown values."),
     ] = None,
+    hollow_host: Annotated[
+        bool,
+        typer.Option(
+            "--hollow-host",
+            help="Never write float tensors of 16 MiB and more on the host: offload of models larger than this "
+            "machine's memory runs, and their values are zeros.",
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> int:
     """Say whether a training command fits, on a machine without a GPU.
@@ -73,6 +81,7 @@ def phantom(
             round(outside_gib * GIB),
             limit_s,
             sites,
+            hollow_host,
             output=sys.stderr.fileno() if as_json else None,
             on_progress=lambda seconds, used: status.update(
                 f"{seconds:.0f} s, {used / GIB:.1f} GiB in use on the fullest device"

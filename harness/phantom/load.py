@@ -10,7 +10,7 @@ from pathlib import Path
 
 from harness.hardware import ROWS, Hardware, load_hardware
 from harness.phantom import build
-from harness.phantom.wheel import Wheel, find
+from harness.phantom.wheel import Wheel, find, peers
 
 AGENT = Path(__file__).with_name("agent")
 """First on the search path: its `sitecustomize` is run in every Python process of the program."""
@@ -89,7 +89,7 @@ def self_test(changed: Mapping[str, str]) -> None:
 def preloaded(folder: Path, wheel: Wheel, base: Mapping[str, str]) -> dict[str, str]:
     """`base` with the libraries in `folder`."""
     names = (folder / build.DONE).read_text().split()
-    search = [str(AGENT), str(wheel.folder), base.get("PYTHONPATH", "")]
+    search = [str(AGENT), str(wheel.folder), base.get("PYTHONPATH", ""), str(peers())]
     return {
         **base,
         "LD_PRELOAD": ":".join(

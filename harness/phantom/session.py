@@ -188,13 +188,14 @@ def run(
     outside_bytes: int = 0,
     limit_s: float = 3600,
     sites: Path | None = None,
+    hollow_host: bool = False,
     output: int | None = None,
     base: Mapping[str, str] = os.environ,
     on_progress: Callable[[float, int], None] | None = None,
 ) -> Result:
     """Run `command` on `gpus` devices of the row `hardware`, or as rank `rank` of `gpus` without the others.
 
-    `on_progress(seconds, bytes)` hears a few times a second how much memory is in use on the fullest device.
+    With `hollow_host` large float tensors on the host are never written. `on_progress(seconds, bytes)` hears a few times a second how much memory is in use on the fullest device.
     Raises `ValueError` if the command cannot be started.
     """
     from harness.hardware import load_hardware
@@ -206,7 +207,8 @@ def run(
     listed = json.dumps([site.model_dump() for site in reviewed_sites(sites)])
     with session_folder() as folder:
         (folder / "sites.json").write_text(listed)
-        surroundings = {**environment(folder, device, base), **ranked}
+        hollow = {"PHANTOM_HOLLOW_HOST": "1"} if hollow_host else {}
+        surroundings = {**environment(folder, device, base), **ranked, **hollow}
         begin = time.monotonic()
         ended = follow(command, surroundings, folder, limit_s, output, on_progress)
         seconds = time.monotonic() - begin

@@ -16,6 +16,8 @@ from alst_impl.config import Frozen
 SUPPORTED = (13,)
 """Major versions of CUDA whose libraries are known here."""
 MACHINES = ("x86_64", "aarch64")
+PEERS = ("liger-kernel>=0.8,<0.9", "triton>=3.7,<3.8", "arctic-training>=0.8,<0.9")
+"""What the released ALST recipes call. Without their dependencies: arctic-training asks for another transformers."""
 
 
 class Wheel(Frozen):
@@ -104,6 +106,17 @@ def headers(wheel: Wheel) -> Path:
     )
 
 
+def peers() -> Path:
+    """The folder of packages that other people's stacks need besides."""
+    return home() / "peers"
+
+
+def fetch_peers() -> None:
+    """Install `PEERS` below `home()`, if they are not there."""
+    if not peers().is_dir():
+        install(peers(), *PEERS)
+
+
 def fetch() -> None:
     """Install the CUDA build of this environment's PyTorch version and its headers below `home()`, what is missing of them."""
     check_platform()
@@ -156,5 +169,7 @@ def install(folder: Path, *requirements: str) -> None:
 if __name__ == "__main__":
     try:
         fetch()
+        if sys.argv[1:] == ["--peers"]:
+            fetch_peers()
     except ValueError as error:
         sys.exit(f"phantom: {error}")

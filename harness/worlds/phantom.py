@@ -8,22 +8,27 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import phantom_agent.history
+import phantom_agent.host
 import phantom_agent.reads
 import phantom_agent.runtime
 import phantom_agent.watch
 import torch
 import torch.distributed as dist
+import transformers
 from torch import Tensor, nn
 from torch.distributed import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
+import alst_impl
 from alst_impl import hf
 from alst_impl.config import TrainConfig
 from alst_impl.data import Batch
@@ -132,7 +137,8 @@ class Phantom(Cuda):
         self._marks: Marks | None = None
         self.cost: Cost | None = None
         self.holdings: list[Holding] = []
-        self.states_on_host_bytes = 0
+        self.pageable_bytes = 0
+        """Of host memory that is not page-locked, at the most."""
 
     @contextmanager
     def group(self, rank: Rank, cell: Cell) -> Iterator[DeviceMesh]:
@@ -142,8 +148,13 @@ class Phantom(Cuda):
         self._meter = Meter(self.device)
         ask_for_settings(self._meter, cell)
         self._reads = phantom_agent.reads.watch([site.model_dump() for site in reviewed_sites()])
+        # Weights and states on the host have no values either, and would not fit this machine.
+        phantom_agent.host.leave_large_untouched()
         method, size = load_method(cell.train.method), cell.train.world_size
         played = method.heaviest_rank(size) if self._played is None else self._played
+        # What a launcher tells that rank; DeepSpeed reads it.
+        places = {"RANK": played, "LOCAL_RANK": 0, "WORLD_SIZE": size}
+        os.environ.update({name: str(value) for name, value in places.items()})
         dist.init_process_group("fake", rank=played, world_size=size, store=FakeStore())
         axes = method.axes(size)
         yield init_device_mesh("cuda", tuple(axes.values()), mesh_dim_names=tuple(axes))
@@ -158,7 +169,10 @@ class Phantom(Cuda):
     def track(self, step: Callable[[], StepResult], runtime: Runtime) -> RankMemory:
         self._marks = marks = Marks(self._meter)
         memory = super().track(step, runtime)
-        self.states_on_host_bytes = _states_on_host(runtime, self._cell.train.optimizer.name)
+        self.pageable_bytes = (
+            phantom_agent.runtime.library().phantom_pageable_peak()
+            + _states_on_host(runtime, self._cell.train.optimizer.name)
+        )
         if self._explained:
             self.holdings = self._alive_after(marks.before_highest, step, runtime)
         self._require_known()
@@ -200,11 +214,12 @@ class Phantom(Cuda):
         memory = torch.cuda.memory
         before: dict[str, Any] = {}
         after: dict[str, Any] = {}
-        parameters: dict[int, str] = {}
+        # Shards, whose places a unit's whole parameters take while they are gathered.
+        known = _places(runtime)
 
         def on_pass(number: int) -> None:
             if number == mark:
-                parameters.update(_places(runtime))
+                known.update(_places(runtime))
                 before.update(memory._snapshot())
                 memory._record_memory_history(enabled="all", stacks="python")
             elif number == mark + 1:
@@ -224,19 +239,22 @@ class Phantom(Cuda):
         held = phantom_agent.history.alive_between(before, after, self.device.index)
         return [
             Holding(category=c, operator=o, location=at, nbytes=sum(sizes), count=len(sizes))
-            for (c, o, at), sizes in _grouped(held, parameters).items()
+            for (c, o, at), sizes in _grouped(held, known).items()
         ]
 
     def _require_known(self) -> None:
         """Raise `UnknownValue` where a value that nobody knows was read at a place that nobody reviewed."""
         doubtful = [r for each in self._reads.found.values() if (r := Read(**each)).doubtful]
         if doubtful:
-            places = ", ".join(f"{read.file}:{read.line} ({read.function})" for read in doubtful)
+            places = ", ".join(
+                f"{read.file}:{read.line} ({read.function}, from {read.caller})"
+                for read in doubtful
+            )
             raise UnknownValue(f"a value that no device computed was read at {places}")
 
 
 def _states_on_host(runtime: Runtime, optimizer: str) -> int:
-    """Bytes of the states that the optimizer makes of parameters in host memory in its first step."""
+    """Bytes of the states that the optimizer makes of parameters in host memory in its first update."""
     parameters = [p for group in runtime.optimizer.param_groups for p in group["params"]]
     held: list[Tensor] = [getattr(p, "_local_tensor", p) for p in parameters]
     return STATES[optimizer] * sum(t.nbytes for t in held if t.device.type == "cpu")
@@ -266,8 +284,17 @@ def _grouped(
     for address, (size, frames) in held.items():
         category = places.get(address, "activations")
         function, line = phantom_agent.history.place(frames) if frames else ("", None)
+        line = line and _short(line)
         found.setdefault((category, function, line), []).append(size)
     return dict(sorted(found.items(), key=lambda item: -sum(item[1])))
+
+
+def _short(places: str) -> str:
+    """Files by their place in the checkout or among the packages, wherever those lie."""
+    for module in (torch, transformers, alst_impl):
+        folder = Path(module.__file__ or "").parents[1]
+        places = places.replace(f"{folder}/", "")
+    return places
 
 
 def world() -> World:

@@ -69,7 +69,12 @@ def encoded(answer: Any, size: int) -> bytes:
     return int(answer).to_bytes(size, "little", signed=answer < 0)
 
 
-PASSING = ("/torch/_ops.py", "/torch/overrides.py")
+PASSING = (
+    "/torch/_ops.py",
+    "/torch/overrides.py",
+    "/torch/_compile.py",
+    "/torch/_dynamo/eval_frame.py",
+)
 """Ends of the paths of files that only hand a call on."""
 MODES = ("__torch_function__", "__torch_dispatch__")
 

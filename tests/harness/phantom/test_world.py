@@ -1,0 +1,234 @@
+"""World `phantom`: a cell's step on the real CUDA stack, the real out-of-memory, and what it does not know."""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.__main__ import main
+from harness.cell import Cell, make_cell
+from harness.compare import changes
+from harness.defects import Defect, Edit, plant
+from harness.record import Measurement, Outcome
+from harness.run import measure
+from tests.conftest import Ranks
+from tests.harness.phantom.test_phantom import missing
+
+pytestmark = [
+    pytest.mark.phantom,
+    pytest.mark.skipif(bool(missing()), reason=missing() or "all there"),
+]
+ALST = {
+    "model": "tiny-llama",
+    "method": {"name": "alst", "sp": 2},
+    "engine": "fsdp2",
+    "seqlen": 4_096,
+    "world_size": 2,
+    "dtype": "bfloat16",
+    "world": "phantom",
+    "hardware": "h100-80gb",
+    "simulation": {"search": False},
+}
+
+
+def cell(**changed: Any) -> Cell:
+    return make_cell({**ALST, **changed})
+
+
+@cache
+def measured() -> Measurement:
+    """The record of `ALST`."""
+    return measure(cell(), Path("unused"))
+
+
+def test_a_record_has_what_a_gpus_has_without_times_and_values() -> None:
+    """Bytes by phase, page-locked bytes, what is alive at the peak; no loss, no seconds, no gate."""
+    m = measured()
+    assert (m.outcome, m.detail) == (Outcome.OK, None)
+    assert m.readings is not None
+    assert m.simulated is not None
+    (memory,) = m.readings.memory
+    assert memory.cuda is not None
+    assert {"forward", "backward", "update"} <= set(memory.cuda.allocated_bytes)
+    assert memory.cuda.pinned_bytes
+    assert memory.attention == ["flash"]
+    assert memory.cuda.allocator["expandable_segments"] == "True"
+    assert (m.readings.loss, m.readings.grad_norm, m.readings.step_s) == ([], [], [])
+    (evidence,) = m.readings.evidence
+    assert evidence.exchanges
+    assert evidence.offloaded_bytes
+
+
+def test_what_is_alive_at_the_peak_adds_up_to_the_peak() -> None:
+    """Less the rounding of each tensor to 512 bytes; files are named without the folders of this machine."""
+    found = measured().simulated
+    assert found is not None
+    held = sum(each.nbytes for each in found.holdings)
+    rounding = 512 * sum(each.count for each in found.holdings)
+    assert held <= found.peak_bytes <= held + rounding
+    assert {"parameters", "optimizer"} <= {each.category for each in found.holdings}
+    assert not [each for each in found.holdings if (each.location or "").startswith("/")]
+
+
+def _bytes_at_rest(rank: int, world_size: int) -> dict[str, int]:
+    """Of parameters and optimizer states of one rank on a CPU, after a step."""
+    import torch
+    from torch.distributed import init_device_mesh
+
+    from alst_impl.methods.base import load_method
+    from alst_impl.placement import Placement
+    from alst_impl.step import micro_batches, start, train_step
+    from harness.gradients import corpus_of
+
+    config = cell().train.model_copy(update={"seqlen": 128})
+    axes = load_method(config.method).axes(world_size)
+    mesh = init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
+    device = torch.device("cpu")
+    method, runtime = start(config, mesh, Placement(device=device))
+    train_step(method, runtime, micro_batches(config, corpus_of(config), method, mesh, 0, device))
+    parameters = list(runtime.module.parameters())
+    states = [t for p in parameters for t in runtime.optimizer.state[p].values() if t.ndim]
+    return {
+        "parameters": sum(p.to_local().untyped_storage().nbytes() for p in parameters),  # type: ignore[attr-defined]
+        "optimizer": sum(t.to_local().untyped_storage().nbytes() for t in states),  # type: ignore[attr-defined]
+    }
+
+
+def test_parameters_and_optimizer_are_those_of_real_processes(ranks: Ranks) -> None:
+    """To the byte: what lies at rest does not depend on the world."""
+    expected = ranks(2)(_bytes_at_rest)[0]
+    found = measured().simulated
+    assert found is not None
+    # At the peak a unit is gathered beside the shards, which were there before the history began.
+    at_rest = {
+        category: sum(h.nbytes for h in found.holdings if h.category == category and not h.location)
+        for category in expected
+    }
+    assert at_rest == expected
+
+
+def test_bytes_that_stay_are_noticed_and_their_line_named(tmp_path: Path) -> None:
+    """On CUDA's own path: the last exchange of heads holds on to some bytes a token."""
+    edit = Edit(
+        old="def _all_to_all(",
+        new="""HELD = {}
+
+
+def _all_to_all(x, *rest):
+    HELD[0] = x.new_empty(16 * x.numel(), dtype=torch.uint8)
+    return _exchanged(x, *rest)
+
+
+def _exchanged(""",
+    )
+    planted = plant(Defect(file="ops/ulysses.py", edits=[edit]), tmp_path)
+    after = measure(cell(), Path("unused"), sources=planted)
+    assert after.outcome is Outcome.OK, after.detail
+    moved = changes({"it": measured()}, {"it": after})
+    (peak,) = [change for change in moved if change.quantity == "peak_bytes"]
+    assert peak.worse
+    assert "alst_impl/ops/ulysses.py" in " ".join(peak.culprits)
+
+
+def test_control_flow_on_an_unknown_value_leaves_no_numbers(tmp_path: Path) -> None:
+    """The place is named."""
+    edit = Edit(
+        old='    """This rank\'s micro-batches of `step`.',
+        new='    assert torch.ones(1, device=device).cos().item() < 2\n    """This rank\'s micro-batches of `step`.',
+    )
+    planted = plant(Defect(file="step.py", edits=[edit]), tmp_path)
+    found = measure(cell(), Path("unused"), sources=planted)
+    assert (found.outcome, found.simulated) == (Outcome.SETUP_ERROR, None)
+    assert "a value that no device computed was read at" in (found.detail or "")
+    assert "step.py" in (found.detail or "")
+
+
+def test_the_longest_sequence_ends_where_the_allocator_does() -> None:
+    """Three lengths in a row by hand: the last that fits, the first that does not."""
+    found = measure(
+        cell(
+            model="llama3.1-8b",
+            overrides={"num_hidden_layers": 1},
+            method="baseline",
+            engine="plain",
+            seqlen=30_000,
+            world_size=1,
+            simulation={"search": True},
+        ),
+        Path("unused"),
+    )
+    assert found.simulated is not None, found.detail
+    search = found.simulated.search
+    assert search is not None
+    assert search.limit == "gpu_memory"
+    assert 0 < search.shortest_failing_tokens / search.longest_tokens - 1 < 0.016
+    # Logits in fp32, their copy and their gradients: 128,256 x 4 bytes each.
+    assert 30_000 < search.longest_tokens < 79 * 2**30 / (3 * 4 * 128_256)
+
+
+def test_offloaded_parameters_leave_the_device_for_host_memory() -> None:
+    """Shards, gradients and states: eight bytes a parameter on the host in bf16, none at rest on the device."""
+    found = measure(cell(engine={"name": "fsdp2", "offload": True}), Path("unused"))
+    assert found.readings is not None, found.detail
+    assert found.simulated is not None
+    before, after = measured().readings, found.readings
+    assert before is not None
+    assert before.num_parameters is not None
+    shard = 2 * before.num_parameters // 2
+    saved = before.memory[0].resting_bytes - after.memory[0].resting_bytes
+    assert saved >= 3 * shard
+    prediction = found.simulated.prediction
+    assert prediction is not None
+    assert prediction.host_bytes >= 2 * 4 * shard
+
+
+def answered(
+    arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> tuple[int, str, str]:
+    """Exit code and output of `alst`."""
+    monkeypatch.setattr(sys, "argv", ["alst", *arguments.split()])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main()
+    out, err = capsys.readouterr()
+    return int(ended.value.code or 0), out, err
+
+
+def test_predict_answers_from_a_phantom_device(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Allocated, reserved and total apart, and what is alive at the peak where it is asked for."""
+    command = "predict tiny-llama --seqlen 4_096 --gpus 2 --world phantom --explain --json"
+    code, out, _ = answered(command, monkeypatch, capsys)
+    found = json.loads(out)
+    assert (code, found["fits"], found["live_bytes"]) == (0, True, None)
+    assert found["allocated_bytes"] <= found["reserved_bytes"] < found["total_bytes"]
+    assert found["alive_at_peak"]
+    assert found["cost"]["matmul_flops"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--seqlen 999_999_999_999", ["999,999,999,999", "does not fit", "shorter"]),
+        ("--seqlen 64 --hardware cpu", ["'cpu'", "h100-80gb"]),
+        ("--seqlen 64 --method alst_recipe", ["alst_recipe", "deepspeed_alst"]),
+    ],
+)
+def test_what_a_phantom_device_cannot_run_is_refused(
+    arguments: str,
+    words: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In one line, with the value and the way out."""
+    command = f"predict tiny-llama --gpus 2 --world phantom {arguments}"
+    code, out, err = answered(command, monkeypatch, capsys)
+    (line,) = [line for line in err.splitlines() if " ..." not in line]
+    assert (code, out) == (2, "")
+    assert all(word in line for word in words)
