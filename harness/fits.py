@@ -35,12 +35,12 @@ CONTEXT_BYTES = GIB
 """Outside the allocator of one process without communicators: a CUDA context (about 1 GiB: arXiv:2506.13996,
 section 2.1)."""
 OUTSIDE_READINGS = {
-    "ArcticTraining, Llama-3.1-70B, 32 GPUs, 4,000,000 tokens": (47.70, 41.8),
-    "ArcticTraining, Llama-3.1-70B, 64 GPUs, 10,000,000 tokens": (53.83, 47.8),
-    "ArcticTraining, Qwen3-32B, 32 GPUs, 7,000,000 tokens": (71.55, 64.7),
-    "ArcticTraining, Qwen3-32B, 64 GPUs, 15,000,000 tokens": (71.00, 64.3),
+    "ArcticTraining, Llama-3.1-70B, 32 GPUs, 4,000,000 tokens": (47.70, 41.15),
+    "ArcticTraining, Llama-3.1-70B, 64 GPUs, 10,000,000 tokens": (53.83, 47.10),
+    "ArcticTraining, Qwen3-32B, 32 GPUs, 7,000,000 tokens": (71.55, 65.05),
 }
-"""(GiB that NVML read, GiB that the allocator reserves on a phantom device for the same recipe)."""
+"""(GiB that NVML read, GiB that the allocator reserves on a phantom device for the same recipe, run by
+`deepspeed_alst` with `liger` and `offload` under `zero` with `offload_optimizer`)."""
 COMMUNICATING_BYTES = int(
     sum(nvml - reserved for nvml, reserved in OUTSIDE_READINGS.values())
     / len(OUTSIDE_READINGS)

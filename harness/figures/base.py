@@ -48,7 +48,7 @@ def features(cell: Cell) -> str:
     """Which parts of ALST a cell turns on, in words."""
     method: Any = load_method(cell.train.method)
     parts = {
-        "tiled loss": getattr(method, "liger", getattr(method, "tile_loss", False)),
+        "tiled loss": getattr(method, "liger", False) or getattr(method, "tile_loss", False),
         "Ulysses": getattr(method, "sp", 1) > 1,
         "tiled MLP": getattr(method, "tile_mlp", False),
         "offload": getattr(method, "offload", False),
