@@ -22,7 +22,7 @@ from harness.apart import apart
 from harness.cell import Cell
 from harness.depth import at_depth, structure
 from harness.hardware import load_hardware
-from harness.phantom.load import device_of
+from harness.phantom.load import described
 from harness.prediction import Cost, Flops, Holding, Limit, Prediction, SearchResult, Simulated
 from harness.processes import Rank
 from harness.record import RankMemory
@@ -173,9 +173,7 @@ def attempt(
     rank: Rank, cell: Cell, device_bytes: int, *, counted: bool = False, explained: bool = False
 ) -> Tried:
     """A step of `cell` in this process, which has not used a device yet, on one of `device_bytes`."""
-    row = load_hardware(cell.hardware)
-    assert row.chip is not None
-    os.environ["PHANTOM_DEVICE"] = device_of(row.name, 1, row.chip.usable_bytes - device_bytes)
+    os.environ["PHANTOM_DEVICE"] = described(load_hardware(cell.hardware), 1, device_bytes)
     found = []
     for played in _played(cell):
         world = Phantom(rank=played, counted=counted, explained=explained)

@@ -28,17 +28,23 @@ def device_of(hardware: str, gpus: int, outside_bytes: int) -> str:
     if not 1 <= gpus <= 64:
         raise ValueError(f"--gpus {gpus}: one process can see 1 to 64 devices")
     total = row.chip.usable_bytes - outside_bytes
-    if total <= 0:
+    if outside_bytes < 0 or total <= 0:
         raise ValueError(
             f"{outside_bytes / 2**30:.1f} GiB outside the allocator do not fit in the "
             f"{row.chip.usable_bytes / 2**30:.1f} GiB of '{hardware}'"
         )
+    return described(row, gpus, total)
+
+
+def described(row: Hardware, gpus: int, device_bytes: int) -> str:
+    """`gpus` devices like those of `row`, which has some, with `device_bytes` for the allocator of each."""
+    assert row.chip is not None
     fields = {
         "count": gpus,
         "major": row.chip.capability[0],
         "minor": row.chip.capability[1],
         "multiprocessors": row.chip.multiprocessors,
-        "total": total,
+        "total": device_bytes,
         "shared": row.chip.shared_block_bytes,
         "shared_multiprocessor": row.chip.shared_multiprocessor_bytes,
         "l2": row.chip.l2_bytes,
