@@ -243,7 +243,11 @@ class Phantom(Cuda):
         ]
 
     def _require_known(self) -> None:
-        """Raise `UnknownValue` where a value that nobody knows was read at a place that nobody reviewed."""
+        """Raise `UnknownValue` where a value that nobody knows was read at a place that nobody reviewed, or the run
+        went on after a function without an answer.
+        """
+        if refused := phantom_agent.runtime.refusals():
+            raise UnknownValue(f"the run went on after a refusal of {', '.join(refused)}")
         doubtful = [r for each in self._reads.found.values() if (r := Read(**each)).doubtful]
         if doubtful:
             places = ", ".join(
