@@ -174,7 +174,9 @@ def _tiles_of_piece(nbytes: int) -> int:
     def filled(count: int) -> float:
         return count * nbytes / (1 << (count * nbytes - 1).bit_length())
 
-    return next((n for n in counts if filled(n) >= FILLED), max(counts, key=filled))
+    # All counts are compared only where none fills well: of small tiles there are millions.
+    well = next((n for n in counts if filled(n) >= FILLED), None)
+    return max(counts, key=filled) if well is None else well
 
 
 class _Incoming:
