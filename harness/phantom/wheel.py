@@ -16,6 +16,8 @@ from alst_impl.config import Frozen
 SUPPORTED = (13,)
 """Major versions of CUDA whose libraries are known here."""
 MACHINES = ("x86_64", "aarch64")
+HEADERS = ("cuda.h", "cuda_runtime_api.h", "crt/host_defines.h")
+"""What the runtime is compiled with; the last is in a package of its own, which PyTorch does not ask for."""
 PEERS = ("liger-kernel>=0.8,<0.9", "triton>=3.7,<3.8", "arctic-training>=0.8,<0.9")
 """What the released ALST recipes call. Without their dependencies: arctic-training asks for another transformers."""
 
@@ -99,7 +101,7 @@ def headers(wheel: Wheel) -> Path:
     folders = [home() / f"headers-{wheel.cuda}", wheel.folder]
     for folder in folders:
         include = folder / "nvidia" / f"cu{wheel.cuda.split('.')[0]}" / "include"
-        if (include / "cuda_runtime_api.h").is_file() and (include / "cuda.h").is_file():
+        if all((include / name).is_file() for name in HEADERS):
             return include
     raise ValueError(
         f"no CUDA {wheel.cuda} headers in {folders[0]}; fetch them with `python -m harness.phantom.wheel`"
