@@ -30,6 +30,9 @@ CUresult cuCtxGetCurrent(CUcontext *c) { *c = (CUcontext)&context; return 0; }
 CUresult cuCtxSetCurrent(CUcontext c) { return 0; }
 CUresult cuCtxGetDevice(CUdevice *device) { *device = phantom_device(); return 0; }
 CUresult cuCtxSynchronize(void) { return 0; }
+// The driver would tell of its errors in words; here every function returns its own.
+CUresult cuLogsRegisterCallback(CUlogsCallback call, void *data, CUlogsCallbackHandle *handle) { *handle = NULL; return 0; }
+CUresult cuLogsUnregisterCallback(CUlogsCallbackHandle handle) { return 0; }
 // PyTorch does not ask for these, so that no stub is made of them; Triton's module is linked with them.
 CUresult cuCtxGetLimit(size_t *value, CUlimit limit) { return phantom_refuse("libcuda.so.1", "cuCtxGetLimit", CUDA_ERROR_NOT_SUPPORTED); }
 CUresult cuCtxSetLimit(CUlimit limit, size_t value) { return phantom_refuse("libcuda.so.1", "cuCtxSetLimit", CUDA_ERROR_NOT_SUPPORTED); }
