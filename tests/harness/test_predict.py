@@ -34,6 +34,7 @@ PREDICTED = [
     "live_bytes",
     "scratch_bytes",
     "allocated_bytes",
+    "reserved_bytes",
     "overhead_bytes",
     "total_bytes",
     "host_bytes",
