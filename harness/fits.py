@@ -23,6 +23,7 @@ from harness.cell import Cell
 from harness.depth import at_depth, structure
 from harness.hardware import load_hardware
 from harness.phantom.load import described
+from harness.predict import GIB, PRECISION, STEP, heads_are_spent, sequence_parallel
 from harness.prediction import Cost, Flops, Holding, Limit, Prediction, SearchResult, Simulated
 from harness.processes import Rank
 from harness.record import RankMemory
@@ -30,7 +31,6 @@ from harness.sources import fingerprint
 from harness.worlds.base import RankReadings, run
 from harness.worlds.phantom import Phantom
 
-GIB = 2**30
 CONTEXT_BYTES = GIB
 """Outside the allocator of one process without communicators: a CUDA context (about 1 GiB: arXiv:2506.13996,
 section 2.1)."""
@@ -49,10 +49,6 @@ COMMUNICATING_BYTES = int(
 """Outside the allocator of a rank among others: context, NCCL's buffers, libraries."""
 ROOMY_BYTES = 1000 * GIB
 """A device on which a step that does not fit shows what it would take."""
-STEP = 256
-"""Lengths are searched in multiples of this many tokens per rank (the recipes' own advice)."""
-PRECISION = 0.015
-"""Relative width of the bracket at which a search ends."""
 FULL = 0.97
 """Share of what the allocator may hold that a step allocates at most: blocks are rounded, and gaps are left."""
 HOLDINGS = 40
@@ -248,7 +244,7 @@ def _crossing(known: dict[int, int], capacity: int) -> float:
 def _exceeds(cell: Cell, tried: Tried) -> Limit | None:
     """What a step has too much of; None of one that fits."""
     if isinstance(tried, Exceeded):
-        return "heads" if _heads_are_spent(cell.train) else "gpu_memory"
+        return "heads" if heads_are_spent(cell.train) else "gpu_memory"
     limit = host_memory_bytes(cell)
     return "host_memory" if host_bytes(cell, tried) > limit else None
 
@@ -296,12 +292,6 @@ def require_thinkable(cell: Cell) -> None:
         )
 
 
-def sequence_parallel(config: TrainConfig) -> int:
-    """Ranks that share the tokens of one sample."""
-    degrees = load_method(config.method).degrees(config.world_size)
-    return degrees["cp"] * degrees["sp"]
-
-
 def _at(cell: Cell, seqlen: int) -> Cell:
     return _of(cell, cell.train.model_copy(update={"seqlen": seqlen}))
 
@@ -315,17 +305,6 @@ def _played(cell: Cell) -> list[int]:
     method, size = load_method(cell.train.method), cell.train.world_size
     stages = method.degrees(size)["pp"]
     return [0, size - size // stages] if stages > 1 else [method.heaviest_rank(size)]
-
-
-def _heads_are_spent(config: TrainConfig) -> bool:
-    """Whether ranks are left that cannot share a sample because the heads do not split over more."""
-    method = load_method(config.method)
-    fields = type(method).model_fields
-    if "sp" not in fields or "cp" in fields:  # a ring takes any number of ranks
-        return False
-    heads = field(published(config.model, config.overrides), "num_attention_heads")
-    most = math.gcd(config.world_size, heads)
-    return method.axes(config.world_size)["sp"] == most < config.world_size
 
 
 def _simulated(
@@ -345,7 +324,7 @@ def _simulated(
     host = host_bytes(cell, step)
     limit: Limit = "none"
     if not fits:
-        limit = "heads" if _heads_are_spent(config) else "gpu_memory"
+        limit = "heads" if heads_are_spent(config) else "gpu_memory"
     elif host > host_memory_bytes(cell):
         limit = "host_memory"
     prediction = Prediction(

@@ -94,7 +94,7 @@ def predict(setting: Setting, *, slope: bool = True) -> Prediction:
 
 def longer(setting: Setting) -> Setting:
     """The same run with sequences two per cent longer, by at least a token on every rank."""
-    ranks = _sequence_parallel(setting.train)
+    ranks = sequence_parallel(setting.train)
     return _at(setting, setting.train.seqlen + max(setting.train.seqlen // ranks // 50, 1) * ranks)
 
 
@@ -102,7 +102,7 @@ def with_slope(setting: Setting, prediction: Prediction, at_longer: Prediction) 
     """`prediction` of `setting` with what one more token on every rank costs, up to `longer(setting)`."""
     more = longer(setting).train.seqlen - setting.train.seqlen
     grown = at_longer.allocated_bytes - prediction.allocated_bytes
-    slope = grown * _sequence_parallel(setting.train) / more
+    slope = grown * sequence_parallel(setting.train) / more
     return prediction.model_copy(update={"bytes_per_local_token": slope})
 
 
@@ -122,7 +122,7 @@ def explained(
     if config.seqlen >= _index_range_tokens(config):
         limit = "index_range"
     elif total > hardware.memory_bytes:
-        limit = "heads" if _heads_are_spent(config) else "gpu_memory"
+        limit = "heads" if heads_are_spent(config) else "gpu_memory"
     elif host > (setting.host_memory_bytes or hardware.host_memory_bytes or math.inf):
         limit = "host_memory"
     sequences = config.batch_size * config.accumulation * _data_parallel(config)
@@ -165,7 +165,7 @@ def search(setting: Setting, known: Mapping[int, Prediction] | None = None) -> S
     if known is None:
         beyond = longer(setting)
         known = {s.train.seqlen: predict(s, slope=False) for s in (setting, beyond)}
-    step = STEP * _sequence_parallel(setting.train)
+    step = STEP * sequence_parallel(setting.train)
     # What fits does so at the next shorter multiple, what does not fails at the next longer one.
     seen = {tokens // step if p.fits else -(-tokens // step): p for tokens, p in known.items()}
     low = max((n for n, p in seen.items() if p.fits), default=0)
@@ -269,7 +269,7 @@ def _at(setting: Setting, seqlen: int) -> Setting:
     return setting.model_copy(update={"train": setting.train.model_copy(update={"seqlen": seqlen})})
 
 
-def _sequence_parallel(config: TrainConfig) -> int:
+def sequence_parallel(config: TrainConfig) -> int:
     """Ranks that share the tokens of one sample."""
     degrees = load_method(config.method).degrees(config.world_size)
     return degrees["cp"] * degrees["sp"]
@@ -279,7 +279,7 @@ def _data_parallel(config: TrainConfig) -> int:
     return load_method(config.method).axes(config.world_size)["dp"]
 
 
-def _heads_are_spent(config: TrainConfig) -> bool:
+def heads_are_spent(config: TrainConfig) -> bool:
     """Whether ranks are left that cannot share a sample because the heads do not split over more."""
     method = load_method(config.method)
     fields = type(method).model_fields
@@ -318,7 +318,7 @@ def _index_range_tokens(config: TrainConfig) -> float:
     if config.method.name != "alst_recipe" or config.method.options.get("liger") is False:
         return math.inf
     hidden: int = field(published(config.model, config.overrides), "hidden_size")
-    return INDEX_RANGE * _sequence_parallel(config) / hidden
+    return INDEX_RANGE * sequence_parallel(config) / hidden
 
 
 def as_json(prediction: Prediction) -> dict[str, Any]:
