@@ -36,11 +36,12 @@ def stand_for_all() -> None:
     def new_group_helper(
         size: int, own: int, ranks: Any, backend: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        # A group that is bound to its device is split off another, and no others tell the size of the parts.
-        kwargs.pop("device_id", None)
+        kwargs.pop("device_id", None)  # a group that is bound to its device is split off another
         return helper(size, own, ranks, without_gloo(backend), *args, **kwargs)
 
     c10d._new_process_group_helper = new_group_helper  # type: ignore[assignment]
+    # Also where PyTorch binds groups by itself: nobody else tells the size of the parts.
+    c10d._get_split_source = lambda *args, **kwargs: None
     for name, replacement in on_host().items():
         if hasattr(c10d, name):
             replaced = host_only(replacement, getattr(c10d, name), name)
