@@ -41,7 +41,12 @@ def stand_for_all() -> None:
 
     c10d._new_process_group_helper = new_group_helper  # type: ignore[assignment]
     # Also where PyTorch binds groups by itself: nobody else tells the size of the parts.
-    c10d._get_split_source = lambda *args, **kwargs: None
+    c10d._get_split_source = no_source
+    from torch.distributed import device_mesh
+
+    for module in (c10d, dist, device_mesh):
+        if hasattr(module, "split_group"):
+            module.split_group = made_anew  # type: ignore[attr-defined]
     for name, replacement in on_host().items():
         if hasattr(c10d, name):
             replaced = host_only(replacement, getattr(c10d, name), name)
@@ -50,6 +55,33 @@ def stand_for_all() -> None:
     for name, object_collective in OBJECTS.items():
         for module in (c10d, dist):
             setattr(module, name, object_collective)
+
+
+def no_source(*args: Any, **kwargs: Any) -> None:
+    """No communicator is split."""
+
+
+def made_anew(
+    parent_pg: Any = None,
+    split_ranks: Any = None,
+    timeout: timedelta | None = None,
+    pg_options: Any = None,
+    group_desc: str | None = None,
+    **kwargs: Any,
+) -> Any:
+    """`split_group` of the default group, whose ranks are those of all, by `new_group`."""
+    import torch.distributed as dist
+
+    own = next((ranks for ranks in split_ranks if dist.get_rank() in ranks), None)
+    if own is None:
+        return None
+    return dist.new_group(
+        own,
+        timeout=timeout,
+        pg_options=pg_options,
+        group_desc=group_desc,
+        use_local_synchronization=True,
+    )
 
 
 def without_gloo(backend: Any) -> str:
