@@ -167,3 +167,15 @@ def test_an_impossible_request_is_refused_with_the_way_out(
     """Before anything runs, naming values and rule."""
     with pytest.raises(ValueError, match=message):
         step.check(config_of(**settings))
+
+
+def test_shards_on_the_host_train_as_the_stock_model_does(ranks: Ranks) -> None:
+    """Clipped updates of fsdp2 with parameters, gradients and states in host memory, under sequence parallelism."""
+    config = config_of(
+        method={"name": "alst", "sp": 2},
+        engine={"name": "fsdp2", "offload": True},
+        world_size=2,
+        accumulation=2,
+        optimizer=OptimizerConfig(learning_rate=0.1, eps=1.0, max_grad_norm=0.5),
+    )
+    assert_trains_as(ranks(2)(run_steps, config, 2)[0], truth_of(config, 2))
