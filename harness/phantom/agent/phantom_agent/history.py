@@ -20,15 +20,22 @@ def record() -> None:
     torch.cuda.memory._record_memory_history(max_entries=MOST_EVENTS, stacks="python")
 
 
-def alive(snapshot: dict[str, Any], device: int) -> list[tuple[int, list[dict[str, Any]]]]:
+def by_address(
+    snapshot: dict[str, Any], device: int
+) -> dict[int, tuple[int, list[dict[str, Any]]]]:
     """Bytes and frames of what is allocated at the time of a snapshot."""
-    return [
-        (block["requested_size"], block.get("frames", []))
+    return {
+        block["address"]: (block["requested_size"], block.get("frames", []))
         for segment in snapshot["segments"]
         if segment["device"] == device
         for block in segment["blocks"]
         if block["state"].startswith("active")
-    ]
+    }
+
+
+def alive(snapshot: dict[str, Any], device: int) -> list[tuple[int, list[dict[str, Any]]]]:
+    """The same without its addresses."""
+    return list(by_address(snapshot, device).values())
 
 
 def alive_at_peak(snapshot: dict[str, Any], device: int) -> list[tuple[int, list[dict[str, Any]]]]:
@@ -36,13 +43,7 @@ def alive_at_peak(snapshot: dict[str, Any], device: int) -> list[tuple[int, list
     events = [
         e for e in snapshot["device_traces"][device] if e["action"] in ("alloc", "free_completed")
     ]
-    now = {
-        block["address"]: (block["requested_size"], block.get("frames", []))
-        for segment in snapshot["segments"]
-        if segment["device"] == device
-        for block in segment["blocks"]
-        if block["state"].startswith("active")
-    }
+    now = by_address(snapshot, device)
     requested = most = sum(size for size, _ in now.values())
     when = len(events)
     for i in range(len(events) - 1, -1, -1):
@@ -78,13 +79,7 @@ def alive_between(
 
     The history was recorded from the first to the second of them.
     """
-    held = {
-        block["address"]: (block["requested_size"], block.get("frames", []))
-        for segment in before["segments"]
-        if segment["device"] == device
-        for block in segment["blocks"]
-        if block["state"].startswith("active")
-    }
+    held = by_address(before, device)
     events = [
         e for e in after["device_traces"][device] if e["action"] in ("alloc", "free_completed")
     ]
