@@ -123,7 +123,7 @@ def test_switches_for_gpus_are_refused_on_a_host(
     with pytest.raises(
         ValueError, match=f"{option} of .* needs a CUDA device, not 'cpu'.*set {option}: false"
     ):
-        method.apply(model, config, None, Placement(torch.device("cpu")))  # type: ignore[arg-type]
+        method.apply(model, config, None, Placement(torch.device("cpu")))
 
 
 @pytest.mark.parametrize(

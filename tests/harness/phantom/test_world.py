@@ -94,8 +94,8 @@ def _bytes_at_rest(rank: int, world_size: int) -> dict[str, int]:
     parameters = list(runtime.module.parameters())
     states = [t for p in parameters for t in runtime.optimizer.state[p].values() if t.ndim]
     return {
-        "parameters": sum(p.to_local().untyped_storage().nbytes() for p in parameters),  # type: ignore[attr-defined]
-        "optimizer": sum(t.to_local().untyped_storage().nbytes() for t in states),  # type: ignore[attr-defined]
+        "parameters": sum(p.to_local().untyped_storage().nbytes() for p in parameters),
+        "optimizer": sum(t.to_local().untyped_storage().nbytes() for t in states),
     }
 
 
@@ -149,7 +149,7 @@ def test_control_flow_on_an_unknown_value_leaves_no_numbers(tmp_path: Path) -> N
 
 
 def test_the_longest_sequence_ends_where_the_allocator_does() -> None:
-    """Three lengths in a row by hand: the last that fits, the first that does not."""
+    """The last length that fits and the first that does not are close, and what stops it is the device."""
     found = measure(
         cell(
             model="llama3.1-8b",
