@@ -23,7 +23,7 @@ from harness import paths
 from harness.hardware import load_hardware
 from harness.matrix import Matrix, Row, merge
 
-World = Literal["cuda", "cpu", "phantom", "sim"]
+World = Literal["cuda", "cpu", "phantom", "schedule"]
 Quantity = Literal[
     "longest_tokens",
     "longest_ratio",
@@ -36,39 +36,27 @@ Quantity = Literal[
 step, tokens of all ranks over it, what NVML reads, what PyTorch's profiler does."""
 
 NOTHING_TIMED = {"gate": False, "followed": False, "timed": False, "steps": 0}
-"""Fields of a cell without values to compare and without time: on fake tensors, and on phantom devices."""
-FORECAST = ("phantom", "sim")
+"""Fields of a cell without values to compare and without time to measure."""
+FORECAST = ("phantom", "schedule")
 """Worlds in which one process plays one rank of all, and numbers are forecasts."""
 DEVICES = ("cuda", "phantom")
 """Worlds with CUDA's allocator."""
 
 
 class Simulation(Frozen):
-    """What decides a simulated cell besides its training run."""
+    """What is asked of a forecast besides its training run."""
 
-    part: Literal["step", "mlp", "loss", "schedule"] = "step"
-    """What runs: a whole step; forward and backward of one decoder layer's MLP or of head and loss, on
-    their own; or nothing but the schedule of a pipeline, with modelled times and bytes."""
+    part: Literal["step", "mlp", "loss"] = "step"
+    """What runs: a whole step, or forward and backward of one decoder layer's MLP or of head and loss, on
+    their own."""
     tp: int = Field(default=1, ge=1)
-    """Tensor-parallel ranks of each stage in part `schedule`: world_size is dp x pp x tp."""
-    offload_parameters: bool = False
-    """Parameter shards lie in host memory between uses."""
+    """Tensor-parallel ranks of each stage in world `schedule`: world_size is dp x pp x tp."""
     host_memory_bytes: int | None = Field(default=None, gt=0)
     """Of one node; None takes the hardware's."""
-    kernel: str = "flash_attention_2"
-    """Core attention whose scratch counts: a key of `harness.scratch.ATTENTION_BACKWARD`."""
-    optimizer_on_device: int | None = Field(default=None, ge=1)
-    """Bytes per parameter of optimizer states in device memory that are updated during backward, so that
-    no gradient outlives its parameter's update; None keeps 16 in host memory, as ZeRO-Offload does."""
-    stack: Literal["deepspeed", "pytorch"] = "deepspeed"
-    """Whose memory outside PyTorch's allocator counts: a key of `harness.predict.OUTSIDE`."""
     search: bool = True
     """Look for the longest sequence that fits, too."""
     timeline: bool = False
-    """Keep live bytes over the course of the step."""
-    resident: bool = False
-    """Gradients and optimizer states lie on the accelerator, as they do without offload; else in host
-    memory."""
+    """Keep allocated bytes over the course of the step."""
 
 
 class Cell(Frozen):
@@ -98,10 +86,10 @@ class Cell(Frozen):
     timeout_s: int = Field(default=600, gt=0)
     """Wall time after which the cell's processes are ended."""
     simulation: Simulation | None = None
-    """Of a cell in world `sim`; None in every other."""
+    """Of a cell in world `phantom` or `schedule`; None in every other."""
     expandable_segments: bool | None = None
-    """Setting of CUDA's caching allocator in world `cuda`, on by default as in the paper (arXiv:2506.13996,
-    section 5.2); None in every other."""
+    """Setting of CUDA's caching allocator in worlds `cuda` and `phantom`, on by default as in the paper
+    (arXiv:2506.13996, section 5.2); None in every other."""
 
     @property
     def key(self) -> str:
@@ -119,11 +107,8 @@ class Cell(Frozen):
         silent: dict[str, Any] = {}
         if self.simulation is None:
             silent["simulation"] = True
-        else:
-            late = {"optimizer_on_device": None, "stack": "deepspeed", "tp": 1, "resident": False}
-            silent["simulation"] = {
-                field for field, value in late.items() if getattr(self.simulation, field) == value
-            }
+        elif self.simulation.tp == 1:
+            silent["simulation"] = {"tp"}
         if self.expandable_segments is None:
             silent["expandable_segments"] = True
         for comparison in ("update", "followed"):
@@ -276,10 +261,7 @@ def make_cell(settings: dict[str, Any]) -> Cell:
     """A checked cell from flat settings: fields of `TrainConfig` and of `Cell` side by side."""
     if settings.get("world") in FORECAST:
         settings = {**NOTHING_TIMED, "simulation": {}, **settings}
-    if settings.get("world") == "sim":
-        settings = {"warmup": 0, **settings}
-    if settings.get("world") == "phantom" and _updates_on_host(settings.get("engine")):
-        # What a first step leaves behind is optimizer states, which are not on the device.
+    if _needs_no_warmup(settings):
         settings = {"warmup": 0, **settings}
     if settings.get("world") in DEVICES:
         settings = {"expandable_segments": True, **settings}
@@ -310,10 +292,19 @@ def make_cell(settings: dict[str, Any]) -> Cell:
     return cell
 
 
-def _updates_on_host(engine: Any) -> bool:
+def _needs_no_warmup(settings: dict[str, Any]) -> bool:
+    """Whether the first step is like any other."""
+    world, simulation = settings.get("world"), settings.get("simulation")
+    if world != "phantom":
+        return world == "schedule"
+    part = isinstance(simulation, dict) and simulation.get("part", "step") != "step"
+    return part or _settles_at_once(settings.get("engine"))
+
+
+def _settles_at_once(engine: Any) -> bool:
     try:
         spec = TrainConfig.model_fields["engine"].default if engine is None else engine
-        return load_engine(Spec.model_validate(spec)).updates_on_host
+        return load_engine(Spec.model_validate(spec)).settles_at_once
     except ValueError:
         return False  # which is told when the cell is checked
 
@@ -339,65 +330,46 @@ def _check_world(cell: Cell) -> None:
             f"'{cell.world}' has none; leave it out"
         )
     if cell.train.attention != "sdpa":
-        way_out = ", whose 'simulation' names the kernel," if cell.world == "sim" else ""
         raise ValueError(
             f"attention '{cell.train.attention}' is a CUDA kernel, which world '{cell.world}' cannot run; "
-            f"use attention 'sdpa'{way_out} or world 'cuda'"
+            "use attention 'sdpa' or world 'cuda'"
         )
 
 
 def _check_simulation(cell: Cell) -> None:
     """Raise `ValueError` for settings that belong to the other kind of world."""
-    if cell.world in FORECAST:
-        for field, value in NOTHING_TIMED.items():
-            if getattr(cell, field) != value:
-                raise ValueError(
-                    f"{field} is {getattr(cell, field)}, but world '{cell.world}' has no values to compare and no "
-                    f"time to measure; leave it out or set it to {value}"
-                )
-    if cell.world == "phantom":
-        _check_phantom(cell)
-        return
-    if cell.world == "sim":
-        if cell.warmup:
+    if cell.world not in FORECAST:
+        if cell.simulation is not None:
             raise ValueError(
-                f"warmup is {cell.warmup}, but world 'sim' runs one step; leave it out or set it to 0"
-            )
-        if cell.simulation and cell.simulation.part != "schedule" and cell.simulation.tp > 1:
-            raise ValueError(
-                f"tp ({cell.simulation.tp}) is for part 'schedule', not '{cell.simulation.part}': no "
-                "method is tensor-parallel; leave it out"
-            )
-        if cell.train.lora is not None:
-            raise ValueError(
-                "lora: optimizer states of adapters alone are not modelled in world 'sim'; use world 'cpu'"
+                f"'simulation' is for worlds {' and '.join(FORECAST)}, not '{cell.world}'; leave it out"
             )
         return
-    if cell.simulation is not None:
-        raise ValueError(
-            f"'simulation' says how world 'sim' runs, not '{cell.world}'; leave it out"
-        )
-    if load_method(cell.train.method).simulation_only:
-        raise ValueError(
-            f"method '{cell.train.method.name}' computes nothing and runs in world 'sim' only, "
-            f"not '{cell.world}'"
-        )
-
-
-def _check_phantom(cell: Cell) -> None:
-    """Raise `ValueError` for settings that say how world `sim` runs: a device runs what the engine does."""
+    for field, value in NOTHING_TIMED.items():
+        if getattr(cell, field) != value:
+            raise ValueError(
+                f"{field} is {getattr(cell, field)}, but world '{cell.world}' has no values to compare and no "
+                f"time to measure; leave it out or set it to {value}"
+            )
     assert cell.simulation is not None
-    spoken = {"search", "host_memory_bytes"}
-    for name, info in Simulation.model_fields.items():
-        if name not in spoken and getattr(cell.simulation, name) != info.default:
+    simulation, world = cell.simulation, cell.world
+    if world == "schedule":
+        asked = {
+            "part": simulation.part != "step",
+            "search": simulation.search,
+            "timeline": simulation.timeline,
+        }
+        for name in (name for name, given in asked.items() if given):
             raise ValueError(
-                f"simulation.{name} is for world 'sim'; in world 'phantom' leave it out: what lies in host memory "
-                "is the engine's option, the kernel is attention's"
+                f"simulation.{name} is for world 'phantom': a schedule is played at one length, whole; set "
+                "search: false, and leave out part and timeline"
             )
-    if load_method(cell.train.method).simulation_only:
+    elif simulation.tp > 1:
         raise ValueError(
-            f"method '{cell.train.method.name}' computes nothing and runs in world 'sim' only; use "
-            "'deepspeed_alst'"
+            f"simulation.tp ({simulation.tp}) is for world 'schedule': no method is tensor-parallel; leave it out"
+        )
+    elif simulation.part != "step" and simulation.search:
+        raise ValueError(
+            f"simulation.part '{simulation.part}' has no longest sequence to search for; set search: false"
         )
 
 

@@ -73,8 +73,8 @@ def parameters_of(fields: dict[str, Any]) -> int:
     """
     if fields["model_type"] != "gpt_neox" or fields["tie_word_embeddings"]:
         raise ValueError(
-            f"part 'schedule' knows models of model_type gpt_neox with untied embeddings, not "
-            f"{fields['model_type']}; use part 'step'"
+            f"world 'schedule' knows models of model_type gpt_neox with untied embeddings, not "
+            f"{fields['model_type']}; use world 'phantom'"
         )
     hidden, inner = field(fields, "hidden_size"), field(fields, "intermediate_size")
     layer = 4 * hidden**2 + 4 * hidden + 2 * hidden * inner + inner + hidden + 4 * hidden
@@ -87,7 +87,7 @@ def staged(train: TrainConfig, tp: int, hardware: str) -> Staged:
     method = load_method(train.method)
     if not isinstance(method, Seq1F1B):
         raise ValueError(
-            f"part 'schedule' plays pipelines, and method '{train.method.name}' is none; use 'seq1f1b'"
+            f"world 'schedule' plays pipelines, and method '{train.method.name}' is none; use 'seq1f1b'"
         )
     if train.world_size % (method.pp * tp):
         raise ValueError(
@@ -169,8 +169,6 @@ def prediction(s: Staged) -> Prediction:
     seqlen, sequences = s.borders[-1], s.micro_batches * s.dp
     fits = total <= s.hardware.memory_bytes
     return Prediction(
-        live_bytes=total,
-        scratch_bytes=0,
         allocated_bytes=total,
         overhead_bytes=0,
         total_bytes=total,

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from alst_impl.config import Frozen, Spec, TrainConfig
+from alst_impl.config import Frozen, Spec
 from alst_impl.methods.base import divisors
 from alst_impl.models import field, published
-from harness.hardware import Hardware
-from harness.predict import Setting, predict
+from harness.attempts import GIB, capacity_bytes, host_memory_bytes
+from harness.cell import Cell
+from harness.fits import bare
 from harness.prediction import Limit, Prediction
+from harness.processes import Rank
 
 GPUS = (1, 2, 4, 8, 16, 32, 64)
 """Numbers tried where none is asked for: the smallest that fits is the cheapest."""
@@ -27,15 +29,15 @@ class Rung(Frozen):
     """MLP, norms, and logits and loss in tiles: next to no time."""
     offload: bool
     """Checkpoints in host memory: copies that hide behind long sequences."""
-    offload_parameters: bool
-    """Parameter shards in host memory: every layer is copied in, forward and backward."""
+    offload_states: bool
+    """Parameters, gradients and optimizer states in host memory: layers are copied in, and the host updates."""
 
 
 LADDER = (
-    Rung(tiling=False, offload=False, offload_parameters=False),
-    Rung(tiling=True, offload=False, offload_parameters=False),
-    Rung(tiling=True, offload=True, offload_parameters=False),
-    Rung(tiling=True, offload=True, offload_parameters=True),
+    Rung(tiling=False, offload=False, offload_states=False),
+    Rung(tiling=True, offload=False, offload_states=False),
+    Rung(tiling=True, offload=True, offload_states=False),
+    Rung(tiling=True, offload=True, offload_states=True),
 )
 """Cheapest first."""
 
@@ -66,23 +68,22 @@ class Plan(Frozen):
     """In one sentence, where nothing fits."""
 
 
-def make_plan(
-    train: TrainConfig, hardware: Hardware, gpus: int | None, host_memory_bytes: int | None
-) -> Plan:
-    """Settings for `train` (its method and number of ranks are replaced) that fit on `hardware`."""
+def execute(rank: Rank, payload: dict[str, Any]) -> dict[str, Any]:
+    """`make_plan` for `payload["cell"]` on `payload["gpus"]` devices, as plain data."""
+    return make_plan(rank, Cell(**payload["cell"]), payload["gpus"]).model_dump(mode="json")
+
+
+def make_plan(rank: Rank, cell: Cell, gpus: int | None) -> Plan:
+    """Settings for `cell` (its method, engine and number of ranks are replaced) that fit on its hardware."""
     closest: Option | None = None
     for count in (gpus,) if gpus else GPUS:
-        tried = [
-            option
-            for found in _rungs(train, hardware, count, host_memory_bytes)
-            for option in found
-        ]
+        tried = [option for found in _rungs(rank, cell, count) for option in found]
         fitting = [option for option in tried if option.prediction.fits]
         if fitting:
             return Plan(options=sorted(fitting, key=_cost), limit="none", reason=None)
         closest = min([*tried, *([closest] if closest else [])], key=_excess)
     assert closest is not None
-    return _nothing_fits(closest, train, hardware, host_memory_bytes)
+    return _nothing_fits(closest, cell)
 
 
 def _cost(option: Option) -> tuple[float, int, int]:
@@ -95,71 +96,69 @@ def _excess(option: Option) -> int:
     return option.prediction.total_bytes
 
 
-def _rungs(
-    train: TrainConfig, hardware: Hardware, gpus: int, host_memory_bytes: int | None
-) -> Iterator[list[Option]]:
+def _rungs(rank: Rank, cell: Cell, gpus: int) -> Iterator[list[Option]]:
     """What was tried on each rung, until the first rung that fits with the smallest degree."""
+    train = cell.train
     heads: int = field(published(train.model, train.overrides), "num_attention_heads")
     degrees = [sp for sp in divisors(gpus) if heads % sp == 0]
 
-    def at(sp: int, rung: Rung, slope: bool) -> Option:
-        method = {
-            "name": "alst",
-            "sp": sp,
-            "tile_mlp": rung.tiling,
-            "tile_norm": rung.tiling,
-            "tile_loss": rung.tiling,
-            "offload": rung.offload,
-        }
-        run = train.model_copy(update={"method": Spec(**method), "world_size": gpus})
-        setting = Setting(
-            train=run,
-            hardware=hardware,
-            host_memory_bytes=host_memory_bytes,
-            offload_parameters=rung.offload_parameters,
+    def at(sp: int, rung: Rung) -> Option:
+        rank.progress(f"trying sp {sp} on {gpus} GPUs, {_named(rung)}")
+        run = train.model_copy(
+            update={
+                "method": Spec.model_validate(
+                    {
+                        "name": "alst",
+                        "sp": sp,
+                        "tile_mlp": rung.tiling,
+                        "tile_norm": rung.tiling,
+                        "tile_loss": rung.tiling,
+                        "offload": rung.offload,
+                    }
+                ),
+                "engine": Spec.model_validate({"name": "fsdp2", "offload": rung.offload_states}),
+                "world_size": gpus,
+            }
         )
-        prediction = predict(setting, slope=slope)
-        return Option(gpus=gpus, sp=sp, dp=gpus // sp, rung=rung, prediction=prediction)
+        # A first step leaves optimizer states behind.
+        warmup = 0 if rung.offload_states else 1
+        of = cell.model_copy(update={"train": run, "warmup": warmup})
+        return Option(gpus=gpus, sp=sp, dp=gpus // sp, rung=rung, prediction=bare(rank, of))
 
     for rung in LADDER:
-        largest = at(degrees[-1], rung, slope=False)
+        largest = at(degrees[-1], rung)
         if not largest.prediction.fits:
             yield [largest]
             continue
         low, high = 0, len(degrees) - 1
         while low < high:
             middle = (low + high) // 2
-            if at(degrees[middle], rung, slope=False).prediction.fits:
+            if at(degrees[middle], rung).prediction.fits:
                 high = middle
             else:
                 low = middle + 1
-        yield [at(degrees[low], rung, slope=True)]
+        yield [largest if degrees[low] == degrees[-1] else at(degrees[low], rung)]
         if low == 0:
             return
 
 
-def _nothing_fits(
-    closest: Option, train: TrainConfig, hardware: Hardware, host_memory_bytes: int | None
-) -> Plan:
-    p, heads = (
-        closest.prediction,
-        field(published(train.model, train.overrides), "num_attention_heads"),
-    )
-    limit: Limit = p.limit
-    device = f"{p.total_bytes / 2**30:.1f} GiB per GPU of {hardware.memory_bytes / 2**30:.1f}"
+def _nothing_fits(closest: Option, cell: Cell) -> Plan:
+    p, train = closest.prediction, cell.train
+    heads = field(published(train.model, train.overrides), "num_attention_heads")
+    device = f"{(p.reserved_bytes or 0) / GIB:.1f} GiB per GPU, where the allocator has {capacity_bytes(cell) / GIB:.1f}"
     what = {
         "gpu_memory": device,
         "heads": device,
-        "host_memory": f"{p.host_bytes / 2**30:,.0f} GiB of host memory per node of "
-        f"{(host_memory_bytes or hardware.host_memory_bytes or 0) / 2**30:,.0f}",
-    }.get(limit, limit)
+        "host_memory": f"{p.host_bytes / GIB:,.0f} GiB of host memory per node of "
+        f"{host_memory_bytes(cell) / GIB:,.0f}",
+    }.get(p.limit, p.limit)
     cause = ""
-    if limit == "heads":
+    if p.limit == "heads":
         cause = f"; sp stops at {closest.sp} because it must divide {heads} heads and {closest.gpus} GPUs"
     return Plan(
         options=[],
-        limit=limit,
-        reason=f"{train.seqlen:,} tokens of {train.model} do not fit on {closest.gpus} x {hardware.name}: "
+        limit=p.limit,
+        reason=f"{train.seqlen:,} tokens of {train.model} do not fit on {closest.gpus} x {cell.hardware}: "
         f"the closest setting (sp {closest.sp}, {_named(closest.rung)}) needs {what}{cause}",
     )
 

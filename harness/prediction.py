@@ -1,4 +1,4 @@
-"""What a simulated run leaves behind: bytes, limits, the longest sequence. Imports no torch."""
+"""What a forecast leaves behind: bytes, limits, the longest sequence. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from typing import Literal
 
 from alst_impl.config import Frozen
 
-Limit = Literal["gpu_memory", "host_memory", "index_range", "heads", "none"]
+Limit = Literal["gpu_memory", "host_memory", "heads", "none"]
 LIMITS: Mapping[Limit, str] = {
     "gpu_memory": "more than the GPU's memory",
     "host_memory": "more than the node's host memory",
-    "index_range": "more elements than a kernel of this stack can index with 32 bits",
     "heads": "more than the GPU's memory, and the heads do not split over more of the GPUs",
     "none": "nothing is exceeded",
 }
@@ -50,12 +49,8 @@ class Cost(Frozen):
 class Prediction(Frozen):
     """What a step holds, per GPU unless said, and whether it fits."""
 
-    live_bytes: int | None = None
-    """Live tensors at the instant of the peak; None where the allocator itself counted."""
-    scratch_bytes: int | None = None
-    """Inside the kernel that runs at that instant; None likewise."""
     allocated_bytes: int
-    """What `max_memory_allocated` reads, their sum."""
+    """What `max_memory_allocated` reads."""
     reserved_bytes: int | None = None
     """What `max_memory_reserved` reads; None where no allocator ran."""
     overhead_bytes: int
@@ -88,7 +83,7 @@ class SearchResult(Frozen):
     limit: Limit
     """What the shortest failing length exceeds."""
     evaluations: int
-    """Simulated steps."""
+    """Steps that ran."""
 
 
 class Holding(Frozen):
@@ -104,33 +99,29 @@ class Holding(Frozen):
 
 
 class Timeline(Frozen):
-    """Live bytes over the events of a step, thinned to the largest of each stretch."""
+    """Allocated bytes over the events of a step, thinned to the largest of each stretch."""
 
     phases: list[str]
     """Of each stretch."""
     device_bytes: list[int]
     """On the accelerator."""
-    host_bytes: list[int]
-    """In host memory, per rank."""
 
 
 class Simulated(Frozen):
-    """The readings of a simulated cell."""
+    """What one rank of a cell showed, played without the others."""
 
     code: str
     """Fingerprint of all code that decides the numbers: a record of other code is stale."""
     prediction: Prediction | None
     """At the cell's length; None for a part of a step."""
     peak_bytes: int
-    """Live tensors and kernel scratch at their largest."""
+    """The most that is allocated."""
     phase_peak_bytes: Mapping[str, int] = {}
-    """`peak_bytes` of forward and of backward; empty in records from before it was kept."""
-    phase_scratch_bytes: Mapping[str, int] = {}
-    """Kernel scratch at each of these instants."""
+    """`peak_bytes` of each phase."""
     reserved_bytes: int | None = None
-    """What the model of the caching allocator holds: modelled."""
+    """The most that the allocator holds; None where none ran."""
     checkpoint_bytes: int
-    """Host memory of one rank that checkpoints, and parameters that live there, fill."""
+    """Host memory of one rank that checkpoints fill."""
     holdings: list[Holding]
     """What was alive at the peak, largest first."""
     search: SearchResult | None

@@ -256,7 +256,7 @@ def _simulate(
 ) -> Measurement:
     payload = {"cell": cell.model_dump(mode="json")}
     more: dict[str, Any] = {} if sources is None else {"sources": str(sources)}
-    entry = "harness.forecast:execute"
+    entry = "harness.worlds.schedule:execute"
     if cell.world == "phantom":
         entry = "harness.fits:execute"
         more["accelerator"] = "phantom"
@@ -265,11 +265,10 @@ def _simulate(
         raise ValueError(f"{cell.label}: {ending.message}")
     outcome, detail = classify(ending)
     simulated, readings = None, None
-    if ending.how == "finished" and cell.world == "sim":
-        simulated = Simulated(**ending.results[0])
-    elif ending.how == "finished":
-        simulated = Simulated(**ending.results[0]["simulated"])
-        readings = _readings([ending.results[0]["readings"]], [])
+    if ending.how == "finished":
+        (found,) = ending.results
+        simulated = Simulated(**found["simulated"])
+        readings = found["readings"] and _readings([found["readings"]], [])
     return settled(
         Measurement(
             cell=cell,

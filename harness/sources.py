@@ -1,4 +1,4 @@
-"""Which files decide a simulated number or a verdict, and whether they are the same. Imports no torch."""
+"""Which files decide a forecast or a verdict, and whether they are the same. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,26 +11,20 @@ from harness import paths
 from harness.processes import SOURCES
 
 HARNESS = (
-    "allocator",
-    "calibration",
     "apart",
     "cost",
     "depth",
     "fits",
     "flops",
-    "forecast",
     "hardware",
+    "parts",
     "pipelines",
-    "predict",
-    "repeat",
     "roofline",
-    "scratch",
-    "tracker",
+    "timeline",
     "worlds/base",
     "worlds/cuda",
-    "worlds/parts",
     "worlds/phantom",
-    "worlds/sim",
+    "worlds/schedule",
 )
 """Modules of the harness; of the implementation, every file counts."""
 

@@ -129,6 +129,11 @@ class Engine(Frozen):
         """Whether optimizer states lie in host memory, so that the update uses no device memory."""
         return False
 
+    @property
+    def settles_at_once(self) -> bool:
+        """Whether the first step holds on the device what later ones do: it leaves nothing there, and learns nothing."""
+        return False
+
     def require(self) -> None:
         """Raise `ValueError`, naming the extra, where a package that `start` needs is not installed."""
 

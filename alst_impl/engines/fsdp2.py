@@ -108,6 +108,10 @@ class FSDP2(Engine):
     def updates_on_host(self) -> bool:
         return self.offload
 
+    @property
+    def settles_at_once(self) -> bool:
+        return self.offload
+
     def start(
         self,
         model: PreTrainedModel,

@@ -31,11 +31,6 @@ LOGITS_TILE_BYTES = 2**30
 class Method(Frozen):
     """A way to train; its options are its fields."""
 
-    simulation_only: ClassVar[bool] = False
-    """Whether it computes nothing and runs on fake tensors alone."""
-    pins_checkpoints: ClassVar[bool] = False
-    """Whether what it offloads lies in pinned memory on a GPU's host."""
-
     recomputes_layers: ClassVar[bool] = True
     """Whether each layer runs forward, forward again, and backward once, as in published runs."""
 
@@ -62,7 +57,7 @@ class Method(Frozen):
         return {**dict.fromkeys(AXES, 1), **self.axes(world_size)}
 
     def heaviest_rank(self, world_size: int) -> int:
-        """A rank that no other holds more than: the one that stands for all where one is simulated."""
+        """A rank that no other holds more than: the one that is played where one stands for all."""
         return 0
 
     def local_seqlen(self, config: TrainConfig) -> int:
@@ -128,7 +123,6 @@ class Method(Frozen):
 class Tiled(Method):
     """What methods share that cut the sequence over ranks and everything token-wise into tiles."""
 
-    pins_checkpoints: ClassVar[bool] = True
     tile_mlp: bool = True
     """Compute MLPs in tiles."""
     tile_norm: bool = True

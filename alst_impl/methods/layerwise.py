@@ -28,7 +28,6 @@ SMALLEST_ROWS = 512
 class Layerwise(Method):
     """Ours: exact, with about four layer inputs of full length at the peak of backward."""
 
-    pins_checkpoints: ClassVar[bool] = True
     recomputes_layers: ClassVar[bool] = False
     sp: int = Field(default=1, ge=1)
     """Sequence-parallel degree: ranks that share one sample."""

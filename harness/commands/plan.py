@@ -15,10 +15,10 @@ from harness.commands.predict import (
     HostMemory,
     Model,
     cell_of,
-    patience,
+    hush_transformers,
+    on_phantom,
     wide_console,
 )
-from harness.hardware import load_hardware
 from harness.plain import bytes_text, seconds_text
 
 if TYPE_CHECKING:
@@ -45,13 +45,12 @@ def plan(
     Example: alst plan llama3.1-8b --seqlen 1_000_000 --hardware h100-80gb
     """
     cell = cell_of(model, seqlen, "alst", gpus or 1, hardware, host_memory)
-    assert cell.simulation is not None
-    from harness.plan import make_plan
+    hush_transformers()
+    asked = {"cell": cell.model_dump(mode="json"), "gpus": gpus}
+    (planned,) = on_phantom("harness.plan:execute", asked, cell)
+    from harness.plan import Plan
 
-    with patience(f"planning {seqlen:,} tokens of {model}"):
-        found = make_plan(
-            cell.train, load_hardware(hardware), gpus, cell.simulation.host_memory_bytes
-        )
+    found = Plan(**planned)
     if as_json:
         print(json.dumps([option.as_json() for option in found.options]))
     elif found.options:
@@ -69,7 +68,7 @@ def _print(found: Plan, title: str) -> None:
         table.add_column(heading, justify="left" if heading == "offload" else "right", no_wrap=True)
     for option in found.options:
         p, rung = option.prediction, option.rung
-        offloaded = ["checkpoints"] * rung.offload + ["parameters"] * rung.offload_parameters
+        offloaded = ["checkpoints"] * rung.offload + ["states"] * rung.offload_states
         table.add_row(
             *map(str, (option.gpus, option.sp, option.dp)),
             "on" if rung.tiling else "off",

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -21,9 +21,6 @@ from harness.cell import Cell, make_cell
 from harness.commands.options import parsed
 from harness.plain import bytes_text, bytes_value, options_text, seconds_text
 from harness.prediction import LIMITS, Cost, Holding, Prediction, SearchResult, Simulated
-
-if TYPE_CHECKING:
-    from harness.tracker import Allocation
 
 PATIENCE_S = 5.0
 """What takes longer shows that it is alive."""
@@ -53,18 +50,11 @@ Options = Annotated[
         help="Any option of the method; repeatable. sp, then cp, is by default the largest legal degree.",
     ),
 ]
-OffloadParameters = Annotated[
-    bool, typer.Option("--offload-parameters", help="Parameter shards in host memory, too.")
-]
-Kernel = Annotated[
-    Literal["flash_attention_2", "flash_attention_3"],
-    typer.Option(help="Core attention whose scratch counts."),
-]
-WorldName = Annotated[
-    Literal["sim", "phantom"],
+OnDevice = Annotated[
+    bool,
     typer.Option(
-        help="What runs the step: a model of CUDA on fake tensors, or PyTorch's own CUDA build on phantom devices "
-        "(`make phantom` fetches it)."
+        "--on-device",
+        help="Keep parameters, gradients and optimizer states on the GPUs; by default they lie in host memory.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -78,9 +68,7 @@ def predict(
     hardware: HardwareName = "h100-80gb",
     host_memory: HostMemory = None,
     option: Options = None,
-    offload_parameters: OffloadParameters = False,
-    kernel: Kernel = "flash_attention_2",
-    world: WorldName = "sim",
+    on_device: OnDevice = False,
     explain: Annotated[
         bool, typer.Option("--explain", help="List what is alive at the peak, with source lines.")
     ] = False,
@@ -88,50 +76,26 @@ def predict(
 ) -> None:
     """Predict memory, limits, FLOPs and step time of one training step, without a GPU.
 
-    World sim counts live tensors and kernel scratch on a simulated step and models the allocator. World
-    phantom runs the step of PyTorch's CUDA build, whose allocator counts. Time is modelled in both.
-    bf16, one sample per sp ranks, checkpointed layers, parameters sharded by engine fsdp2,
-    optimizer states on the host; in world phantom parameters and gradients, too.
+    PyTorch's own CUDA build runs the step on a phantom device, where memory is real and arithmetic is not
+    (`make phantom` fetches it): its allocator counts. What lies outside the allocator, and time, are modelled.
+    bf16, one sample per sp ranks, checkpointed layers, engine fsdp2.
 
     Example: alst predict llama3.1-8b --method alst --gpus 8 --seqlen 3_700_000 --hardware h100-80gb
     """
-    cell = cell_of(
-        model,
-        seqlen,
-        method,
-        gpus,
-        hardware,
-        host_memory,
-        option,
-        offload_parameters,
-        kernel,
-        world,
-    )
+    cell = cell_of(model, seqlen, method, gpus, hardware, host_memory, option, on_device)
     hush_transformers()
-    if world == "phantom":
-        _show_forecast(forecast_of(cell), cell, explain, as_json)
-        return
-    from harness.forecast import setting
-    from harness.predict import as_json as plain
-    from harness.predict import explained, longer, with_slope
-    from harness.predict import predict as bare
-
-    with patience(f"simulating a step of {cell.label}"):
-        of = setting(cell)
-        prediction, trace = explained(of, explain=explain)
-        prediction = with_slope(of, prediction, bare(longer(of), slope=False))
-    alive = trace.live[trace.peak] if explain else []
+    found = forecast_of(cell)
+    assert found.prediction is not None
     if as_json:
-        answer = plain(prediction)
+        answer = found.prediction.model_dump(mode="json")
         if explain:
-            answer["alive_at_peak"] = [_row(allocation) for allocation in alive]
+            answer["alive_at_peak"] = [each.model_dump(mode="json") for each in found.holdings]
         print(json.dumps(answer))
         return
     console = wide_console()
-    _print_prediction(console, cell, prediction)
+    _print_prediction(console, cell, found.prediction)
     if explain:
-        _print_overhead(console, prediction)
-        _print_alive(console, trace.peak, alive)
+        _print_holdings(console, found.holdings)
 
 
 def search(
@@ -141,38 +105,23 @@ def search(
     hardware: HardwareName = "h100-80gb",
     host_memory: HostMemory = None,
     option: Options = None,
-    offload_parameters: OffloadParameters = False,
-    kernel: Kernel = "flash_attention_2",
-    world: WorldName = "sim",
+    on_device: OnDevice = False,
     as_json: AsJson = False,
 ) -> None:
     """Find the longest sequence that fits, the shortest that does not, and the limit it meets.
 
-    In world phantom what does not fit has met the out-of-memory of PyTorch's own allocator.
+    What does not fit has met the out-of-memory of PyTorch's own allocator on a phantom device.
 
     Example: alst search llama3.1-8b --method alst --gpus 8 --hardware h100-80gb
     """
-    cell = cell_of(
-        model, GUESS, method, gpus, hardware, host_memory, option, offload_parameters, kernel, world
-    )
+    cell = cell_of(model, GUESS, method, gpus, hardware, host_memory, option, on_device)
     hush_transformers()
-    if world == "phantom":
-        found = forecast_of(searching(cell)).search
-        assert found is not None
-        if as_json:
-            print(found.model_dump_json())
-        else:
-            _print_search(wide_console(), cell, found)
-        return
-    from harness.forecast import setting
-    from harness.predict import search as find
-
-    with patience(f"searching the longest sequence of {model} {method} x{gpus}"):
-        result = find(setting(cell))
+    found = forecast_of(searching(cell)).search
+    assert found is not None
     if as_json:
-        print(result.model_dump_json())
+        print(found.model_dump_json())
     else:
-        _print_search(wide_console(), cell, result)
+        _print_search(wide_console(), cell, found)
 
 
 GUESS = 1_048_576
@@ -187,9 +136,7 @@ def cell_of(
     hardware: str,
     host_memory: str | None,
     option: list[str] | None = None,
-    offload_parameters: bool = False,
-    kernel: str = "flash_attention_2",
-    world: str = "sim",
+    on_device: bool = False,
 ) -> Cell:
     """The checked cell of what was asked for. Raises `ValueError` in words."""
     options = parsed(option or [])
@@ -200,28 +147,29 @@ def cell_of(
         options = {"sp": math.gcd(left, field(fields, "num_attention_heads")), **options}
     if "cp" in offered:
         options = {"cp": max(gpus // _degree(options, "sp"), 1), **options}
-    simulation: dict[str, Any] = {
-        "offload_parameters": offload_parameters,
-        "kernel": kernel,
-        "host_memory_bytes": None if host_memory is None else bytes_value(host_memory),
-    }
-    engine: str | dict[str, Any] = "fsdp2"
-    if world == "phantom":
-        engine = {"name": "fsdp2", "offload": True}
-        simulation |= {"offload_parameters": False, "search": False}
     return make_cell(
         {
             "model": model,
             "method": {"name": method, "options": options},
-            "engine": engine,
+            "engine": engine_of(method, on_device=on_device),
             "seqlen": seqlen,
             "world_size": gpus,
             "dtype": "bfloat16",
-            "world": world,
+            "world": "phantom",
             "hardware": hardware,
-            "simulation": simulation,
+            "simulation": {
+                "host_memory_bytes": None if host_memory is None else bytes_value(host_memory),
+                "search": False,
+            },
         }
     )
+
+
+def engine_of(method: str, *, on_device: bool) -> dict[str, Any]:
+    """The engine that shards training states over all ranks: PyTorch's, or DeepSpeed's for its own method."""
+    if method == "deepspeed_alst":
+        return {"name": "zero", "offload_optimizer": not on_device}
+    return {"name": "fsdp2", "offload": not on_device}
 
 
 def searching(cell: Cell) -> Cell:
@@ -233,7 +181,16 @@ def searching(cell: Cell) -> Cell:
 
 
 def forecast_of(cell: Cell) -> Simulated:
-    """What a phantom device says of `cell`. Raises `ValueError` for what cannot run, `RuntimeError` for what failed."""
+    """What a phantom device says of `cell`. Raises as `on_phantom` does."""
+    (found,) = on_phantom("harness.fits:execute", {"cell": cell.model_dump(mode="json")}, cell)
+    return Simulated(**found["simulated"])
+
+
+def on_phantom(entry: str, payload: dict[str, Any], cell: Cell) -> list[dict[str, Any]]:
+    """What `entry` returns in a process with phantom devices; what it does is shown.
+
+    Raises `ValueError` for what cannot run, `RuntimeError` for what failed.
+    """
     from harness import client
 
     doing = {"now": f"{cell.label} on a phantom device"}
@@ -242,20 +199,14 @@ def forecast_of(cell: Cell) -> Simulated:
         doing["now"] = f"{cell.label}: {event.get('doing', 'starting')}"
 
     with patience(lambda: doing["now"]):
-        ending = client.submit(
-            "harness.fits:execute",
-            {"cell": cell.model_dump(mode="json")},
-            1,
-            cell.timeout_s,
-            heard,
-            accelerator="phantom",
-        )
+        ending = client.submit(entry, payload, 1, cell.timeout_s, heard, accelerator="phantom")
     if ending.how == "finished":
-        return Simulated(**ending.results[0]["simulated"])
-    said = f"{ending.error or ending.how}: {ending.message}"
+        return list(ending.results)
     if ending.error == "ValueError":
         raise ValueError(ending.message)
-    raise RuntimeError(f"{cell.label} on a phantom device: {said}")
+    raise RuntimeError(
+        f"{cell.label} on a phantom device: {ending.error or ending.how}: {ending.message}"
+    )
 
 
 def _degree(options: dict[str, Any], name: str) -> int:
@@ -313,16 +264,11 @@ def _print_prediction(console: Console, cell: Cell, p: Prediction) -> None:
     for category, nbytes in sorted(p.by_category.items(), key=lambda item: -item[1]):
         table.add_row(category, bytes_text(nbytes), "")
     table.add_section()
-    if p.live_bytes is not None and p.scratch_bytes is not None:
-        table.add_row("live tensors", bytes_text(p.live_bytes), "counted")
-        table.add_row("kernel scratch", bytes_text(p.scratch_bytes), "from a table of kernels")
-        table.add_row("allocated", bytes_text(p.allocated_bytes), "their sum, at its largest")
-        table.add_row("overhead", bytes_text(p.overhead_bytes), "modelled")
-    elif p.reserved_bytes is not None:
-        outside = p.total_bytes - p.reserved_bytes
-        table.add_row("allocated", bytes_text(p.allocated_bytes), "by PyTorch's allocator")
-        table.add_row("reserved", bytes_text(p.reserved_bytes), "by PyTorch's allocator")
-        table.add_row("outside the allocator", bytes_text(outside), "from published readings")
+    reserved = p.reserved_bytes or 0
+    table.add_row("allocated", bytes_text(p.allocated_bytes), "by PyTorch's allocator")
+    table.add_row("reserved", bytes_text(reserved), "by PyTorch's allocator")
+    outside = bytes_text(p.total_bytes - reserved)
+    table.add_row("outside the allocator", outside, "from published readings")
     table.add_row("total", bytes_text(p.total_bytes), "modelled; what NVML reads", style="bold")
     table.add_section()
     table.add_row("host memory of a node", bytes_text(p.host_bytes), "counted; states modelled")
@@ -339,21 +285,6 @@ def _print_prediction(console: Console, cell: Cell, p: Prediction) -> None:
     if p.cost is not None:
         _print_cost(console, p, p.cost, cell.train.world_size)
     console.print(f"step: {seconds_text(p.step_seconds_modelled)} (modelled)", highlight=False)
-
-
-def _show_forecast(found: Simulated, cell: Cell, explain: bool, as_json: bool) -> None:
-    """What a phantom device says, as JSON or as tables."""
-    assert found.prediction is not None
-    if as_json:
-        answer = found.prediction.model_dump(mode="json")
-        if explain:
-            answer["alive_at_peak"] = [each.model_dump(mode="json") for each in found.holdings]
-        print(json.dumps(answer))
-        return
-    console = wide_console()
-    _print_prediction(console, cell, found.prediction)
-    if explain:
-        _print_holdings(console, found.holdings)
 
 
 def _print_holdings(console: Console, held: list[Holding]) -> None:
@@ -391,22 +322,6 @@ def _print_cost(console: Console, p: Prediction, cost: Cost, ranks: int) -> None
         )
 
 
-def _print_overhead(console: Console, p: Prediction) -> None:
-    """What the overhead consists of, as far as it has names."""
-    from harness.predict import OUTSIDE_BYTES, OUTSIDE_TERMS
-
-    table = Table(title="overhead, modelled", title_justify="left", box=None, show_header=False)
-    table.add_column(justify="right", no_wrap=True)
-    table.add_column()
-    fragments = p.overhead_bytes - OUTSIDE_BYTES
-    table.add_row(bytes_text(fragments), "reserved but not allocated: rounding and fragmentation")
-    for name, nbytes in OUTSIDE_TERMS.items():
-        table.add_row(bytes_text(nbytes), name)
-    rest = OUTSIDE_BYTES - sum(OUTSIDE_TERMS.values())
-    table.add_row(bytes_text(rest), "not taken apart; with the three above fitted on NVML readings")
-    console.print(table)
-
-
 def _title(cell: Cell) -> str:
     train = cell.train
     method = ", ".join([train.method.name, *options_text(train.method.options)])
@@ -420,32 +335,5 @@ def _print_search(console: Console, cell: Cell, result: SearchResult) -> None:
     table.add_row("longest that fits", f"{result.longest_tokens:,} tokens", style="bold")
     table.add_row("shortest that does not", f"{result.shortest_failing_tokens:,} tokens")
     table.add_row("limit", f"{LIMITS[result.limit]} ({result.limit})")
-    table.add_row("simulated steps", str(result.evaluations))
+    table.add_row("steps that ran", str(result.evaluations))
     console.print(table)
-
-
-def _row(allocation: Allocation) -> dict[str, Any]:
-    return {
-        "operator": allocation.operator,
-        "shape": list(allocation.shape),
-        "dtype": allocation.dtype,
-        "bytes": allocation.nbytes,
-        "category": allocation.category,
-        "line": allocation.location,
-    }
-
-
-def _print_alive(console: Console, phase: str, alive: list[Allocation]) -> None:
-    table = Table(title=f"alive at the peak, in {phase}", title_justify="left", box=None)
-    table.add_column("bytes", justify="right", no_wrap=True)
-    for heading in ("operator", "shape", "dtype", "category", "line"):
-        table.add_column(heading, no_wrap=True)
-    for a in alive[:SHOWN]:
-        shape = " x ".join(map(str, a.shape))
-        operator = a.operator.removeprefix("aten::")
-        table.add_row(bytes_text(a.nbytes), operator, shape, a.dtype, a.category, a.location or "")
-    rest = alive[SHOWN:]
-    if rest:
-        table.add_row(bytes_text(sum(a.nbytes for a in rest)), f"{len(rest)} smaller ones")
-    console.width = WIDE  # cut by no terminal: lines are there to be found in the source
-    console.print(table, soft_wrap=True)

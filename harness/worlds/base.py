@@ -49,7 +49,7 @@ class World(ABC):
         """Seconds, read when all work issued so far is done."""
 
     @abstractmethod
-    def track(self, step: Callable[[], StepResult], runtime: Runtime) -> RankMemory:
+    def track(self, step: Callable[[], object], runtime: Runtime) -> RankMemory:
         """Run `step`, watching what lives."""
 
     def initializer(self, cell: Cell) -> Initializer | None:

@@ -16,7 +16,6 @@ from torch.distributed import DeviceMesh, init_device_mesh
 import harness.preload  # noqa: F401  prepares DeepSpeed for a machine without an accelerator
 from alst_impl.engines.base import Runtime
 from alst_impl.methods.base import load_method
-from alst_impl.step import StepResult
 from harness.cell import Cell
 from harness.processes import Rank
 from harness.record import RankMemory
@@ -50,7 +49,7 @@ class Cpu(World):
     def clock(self) -> float:
         return time.perf_counter()
 
-    def track(self, step: Callable[[], StepResult], runtime: Runtime) -> RankMemory:
+    def track(self, step: Callable[[], object], runtime: Runtime) -> RankMemory:
         gc.collect()
         tracker = Tracker()
         tracker.adopt(runtime.module.parameters(), "parameters")

@@ -25,7 +25,6 @@ from transformers import PreTrainedModel
 from alst_impl.engines.base import Runtime, load_engine
 from alst_impl.methods.base import load_method
 from alst_impl.models import Initializer
-from alst_impl.step import StepResult
 from harness.cell import Cell
 from harness.processes import Rank
 from harness.record import CudaMemory, RankMemory
@@ -81,6 +80,11 @@ class Meter:
         """Most bytes of pinned host memory handed out since that peak was reset."""
         found: int | None = torch.cuda.host_memory_stats().get("active_bytes.peak")
         return found
+
+    def changes(self) -> int:
+        """How often bytes were handed out or taken back so far."""
+        stats = torch.cuda.memory_stats(self.device)
+        return sum(stats.get(f"allocation.all.{kind}", 0) for kind in ("allocated", "freed"))
 
     def retries(self) -> int:
         """Times that the cache was emptied to satisfy a request."""
@@ -250,7 +254,7 @@ class Cuda(World):
         self._meter.synchronize()
         return time.perf_counter()
 
-    def track(self, step: Callable[[], StepResult], runtime: Runtime) -> RankMemory:
+    def track(self, step: Callable[[], object], runtime: Runtime) -> RankMemory:
         gc.collect()
         meter = self._meter
         meter.reset_pinned_peak()

@@ -35,13 +35,13 @@ from alst_impl.data import Batch
 from alst_impl.engines.base import Runtime, load_engine
 from alst_impl.methods.base import load_method
 from alst_impl.models import Initializer
-from alst_impl.step import StepResult
 from harness import cost
 from harness.cell import Cell
 from harness.phantom.session import Read, reviewed_sites
-from harness.prediction import Cost, Holding
+from harness.prediction import Cost, Holding, Timeline
 from harness.processes import Rank
 from harness.record import RankMemory
+from harness.timeline import timeline
 from harness.worlds.base import World
 from harness.worlds.cuda import Cuda, Meter, ask_for_settings, require_forkable
 
@@ -50,6 +50,10 @@ __all__ = ["Phantom", "UnknownValue", "require_forkable", "world"]
 
 STATES = {"adamw": 2, "sgd": 0}
 """Tensors like each parameter that PyTorch's optimizers keep."""
+
+
+EVENTS = 10_000_000
+"""Kept of a timeline: more than the allocations of any step."""
 
 
 class UnknownValue(RuntimeError):
@@ -135,7 +139,10 @@ class Phantom(Cuda):
         super().__init__()
         self._played, self._counted, self._explained = rank, counted, explained
         self._marks: Marks | None = None
+        self._begins: list[tuple[str, int]] | None = None
         self.cost: Cost | None = None
+        self.timeline: Timeline | None = None
+        """Of the tracked step, where the cell asks for it."""
         self.holdings: list[Holding] = []
         self.pageable_bytes = 0
         """Of host memory that is not page-locked, at the most."""
@@ -166,9 +173,13 @@ class Phantom(Cuda):
         for attention in hf.attention_modules(model):
             attention.register_forward_pre_hook(lambda *_: self.on_layer())
 
-    def track(self, step: Callable[[], StepResult], runtime: Runtime) -> RankMemory:
+    def track(self, step: Callable[[], object], runtime: Runtime) -> RankMemory:
+        assert self._cell.simulation is not None
         self._marks = marks = Marks(self._meter)
-        memory = super().track(step, runtime)
+        if self._cell.simulation.timeline:
+            memory = self._drawn(step, runtime)
+        else:
+            memory = super().track(step, runtime)
         self.pageable_bytes = (
             phantom_agent.runtime.library().phantom_pageable_peak()
             + _states_on_host(runtime, self._cell.train.optimizer.name)
@@ -176,6 +187,19 @@ class Phantom(Cuda):
         if self._explained:
             self.holdings = self._alive_after(marks.before_highest, step, runtime)
         self._require_known()
+        return memory
+
+    def _drawn(self, step: Callable[[], object], runtime: Runtime) -> RankMemory:
+        """`step` under the tracker, with its timeline."""
+        gc.collect()
+        begin, resting = self._meter.changes(), self._meter.allocated()
+        self._begins = []
+        torch.cuda.memory._record_memory_history(enabled="all", context=None, max_entries=EVENTS)
+        memory = super().track(step, runtime)
+        events = torch.cuda.memory._snapshot()["device_traces"][self.device.index]
+        torch.cuda.memory._record_memory_history(enabled=None)
+        begins, self._begins = [(name, at - begin) for name, at in self._begins], None
+        self.timeline = timeline(events, resting, begins)
         return memory
 
     @contextmanager
@@ -189,6 +213,8 @@ class Phantom(Cuda):
 
     def on_phase(self, name: str) -> None:
         self.on_layer()  # before the phase that ends has its peaks reset
+        if self._begins is not None:
+            self._begins.append((name, self._meter.changes()))
         super().on_phase(name)
 
     def on_layer(self) -> None:
@@ -208,7 +234,7 @@ class Phantom(Cuda):
         return load_engine(self._cell.train.engine).updates_on_host
 
     def _alive_after(
-        self, mark: int, step: Callable[[], StepResult], runtime: Runtime
+        self, mark: int, step: Callable[[], object], runtime: Runtime
     ) -> list[Holding]:
         """What is alive at the peak between `mark` and the next, in another step like the tracked one."""
         memory = torch.cuda.memory

@@ -1,0 +1,31 @@
+"""The schedule of a pipeline, played with modelled times and bytes: no tensor is made. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from harness import pipelines
+from harness.cell import Cell
+from harness.prediction import Simulated
+from harness.processes import Rank
+from harness.sources import fingerprint
+
+
+def execute(rank: Rank, payload: dict[str, Any]) -> dict[str, Any]:
+    """Play the schedule of `payload["cell"]`."""
+    cell = Cell(**payload["cell"])
+    assert cell.simulation is not None
+    rank.progress("playing its schedule")
+    prediction = pipelines.prediction(
+        pipelines.staged(cell.train, cell.simulation.tp, cell.hardware)
+    )
+    found = Simulated(
+        code=fingerprint(),
+        prediction=prediction,
+        peak_bytes=prediction.allocated_bytes,
+        checkpoint_bytes=0,
+        holdings=[],
+        search=None,
+        timeline=None,
+    )
+    return {"simulated": found.model_dump(mode="json"), "readings": None}
