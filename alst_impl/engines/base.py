@@ -129,6 +129,11 @@ class Engine(Frozen):
         """Whether optimizer states lie in host memory, so that the update uses no device memory."""
         return False
 
+    @property
+    def updates_in_backward(self) -> bool:
+        """Whether a step is one backward that leaves no gradient to look at."""
+        return False
+
     def require(self) -> None:
         """Raise `ValueError`, naming the extra, where a package that `start` needs is not installed."""
 
