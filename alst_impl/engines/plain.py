@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.autograd.graph import GradientEdge
     from torch.distributed import DeviceMesh
+    from torch.optim import Optimizer
     from transformers import PreTrainedModel
 
     from alst_impl.models import Initializer
@@ -111,7 +112,9 @@ class InBackwardRuntime(PlainRuntime):
         self, model: PreTrainedModel, config: TrainConfig, mesh: DeviceMesh, placement: Placement
     ) -> None:
         super().__init__(model, config, mesh, placement)
-        self._own = {p: optimizer_of([p], config) for p in self._parameters}
+        self._own: dict[Tensor, Optimizer] = {
+            p: optimizer_of([p], config) for p in self._parameters
+        }
         self._share()
         self._norms: dict[Tensor, Tensor] = {}
         """Of the gradients of this step's parameters that are updated."""
