@@ -288,7 +288,13 @@ def make_cell(settings: dict[str, Any]) -> Cell:
             f"corpus '{corpus}' does not exist; use 'python-stdlib' or a text file or folder"
         )
     load_method(train.method).check(train)
-    load_engine(train.engine).check(train)
+    engine = load_engine(train.engine)
+    engine.check(train)
+    if engine.updates_in_backward and (cell.gate or cell.followed):
+        raise ValueError(
+            f"gate ({cell.gate}) and followed ({cell.followed}) compare gradients, which update_in_backward "
+            "frees in backward; set both to false, or use update_in_backward: false"
+        )
     return cell
 
 

@@ -132,6 +132,10 @@ class Engine(Frozen):
     @property
     def settles_at_once(self) -> bool:
         """Whether the first step holds on the device what later ones do: it leaves nothing there, and learns nothing."""
+
+    @property
+    def updates_in_backward(self) -> bool:
+        """Whether a step is one backward that leaves no gradient to look at."""
         return False
 
     def require(self) -> None:

@@ -21,10 +21,14 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.autograd.graph import GradientEdge
     from torch.distributed import DeviceMesh
+    from torch.optim import Optimizer
     from transformers import PreTrainedModel
 
     from alst_impl.models import Initializer
     from alst_impl.placement import Placement
+
+
+WAY_OUT = "use update_in_backward: false"
 
 
 class PlainRuntime(Runtime):
@@ -47,15 +51,21 @@ class PlainRuntime(Runtime):
 
     def _backward(self, output: Tensor | GradientEdge, gradient: Tensor | None) -> None:
         import torch
-        import torch.distributed as dist
 
         torch.autograd.backward(output, gradient)
         self._left -= 1
         if self._left == 0:
             for parameter in self._parameters:
-                if parameter.grad is None:  # unused here, perhaps not on another rank
-                    parameter.grad = torch.zeros_like(parameter)
-                dist.all_reduce(parameter.grad, group=self._replicas)
+                self._sum(parameter)
+
+    def _sum(self, parameter: Tensor) -> None:
+        """Its gradient over all that hold the parameter, in place; zero where it has none. Collective."""
+        import torch
+        import torch.distributed as dist
+
+        if parameter.grad is None:  # unused here, perhaps not on another rank
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad, group=self._replicas)
 
     def _update(self) -> Tensor:
         import torch
@@ -90,8 +100,122 @@ class PlainRuntime(Runtime):
         load_distributed(self.module, self.optimizer, folder)
 
 
+class InBackwardRuntime(PlainRuntime):
+    """Each parameter has an optimizer of its own, which updates it once autograd has its whole gradient.
+
+    Then the gradient is summed over ranks, used and freed, so that there is one at a time. Autograd adds up
+    all that one pass gives a parameter, tied or tiled, before its hook fires. Ranks run the same operations
+    in the same order, and so hooks fire in the same order on all of them.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, config: TrainConfig, mesh: DeviceMesh, placement: Placement
+    ) -> None:
+        super().__init__(model, config, mesh, placement)
+        self._own: dict[Tensor, Optimizer] = {
+            p: optimizer_of([p], config) for p in self._parameters
+        }
+        self._share()
+        self._norms: dict[Tensor, Tensor] = {}
+        """Of the gradients of this step's parameters that are updated."""
+        for parameter in self._parameters:
+            parameter.register_post_accumulate_grad_hook(self._finish)
+
+    def _share(self) -> None:
+        """Have each parameter's optimizer work on the states and settings in `optimizer`."""
+        (group,) = self.optimizer.param_groups
+        for parameter, own in self._own.items():
+            own.state = self.optimizer.state
+            own.param_groups = [{**group, "params": [parameter]}]
+
+    def start_step(self, num_backwards: int) -> None:
+        if num_backwards > 1:
+            raise ValueError(
+                f"a gradient of {num_backwards} backward passes is whole after the last, but "
+                f"update_in_backward updates in the first; {WAY_OUT}"
+            )
+
+    def _backward(self, output: Tensor | GradientEdge, gradient: Tensor | None) -> None:
+        import torch
+
+        torch.autograd.backward(output, gradient)
+        unused = [p for p in self._parameters if p not in self._norms]
+        if unused and self._replicas.size() > 1:
+            raise ValueError(
+                f"parameter '{self._name(unused[0])}' has no gradient on this rank, so that ranks may have "
+                f"summed gradients of different parameters under update_in_backward; {WAY_OUT}"
+            )
+        for parameter in unused:
+            self._finish(parameter)
+
+    def _finish(self, parameter: Tensor) -> None:
+        """Update `parameter` with its gradient and free that. Collective."""
+        import torch
+
+        from alst_impl.ops.tiling import accumulation_dtype
+
+        if parameter in self._norms:
+            raise ValueError(
+                f"parameter '{self._name(parameter)}' gets its gradient in several passes, but "
+                f"update_in_backward updates it after the first; {WAY_OUT}"
+            )
+        self._sum(parameter)
+        assert parameter.grad is not None, "just summed"
+        wide = accumulation_dtype(parameter)
+        self._norms[parameter] = torch.linalg.vector_norm(parameter.grad, dtype=wide)
+        self._own[parameter].step()
+        parameter.grad = None
+
+    def _name(self, parameter: Tensor) -> str:
+        return next(name for name, p in self.module.named_parameters() if p is parameter)
+
+    def _update(self) -> Tensor:
+        import torch
+
+        # In the order of the parameters, so that it is the norm of the usual update to the bit.
+        norms = torch.stack([self._norms[p] for p in self._parameters])
+        self._norms.clear()
+        return self._norm_of_all_stages(torch.linalg.vector_norm(norms))
+
+    def drop_gradients(self) -> None:
+        raise ValueError(
+            f"a step without an update is impossible under update_in_backward; {WAY_OUT}"
+        )
+
+    def _gradients(self) -> dict[str, Tensor]:
+        raise ValueError(f"gradients are gone after backward under update_in_backward; {WAY_OUT}")
+
+    def load(self, folder: Path) -> None:
+        super().load(folder)
+        self._share()  # loading puts others in their place
+
+
 class Plain(Engine):
-    """No options: the reference of the other engines."""
+    """The reference of the other engines."""
+
+    update_in_backward: bool = False
+    """Update each parameter in backward, as soon as its gradient is whole, and free the gradient, so that
+    gradients never pile up: PyTorch's "optimizer step in backward", as in the measurements of
+    arXiv:2407.15892, appendix D. Nobody can see the gradients."""
+
+    @property
+    def updates_in_backward(self) -> bool:
+        return self.update_in_backward
+
+    def check(self, config: TrainConfig) -> None:
+        if not self.update_in_backward:
+            return
+        if config.accumulation > 1:
+            raise ValueError(
+                f"update_in_backward updates in every backward, but accumulation is {config.accumulation}; "
+                f"set accumulation: 1, or {WAY_OUT}"
+            )
+        if config.optimizer.max_grad_norm is not None:
+            raise ValueError(
+                "clipping needs the norm of all gradients before the first update, but update_in_backward "
+                f"updates before it is known (max_grad_norm={config.optimizer.max_grad_norm}); "
+                f"leave max_grad_norm out, or {WAY_OUT}"
+            )
 
     def start(
         self,
@@ -103,4 +227,5 @@ class Plain(Engine):
         mpu: ModuleType | None = None,
     ) -> Runtime:
         initializer.fill(model, model, placement.device)
-        return PlainRuntime(model, config, mesh, placement)
+        runtime = InBackwardRuntime if self.update_in_backward else PlainRuntime
+        return runtime(model, config, mesh, placement)

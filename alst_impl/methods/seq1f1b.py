@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from alst_impl.config import TrainConfig
+from alst_impl.engines.base import load_engine
 from alst_impl.methods.base import Method, check_flash_by_name, check_rotary, divisors
 from alst_impl.methods.layerwise import LOSS_ROWS
 from alst_impl.models import field, published, unsupported, window
@@ -59,6 +60,12 @@ class Seq1F1B(Method):
                 "engine 'zero' shards over all ranks and takes one backward per forward, but stages of "
                 "method 'seq1f1b' hold other layers and slices wait for each other; use engine 'plain' "
                 "or 'fsdp2'"
+            )
+        if self.slices > 1 and load_engine(config.engine).updates_in_backward:
+            raise ValueError(
+                f"slices ({self.slices}) add up gradients over as many backward passes, but engine "
+                f"'{config.engine.name}' updates in the first (update_in_backward); use slices: 1 or "
+                "update_in_backward: false"
             )
         reason = unsupported(fields)
         if reason:
