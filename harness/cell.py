@@ -23,7 +23,7 @@ from harness import paths
 from harness.hardware import load_hardware
 from harness.matrix import Matrix, Row, merge
 
-World = Literal["cuda", "cpu", "phantom", "sim"]
+World = Literal["cuda", "cpu", "phantom", "schedule"]
 Quantity = Literal[
     "longest_tokens",
     "longest_ratio",
@@ -37,7 +37,7 @@ step, tokens of all ranks over it, what NVML reads, what PyTorch's profiler does
 
 NOTHING_TIMED = {"gate": False, "followed": False, "timed": False, "steps": 0}
 """Fields of a cell without values to compare and without time: on fake tensors, and on phantom devices."""
-FORECAST = ("phantom", "sim")
+FORECAST = ("phantom", "schedule")
 """Worlds in which one process plays one rank of all, and numbers are forecasts."""
 DEVICES = ("cuda", "phantom")
 """Worlds with CUDA's allocator."""
@@ -387,7 +387,7 @@ def _check_simulation(cell: Cell) -> None:
 def _check_phantom(cell: Cell) -> None:
     """Raise `ValueError` for settings that say how world `sim` runs: a device runs what the engine does."""
     assert cell.simulation is not None
-    spoken = {"search", "host_memory_bytes"}
+    spoken = {"part", "search", "host_memory_bytes", "timeline"}
     for name, info in Simulation.model_fields.items():
         if name not in spoken and getattr(cell.simulation, name) != info.default:
             raise ValueError(

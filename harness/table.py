@@ -15,7 +15,7 @@ import pandas as pd
 from alst_impl.methods.base import AXES, load_method
 from alst_impl.plugin import names
 from harness import paths, record
-from harness.cell import Cell, Claim, Experiment, load_experiment
+from harness.cell import FORECAST, Cell, Claim, Experiment, load_experiment
 from harness.matrix import Row
 from harness.record import Measurement, Provenance
 
@@ -57,8 +57,8 @@ class Results:
 
 
 def measured_part(results: Results) -> Results:
-    """`results` without simulated cells, where it has others: these have steps, gates and peers."""
-    cells = {key: cell for key, cell in results.cells.items() if cell.world != "sim"}
+    """`results` without cells of phantom devices, where it has others: these have steps, gates and peers."""
+    cells = {key: cell for key, cell in results.cells.items() if cell.world not in FORECAST}
     if not cells or len(cells) == len(results.cells):
         return results
     measurements = {key: m for key, m in results.measurements.items() if key in cells}
@@ -219,12 +219,12 @@ def outcome_of(cell: Cell, m: Measurement | None) -> str:
     """How `cell` ended, or that there is no record of it."""
     if m is not None:
         return m.outcome.value
-    return NOT_SIMULATED if cell.world == "sim" else NOT_MEASURED
+    return NOT_SIMULATED if cell.world in FORECAST else NOT_MEASURED
 
 
 def counted_outcomes(results: Results) -> str:
     """How many cells were measured or simulated, and how many ended in each way."""
-    kinds = {cell.world == "sim" for cell in results.cells.values()}
+    kinds = {cell.world in FORECAST for cell in results.cells.values()}
     done = " or ".join({False: "measured", True: "simulated"}[kind] for kind in sorted(kinds))
     outcomes = Counter(m.outcome.value for m in results.measurements.values())
     counted = ", ".join(f"{n} {outcome}" for outcome, n in outcomes.most_common())

@@ -57,6 +57,6 @@ def draw(results: Results) -> Figure:
     axes.set_ylabel("checkpoints of one GPU")
     handles = [
         drawing.handle("published", drawing.INK, "published"),
-        drawing.handle("predicted: the simulated step", colour, "predicted"),
+        drawing.handle("predicted: on a phantom device", colour, "predicted"),
     ]
     return drawing.frame(figure, results, "Activation checkpoints of Llama-8B by length", handles)

@@ -14,7 +14,7 @@ from harness.__main__ import main
 from harness.cell import Cell, make_cell
 from harness.launch import Launch
 from harness.machine import (
-    calibrated_device,
+    known_device,
     rank_environment,
     require_attention,
     require_devices,
@@ -198,11 +198,11 @@ def test_a_machine_without_devices_says_so(monkeypatch: pytest.MonkeyPatch) -> N
         some_devices(FakeNvml([device(0)]))
 
 
-def test_a_device_without_a_row_is_not_calibrated() -> None:
+def test_a_device_without_a_row_is_refused() -> None:
     """What was measured belongs to a row; the way out is to write one."""
-    assert calibrated_device(FakeNvml([device(0)]))[0] == "h100-80gb"
+    assert known_device(FakeNvml([device(0)]))[0] == "h100-80gb"
     with pytest.raises(ValueError, match="'NVIDIA L4', which no row"):
-        calibrated_device(FakeNvml([device(0, name="NVIDIA L4")]))
+        known_device(FakeNvml([device(0, name="NVIDIA L4")]))
 
 
 @pytest.mark.parametrize(
