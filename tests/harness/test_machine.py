@@ -209,7 +209,10 @@ def test_a_device_without_a_row_is_refused() -> None:
     ("change", "words"),
     [
         ({"world": "cpu", "hardware": "cpu", "attention": "sdpa_cudnn"}, ["CUDA kernel", "'cpu'"]),
-        ({"world": "sim", "attention": "flash_attention_2"}, ["CUDA kernel", "names the kernel"]),
+        (
+            {"world": "phantom", "attention": "flash_attention_2"},
+            ["PyTorch's own kernels", "use attention 'sdpa_flash'"],
+        ),
         ({"world": "cpu", "expandable_segments": True}, ["expandable_segments", "leave it out"]),
         ({"method": "layerwise", "attention": "sdpa_cudnn"}, ["layerwise", "use sdpa or"]),
         (
