@@ -194,7 +194,7 @@ def simulated(of: Cell, allocated: int = 20 * 2**30) -> Measurement:
     readings = gpu.readings.model_copy(update={"loss": [], "grad_norm": [], "devices": []})
     m = searched(of, peak=allocated)
     assert m.simulated is not None
-    alone = m.simulated.model_copy(update={"search": None})
+    alone = m.simulated.model_copy(update={"search": None, "checkpoint_bytes": 512 * MIB})
     return m.model_copy(update={"readings": readings, "simulated": alone})
 
 

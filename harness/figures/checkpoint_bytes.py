@@ -20,7 +20,7 @@ def draw(results: Results) -> Figure:
     points = sorted(
         (cell.train.seqlen, s.checkpoint_bytes, s.fits)
         for cell, s in simulated(results)
-        if cell.train.world_size == 1 and s.timeline is None
+        if cell.train.world_size == 1 and s.timeline is None and s.checkpoint_bytes
     )
     colour = drawing.palette(["alst"])["alst"]
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
