@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from harness.cell import load_experiment
+from harness.cell import FORECAST, load_experiment
 from harness.launch import command, num_nodes
 from harness.sources import code_files
 from harness.tied import unlock
@@ -94,7 +94,7 @@ def minutes(wildcards):
 def code_of(wildcards):
     """A simulated record is of the code that made it; a measured one stays."""
     cell = CELLS[wildcards.name][wildcards.key]
-    return [str(path) for path in code_files()] if cell.world == "sim" else []
+    return [str(path) for path in code_files()] if cell.world in FORECAST else []
 
 
 wildcard_constraints:

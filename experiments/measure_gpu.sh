@@ -1,13 +1,12 @@
 #!/usr/bin/env bash
 # Everything that this project measures on one GPU. Steps resume: what has a record is not run again.
 #
-#   experiments/measure_gpu.sh              calibrate, cells, confirm: about ten minutes on an H100
+#   experiments/measure_gpu.sh              cells, confirm: about ten minutes on an H100
 #   experiments/measure_gpu.sh kernels      further steps by name, each a run of its own
 #   BUDGET_S=540 experiments/measure_gpu.sh stop before so many seconds; the next run goes on
 #
-#   calibrate   kernel scratch of each operator alone, contexts and communicators, copies
 #   cells       gradients in bf16, then full-width layers at 32K and 128K: memory, time, MFU
-#   confirm     allocated, reserved and NVML beside what was simulated, per phase; needs no GPU
+#   confirm     allocated (equal to the byte), reserved and NVML beside a phantom device; needs no GPU
 #   kernels     attention kernels, packed documents, offload (overlapped, blocking, off), allocator
 #   flash_attn  the same with packages flash-attn, where they are installed
 #   longer      256K tokens and up, until it does not fit
@@ -62,15 +61,12 @@ measure() { within run "experiments/$(experiment "$1").yaml" "${options[@]}"; }
 step() {
   echo "measure_gpu: $1 on $row"
   case $1 in
-  calibrate) within calibrate "${options[@]}" ;;
   cells) measure gpu_single ;;
   confirm) alst confirm "$(experiment gpu_single)" || echo "measure_gpu: see the table above" >&2 ;;
   kernels) measure gpu_kernels ;;
   flash_attn) measure gpu_flash_attn ;;
   longer) measure gpu_longer ;;
   records)
-    mkdir -p "results/reference/$row"
-    cp "results/calibration/$row.json" "results/reference/$row/calibration.json"
     for name in gpu_single gpu_kernels gpu_longer; do
       name=$(experiment "$name")
       if compgen -G "results/cells/$name/*.json" >/dev/null; then
@@ -85,6 +81,6 @@ step() {
   esac
 }
 
-for name in "${@:-calibrate cells confirm}"; do
+for name in "${@:-cells confirm}"; do
   for each in $name; do step "$each"; done
 done

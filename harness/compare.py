@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from alst_impl.config import Frozen
-from harness import paths, record
+from harness import record
 from harness.plain import bytes_text
 from harness.prediction import Holding, Simulated
 from harness.record import Measurement
@@ -49,8 +49,7 @@ def load(folder: Path) -> dict[str, Measurement]:
     """Every record below `folder` by key. Raises `ValueError` if there is none, or a file is not one."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder of records")
-    files = [file for file in sorted(folder.rglob("*.json")) if file.name != paths.CALIBRATION]
-    records = {file.stem: record.read(file) for file in files}
+    records = {file.stem: record.read(file) for file in sorted(folder.rglob("*.json"))}
     if not records:
         raise ValueError(f"{folder}: no records (*.json) in it")
     return records

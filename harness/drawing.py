@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
+from harness.cell import FORECAST
 from harness.plain import bytes_text, length_text, seconds_text
 from harness.record import Outcome
 from harness.table import NOT_MEASURED, NOT_SIMULATED, Results, source_line
@@ -80,8 +81,8 @@ STYLE = {
 
 
 def kind_of(world: str) -> Kind:
-    """The kind of number that a cell of `world` gives: a simulated one was not measured."""
-    return "predicted" if world == "sim" else "measured"
+    """The kind of number that a cell of `world` gives: what no device ran was not measured."""
+    return "predicted" if world in FORECAST else "measured"
 
 
 def rank(method: str) -> int:

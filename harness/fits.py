@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -87,7 +88,11 @@ def forecast(rank: Rank, cell: Cell) -> Forecast:
         return _part(rank, cell)
     rank.progress("running a step on a phantom device")
     # Side by side: the whole step takes about as long as all that needs few layers.
-    step, around = apart([partial(roomy, rank, cell, explained=True), partial(_around, rank, cell)])
+    calls: list[Callable[[], Step | Around]] = [
+        partial(roomy, rank, cell, explained=True),
+        partial(_around, rank, cell),
+    ]
+    step, around = apart(calls)
     assert isinstance(step, Step)
     assert isinstance(around, Around)
     step, fits = _on_its_device(rank, cell, step)

@@ -94,7 +94,7 @@ def some_devices(library: Any) -> list[Device]:
     return found
 
 
-def calibrated_device(library: Any) -> tuple[str, Device]:
+def known_device(library: Any) -> tuple[str, Device]:
     """The row of the first device that is visible, and the device. Raises `ValueError` for no known row."""
     found = some_devices(library)
     row = row_of(found[0])

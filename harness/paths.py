@@ -15,8 +15,6 @@ CAUGHT = EXPERIMENTS / "planted" / "caught.csv"
 RESULTS = Path("results")
 REFERENCE = RESULTS / "reference"
 """Committed records, one folder per hardware and experiment."""
-CALIBRATION = "calibration.json"
-"""In a hardware row's folder of `REFERENCE`: what was measured to simulate it with."""
 CHANGES = REFERENCE / "CHANGES.md"
 """Why committed records were replaced, and by what they differ."""
 REPORT = RESULTS / "report.html"

@@ -15,7 +15,7 @@ import jinja2
 import pandas as pd
 
 from harness import paths
-from harness.cell import Cell
+from harness.cell import FORECAST, Cell
 from harness.claims import TOLERANCE, Evidence, evidence
 from harness.defects import read_catches
 from harness.drawing import rank
@@ -101,7 +101,7 @@ class Section:
     summary: str
     verdicts: Grid
     twins: Grid
-    """What was measured beside what was simulated of the same cells."""
+    """What a GPU measured beside what a phantom device read of the same cells."""
     claims: Grid
     """Published numbers and ours."""
     misses: Grid
@@ -197,16 +197,16 @@ def length_grid(found: Sequence[Evidence]) -> Grid:
     for name, row in zip(lengths, claim_grid(lengths.values()).rows, strict=True):
         if f"-{OURS}-" in name:
             continue
-        mine = ours.get(name.replace("-alst_recipe-", "-"))
+        mine = ours.get(name.replace("-deepspeed_alst-", "-"))
         beside = MISSING if mine is None or mine.predicted is None else tokens_text(mine.predicted)
-        label = name.removesuffix("-longest_tokens").replace("-alst_recipe", "-ALST")
+        label = name.removesuffix("-longest_tokens").replace("-deepspeed_alst", "-ALST")
         rows.append([label.replace("-", ", "), row[5], *row[1:5], beside])
     headings = ["row", "verdict", "published", "predicted", "error", "limit", f"our `{OURS}`"]
     return Grid(headings, rows)
 
 
 def simulated_grid(results: Results) -> Grid:
-    """Every simulated cell: what it holds, and the longest sequence of its settings."""
+    """Every cell of a phantom device: what it holds, and the longest sequence of its settings."""
     named = series(results.cells)
     rows = []
     for key, cell in results.cells.items():
@@ -221,6 +221,7 @@ def simulated_grid(results: Results) -> Grid:
                 length_text(cell.train.seqlen),
                 outcome_of(cell, m),
                 bytes_text(s.peak_bytes) if s else MISSING,
+                bytes_text(p.reserved_bytes) if p and p.reserved_bytes else MISSING,
                 bytes_text(p.total_bytes) if p else MISSING,
                 bytes_text(p.host_bytes) if p else MISSING,
                 seconds_text(p.step_seconds_modelled) if p else MISSING,
@@ -236,6 +237,7 @@ def simulated_grid(results: Results) -> Grid:
             "length",
             "outcome",
             "allocated",
+            "reserved",
             "total (modelled)",
             "host per node",
             "step (modelled)",
@@ -299,24 +301,24 @@ def _roofline(cell: Cell, p: Prediction | None) -> list[str]:
 
 
 def is_simulated(results: Results) -> bool:
-    """Whether the cells are simulated: numbers without gradients to compare or steps to time."""
-    return all(cell.world == "sim" for cell in results.cells.values())
+    """Whether no device runs the cells: numbers without gradients to compare or steps to time."""
+    return all(cell.world in FORECAST for cell in results.cells.values())
 
 
 def twin_grid(results: Results) -> Grid:
-    """What a GPU measured beside what was simulated of the same run."""
+    """What a GPU measured beside what a phantom device read of the same cell."""
     rows = [
         [
             f"{t.cell.label}, {t.cell.train.engine.name}",
             t.quantity,
             bytes_text(t.measured),
             bytes_text(t.predicted),
-            f"{t.error:+.1%}",
-            "counted" if t.judged else "modelled",
+            f"{t.predicted - t.measured:+,.0f} B",
+            "differs" if t.missed else "equal" if t.judged else "not judged",
         ]
         for t in twins(results)
     ]
-    return Grid(["cell", "quantity", "measured", "predicted", "error", "kind"], rows)
+    return Grid(["cell", "quantity", "GPU", "phantom", "difference", "verdict"], rows)
 
 
 def claim_summary(found: Sequence[Evidence]) -> str:
@@ -724,7 +726,7 @@ def _claims_block(references: Sequence[Results]) -> str:
         [
             claim_summary(found),
             length_grid(found).markdown(),
-            "Times, ratios and memory readings, modelled on top of the counted bytes (`allocated_bytes` is the count alone):",
+            "Times, ratios and memory readings, modelled on top of the bytes that PyTorch's allocator holds on a phantom device (`allocated_bytes` is what it handed out, and no model):",
             Grid(
                 ["claim", "verdict", *rest.headings[1:4]],
                 [[row[0], row[5], *row[1:4]] for row in rest.rows],

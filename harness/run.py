@@ -12,7 +12,6 @@ from alst_impl.config import Frozen
 from alst_impl.engines.base import load_engine
 from alst_impl.methods.base import load_method
 from harness import client
-from harness.calibration import Calibration
 from harness.cell import FORECAST, Cell
 from harness.client import Listener
 from harness.gate import broken_promises, explain_failure
@@ -427,30 +426,3 @@ def _signal_outcome(ending: Ending) -> Outcome:
     if name in DEFECTS:
         return _told((ending.message or "").lower()) or Outcome.SETUP_ERROR
     return CRASHES.get(name, Outcome.KILLED)
-
-
-CALIBRATION_S = 600
-"""Wall time after which a calibration is ended."""
-
-
-def calibration(hardware: str, device: Device) -> Calibration:
-    """What `device`, of row `hardware`, holds and takes. Raises `ValueError` where that fails or is not its own."""
-    begin = time.monotonic()
-    with Sampler([device]) as sampler:
-        ending = client.submit(
-            "harness.calibrate:execute",
-            {},
-            1,
-            CALIBRATION_S,
-            sampler.hear,
-            accelerator="cuda",
-            environment=rank_environment(True, os.environ),
-        )
-    strangers = [name for each in sampler.readings for name in each.strangers]
-    if sampler.ended_early and ending.how == "finished":
-        raise ValueError(f"no calibration: {UNWATCHED}")
-    if ending.how != "finished" or strangers:
-        outcome, detail = classify(ending)
-        raise ValueError(f"no calibration: {'; '.join(strangers) or f'{outcome}, {detail}'}")
-    about = provenance(time.monotonic() - begin, device.name, driver_version())
-    return Calibration(hardware=hardware, provenance=about, **ending.results[0])

@@ -7,16 +7,17 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-from harness import paths
 from harness.processes import SOURCES
 
 HARNESS = (
     "apart",
+    "attempts",
     "cost",
     "depth",
     "fits",
     "flops",
     "hardware",
+    "longest",
     "parts",
     "pipelines",
     "roofline",
@@ -33,8 +34,8 @@ JUDGES = ("gate", "gradients", "truth", "worlds/base", "worlds/cpu", "worlds/cud
 
 
 def code_files() -> list[Path]:
-    """The files that decide a simulated number, sorted; what was measured to simulate with is one of them."""
-    return [*_files(HARNESS), *sorted(paths.REFERENCE.glob(f"*/{paths.CALIBRATION}"))]
+    """The files that decide a forecast, sorted."""
+    return _files(HARNESS)
 
 
 def _files(modules: tuple[str, ...]) -> list[Path]:

@@ -1,27 +1,12 @@
-"""What a GPU measured beside what was simulated of the same training run. Imports no torch."""
+"""What a GPU measured beside what a phantom device read of the same cell. Imports no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from alst_impl.config import Frozen
-from harness.cell import Cell, Simulation
-from harness.metrics import nvml_bytes
-from harness.prediction import Simulated
+from harness.cell import Cell
+from harness.metrics import nvml_bytes, reserved_bytes
 from harness.record import Measurement, Outcome
 from harness.table import Results
-
-KERNELS = {
-    "sdpa": "flash_attention_2",
-    "sdpa_flash": "flash_attention_2",
-    "sdpa_cudnn": "sdpa_cudnn",
-    "flash_attention_2": "flash_attention_2",
-    "flash_attention_3": "flash_attention_3",
-}
-"""Attention of a measured cell -> the kernel whose scratch its twin counts. PyTorch's own flash kernel is
-version 2, and what `sdpa` chooses for a causal bf16 step on a GPU."""
-TOLERANCE = 0.03
-"""How far the simulated allocated peak may be from the measured one."""
 
 
 class Twin(Frozen):
@@ -30,11 +15,15 @@ class Twin(Frozen):
     cell: Cell
     """The measured one."""
     quantity: str
-    """`allocated`, `reserved` or `nvml`, and the phase where it has one."""
+    """`allocated` with its phase, `reserved` or `nvml`."""
     measured: float
     predicted: float
     judged: bool
-    """Whether `TOLERANCE` holds for it: a count, not a model."""
+    """Whether both have to be equal: the same allocator was asked for the same bytes in the same order.
+
+    What it reserves is never judged: a block that a second stream used goes back to the cache when the
+    device has passed the place, and a phantom device has no time. NVML is modelled.
+    """
 
     @property
     def error(self) -> float:
@@ -43,55 +32,75 @@ class Twin(Frozen):
 
     @property
     def missed(self) -> bool:
-        """Whether a count is off by more than `TOLERANCE`."""
-        return self.judged and abs(self.error) > TOLERANCE
+        """Whether numbers that have to be equal differ."""
+        return self.judged and self.predicted != self.measured
 
 
-def _run_of(cell: Cell) -> str:
-    """Equal for a measured cell and its twin."""
-    kernel = cell.simulation.kernel if cell.simulation else KERNELS.get(cell.train.attention)
-    return f"{kernel} {cell.hardware} {cell.train.model_dump_json(exclude={'attention'})}"
+def run_of(cell: Cell) -> str:
+    """Equal for a measured cell and its twin: the training run, its device, allocator and steps before."""
+    return " ".join(
+        [
+            cell.hardware,
+            str(cell.expandable_segments),
+            str(cell.warmup),
+            cell.train.model_dump_json(),
+        ]
+    )
+
+
+def pairs(results: Results) -> list[tuple[Measurement, Measurement]]:
+    """(measured, played) records of the same cell, both whole, in the order of the measured ones."""
+    whole = [m for m in results.measurements.values() if m.readings and m.readings.memory]
+    played = {run_of(m.cell): m for m in whole if m.cell.world == "phantom"}
+    measured = [m for m in whole if m.cell.world == "cuda" and m.outcome is Outcome.OK]
+    return [(m, played[run_of(m.cell)]) for m in measured if run_of(m.cell) in played]
+
+
+def torch_versions(results: Results) -> list[tuple[str, str]]:
+    """(on the GPU, on the phantom device) of pairs that cannot be judged, each once."""
+    found = ((_torch(gpu), _torch(phantom)) for gpu, phantom in pairs(results))
+    return sorted({each for each in found if each[0] != each[1]})
 
 
 def twins(results: Results) -> list[Twin]:
-    """Every number that was both measured and simulated, in the order of the cells."""
-    simulated = {_run_of(cell): s for cell, s in _simulated(results)}
-    return [
-        twin
-        for m in results.measurements.values()
-        if m.cell.world == "cuda" and m.outcome is Outcome.OK
-        for twin in _of(m, simulated.get(_run_of(m.cell)))
+    """Every number that both a GPU and a phantom device read, in the order of the cells."""
+    return [twin for pair in pairs(results) for twin in _of(*pair)]
+
+
+def _of(gpu: Measurement, phantom: Measurement) -> list[Twin]:
+    same = _torch(gpu) == _torch(phantom)
+    ours = allocated_by_phase(phantom)
+    found = [
+        Twin(
+            cell=gpu.cell,
+            quantity=f"allocated, {phase}",
+            measured=nbytes,
+            predicted=ours[phase],
+            judged=same,
+        )
+        for phase, nbytes in allocated_by_phase(gpu).items()
+        if nbytes and phase in ours
+    ]
+    total = phantom.simulated.prediction if phantom.simulated else None
+    shown = {
+        "reserved": (reserved_bytes.value(gpu), reserved_bytes.value(phantom)),
+        "nvml": (nvml_bytes.value(gpu), total and total.total_bytes),
+    }
+    return found + [
+        Twin(cell=gpu.cell, quantity=name, measured=read, predicted=guess, judged=False)
+        for name, (read, guess) in shown.items()
+        if read and guess
     ]
 
 
-def _simulated(results: Results) -> Iterator[tuple[Cell, Simulated]]:
-    for m in results.measurements.values():
-        if _is_twin(m.cell.simulation) and m.simulated is not None:
-            yield m.cell, m.simulated
+def allocated_by_phase(m: Measurement) -> dict[str, int]:
+    """The largest over ranks; a phantom device plays the rank that holds the most."""
+    assert m.readings is not None
+    ranks = [rank.cuda.allocated_bytes for rank in m.readings.memory if rank.cuda is not None]
+    phases = dict.fromkeys(phase for rank in ranks for phase in rank)
+    return {phase: max(rank.get(phase, 0) for rank in ranks) for phase in phases}
 
 
-def _is_twin(simulation: Simulation | None) -> bool:
-    return simulation is not None and simulation.part == "step" and simulation.resident
-
-
-def _of(m: Measurement, simulated: Simulated | None) -> Iterator[Twin]:
-    if m.readings is None or simulated is None:
-        return
-    ranks = [rank.cuda for rank in m.readings.memory if rank.cuda is not None]
-    if not ranks:
-        return
-    for phase, nbytes in simulated.phase_peak_bytes.items():
-        read = max(rank.allocated_bytes.get(phase, 0) for rank in ranks)
-        if read:
-            yield _twin(m.cell, f"allocated, {phase}", read, nbytes, judged=True)
-    # The update is not simulated, and what it reserved stays: compare where it asked for no more.
-    reserved = max(rank.reserved_bytes.get("backward", 0) for rank in ranks)
-    if reserved and simulated.reserved_bytes:
-        yield _twin(m.cell, "reserved", reserved, simulated.reserved_bytes, judged=False)
-    used = nvml_bytes.value(m)
-    if used is not None and simulated.prediction is not None:
-        yield _twin(m.cell, "nvml", used, simulated.prediction.total_bytes, judged=False)
-
-
-def _twin(cell: Cell, quantity: str, measured: float, predicted: float, *, judged: bool) -> Twin:
-    return Twin(cell=cell, quantity=quantity, measured=measured, predicted=predicted, judged=judged)
+def _torch(m: Measurement) -> str:
+    """Version without the name of the build: a phantom device runs the CUDA build beside one for processors."""
+    return m.provenance.versions.get("torch", "unknown").partition("+")[0]

@@ -122,10 +122,11 @@ def cuda_cell(method: str = "alst", seqlen: int = 32_768, **settings: Any) -> Ce
 
 
 def twin_of(cell: Cell) -> Cell:
-    """The simulated cell of the same run."""
+    """The same cell on a phantom device."""
     train = {name: getattr(cell.train, name) for name in TrainConfig.model_fields}
-    simulation = {"search": False, "resident": True}
-    return make_cell({**train, "world": "sim", "hardware": cell.hardware, "simulation": simulation})
+    more = {"hardware": cell.hardware, "warmup": cell.warmup, "simulation": {"search": False}}
+    more["expandable_segments"] = cell.expandable_segments
+    return make_cell({**train, "world": "phantom", **more})
 
 
 GPU = Device(index=0, uuid="GPU-0", name="NVIDIA H100 80GB HBM3", memory_bytes=80 * 2**30)
@@ -187,25 +188,14 @@ def cuda_measurement(of: Cell | None = None, allocated: int = 20 * 2**30) -> Mea
 
 
 def simulated(of: Cell, allocated: int = 20 * 2**30) -> Measurement:
-    """A record of a simulated cell with nothing but the bytes of its phases."""
-    return Measurement(
-        cell=of,
-        outcome=Outcome.OK,
-        readings=None,
-        simulated=Simulated(
-            code="0",
-            prediction=None,
-            peak_bytes=allocated,
-            phase_peak_bytes={"forward": allocated // 2, "backward": allocated},
-            phase_scratch_bytes={"forward": 0, "backward": allocated // 10},
-            reserved_bytes=allocated + 2**30,
-            checkpoint_bytes=512 * MIB,
-            holdings=[],
-            search=None,
-            timeline=None,
-        ),
-        provenance=PROVENANCE,
-    )
+    """A record of a phantom device that read what `cuda_measurement` has, and no value or time."""
+    gpu = cuda_measurement(of, allocated)
+    assert gpu.readings is not None
+    readings = gpu.readings.model_copy(update={"loss": [], "grad_norm": [], "devices": []})
+    m = searched(of, peak=allocated)
+    assert m.simulated is not None
+    alone = m.simulated.model_copy(update={"search": None, "checkpoint_bytes": 512 * MIB})
+    return m.model_copy(update={"readings": readings, "simulated": alone})
 
 
 def searched(
@@ -215,11 +205,10 @@ def searched(
     peak: int = 2**30,
     holdings: list[Holding] | None = None,
 ) -> Measurement:
-    """A record of a simulated cell with its prediction and its longest sequence."""
+    """A record of a phantom cell with its prediction and its longest sequence."""
     prediction = Prediction(
-        live_bytes=peak,
-        scratch_bytes=0,
         allocated_bytes=peak,
+        reserved_bytes=peak + 2**29,
         overhead_bytes=2**30,
         total_bytes=peak + 2**30,
         host_bytes=0,
@@ -253,8 +242,8 @@ def searched(
     )
 
 
-def gpu_sweep(error: float = 0.0) -> Results:
-    """Measured cells, a gate at small scale, and a twin of every cell whose engine can be simulated."""
+def gpu_sweep(more_bytes: int = 0) -> Results:
+    """Measured cells, a gate at small scale, and the twin of every cell on a phantom device."""
     small = {"model": "tiny-llama", "overrides": {}, "seqlen": 1024, "gate": True}
     cells = [cuda_cell("alst", **small, timed=False, warmup=0, steps=0)]
     lengths = (32_768, 131_072)
@@ -263,7 +252,7 @@ def gpu_sweep(error: float = 0.0) -> Results:
     oom = cells[2]  # the baseline at the longer length
     records[oom.key] = failure(oom, Outcome.GPU_OOM)
     twins = [twin_of(of) for of in cells[1:]]
-    records |= {of.key: simulated(of, int(20 * 2**30 * (1 + error))) for of in twins}
+    records |= {of.key: simulated(of, 20 * 2**30 + more_bytes) for of in twins}
     cells.append(cuda_cell("layerwise"))  # not measured
     everything = {of.key: of for of in [*cells, *twins]}
     figures = ["measured_beside_predicted", "peak_memory", "step_time", "headline"]

@@ -105,7 +105,7 @@ def test_every_advice_of_the_linter_is_followed_or_answered() -> None:
 ONE_CELL = """
 question: Does a run that was killed go on?
 source: none
-base: {model: tiny-llama, seqlen: 1_024, world: sim, hardware: h100-80gb}
+base: {model: tiny-llama, seqlen: 1_024, world: cpu}
 sweeps: [{axes: {method: [baseline]}}]
 """
 

@@ -132,6 +132,7 @@ class Engine(Frozen):
     @property
     def settles_at_once(self) -> bool:
         """Whether the first step holds on the device what later ones do: it leaves nothing there, and learns nothing."""
+        return False
 
     @property
     def updates_in_backward(self) -> bool:

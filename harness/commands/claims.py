@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,7 +17,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from harness import paths
-from harness.cell import Cell, Experiment, load_experiment
+from harness.cell import FORECAST, Cell, Experiment, load_experiment
 from harness.commands.run import DEFAULT_RESULTS, record_path, truth_cache
 
 if TYPE_CHECKING:
@@ -28,58 +29,59 @@ Folder = Annotated[Path, typer.Argument(help="A folder with records, at any dept
 
 def claims(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
-    stored: Annotated[
-        bool, typer.Option("--stored", help="Judge the records there are; simulate nothing.")
+    run: Annotated[
+        bool,
+        typer.Option(
+            "--run", help="First run what has no record of this code: up to minutes a cell."
+        ),
     ] = False,
     results: Annotated[
         Path, typer.Option("--results", help="Folder of records.")
     ] = DEFAULT_RESULTS,
 ) -> int:
-    """Judge every published number by our evidence, and compare with results/reference/.
+    """Judge every published number by the records there are, and compare fresh ones with results/reference/.
 
-    Simulates what has no record or one of other code. Exit code 1 where a simulated number got worse
-    than its committed record; 2 where there is no number to judge or no committed record to compare with.
+    A record of RESULTS stands before a committed one. Runs nothing without --run. Exit code 1 where a fresh
+    record of this code is worse than its committed one; 2 where there is no number to judge.
 
     Example: alst claims --json
     """
     from harness.claims import Verdict, evidence
     from harness.compare import changes
-
-    experiments = [load_experiment(path) for path in paths.experiments()]
-    simulated = [(e, cells) for e in experiments if (cells := _simulated(e))]
-    if not stored:
-        _require_reference(simulated)  # before minutes of work
-        bring_up_to_date(simulated, results)
+    from harness.run import stale
     from harness.table import fresh
 
-    all_results = [
-        fresh(paths.experiment(e.name), results / "cells" / e.name) for e, _ in simulated
-    ]
-    found = evidence(all_results)
+    experiments = [load_experiment(path) for path in paths.experiments()]
+    forecasts = [(e, cells) for e in experiments if (cells := _forecasts(e))]
+    if run:
+        bring_up_to_date(forecasts, results)
+    made, judged = [], []
+    for e, cells in forecasts:
+        here = fresh(paths.experiment(e.name), results / "cells" / e.name)
+        kept = {k: m for k, m in reference_records(e.name).items() if k in cells}
+        made.append((kept, here.measurements))
+        judged.append(replace(here, measurements=kept | here.measurements))
+    found = evidence(judged)
     if all(each.verdict is Verdict.NOT_MEASURED for each in found):
         raise ValueError(_nothing(len(found), results))
     if as_json:
         print(json.dumps([each.model_dump(mode="json") for each in found], indent=1))
     else:
         _print_claims(found)
-    _require_reference(simulated)
+    old = [m.cell.label for each in judged for m in each.measurements.values() if stale(m)]
+    if old:
+        print(f"alst: {len(old)} records are of other code; --run makes them anew", file=sys.stderr)
+    absent = [each.id for each in found if each.verdict is Verdict.NOT_MEASURED]
+    if absent:
+        print(f"alst: {len(absent)} claims have no record: {', '.join(absent)}", file=sys.stderr)
     moved = [
         change
-        for each in all_results
-        for change in changes(reference_records(each.name), each.measurements)
+        for kept, here in made
+        for change in changes(kept, {k: m for k, m in here.items() if not stale(m)})
     ]
     for change in moved:
         print(f"alst: {change}", file=sys.stderr)
     return 1 if any(change.worse for change in moved) else 0
-
-
-def _require_reference(simulated: list[tuple[Experiment, dict[str, Cell]]]) -> None:
-    """Raise `ValueError` if no cell has a committed record: nothing would say whether a number got worse."""
-    if not any(set(reference_records(e.name)) & set(cells) for e, cells in simulated):
-        raise ValueError(
-            f"{paths.REFERENCE} holds none of these cells, so nothing says whether a number got worse; "
-            "run it in a checkout with committed records, or make them with `alst reference NAME`"
-        )
 
 
 def _nothing(count: int, results: Path) -> str:
@@ -90,8 +92,8 @@ def _nothing(count: int, results: Path) -> str:
             "checkout"
         )
     return (
-        f"none of {count} published numbers can be judged: {results}/cells holds no record for them; run it "
-        "without --stored"
+        f"none of {count} published numbers can be judged: neither {results}/cells nor {paths.REFERENCE} holds "
+        "a record for them; run it with --run"
     )
 
 
@@ -120,23 +122,27 @@ def reference_records(name: str) -> dict[str, Measurement]:
     return {file.stem: record.read(file) for file in files}
 
 
-def _simulated(experiment: Experiment) -> dict[str, Cell]:
-    """Its simulated cells, without the twins of measured ones: `alst confirm` is for those."""
-    return {key: cell for key, cell in simulated_cells(experiment).items() if not is_twin(cell)}
+def _forecasts(experiment: Experiment) -> dict[str, Cell]:
+    """Its cells without a device, but for the twins of measured ones: `alst confirm` is for those."""
+    found = simulated_cells(experiment)
+    return {key: cell for key, cell in found.items() if not is_twin(cell, experiment)}
 
 
 def simulated_cells(experiment: Experiment) -> dict[str, Cell]:
-    """The cells of world `sim` by key."""
-    return {key: cell for key, cell in experiment.cells().items() if cell.world == "sim"}
+    """The cells that need no device, by key."""
+    return {key: cell for key, cell in experiment.cells().items() if cell.world in FORECAST}
 
 
-def is_twin(cell: Cell) -> bool:
-    """Whether a simulated cell stands beside a measured one."""
-    return cell.simulation is not None and cell.simulation.resident
+def is_twin(cell: Cell, experiment: Experiment) -> bool:
+    """Whether a phantom cell stands beside the same cell of a GPU."""
+    from harness.twins import run_of
+
+    measured = (each for each in experiment.cells().values() if each.world == "cuda")
+    return cell.world == "phantom" and run_of(cell) in map(run_of, measured)
 
 
 def bring_up_to_date(simulated: list[tuple[Experiment, dict[str, Cell]]], results: Path) -> None:
-    """Simulate all cells without a record of this code, as many at a time as there are cores."""
+    """Run all cells without a record of this code, as many at a time as there are cores."""
     from harness.run import measure_to
 
     jobs = [
@@ -149,7 +155,7 @@ def bring_up_to_date(simulated: list[tuple[Experiment, dict[str, Cell]]], result
         ThreadPoolExecutor(os.cpu_count()) as pool,
         Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
     ):
-        task = progress.add_task("simulating", total=len(jobs))
+        task = progress.add_task("running on phantom devices", total=len(jobs))
 
         def one(job: tuple[Path, Cell]) -> None:
             measure_to(*job, truth_cache(results), force=False)

@@ -1,8 +1,7 @@
-"""`alst devices`, `alst calibrate`, `alst confirm`: what a GPU is, holds, and says of the simulation."""
+"""`alst devices`, `alst confirm`: what a GPU is, and what it says of phantom devices."""
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +11,7 @@ from rich.table import Table
 
 from harness import paths
 from harness.cell import load_experiment
-from harness.commands.run import DEFAULT_RESULTS, AllowDirty
+from harness.commands.run import DEFAULT_RESULTS
 
 Results = Annotated[Path, typer.Option("--results", help="Folder of records.")]
 
@@ -31,65 +30,40 @@ def devices() -> None:
         print("\t".join([row_of(device) or "-", device.name, device.uuid, gib]))
 
 
-def calibrate(
-    allow_dirty: AllowDirty = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="Measure again what was measured.")
-    ] = False,
-    results: Results = DEFAULT_RESULTS,
-) -> None:
-    """Measure on the first GPU what the simulator cannot count: kernel scratch, contexts, copies.
-
-    Writes RESULTS/calibration/HARDWARE.json; the committed one of a hardware row is read by `alst confirm`.
-    """
-    from harness.calibration import fresh_path
-    from harness.machine import calibrated_device, require_clean, require_cuda_build
-    from harness.nvml import library
-    from harness.record import write_text
-    from harness.run import calibration
-
-    row, device = calibrated_device(library())
-    if not allow_dirty:
-        require_clean("calibration")
-    require_cuda_build("calibration")
-    path = fresh_path(row, results)
-    if path.is_file() and not force:
-        print(path)
-        return
-    begin = time.monotonic()
-    found = calibration(row, device)
-    write_text(path, found.model_dump_json(indent=1) + "\n")
-    print(f"{path} ({time.monotonic() - begin:.0f} s)")
-
-
 def confirm(
-    name: Annotated[str, typer.Argument(help="An experiment with measured and simulated cells.")],
+    name: Annotated[str, typer.Argument(help="An experiment with cells of a GPU and their twins.")],
     results: Results = DEFAULT_RESULTS,
 ) -> int:
-    """Set what a GPU measured beside what is simulated of the same cells, phase by phase.
+    """Set what a GPU measured beside what a phantom device reads of the same cells, phase by phase.
 
-    Simulates what has no record of this code, which needs no GPU. Exit code 1 where a counted number is
-    further off than 3 %; 2 where nothing counted can be compared.
+    Runs on phantom devices what has no record of this code, which needs no GPU. Exit code 1 where allocated
+    bytes are not equal to the byte; 2 where nothing can be compared, or PyTorch's versions differ everywhere.
 
     Example: alst confirm gpu_single
     """
     from harness.commands.claims import bring_up_to_date, simulated_cells
     from harness.report import twin_grid
     from harness.table import fresh
-    from harness.twins import TOLERANCE, twins
+    from harness.twins import run_of, torch_versions, twins
 
     experiment = load_experiment(paths.experiment(name))
-    bring_up_to_date([(experiment, simulated_cells(experiment))], results)
-    found = fresh(paths.experiment(name), results / "cells" / name)
+    folder = results / "cells" / name
+    measured = {
+        run_of(m.cell)
+        for m in fresh(paths.experiment(name), folder).measurements.values()
+        if m.cell.world == "cuda"
+    }
+    played = {k: c for k, c in simulated_cells(experiment).items() if run_of(c) in measured}
+    bring_up_to_date([(experiment, played)], results)
+    found = fresh(paths.experiment(name), folder)
     pairs = twins(found)
-    counted = [pair for pair in pairs if pair.judged]
-    if not counted:
+    if not pairs:
         raise ValueError(
-            f"{name}: no cell has both a record of a GPU and a simulated one in {results}/cells/{name}, so nothing "
+            f"{name}: no cell has both a record of a GPU and one of a phantom device in {folder}, so nothing "
             "can be compared; measure first, with experiments/measure_gpu.sh on a machine with the GPU"
         )
     grid = twin_grid(found)
-    table = Table(title=f"{name}: measured beside simulated", title_justify="left")
+    table = Table(title=f"{name}: a GPU beside a phantom device", title_justify="left")
     for i, heading in enumerate(grid.headings):
         table.add_column(heading, justify="right" if i > 1 else "left", no_wrap=True)
     for pair, row in zip(pairs, grid.rows, strict=True):
@@ -97,10 +71,20 @@ def confirm(
     console = Console()
     console.width = max(console.width, 110)  # a narrower terminal wraps rather than hides
     console.print(table)
-    missed = [pair for pair in counted if pair.missed]
+    for gpu, phantom in torch_versions(found):
+        console.print(
+            f"not judged: the GPU ran torch {gpu}, the phantom device {phantom}; equal bytes are due between "
+            "equal versions alone",
+            highlight=False,
+        )
+    judged = [pair for pair in pairs if pair.judged]
+    if not judged:
+        raise ValueError(
+            f"{name}: no pair was run with one version of torch, so nothing is judged; install the GPU's version here"
+        )
+    missed = [pair for pair in judged if pair.missed]
     console.print(
-        f"{len(counted) - len(missed)} of {len(counted)} counted numbers are within {TOLERANCE:.0%} of what "
-        "was measured",
+        f"{len(judged) - len(missed)} of {len(judged)} allocated numbers are equal to the byte",
         highlight=False,
     )
     return 1 if missed else 0

@@ -148,10 +148,10 @@ def _hardware(world: str) -> str:
     """The row of what runs the cell."""
     if world != "cuda":
         return "cpu"
-    from harness.machine import calibrated_device
+    from harness.machine import known_device
     from harness.nvml import library
 
-    return calibrated_device(library())[0]
+    return known_device(library())[0]
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:

@@ -31,17 +31,22 @@ def draw(name: str, results: Results) -> Figure:
     return figure
 
 
-PREDICTIONS = {"alst_recipe": "predicted, as published", "alst": "predicted, our alst"}
+PREDICTIONS = {"deepspeed_alst": "predicted, as released", "alst": "predicted, our alst"}
 """What the methods that stand for ALST are called beside published numbers."""
 Part = Literal["step", "mlp", "loss"]
 
 
 def simulated(results: Results, part: Part = "step") -> Iterator[tuple[Cell, Simulated]]:
-    """Cells of world `sim` that run `part`, with their readings."""
+    """Cells of phantom devices that run `part`, with their readings."""
     for key, cell in results.cells.items():
         m = results.measurements.get(key)
-        if cell.simulation and cell.simulation.part == part and m and m.simulated:
+        if cell.world == "phantom" and _part(cell) == part and m and m.simulated:
             yield cell, m.simulated
+
+
+def _part(cell: Cell) -> str:
+    assert cell.simulation is not None
+    return cell.simulation.part
 
 
 def features(cell: Cell) -> str:

@@ -12,8 +12,8 @@ from harness.plain import percent_text, tokens_text
 from harness.table import NOT_SIMULATED, Results
 
 TABLES = "alst_baseline_vs_alst"
-METHODS = ("baseline", "alst_recipe", "alst")
-SERIES = ("baseline", "ALST as published", "our alst")
+METHODS = ("baseline", "deepspeed_alst", "alst")
+SERIES = ("baseline", "ALST as released", "our alst")
 
 
 def _series(results: Results, e: Evidence) -> str:

@@ -75,7 +75,6 @@ PANELS = (
     "MiB per token\nbetween GPU and host",
 )
 NOTE = (
-    "Counted on a simulated step, kernel scratch of FlashAttention-2 included; bytes are the slope over the next "
-    "two per cent of length. No group count: one query head at a time. alst_recipe holds what the published "
-    "stack held, and computes nothing."
+    "On a phantom device: PyTorch's own CUDA build and allocator. Bytes are the slope over the next two per cent "
+    "of length. No group count: one query head at a time. deepspeed_alst: ALST as released."
 )

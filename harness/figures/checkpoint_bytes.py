@@ -20,7 +20,7 @@ def draw(results: Results) -> Figure:
     points = sorted(
         (cell.train.seqlen, s.checkpoint_bytes, s.fits)
         for cell, s in simulated(results)
-        if cell.train.world_size == 1 and s.timeline is None
+        if cell.train.world_size == 1 and s.timeline is None and s.checkpoint_bytes
     )
     colour = drawing.palette(["alst"])["alst"]
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
@@ -57,6 +57,6 @@ def draw(results: Results) -> Figure:
     axes.set_ylabel("checkpoints of one GPU")
     handles = [
         drawing.handle("published", drawing.INK, "published"),
-        drawing.handle("predicted: the simulated step", colour, "predicted"),
+        drawing.handle("predicted: on a phantom device", colour, "predicted"),
     ]
     return drawing.frame(figure, results, "Activation checkpoints of Llama-8B by length", handles)

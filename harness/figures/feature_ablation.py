@@ -26,12 +26,12 @@ def draw(results: Results) -> Figure:
             results.cells[e.key].train.method.name,
             rows.index(features(results.cells[e.key])),
         )
-        if method == "alst_recipe":
+        if method == "deepspeed_alst":
             drawing.point(
                 axes, e.published, y, drawing.INK, "published", tokens_text(e.published), -1
             )
         if e.predicted and e.error is not None:
-            place = y + (0.2 if method == "alst_recipe" else 0.42)
+            place = y + (0.2 if method == "deepspeed_alst" else 0.42)
             text = f"{tokens_text(e.predicted)}, {percent_text(e.error)}, {e.limit}"
             drawing.point(axes, e.predicted, place, colours[method], "predicted", text)
     axes.set_yticks(range(len(rows)), rows)

@@ -9,7 +9,7 @@ from harness.figures.base import draw_timelines, simulated
 from harness.published import look_up
 from harness.table import Results
 
-NAMES = {"whole": "baseline", "Liger's fused loss": "alst_recipe", "tiled, ours": "alst"}
+NAMES = {"whole": "baseline", "Liger's fused loss": "deepspeed_alst", "tiled, ours": "alst"}
 """Line -> whose colour it has."""
 
 
@@ -17,9 +17,9 @@ def draw(results: Results) -> Figure:
     """Bytes over events; the star is the two fp32 copies of the logits that the paper counts."""
     lines = []
     for cell, s in simulated(results, "loss"):
-        whole = cell.train.method.options.get("liger") is False
         ours = cell.train.method.name == "alst"
-        lines.append(("tiled, ours" if ours else "whole" if whole else "Liger's fused loss", s))
+        fused = cell.train.method.options.get("liger", False)
+        lines.append(("tiled, ours" if ours else "Liger's fused loss" if fused else "whole", s))
     palette = drawing.palette(NAMES.values())
     colours = {name: palette[method] for name, method in NAMES.items()}
     figure = Figure(figsize=(8.2, 4.2), layout="constrained")
@@ -39,6 +39,6 @@ def draw(results: Results) -> Figure:
 
 
 NOTE = (
-    "All lines are simulated and include the head's weight and its gradient; events are spread evenly, so the "
+    "All lines are of phantom devices (PyTorch's own CUDA build and allocator) and include the head's weight and its gradient; events are spread evenly, so the "
     "width of a line says nothing of time."
 )

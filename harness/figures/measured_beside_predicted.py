@@ -1,4 +1,4 @@
-"""What a GPU measured beside what was simulated of the same cell, phase by phase."""
+"""What a GPU measured beside what a phantom device read of the same cell, phase by phase."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from harness import drawing
 from harness.table import NOT_MEASURED, Results
-from harness.twins import TOLERANCE, Twin, twins
+from harness.twins import Twin, twins
 
 SHOWN = {
     "allocated, forward": "allocated, forward",
@@ -55,6 +55,7 @@ def _draw_pair(axes: Axes, twin: Twin, rows: list[str], colours: dict[str, str])
 
 
 NOTE = (
-    f"Allocated: live tensors and kernel scratch, counted; within {TOLERANCE:.0%} or explained. Reserved: the "
-    "allocator's cache, modelled. NVML: that and what lies outside, modelled. The update is not simulated. Percentages: predicted over measured, less one."
+    "Predicted: on a phantom device, by PyTorch's own CUDA build and allocator. Allocated has to be equal to the byte at "
+    "equal versions of torch. Reserved depends on when streams pass, which a phantom device does not know. NVML: reserved "
+    "and what lies outside, modelled. Percentages: predicted over measured, less one."
 )

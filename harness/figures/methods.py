@@ -124,5 +124,5 @@ def _finish_axis(axes: Axes, text: Callable[[float], str], base: int, room: int)
 NOTE = (
     "Beside each length: what stops a longer one, and how many ranks share a sample by ring (cp) and by heads "
     "(sp). Methods without either have a sample on each GPU; on one GPU ring and usp are alst. The cost is the "
-    "slope over the next two per cent of length, FlashAttention-2's scratch included."
+    "slope over the next two per cent of length, on a phantom device: PyTorch's own CUDA build and allocator."
 )

@@ -57,7 +57,7 @@ def draw(results: Results) -> Figure:
 
 def _slices(cell: Cell) -> int | None:
     """Of a cell whose schedule is played."""
-    if cell.simulation is None or cell.simulation.part != "schedule":
+    if cell.world != "schedule":
         return None
     return int(cell.train.method.options.get("slices", 4))
 

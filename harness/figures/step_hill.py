@@ -43,6 +43,6 @@ def draw(results: Results) -> Figure:
 
 
 NOTE = (
-    "Simulated; kernel scratch included. Events are spread evenly, so the width of a stretch says nothing of time. "
+    "On a phantom device: PyTorch's own CUDA build and allocator. Events are spread evenly, so the width of a stretch says nothing of time. "
     "The paper has this figure as an image only, so there is no published number to set beside it."
 )

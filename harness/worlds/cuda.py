@@ -157,44 +157,6 @@ class OperatorNames(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class ScratchProbe(TorchDispatchMode):
-    """Largest scratch of each operator: what it held at its peak beside its inputs and outputs.
-
-    An allocator counts as work is issued, so a call can be looked at without waiting for the device.
-    """
-
-    def __init__(self, meter: Meter) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._meter = meter
-        self.backward = False
-        """Whether what runs now is a backward; set by whoever runs it."""
-        self.largest: dict[tuple[str, bool], int] = {}
-        """(operator, in backward) -> bytes."""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        self._meter.reset_peaks()
-        before = self._meter.allocated()
-        out = func(*args, **(kwargs or {}))
-        scratch = self._meter.peak_allocated() - max(before, self._meter.allocated())
-        place = func._schema.name, self.backward
-        self.largest[place] = max(scratch, self.largest.get(place, 0))
-        return out
-
-
-@contextmanager
-def alone(rank: Rank) -> Iterator[Meter]:
-    """The device of a job's only rank, with a group of one."""
-    device = torch.device("cuda", rank.local)
-    torch.cuda.set_device(device)
-    torch.cuda.init()
-    store = dist.FileStore(str(rank.scratch / "store"), 1)
-    dist.init_process_group("nccl", store=store, rank=0, world_size=1)
-    yield Meter(device)
-    dist.destroy_process_group()
-
-
 class DrawnOnDevice(Initializer):
     """Weights drawn where they will lie: other values than all worlds share, in a tenth of the time."""
 

@@ -44,7 +44,7 @@ def test_figure_draws_the_sample_sweep(figure: str) -> None:
 
 
 @pytest.mark.parametrize("figure", names("harness.figures"))
-def test_figure_draws_a_sweep_of_measured_and_simulated_cells(figure: str) -> None:
+def test_figure_draws_a_sweep_of_cells_of_a_gpu_and_of_phantom_devices(figure: str) -> None:
     """A cell and its twin stand in one experiment."""
     assert drawing.png(draw(figure, gpu_sweep())).startswith(b"\x89PNG")
 

@@ -28,11 +28,11 @@ theirs,H100-80GB,2,4096,a paper,abstract
 TABLE = "name,tokens,source,source_locator\nours,1000,a paper,Table 1\n"
 YAML = """question: q
 source: s
-base: {model: tiny-llama, seqlen: 1_000, world: sim, engine: fsdp2, hardware: h100-80gb}
+base: {model: tiny-llama, seqlen: 1_000, world: phantom, engine: fsdp2, hardware: h100-80gb}
 sweeps:
   - axes:
       _row:
-        - method: {name: alst_recipe}
+        - method: {name: alst}
           claim: {id: one, table: told, row: {name: ours}, columns: {longest_tokens: tokens}}
 figures: [feature_ablation]
 """
@@ -100,7 +100,7 @@ def test_every_committed_claim_finds_its_published_number(monkeypatch: pytest.Mo
     names = {each.id.removesuffix("-longest_tokens") for each in found}
     assert {f"table1-row{n}" for n in range(1, 7)} <= names
     assert {
-        f"table{n}-{which}" for n in (2, 3, 4) for which in ("baseline", "alst_recipe")
+        f"table{n}-{which}" for n in (2, 3, 4) for which in ("baseline", "deepspeed_alst")
     } <= names
     assert all(each.verdict is Verdict.NOT_MEASURED for each in found)
 
@@ -128,7 +128,7 @@ def test_rows_of_the_time_model_are_marked_as_fitted(monkeypatch: pytest.MonkeyP
 
 RATIO = """question: q
 source: s
-base: {model: tiny-llama, world: sim, engine: fsdp2, hardware: h100-80gb}
+base: {model: tiny-llama, world: phantom, engine: fsdp2, hardware: h100-80gb}
 sweeps:
   - axes:
       _row:
@@ -185,7 +185,7 @@ def test_claims_print_the_stable_keys(
     """One object per number, with the keys that others rely on."""
     keep(checkout, paths.cells("told"))
     keep(checkout, paths.REFERENCE / "h100-80gb" / "told")
-    assert command.claims(as_json=True, stored=True) == 0
+    assert command.claims(as_json=True) == 0
     (claim,) = json.loads(capsys.readouterr().out)
     assert claim == {
         "id": "one-longest_tokens",
@@ -211,17 +211,49 @@ def test_a_regression_is_named_and_fails(
         simulated(checkout.cell, longest=900, slope=101, peak=3 * 2**29, holdings=grew),
         paths.cells("told"),
     )
-    assert command.claims(stored=True) == 1
+    assert command.claims() == 1
     said = capsys.readouterr().err
     assert "longest_tokens 1,000 -> 900 (worse); grew: +512 MiB aten::add at layer.py:12" in said
     assert "bytes_per_local_token 100 -> 101" in said
 
 
-def test_numbers_without_committed_ones_did_not_stay_as_good(checkout: Measurement) -> None:
-    """Where nothing is committed, nothing was compared, and that is no pass."""
-    keep(checkout, paths.cells("told"))
-    with pytest.raises(ValueError, match="holds none of these cells"):
-        command.claims(stored=True)
+def test_committed_records_are_judged_where_there_are_no_others(
+    checkout: Measurement, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing runs; a record of RESULTS stands before the committed one, and what is missing is told."""
+    assert checkout.simulated is not None
+    of_other_code = checkout.simulated.model_copy(update={"code": "0"})
+    keep(
+        checkout.model_copy(update={"simulated": of_other_code}),
+        paths.REFERENCE / "h100-80gb" / "told",
+    )
+    more = "        - {method: layerwise, claim: {id: two, table: told, row: {name: ours}, columns: {longest_tokens: tokens}}}\n"
+    record.write_text(paths.experiment("told"), YAML.replace("figures:", more + "figures:"))
+    assert command.claims(as_json=True) == 0
+    said = capsys.readouterr()
+    assert [each["predicted"] for each in json.loads(said.out)] == [1000.0, None]
+    assert "1 records are of other code" in said.err
+    assert "1 claims have no record: two-longest_tokens" in said.err
+    keep(simulated(checkout.cell, longest=2_000), paths.cells("told"))
+    assert command.claims(as_json=True) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)[0]["predicted"] == 2000.0
+    assert "other code" not in said.err
+
+
+def test_a_record_of_other_code_is_no_regression(
+    checkout: Measurement, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It says nothing of the code there is."""
+    keep(checkout, paths.REFERENCE / "h100-80gb" / "told")
+    worse = simulated(checkout.cell, longest=900)
+    assert worse.simulated is not None
+    keep(
+        worse.model_copy(update={"simulated": worse.simulated.model_copy(update={"code": "0"})}),
+        paths.cells("told"),
+    )
+    assert command.claims() == 0
+    assert "1 records are of other code" in capsys.readouterr().err
 
 
 def test_confirming_nothing_is_refused(checkout: Measurement) -> None:
@@ -239,9 +271,8 @@ def test_compare_needs_records_in_common(checkout: Measurement, tmp_path: Path) 
     with pytest.raises(ValueError, match="no records"):
         command.compare(tmp_path / "empty", tmp_path)
     keep(checkout, tmp_path / "a")
-    other = cell("alst_recipe", 1, world="sim", engine="fsdp2")
+    other = cell("alst", 1, world="phantom", engine="fsdp2", hardware="h100-80gb")
     keep(simulated(other), tmp_path / "b")
-    (tmp_path / "b" / paths.CALIBRATION).write_text("{}")  # lies beside records, and is none
     with pytest.raises(ValueError, match="no cell in common"):
         command.compare(tmp_path / "a", tmp_path / "b")
 

@@ -22,11 +22,11 @@ from harness.table import Results, fresh, tidy
 GIB = 2**30
 YAML = """question: q
 source: s
-base: {model: tiny-llama, seqlen: 1_000, world: sim, engine: fsdp2, hardware: h100-80gb}
+base: {model: tiny-llama, seqlen: 1_000, world: phantom, engine: fsdp2, hardware: h100-80gb}
 sweeps:
   - axes:
       _row:
-        - method: {name: alst_recipe}
+        - method: {name: alst}
           claim: {id: one, table: told, row: {name: ours}, columns: {step_seconds: tokens}}
 """
 
@@ -88,7 +88,7 @@ def test_summary_counts_simulated_cells(
 
 def test_a_cell_that_comes_to_exceed_the_device_got_worse() -> None:
     """And one that comes to fit got better; what grew is named in the same breath."""
-    of = cell("alst_recipe", 1, world="sim", engine="fsdp2", hardware="h100-80gb")
+    of = cell("alst", 1, world="phantom", engine="fsdp2", hardware="h100-80gb")
     small, large = simulated(of), settled(over(simulated(of, peak=2 * GIB)))
     worse = changes({"key": small}, {"key": large})
     assert [(c.quantity, c.worse) for c in worse] == [("outcome", True), ("peak_bytes", True)]
@@ -98,7 +98,7 @@ def test_a_cell_that_comes_to_exceed_the_device_got_worse() -> None:
 
 def test_a_step_that_does_not_fit_is_crossed_out() -> None:
     """In figures of simulated cells, with an entry in the legend; others have neither."""
-    of = cell("alst", 1, world="sim", engine="fsdp2", hardware="h100-80gb")
+    of = cell("alst", 1, world="phantom", engine="fsdp2", hardware="h100-80gb")
 
     def crosses(m: Measurement) -> tuple[int, int]:
         drawn = draw("methods", Results("n", "q", "s", ["methods"], {of.key: of}, {of.key: m}))
@@ -114,7 +114,7 @@ def test_a_step_that_does_not_fit_is_crossed_out() -> None:
 
 def test_simulated_cells_are_never_drawn_as_measured() -> None:
     """A figure of lengths that an experiment of simulated cells asks for has predicted marks."""
-    of = cell("alst", 1, world="sim", engine="fsdp2", hardware="h100-80gb")
+    of = cell("alst", 1, world="phantom", engine="fsdp2", hardware="h100-80gb")
     results = Results("n", "q", "s", ["peak_memory"], {of.key: of}, {of.key: simulated(of)})
     (entry,) = draw("peak_memory", results).legends[0].get_lines()
     assert entry.get_marker() == drawing.MARKS["predicted"]["marker"]

@@ -14,7 +14,7 @@ from harness.__main__ import main
 from harness.cell import Cell, make_cell
 from harness.launch import Launch
 from harness.machine import (
-    calibrated_device,
+    known_device,
     rank_environment,
     require_attention,
     require_devices,
@@ -198,18 +198,21 @@ def test_a_machine_without_devices_says_so(monkeypatch: pytest.MonkeyPatch) -> N
         some_devices(FakeNvml([device(0)]))
 
 
-def test_a_device_without_a_row_is_not_calibrated() -> None:
+def test_a_device_without_a_row_is_refused() -> None:
     """What was measured belongs to a row; the way out is to write one."""
-    assert calibrated_device(FakeNvml([device(0)]))[0] == "h100-80gb"
+    assert known_device(FakeNvml([device(0)]))[0] == "h100-80gb"
     with pytest.raises(ValueError, match="'NVIDIA L4', which no row"):
-        calibrated_device(FakeNvml([device(0, name="NVIDIA L4")]))
+        known_device(FakeNvml([device(0, name="NVIDIA L4")]))
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"world": "cpu", "hardware": "cpu", "attention": "sdpa_cudnn"}, ["CUDA kernel", "'cpu'"]),
-        ({"world": "sim", "attention": "flash_attention_2"}, ["CUDA kernel", "names the kernel"]),
+        (
+            {"world": "phantom", "attention": "flash_attention_2"},
+            ["PyTorch's own kernels", "use attention 'sdpa_flash'"],
+        ),
         ({"world": "cpu", "expandable_segments": True}, ["expandable_segments", "leave it out"]),
         ({"method": "layerwise", "attention": "sdpa_cudnn"}, ["layerwise", "use sdpa or"]),
         (

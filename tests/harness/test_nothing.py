@@ -12,11 +12,11 @@ from harness.__main__ import main
 
 CLAIMED = """question: q
 source: s
-base: {model: tiny-llama, seqlen: 1_000, world: sim, engine: fsdp2, hardware: h100-80gb}
+base: {model: tiny-llama, seqlen: 1_000, world: phantom, engine: fsdp2, hardware: h100-80gb}
 sweeps:
   - axes:
       _row:
-        - method: {name: alst_recipe}
+        - method: {name: alst}
           claim: {id: one, table: told, row: {name: ours}, columns: {longest_tokens: tokens}}
 """
 PLANTED = "one: {file: step.py, edits: [{old: a, new: b}], tests: [test_step.py]}\n"
@@ -46,7 +46,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 COMMANDS = (
     "claims",
-    "claims --stored --json",
+    "claims --run --json",
     "compare results/reference results/cells",
     "confirm told",
     "defects",
@@ -75,7 +75,7 @@ def test_outside_a_checkout_no_verdict_passes(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("claims --stored", ["none of 1 published numbers", "without --stored"]),
+        ("claims", ["none of 1 published numbers", "--run"]),
         ("defects", ["defects.yaml", "make test"]),
         ("reference told --partial", ["no record of", "make"]),
         ("report", ["no records", "make"]),

@@ -24,7 +24,6 @@ from harness.worlds.cuda import (
     Meter,
     OperatorNames,
     Phases,
-    ScratchProbe,
     ask_for_settings,
 )
 
@@ -118,29 +117,6 @@ def test_offloaded_bytes_leave_with_their_tensors() -> None:
     held.add(torch.empty(25))
     gc.collect()
     assert (held.live, held.peak) == (800, 1200)
-
-
-def test_scratch_is_what_an_operator_held_beside_what_it_left() -> None:
-    """Of each operator the largest call; outputs that stay are not scratch."""
-    meter = FakeMeter()
-    library = torch.library.Library("scratchtest", "DEF")
-    library.define("busy(Tensor x, int scratch) -> Tensor")
-
-    def busy(x: torch.Tensor, scratch: int) -> torch.Tensor:
-        meter.hold(scratch)
-        meter.hold(-scratch)
-        meter.hold(64)  # the output
-        return x.clone()
-
-    library.impl("busy", busy, "CPU")
-    probe = ScratchProbe(meter)
-    with probe:
-        x = torch.ones(2)
-        torch.ops.scratchtest.busy(x, 300)
-        torch.ops.scratchtest.busy(x, 1000)
-    # The output comes after the scratch is gone, so it takes the place of some of it.
-    assert probe.largest["scratchtest::busy", False] == 936
-    assert probe.largest["aten::ones", False] == 0
 
 
 def test_operators_are_seen_in_backward_too() -> None:
