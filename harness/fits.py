@@ -30,15 +30,15 @@ from harness.cell import Cell
 from harness.depth import at_depth, structure
 from harness.hardware import load_hardware
 from harness.longest import (
-    Tried,
-    judged,
+    Use,
+    exceeded,
     longest,
     memory_limit,
+    near_longest,
     num_layers,
     period_of,
-    trial_of,
     use_of,
-    whole,
+    use_on_roomy,
 )
 from harness.prediction import Cost, Flops, Holding, Limit, Prediction, SearchResult, Simulated
 from harness.processes import Rank
@@ -73,8 +73,8 @@ class Around(Frozen):
     cost: Cost
     slope: float
     """Of allocated bytes over the tokens of one rank."""
-    search: SearchResult | None
-    """Where the cell asks for it."""
+    uses: dict[int, Use]
+    """By length: near the longest, where the cell asks for it."""
 
 
 def forecast(rank: Rank, cell: Cell) -> Forecast:
@@ -96,9 +96,11 @@ def forecast(rank: Rank, cell: Cell) -> Forecast:
     assert isinstance(step, Step)
     assert isinstance(around, Around)
     step, fits = _on_its_device(rank, cell, step)
-    search = around.search
-    if search is not None and fits != (cell.train.seqlen <= search.longest_tokens):
-        search = _again(rank, cell, search, judged(cell, use_of(cell, step), fits=fits))
+    search = None
+    if cell.simulation.search:
+        own = memory_limit(cell) if not fits else exceeded(cell, step)
+        uses = {**around.uses, cell.train.seqlen: use_of(cell, step)}
+        search = longest(rank, cell, own, uses)
     prediction = _prediction(cell, step, around.cost, fits, around.slope)
     return Forecast(simulated=_seen(step, prediction, search), readings=step.readings)
 
@@ -112,22 +114,15 @@ def bare(rank: Rank, cell: Cell) -> Prediction:
 
 
 def _around(rank: Rank, cell: Cell) -> Around:
-    """Work, slope and longest sequence of `cell`, one step after the other."""
+    """Work, slope and uses of `cell`, one step after the other."""
     assert cell.simulation is not None
-    cost, trial, more = counted(rank, cell), trial_of(rank, cell), longer(cell)
-    known = {of.train.seqlen: trial(of) for of in (cell, more)}
-    here, beyond = (known[of.train.seqlen].use.device for of in (cell, more))
+    cost, more = counted(rank, cell), longer(cell)
+    uses = {of.train.seqlen: use_on_roomy(rank, of) for of in (cell, more)}
+    here, beyond = (uses[of.train.seqlen].device for of in (cell, more))
     tokens = (more.train.seqlen - cell.train.seqlen) / sequence_parallel(cell.train)
-    search = longest(rank, cell, trial, known) if cell.simulation.search else None
-    return Around(cost=cost, slope=(beyond - here) / tokens, search=search)
-
-
-def _again(rank: Rank, cell: Cell, search: SearchResult, known: Tried) -> SearchResult:
-    """The longest sequence by whole steps, where few layers said otherwise of the cell's own length."""
-    trial = whole(rank)
-    other = at_length(cell, search.longest_tokens or search.shortest_failing_tokens)
-    tried = {cell.train.seqlen: known, other.train.seqlen: trial(other)}
-    return longest(rank, cell, trial, tried)
+    if cell.simulation.search:
+        uses = near_longest(rank, cell, uses)
+    return Around(cost=cost, slope=(beyond - here) / tokens, uses=uses)
 
 
 def _on_its_device(rank: Rank, cell: Cell, step: Step) -> tuple[Step, bool]:

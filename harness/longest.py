@@ -1,13 +1,12 @@
 """The longest sequence that fits, found by the real out-of-memory of PyTorch's allocator.
 
-Where layers are alike and many, a length is tried on a model of few layers, on a device that lacks what the other
-layers hold: bytes are a straight line in the layers, which two small depths give.
+Every verdict is of a step with all layers. Where to look first is said by models of few layers, where layers are
+alike and many: allocated bytes are a straight line in them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ from alst_impl.methods.base import load_method
 from alst_impl.models import field, published
 from harness.apart import apart
 from harness.attempts import (
+    Exceeded,
     Step,
     at_length,
     attempt,
@@ -41,6 +41,8 @@ SMALL = (2, 4)
 """Depths that stand for all where layers are alike, in periods of the method."""
 DEEP = 8
 """Periods from which on they do."""
+LOOKS = 2
+"""Lengths that are looked at on few layers."""
 
 
 class Use(NamedTuple):
@@ -50,25 +52,23 @@ class Use(NamedTuple):
     host: float
 
 
-class Tried(NamedTuple):
-    """A length that was tried."""
-
-    use: Use
-    exceeded: Limit | None
-    """What it has too much of; None if it fits."""
-
-
-Trial = Callable[[Cell], Tried]
-
-
-def trial_of(rank: Rank, cell: Cell) -> Trial:
-    """How lengths of `cell` are tried: on few layers where these stand for all, else whole."""
-    return partial(_on_few_layers if _is_deep(cell) else _whole, rank)
+def use_on_roomy(rank: Rank, cell: Cell) -> Use:
+    """What a step uses that may not fit: from few layers where these stand for all, else whole."""
+    if not _is_deep(cell):
+        (step,) = apart([partial(roomy, rank, cell)])
+        return use_of(cell, step)
+    few, more = (with_train(cell, at_depth(cell.train, depth)) for depth in depths(cell))
+    (near,), (far,) = (apart([partial(roomy, rank, each)]) for each in (few, more))
+    return stretched(cell, near, far)
 
 
-def whole(rank: Rank) -> Trial:
-    """Lengths are tried with all layers."""
-    return partial(_whole, rank)
+def near_longest(rank: Rank, cell: Cell, known: dict[int, Use]) -> dict[int, Use]:
+    """`known` uses by length, and those of lengths near the longest, found on few layers where these stand for all."""
+    unit, found = STEP * sequence_parallel(cell.train), dict(known)
+    for _ in range(LOOKS if _is_deep(cell) else 0):
+        seqlen = max(int(_crossing(cell, found) / unit), 1) * unit
+        found[seqlen] = use_on_roomy(rank, at_length(cell, seqlen))
+    return found
 
 
 def _is_deep(cell: Cell) -> bool:
@@ -76,30 +76,6 @@ def _is_deep(cell: Cell) -> bool:
     pipelined = load_method(cell.train.method).degrees(cell.train.world_size)["pp"] > 1
     deep = num_layers(cell) >= DEEP * period_of(cell) and num_layers(cell) % period_of(cell) == 0
     return deep and not pipelined and structure(cell.train).layers_alike
-
-
-def _whole(rank: Rank, cell: Cell) -> Tried:
-    (found,) = apart([partial(roomy, rank, cell)])
-    return judged(cell, use_of(cell, found), fits=fits_in(rank, cell, found, capacity_bytes(cell)))
-
-
-def _on_few_layers(rank: Rank, cell: Cell) -> Tried:
-    few, more = (with_train(cell, at_depth(cell.train, depth)) for depth in depths(cell))
-    (near,), (far,) = (apart([partial(roomy, rank, each)]) for each in (few, more))
-    use = stretched(cell, near, far)
-    left = capacity_bytes(cell) - int(use.device - far.allocated_bytes)
-    return judged(cell, use, fits=fits_in(rank, more, far, left))
-
-
-def fits_in(rank: Rank, cell: Cell, step: Step, device_bytes: int) -> bool:
-    """Whether `step` of `cell`, which ran on a roomy device, also ends where the allocator has `device_bytes`.
-
-    An allocator that never met the end of the device does there what it did; one that handed out more cannot.
-    """
-    if step.reserved_bytes <= device_bytes or step.allocated_bytes > device_bytes:
-        return step.allocated_bytes <= device_bytes
-    (found,) = apart([partial(attempt, rank, cell, device_bytes)])
-    return isinstance(found, Step)
 
 
 def depths(cell: Cell) -> tuple[int, int]:
@@ -116,13 +92,6 @@ def stretched(cell: Cell, near: Step, far: Step) -> Use:
     return Use(*(a + times * (b - a) for a, b in zip(*uses, strict=True)))
 
 
-def judged(cell: Cell, use: Use, *, fits: bool) -> Tried:
-    """`use` with what it has too much of."""
-    if not fits:
-        return Tried(use, memory_limit(cell))
-    return Tried(use, "host_memory" if use.host > host_memory_bytes(cell) else None)
-
-
 def use_of(cell: Cell, step: Step) -> Use:
     """What `step` uses."""
     return Use(device=step.allocated_bytes, host=host_bytes(cell, step))
@@ -133,28 +102,38 @@ def memory_limit(cell: Cell) -> Limit:
     return "heads" if _heads_are_spent(cell.train) else "gpu_memory"
 
 
-def longest(rank: Rank, cell: Cell, trial: Trial, known: dict[int, Tried]) -> SearchResult:
+def exceeded(cell: Cell, tried: Step | Exceeded) -> Limit | None:
+    """What a step on the cell's own device has too much of; None of one that fits."""
+    if isinstance(tried, Exceeded):
+        return memory_limit(cell)
+    return "host_memory" if host_bytes(cell, tried) > host_memory_bytes(cell) else None
+
+
+def longest(rank: Rank, cell: Cell, own: Limit | None, known: dict[int, Use]) -> SearchResult:
     """The longest sequence of `cell`, in multiples of `STEP` tokens per rank.
 
-    `known` are at least two lengths that were tried. Straight lines through the longest say where to look next.
+    A step of the cell's own length has too much of `own`. Straight lines through what is `known` say where to look,
+    on both sides at a time.
     """
-    unit, tried = STEP * sequence_parallel(cell.train), dict(known)
-    low = max((n // unit for n, each in tried.items() if each.exceeded is None), default=0)
-    failing = {-(-n // unit): each.exceeded for n, each in tried.items() if each.exceeded}
-    high = min(failing, default=None)
-    evaluations = len(tried)
+    unit, uses, length = STEP * sequence_parallel(cell.train), dict(known), cell.train.seqlen
+    low, high = (length // unit, None) if own is None else (0, -(-length // unit))
+    limit: Limit = own or "gpu_memory"
+    evaluations = len(known)
     while high is None or high - low > max(1, int(PRECISION * high)):
-        guess = _next_try(low, high, _crossing(cell, tried) / unit)
-        rank.progress(f"searching for the longest sequence, at {guess * unit:,} tokens")
-        tried[guess * unit] = found = trial(at_length(cell, guess * unit))
-        evaluations += 1
-        if found.exceeded is None:
-            low = guess
-        else:
-            high = guess
-            failing[guess] = found.exceeded
-    limit = failing[high]
-    assert limit is not None
+        tries = _next_tries(low, high, int(_crossing(cell, uses) / unit))
+        lengths = " and ".join(f"{n * unit:,}" for n in tries)
+        rank.progress(f"searching for the longest sequence, at {lengths} tokens")
+        cells = [at_length(cell, n * unit) for n in tries]
+        found = apart([partial(attempt, rank, each, capacity_bytes(cell)) for each in cells])
+        evaluations += len(tries)
+        for n, each in zip(tries, found, strict=True):
+            over = exceeded(cell, each)
+            if isinstance(each, Step):
+                uses[n * unit] = use_of(cell, each)
+            if over is None:
+                low = max(low, n)
+            elif high is None or n < high:
+                high, limit = n, over
     return SearchResult(
         longest_tokens=low * unit,
         shortest_failing_tokens=high * unit,
@@ -163,20 +142,23 @@ def longest(rank: Rank, cell: Cell, trial: Trial, known: dict[int, Tried]) -> Se
     )
 
 
-def _next_try(low: int, high: int | None, meets: float) -> int:
-    """A number between `low`, which fits, and `high`, which does not: on the side of `meets` that is wider."""
-    half = max(1, int(PRECISION * meets * 0.45))
+def _next_tries(low: int, high: int | None, guess: int) -> list[int]:
+    """One or two numbers to try: around `guess`, else where they cut the range from `low`, which fits, to `high`, which does not."""
+    half = max(1, int(PRECISION * guess * 0.45))
     if high is None:
         # A line through short lengths may miss by much, and each try is a whole step.
-        return max(min(int(meets) + half, 16 * max(low, 64)), low + 1)
-    guess = int(meets) + (half if high - meets > meets - low else -half)
-    return guess if low < guess < high else (low + high) // 2
+        around = min(max(guess, low + 1), 16 * max(low, 64))
+        return sorted({max(around - half, low + 1), max(around + half, low + 2)})
+    if guess + half >= high or guess - half <= low:
+        third = (high - low) // 3
+        return sorted({low + third, high - third} - {low, high}) or [low + 1]
+    return sorted({guess - half, guess + half})
 
 
-def _crossing(cell: Cell, tried: dict[int, Tried]) -> float:
-    """Tokens at which straight lines through the two longest known steps meet the first limit."""
+def _crossing(cell: Cell, known: dict[int, Use]) -> float:
+    """Tokens at which straight lines through the two longest known uses meet the first limit."""
     limits = Use(device=FULL * capacity_bytes(cell), host=host_memory_bytes(cell))
-    (x, near), (far, there) = sorted((n, each.use) for n, each in tried.items())[-2:]
+    (x, near), (far, there) = sorted(known.items())[-2:]
     meets = [
         far + (limit - held) * (far - x) / max(held - before, 1)
         for before, held, limit in zip(near, there, limits, strict=True)
