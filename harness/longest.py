@@ -35,7 +35,7 @@ STEP = 256
 """Lengths are searched in multiples of this many tokens per rank (the recipes' own advice)."""
 PRECISION = 0.015
 """Relative width of the bracket at which a search ends."""
-FULL = 0.97
+FULL = 0.975
 """Share of what the allocator may hold that a step allocates at most: blocks are rounded, and gaps are left."""
 SMALL = (2, 4)
 """Depths that stand for all where layers are alike, in periods of the method."""
@@ -118,9 +118,10 @@ def longest(rank: Rank, cell: Cell, own: Limit | None, known: dict[int, Use]) ->
     unit, uses, length = STEP * sequence_parallel(cell.train), dict(known), cell.train.seqlen
     low, high = (length // unit, None) if own is None else (0, -(-length // unit))
     limit: Limit = own or "gpu_memory"
-    evaluations = len(known)
+    evaluations, stride = len(known), 1
     while high is None or high - low > max(1, int(PRECISION * high)):
-        tries = _next_tries(low, high, int(_crossing(cell, uses) / unit))
+        tries = _next_tries(low, high, int(_crossing(cell, uses) / unit), stride)
+        stride *= 4
         lengths = " and ".join(f"{n * unit:,}" for n in tries)
         rank.progress(f"searching for the longest sequence, at {lengths} tokens")
         cells = [at_length(cell, n * unit) for n in tries]
@@ -142,13 +143,16 @@ def longest(rank: Rank, cell: Cell, own: Limit | None, known: dict[int, Use]) ->
     )
 
 
-def _next_tries(low: int, high: int | None, guess: int) -> list[int]:
-    """One or two numbers to try: around `guess`, else where they cut the range from `low`, which fits, to `high`, which does not."""
+def _next_tries(low: int, high: int | None, guess: int, stride: int) -> list[int]:
+    """One or two numbers to try: around `guess`, else where they cut the range from `low`, which fits, to `high`, which does not.
+
+    Where nothing failed yet they lie further beyond `low` from time to time, by `stride`.
+    """
     half = max(1, int(PRECISION * guess * 0.45))
     if high is None:
         # A line through short lengths may miss by much, and each try is a whole step.
-        around = min(max(guess, low + 1), 16 * max(low, 64))
-        return sorted({max(around - half, low + 1), max(around + half, low + 2)})
+        around = min(max(guess, low + (stride - 1) * half), 16 * max(low, 64))
+        return sorted({max(around - half, low + 1), max(around + half * stride, low + 2)})
     if guess + half >= high or guess - half <= low:
         third = (high - low) // 3
         return sorted({low + third, high - third} - {low, high}) or [low + 1]
