@@ -34,8 +34,10 @@ JUDGES = ("gate", "gradients", "truth", "worlds/base", "worlds/cpu", "worlds/cud
 
 
 def code_files() -> list[Path]:
-    """The files that decide a forecast, sorted."""
-    return _files(HARNESS)
+    """The files that decide a forecast, the sources of phantom devices among them, sorted."""
+    devices = SOURCES[1] / "phantom"
+    found = [path for kind in ("*.py", "*.c", "*.h", "*.yaml") for path in devices.rglob(kind)]
+    return sorted([*_files(HARNESS), *found])
 
 
 def _files(modules: tuple[str, ...]) -> list[Path]:

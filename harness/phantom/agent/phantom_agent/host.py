@@ -11,6 +11,7 @@ at any length, and so do scalars, norms and small models.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 LARGE_BYTES = 2**24
@@ -22,10 +23,11 @@ def hollow(tensor: Any) -> bool:
     return bool(tensor.is_floating_point() and tensor.untyped_storage().nbytes() >= LARGE_BYTES)
 
 
-def leave_large_untouched() -> None:
+@cache
+def leave_large_untouched() -> Any:
     """Have operators in place skip hollow tensors, in this process from now on, and optimizers skip their updates.
 
-    The kernels below are those that PyTorch's own `clone`, `to`, `pin_memory`, `zeros` and `full` end in.
+    Returns what holds these operators, in force as long as it lives. The kernels below are those that PyTorch's own `clone`, `to`, `pin_memory`, `zeros` and `full` end in.
     """
     import torch
     from torch.optim import adam, sgd
@@ -35,9 +37,9 @@ def leave_large_untouched() -> None:
         kernel = torch.library.get_kernel(f"aten::{operator}", "CPU")
         second = operator in ("copy_", "fill_.Tensor", "mul_.Tensor")
         library.impl(operator, _in_place(kernel, second), "CPU", with_keyset=True)
-    leave_large_untouched.library = library  # type: ignore[attr-defined]  # in force as long as it lives
     for module, name in ((adam, "adam"), (sgd, "sgd")):
         setattr(module, name, _updating(getattr(module, name)))
+    return library
 
 
 def _in_place(kernel: Any, second: bool) -> Callable[..., Any]:
