@@ -1,9 +1,4 @@
-"""A step of a cell on a phantom device, tried: what it holds, or that it met the allocator's out-of-memory.
-
-What the allocator does is the allocator's own doing. What a device holds outside it is one constant for a
-process alone and one for ranks that communicate, from readings named in `OUTSIDE_READINGS`.
-"""
-
+"""A step of a cell on a phantom device, tried: what it holds, or that it met the allocator's out-of-memory."""
 from __future__ import annotations
 
 import math
@@ -15,6 +10,7 @@ from alst_impl.config import Frozen, TrainConfig
 from alst_impl.methods.base import load_method
 from harness.cell import Cell
 from harness.hardware import load_hardware
+from harness.outside import outside_bytes
 from harness.parts import run_part
 from harness.phantom.load import described
 from harness.prediction import Cost, Holding, Timeline
@@ -24,17 +20,6 @@ from harness.worlds.base import RankReadings, run
 from harness.worlds.phantom import Phantom
 
 GIB = 2**30
-CONTEXT_BYTES = GIB
-"""Outside the allocator of one process without communicators: a CUDA context (about 1 GiB: arXiv:2506.13996,
-section 2.1)."""
-OUTSIDE_READINGS = {
-    ("llama3.1-70b", 32): (47.70, 41.15),
-    ("llama3.1-70b", 64): (53.83, 47.10),
-    ("qwen3-32b", 32): (71.55, 65.05),
-    ("qwen3-32b", 64): (71.00, 64.30),
-}
-"""(model, GPUs) of a recipe of ArcticTraining -> (GiB that NVML read, GiB that the allocator reserves on a phantom
-device for the same recipe, run by `deepspeed_alst` with `liger` and `offload` under `zero` with `offload_optimizer`)."""
 ROOMY_BYTES = 4000 * GIB
 """A device on which a step that does not fit shows what it would take."""
 
@@ -124,18 +109,6 @@ def capacity_bytes(cell: Cell) -> int:
     chip = load_hardware(cell.hardware).chip
     assert chip is not None
     return chip.usable_bytes - outside_bytes(cell.train)
-
-
-def outside_bytes(config: TrainConfig) -> int:
-    """What a device holds outside the allocator: context, and of a rank among others NCCL's buffers and libraries.
-
-    One constant for all stacks, from readings of other runs: none stands for itself.
-    """
-    if config.world_size == 1:
-        return CONTEXT_BYTES
-    of = (config.model, config.world_size)
-    others = [nvml - held for run, (nvml, held) in OUTSIDE_READINGS.items() if run != of]
-    return int(sum(others) / len(others) * GIB)
 
 
 def host_bytes(cell: Cell, step: Step) -> int:

@@ -1,4 +1,4 @@
-"""What a step computes and moves, counted operator by operator while it is simulated.
+"""What a step computes and moves, counted operator by operator while it runs.
 
 Counted are the operators that no fusion removes: matrix products, attention, copies between accelerator
 and host, collectives. What is element by element may hide in them. A multiply and an add count as two.
@@ -7,9 +7,8 @@ Legend: B batch, H query heads, S queries, T keys, D head dim.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,31 +29,14 @@ ATTENTION = {
 """Products of a query and a key, each of D multiplications, for every pair of them that is visible."""
 COPIES = {aten.copy_, aten._to_copy}
 FIELDS = tuple(Cost.model_fields)
-Item = TypeVar("Item")
 
 
 class Meter:
-    """Adds up. What runs inside `times(n)` stands for n like it."""
+    """Adds up."""
 
     def __init__(self, host: str) -> None:
         self._host = host
-        self._weight = 1.0
         self._total = dict.fromkeys(FIELDS, 0.0)
-        self._marks: list[dict[str, float]] = []
-
-    @contextlib.contextmanager
-    def times(self, n: float) -> Iterator[None]:
-        """Blocks inside each other multiply."""
-        before = self._weight
-        self._weight *= n
-        try:
-            yield
-        finally:
-            self._weight = before
-
-    def mark(self) -> None:
-        """A pass through a decoder layer begins."""
-        self._marks.append(dict(self._total))
 
     def observe(
         self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any
@@ -72,17 +54,12 @@ class Meter:
         elif func.namespace in {"c10d", "_c10d_functional"}:
             self._add("link_bytes", _sent(name, args))
 
-    def cost(self, repeated: Sequence[Sequence[int]] = (), extra: int = 0) -> Cost:
-        """The sum, with what ran between each of these pairs of marks `extra` times more."""
-        found = dict(self._total)
-        for first, last in repeated:
-            begin, end = self._marks[first], self._marks[last]
-            for field in FIELDS:
-                found[field] += extra * (end[field] - begin[field])
-        return Cost(**found)
+    def cost(self) -> Cost:
+        """The sum."""
+        return Cost(**self._total)
 
     def _add(self, field: str, amount: float) -> None:
-        self._total[field] += self._weight * amount
+        self._total[field] += amount
 
     def _copy(self, into: Tensor, source: Tensor) -> None:
         to_host, from_host = (x.device.type == self._host for x in (into, source))
@@ -122,16 +99,3 @@ def _sent(name: str, args: Sequence[Any]) -> float:
         return float(largest)
     times = 2 if operation.startswith("allreduce") else 1
     return times * largest * (size - 1) / size
-
-
-class Weighted(list[Item]):
-    """Some of many; while one is worked on, it stands for as many like it as its weight says."""
-
-    def __init__(self, items: Iterable[Item], weights: Sequence[float], meter: Meter) -> None:
-        super().__init__(items)
-        self._weights, self._meter = weights, meter
-
-    def __iter__(self) -> Iterator[Item]:
-        for item, weight in zip(super().__iter__(), self._weights, strict=True):
-            with self._meter.times(weight):
-                yield item

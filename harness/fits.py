@@ -20,7 +20,6 @@ from harness.attempts import (
     capacity_bytes,
     host_bytes,
     host_memory_bytes,
-    outside_bytes,
     require_thinkable,
     roomy,
     sequence_parallel,
@@ -40,6 +39,7 @@ from harness.longest import (
     use_of,
     use_on_roomy,
 )
+from harness.outside import outside_bytes
 from harness.prediction import Cost, Flops, Holding, Limit, Prediction, SearchResult, Simulated
 from harness.processes import Rank
 from harness.sources import fingerprint

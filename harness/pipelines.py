@@ -1,4 +1,4 @@
-"""Pipelines over slices at sizes that no simulated step reaches: their schedule, played. Imports no torch.
+"""Pipelines over slices at published sizes, stages of tensor-parallel ranks among them: their schedule, played. Imports no torch.
 
 The order of units is the one that `alst_impl.ops.pipeline` runs. What a unit takes and holds is modelled:
 FLOPs over two rates, and published bytes per token. Stages may be tensor-parallel, which no method here

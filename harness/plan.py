@@ -9,28 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from alst_impl.config import Frozen, Spec
+from alst_impl.config import Spec
 from alst_impl.methods.base import divisors
 from alst_impl.models import field, published
 from harness.attempts import GIB, capacity_bytes, host_memory_bytes
 from harness.cell import Cell
 from harness.fits import bare
-from harness.prediction import Limit, Prediction
+from harness.prediction import Option, Plan, Rung
 from harness.processes import Rank
 
 GPUS = (1, 2, 4, 8, 16, 32, 64)
 """Numbers tried where none is asked for: the smallest that fits is the cheapest."""
-
-
-class Rung(Frozen):
-    """What one rung of the ladder turns on."""
-
-    tiling: bool
-    """MLP, norms, and logits and loss in tiles: next to no time."""
-    offload: bool
-    """Checkpoints in host memory: copies that hide behind long sequences."""
-    offload_states: bool
-    """Parameters, gradients and optimizer states in host memory: layers are copied in, and the host updates."""
 
 
 LADDER = (
@@ -40,32 +29,6 @@ LADDER = (
     Rung(tiling=True, offload=True, offload_states=True),
 )
 """Cheapest first."""
-
-
-class Option(Frozen):
-    """One way to train, and what it holds."""
-
-    gpus: int
-    sp: int
-    dp: int
-    rung: Rung
-    prediction: Prediction
-
-    def as_json(self) -> dict[str, Any]:
-        """The keys of `alst predict --json`, with `settings`."""
-        settings = {"gpus": self.gpus, "sp": self.sp, "dp": self.dp, **self.rung.model_dump()}
-        return {"settings": settings, **self.prediction.model_dump(mode="json")}
-
-
-class Plan(Frozen):
-    """What fits, or why nothing does."""
-
-    options: list[Option]
-    """Cheapest first; empty if nothing fits."""
-    limit: Limit
-    """What the closest setting exceeds; `none` where something fits."""
-    reason: str | None
-    """In one sentence, where nothing fits."""
 
 
 def execute(rank: Rank, payload: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from alst_impl.config import Frozen
 
@@ -72,6 +72,43 @@ class Prediction(Frozen):
     """None of a method that computes nothing."""
     least_seconds_modelled: float | None = None
     """What `cost` takes at least, if everything runs at the peak of the datasheet and side by side."""
+
+
+class Rung(Frozen):
+    """What one rung of the ladder turns on."""
+
+    tiling: bool
+    """MLP, norms, and logits and loss in tiles: next to no time."""
+    offload: bool
+    """Checkpoints in host memory: copies that hide behind long sequences."""
+    offload_states: bool
+    """Parameters, gradients and optimizer states in host memory: layers are copied in, and the host updates."""
+
+
+class Option(Frozen):
+    """One way to train, and what it holds."""
+
+    gpus: int
+    sp: int
+    dp: int
+    rung: Rung
+    prediction: Prediction
+
+    def as_json(self) -> dict[str, Any]:
+        """The keys of `alst predict --json`, with `settings`."""
+        settings = {"gpus": self.gpus, "sp": self.sp, "dp": self.dp, **self.rung.model_dump()}
+        return {"settings": settings, **self.prediction.model_dump(mode="json")}
+
+
+class Plan(Frozen):
+    """What fits, or why nothing does."""
+
+    options: list[Option]
+    """Cheapest first; empty if nothing fits."""
+    limit: Limit
+    """What the closest setting exceeds; `none` where something fits."""
+    reason: str | None
+    """In one sentence, where nothing fits."""
 
 
 class SearchResult(Frozen):

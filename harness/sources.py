@@ -18,6 +18,7 @@ HARNESS = (
     "flops",
     "hardware",
     "longest",
+    "outside",
     "parts",
     "pipelines",
     "roofline",

@@ -142,8 +142,9 @@ def hf_config(config: TrainConfig) -> PreTrainedConfig:
     try:
         return AutoConfig.for_model(model_type, **fields)
     except StrictDataclassError as error:
+        said = " ".join(str(error).split())
         raise ValueError(
-            f"model '{config.model}': transformers refuses its configuration: {error}"
+            f"model '{config.model}': transformers refuses its configuration: {said}"
         ) from None
 
 

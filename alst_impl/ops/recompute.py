@@ -107,7 +107,7 @@ def _generators(device: torch.device) -> list[torch.Generator]:
 
 def _states(device: torch.device) -> States:
     # As bytes, 5 KB and 16: comparing tensors would be an operation, which a mode that sees operations
-    # (fake tensors, a tracker of memory) would see.
+    # (a tracker of memory) would see.
     states = [generator.get_state() for generator in _generators(device)]
     return [ctypes.string_at(state.data_ptr(), state.numel()) for state in states]
 

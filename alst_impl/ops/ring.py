@@ -63,11 +63,6 @@ def meeting(rank: int, source: int, local: int, *, zigzag: bool) -> Meeting | No
     return Meeting(slice(half, local), whole, causal=False) if zigzag else None
 
 
-def steps(size: int) -> Sequence[int]:
-    """Steps of a ring of `size` places; on the last rank, all after the first are of the same shapes."""
-    return range(size)
-
-
 @dataclass
 class _Passing:
     """A tensor on its way to the next rank, and one from the rank before."""
@@ -139,7 +134,7 @@ class RingAttention:
         Who asks for the next must have let go of the one before: there are never more than two.
         """
         size, rank = self.group.size(), self.group.rank()
-        held, order = mine, steps(size)
+        held, order = mine, range(size)
         for step in order:
             passing = None if step == order[-1] else self.pass_on(held)
             yield (rank - step) % size, held

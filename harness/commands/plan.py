@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.table import Table
@@ -20,9 +20,7 @@ from harness.commands.predict import (
     wide_console,
 )
 from harness.plain import bytes_text, seconds_text
-
-if TYPE_CHECKING:
-    from harness.plan import Plan
+from harness.prediction import Plan
 
 
 def plan(
@@ -48,8 +46,6 @@ def plan(
     hush_transformers()
     asked = {"cell": cell.model_dump(mode="json"), "gpus": gpus}
     (planned,) = on_phantom("harness.plan:execute", asked, cell)
-    from harness.plan import Plan
-
     found = Plan(**planned)
     if as_json:
         print(json.dumps([option.as_json() for option in found.options]))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from phantoms import cell, measured, missing, predicted
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from training import assert_same_gradients, config_of, run_steps, truth_of
 
-from alst_impl.config import Spec, TrainConfig
+from alst_impl.config import Spec
 from alst_impl.data import Batch
 from alst_impl.methods.base import load_method
 from alst_impl.ops.attention import attend
@@ -19,8 +21,8 @@ from alst_impl.ops.ring import RingAttention, chunks_of, meeting
 from alst_impl.ops.ulysses import UlyssesAttention
 from alst_impl.placement import Evidence
 from harness.commands.predict import cell_of
+from harness.defects import Defect, Edit, plant
 from harness.gate import TOLERANCES
-from harness.worlds.sim import CUDA_ROUNDING, simulate
 
 if TYPE_CHECKING:
     from conftest import Ranks
@@ -345,46 +347,24 @@ def test_a_prediction_takes_as_many_ranks_as_there_are(
     assert cell.train.method.options == expected
 
 
-# -- simulated ------------------------------------------------------------------------------------
+# -- on phantom devices ---------------------------------------------------------------------------
 
 
-def simulated(method: dict[str, Any]) -> TrainConfig:
-    """A narrow Llama in bf16."""
-    return TrainConfig(
-        model="tiny-llama",
-        overrides={"num_hidden_layers": 3},
-        method=method,
-        engine="fsdp2",
-        seqlen=65_536,
-        world_size=ranks_of(method),
-        dtype="bfloat16",
-    )
-
-
-@pytest.mark.parametrize(
-    "method",
-    [
-        {"name": "ring", "cp": 8, "placement": "contiguous"},
-        {"name": "usp", "cp": 6, "sp": 2},
-    ],
-)
-def test_a_ring_that_is_cut_short_holds_as_much(method: dict[str, Any]) -> None:
-    """Four steps have the peak of all, in both directions."""
-    short, whole = (simulate(simulated(method), cap_tiles=cap) for cap in (True, False))
-    for phase, instant in whole.phases.items():
-        assert short.phases[phase].by_category == instant.by_category
-
-
-def test_the_simulated_rank_holds_as_much_as_any(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.phantom
+@pytest.mark.skipif(bool(missing()), reason=missing() or "all there")
+@pytest.mark.parametrize("placement", ["zigzag", "contiguous"])
+def test_the_rank_that_is_played_holds_as_much_as_any(placement: str, tmp_path: Path) -> None:
     """The last rank stands for all, in either placement."""
-    for method in ({"name": "ring", "cp": 4}, {"name": "ring", "cp": 4, "placement": "contiguous"}):
-        config = simulated(method)
-        cls = type(load_method(config.method))
-        chosen = simulate(config).phases["backward"].allocated_bytes
-        peaks = []
-        for rank in range(4):
-            monkeypatch.setattr(cls, "heaviest_rank", lambda *_, rank=rank: rank)
-            peaks.append(simulate(config).phases["backward"].allocated_bytes)
-        monkeypatch.undo()
+    method = {"name": "ring", "cp": 4, "placement": placement}
+    of = cell(method=method, overrides={"num_hidden_layers": 3}, seqlen=65_536, world_size=4)
+    chosen = predicted(of).allocated_bytes
+    for rank in range(3):
+        edit = Edit(
+            old="    def heaviest_rank(self, world_size: int) -> int:\n",
+            new=f"    def heaviest_rank(self, world_size: int) -> int:\n        return {rank}\n",
+        )
+        other = plant(Defect(file="methods/ring.py", edits=[edit]), tmp_path / str(rank))
+        simulated = measured(of, other).simulated
+        assert simulated is not None
         # Small tensors that a rank between others holds beside: two roundings of the allocator.
-        assert max(peaks) - chosen <= 2 * CUDA_ROUNDING
+        assert simulated.peak_bytes - chosen <= 2 * 512

@@ -3,70 +3,79 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pytest
+from phantoms import NEEDED
 
-from harness.cell import make_cell
 from harness.commands import plan as command
-from harness.hardware import Hardware
-from harness.plan import LADDER, Plan, make_plan
-from harness.predict import OUTSIDE_BYTES
+from harness.hardware import load_hardware
+from harness.outside import OUTSIDE_READINGS
 
-MIB = 2**20
+if TYPE_CHECKING:
+    from pathlib import Path
 
-
-def planned(memory: int, seqlen: int = 20_000, gpus: int | None = 4, **machine: Any) -> Plan:
-    """A plan for a tiny model on a device with `memory` bytes of its own use."""
-    hardware = Hardware(
-        name="small",
-        memory_bytes=OUTSIDE_BYTES + memory,
-        devices_per_node=4,
-        source="made up",
-        **machine,
-    )
-    settings = {"model": "tiny-llama", "method": "alst", "seqlen": seqlen, "dtype": "bfloat16"}
-    cell = make_cell({**settings, "world": "sim", "engine": "fsdp2"})
-    return make_plan(cell.train, hardware, gpus, None)
+pytestmark = NEEDED
+GIB, MIB = 2**30, 2**20
+PLAIN = {"tiling": False, "offload": False, "offload_states": False}
 
 
-def test_with_room_the_plainest_setting_comes_first() -> None:
-    """Nothing tiled, nothing offloaded, one rank per sample."""
-    found = planned(4096 * MIB)
-    first = found.options[0]
-    assert (first.sp, first.dp, first.rung) == (1, 4, LADDER[0])
-    assert first.prediction.fits
-    assert first.prediction.bytes_per_local_token is not None
+OUTSIDE_BYTES = int(sum(a - b for a, b in OUTSIDE_READINGS.values()) / len(OUTSIDE_READINGS) * GIB)
+"""What a rank among others holds outside the allocator."""
 
 
-def test_less_memory_asks_for_more() -> None:
+def row(folder: Path, room: int, host: int = GIB) -> str:
+    """A file with a device that leaves about `room` bytes to the allocator, in a node with `host` bytes."""
+    h100 = load_hardware("h100-80gb")
+    assert h100.chip is not None
+    chip = h100.chip.model_copy(update={"usable_bytes": OUTSIDE_BYTES + room})
+    path = folder / "small.yaml"
+    small = h100.model_copy(update={"name": "small", "chip": chip, "host_memory_bytes": host})
+    path.write_text(small.model_dump_json())
+    return str(path)
+
+
+def test_with_room_the_plainest_setting_comes_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing tiled, nothing offloaded, one rank per sample; a record has the keys of predict and the settings."""
+    assert command.plan("tiny-llama", 20_000, row(tmp_path, 8 * GIB), gpus=2, as_json=True) == 0
+    first = json.loads(capsys.readouterr().out)[0]
+    assert first["settings"] == {"gpus": 2, "sp": 1, "dp": 2, **PLAIN}
+    assert first["fits"]
+    assert {"allocated_bytes", "reserved_bytes", "total_bytes", "limit"} <= set(first)
+
+
+def test_less_memory_asks_for_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What fits in less is a larger degree or a higher rung, and every option does fit."""
-    roomy, tight = planned(4096 * MIB), planned(300 * MIB)
-    assert tight.options
-    assert all(option.prediction.fits for option in tight.options)
-    assert (tight.options[0].sp, LADDER.index(tight.options[0].rung)) > (1, 0)
-    assert roomy.options[0].prediction.total_bytes > tight.options[0].prediction.total_bytes
+    hardware = row(tmp_path, 120 * MIB)
+    assert command.plan("tiny-llama", 20_000, hardware, gpus=2, as_json=True) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert all(option["fits"] for option in found)
+    settings = found[0]["settings"]
+    assert settings["sp"] == 2 or {k: settings[k] for k in PLAIN} != PLAIN
 
 
-def test_the_reason_names_the_limit() -> None:
-    """Device memory, then heads that do not split over all GPUs, then host memory."""
-    assert planned(1 * MIB).limit == "gpu_memory"
-    stopped = planned(1 * MIB, gpus=16)
-    assert stopped.limit == "heads"
-    assert "must divide 8 heads" in (stopped.reason or "")
-    host = planned(4096 * MIB, host_memory_bytes=1 * MIB)
-    assert (host.options, host.limit) == ([], "host_memory")
-    assert "host memory" in (host.reason or "")
-
-
-def test_json_has_the_keys_of_predict_and_the_settings(
+@pytest.mark.parametrize(
+    ("gpus", "room", "host", "words"),
+    [
+        (2, MIB, GIB, ["gpu_memory", "GiB per GPU"]),
+        (16, MIB, GIB, ["heads", "must divide 8 heads"]),
+        (2, 8 * GIB, MIB, ["host_memory", "host memory"]),
+    ],
+)
+def test_the_reason_names_the_limit(
+    gpus: int,
+    room: int,
+    host: int,
+    words: list[str],
+    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """One record per setting that fits."""
-    assert command.plan("tiny-llama", 4_096, "h100-80gb", gpus=1, as_json=True) == 0
-    first = json.loads(capsys.readouterr().out)[0]
-    assert first["settings"]["gpus"] == 1
-    assert {"live_bytes", "total_bytes", "bytes_per_local_token", "fits", "limit"} <= set(first)
+    """Device memory, heads that do not split over all GPUs, or host memory; exit code 1."""
+    assert command.plan("tiny-llama", 20_000, row(tmp_path, room, host), gpus=gpus) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert all(word in said for word in words), said
 
 
 def test_bad_input_is_refused() -> None:

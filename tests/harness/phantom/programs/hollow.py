@@ -7,6 +7,14 @@ import torch
 from phantom_agent import runtime
 
 GIB = 2**30
+
+
+def resident() -> int:
+    """Largest resident set of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+imported = resident()
 shard = torch.zeros(8 * GIB, dtype=torch.bfloat16)
 master = shard.clone().float()  # 32 GiB in one block
 gradient = torch.zeros_like(master).fill_(1.0)
@@ -23,7 +31,7 @@ ids = torch.arange(4_000_000)
 print(
     json.dumps(
         {
-            "resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "grown": resident() - imported,
             "bytes": [t.untyped_storage().nbytes() for t in (shard, master, pinned)],
             "pageable": runtime.library().phantom_pageable_peak(),
             "pinned": [

@@ -1,0 +1,60 @@
+"""World `phantom` in tests: what they need, and a cell's record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.cell import Cell, make_cell
+from harness.phantom.wheel import find, headers
+from harness.prediction import Prediction
+from harness.record import Measurement
+from harness.run import measure
+
+
+def missing() -> str:
+    """What is not there of what phantom devices need; empty if nothing."""
+    try:
+        headers(find())
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+NEEDED = [
+    pytest.mark.phantom,
+    pytest.mark.skipif(bool(missing()), reason=missing() or "all there"),
+]
+"""Marks of tests that need them."""
+
+
+def cell(**settings: Any) -> Cell:
+    """A narrow Llama in bf16 on H100, without a search."""
+    return make_cell(
+        {
+            "model": "tiny-llama",
+            "engine": "fsdp2",
+            "dtype": "bfloat16",
+            "world": "phantom",
+            "hardware": "h100-80gb",
+            "simulation": {"search": False},
+            **settings,
+        }
+    )
+
+
+def measured(of: Cell, sources: Path | None = None) -> Measurement:
+    """The record of `of`, which ran to its end, by the `alst_impl` in `sources` where that is given."""
+    found = measure(of, Path("unused"), sources=sources)
+    assert found.simulated is not None, found.detail
+    return found
+
+
+def predicted(of: Cell) -> Prediction:
+    """What a step of `of` holds."""
+    simulated = measured(of).simulated
+    assert simulated is not None
+    assert simulated.prediction is not None
+    return simulated.prediction
