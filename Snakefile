@@ -16,7 +16,7 @@ from harness.tied import unlock
 unlock(Path(".snakemake"))
 
 # Sweeps to run: `--config experiments=smoke`, several with commas between. By default the
-# CPU sweep and the paper; other questions are asked for by name, so that all stays within 15 minutes,
+# CPU sweep and the parts of the paper's step; other questions are asked for by name, so that `make` stays short,
 # those for a GPU (`gpu_...`) among them, and matrices are run by `alst matrix` on warm ranks.
 asked = str(config.get("experiments", ""))
 loaded = [load_experiment(path) for path in sorted(Path("experiments").glob("*.yaml"))]
@@ -92,7 +92,7 @@ def minutes(wildcards):
 
 
 def code_of(wildcards):
-    """A simulated record is of the code that made it; a measured one stays."""
+    """A prediction is of the code that made it; what was measured stays."""
     cell = CELLS[wildcards.name][wildcards.key]
     return [str(path) for path in code_files()] if cell.world in FORECAST else []
 

@@ -125,7 +125,7 @@ class Cell(Frozen):
 
     @property
     def num_processes(self) -> int:
-        """Processes that execute it: one per rank, but a simulation plays one rank of all."""
+        """Processes that execute it: one per rank, but a forecast plays one rank of all."""
         return 1 if self.world in FORECAST else self.train.world_size
 
     @property

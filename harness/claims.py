@@ -46,7 +46,7 @@ class Evidence(Frozen):
     published: float
     unit: str
     predicted: float | None
-    """By simulation."""
+    """Of a phantom device, or of a schedule that was played."""
     measured: float | None
     """On the hardware of the claim."""
     error: float | None

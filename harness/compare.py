@@ -15,7 +15,7 @@ from harness.table import measure
 BYTES_PER_TOKEN = 0.5
 """A slope that moves by less is the same: a test notices one byte per token."""
 PEAK_BYTES = 16_384
-"""A simulated peak that moves by less is the same: loss scalars of skipped tiles are 512 bytes each."""
+"""A predicted peak that moves by less is the same: a tensor of one number takes 512 bytes."""
 MEASURED_PEAK = 0.01
 """A measured peak that moves by a smaller part is the same."""
 CULPRITS = 3

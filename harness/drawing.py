@@ -53,7 +53,7 @@ DOES_NOT_FIT: dict[str, Any] = {
     "zorder": 5,
     "gid": Outcome.DOES_NOT_FIT.value,
 }
-"""Laid over a point of a simulated step that is more than the machine has."""
+"""Laid over a point of a predicted step that is more than the machine has."""
 
 INK = "#22272e"
 FAINT = "#6b7280"

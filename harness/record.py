@@ -23,7 +23,7 @@ class Outcome(StrEnum):
 
     OK = "ok"
     DOES_NOT_FIT = "does_not_fit"
-    """Simulated to the end, and more than the machine has."""
+    """Predicted to its end, and more than the machine has."""
     GPU_OOM = "gpu_oom"
     HOST_OOM = "host_oom"
     ILLEGAL_ACCESS = "illegal_access"
@@ -123,7 +123,7 @@ class RankMemory(Frozen):
     """Bytes of live tensors of one rank over one tracked step."""
 
     peak_bytes: int
-    """Largest sum of live storages on the compute device; in world `cuda` kernel scratch is part of it,
+    """Largest sum of live storages on the compute device; on CUDA's devices kernel scratch is part of it,
     as PyTorch's allocator counts both."""
     host_peak_bytes: int
     """Largest sum of live storages that hold offloaded data."""
@@ -202,12 +202,12 @@ class Measurement(Frozen):
     readings: Readings | None
     """None where nothing could be read."""
     simulated: Simulated | None = None
-    """In place of readings, of a cell in world `sim`."""
+    """Of a cell in world `phantom`, beside its readings, and in world `schedule`, in place of them."""
     provenance: Provenance
 
 
 def settled(m: Measurement) -> Measurement:
-    """`m` with the outcome that its own numbers decide: a simulated step may be more than the machine has.
+    """`m` with the outcome that its own numbers decide: a predicted step may be more than the machine has.
 
     The numbers own that fact, whatever outcome was written beside them.
     """
@@ -218,7 +218,7 @@ def settled(m: Measurement) -> Measurement:
 
 
 def _excess(simulated: Simulated) -> str | None:
-    """What a simulated cell has too much of, in words; None of one that fits."""
+    """What a predicted step has too much of, in words; None of one that fits."""
     p = simulated.prediction
     if p is None or p.fits:
         return None

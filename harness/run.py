@@ -241,7 +241,7 @@ def probed(cell: Cell) -> list[Finding]:
 
 
 def stale(measurement: Measurement) -> bool:
-    """Whether a record is of other code than there is now: a simulation, or a comparison and no more.
+    """Whether a record is of other code than there is now: a prediction, or a comparison and no more.
 
     What was measured stays as it is.
     """

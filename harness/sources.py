@@ -49,7 +49,7 @@ def _files(modules: tuple[str, ...]) -> list[Path]:
 
 @cache
 def fingerprint() -> str:
-    """Equal for code and libraries that simulate the same."""
+    """Equal for code and libraries that forecast the same."""
     return _hash(code_files())
 
 

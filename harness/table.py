@@ -57,7 +57,7 @@ class Results:
 
 
 def measured_part(results: Results) -> Results:
-    """`results` without simulated cells, where it has others: these have steps, gates and peers."""
+    """`results` without forecasts, where it has others: these have steps, gates and peers."""
     cells = {key: cell for key, cell in results.cells.items() if cell.world not in FORECAST}
     if not cells or len(cells) == len(results.cells):
         return results

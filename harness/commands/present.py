@@ -221,7 +221,7 @@ def reference(
     """Replace the committed records of an experiment with the fresh ones and renew the README.
 
     Refuses when a cell is not measured, was measured on a tree with uncommitted changes, or was
-    simulated by other code, when numbers move without a reason, and in CI.
+    predicted by other code, when numbers move without a reason, and in CI.
 
     Example: alst reference paper_ablation --reason "Tiles of the loss are half as large"
     """
@@ -285,7 +285,7 @@ def _promote(results: Results, hardware: str) -> None:
 
     if is_compared(results) or not results.figures:
         return  # nothing to draw
-    # Simulated cells have no step times, repeated ones several: their first figure stands for them.
+    # Predicted cells have no step times, repeated ones several: their first figure stands for them.
     first = is_simulated(results) or is_repeated(results)
     headline = results.figures[0] if first else "headline"
     (folder / "headline.png").write_bytes(drawing.png(draw(headline, results)))
