@@ -14,7 +14,7 @@ LOCK ?= requirements.lock
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 # Snakemake ends with `make`, however that ends.
-sweep: $(STAMP)  ## Run every cell that has no record yet, then tables, figures and report
+sweep: peers  ## Run every cell that has no record yet, then tables, figures and report
 	exec python -m harness.tied $$PPID snakemake --cores all
 	alst summary
 

@@ -32,7 +32,9 @@ else:
         "loss_parity",
         "methods",
         "methods_cpu",
+        "paper_ablation",
         "paper_mst",
+        "paper_scaling",
         "seq1f1b",
     }
     EXPERIMENTS = {

@@ -1,4 +1,5 @@
 """A step of a cell on a phantom device, tried: what it holds, or that it met the allocator's out-of-memory."""
+
 from __future__ import annotations
 
 import math

@@ -19,7 +19,6 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
 
 import torch
-import torch._subclasses.fake_tensor
 import torch.distributed.fsdp
 import torch.testing._internal.distributed.fake_pg
 import transformers.masking_utils

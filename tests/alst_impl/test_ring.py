@@ -356,7 +356,7 @@ def test_a_prediction_takes_as_many_ranks_as_there_are(
 def test_the_rank_that_is_played_holds_as_much_as_any(placement: str, tmp_path: Path) -> None:
     """The last rank stands for all, in either placement."""
     method = {"name": "ring", "cp": 4, "placement": placement}
-    of = cell(method=method, overrides={"num_hidden_layers": 3}, seqlen=65_536, world_size=4)
+    of = cell(method=method, overrides={"num_hidden_layers": 3}, seqlen=8_192, world_size=4)
     chosen = predicted(of).allocated_bytes
     for rank in range(3):
         edit = Edit(

@@ -146,7 +146,7 @@ def test_waiting_of_equal_units() -> None:
 @pytest.mark.skipif(bool(missing()), reason=missing() or "all there")
 @pytest.mark.parametrize("slices", [1, 4])
 def test_what_the_executor_holds_is_about_what_the_formula_says(slices: int) -> None:
-    """Of a first stage of the same kind of model on a phantom device: a fifth more at most, nothing less."""
+    """Of a stage of the same kind of model on a phantom device: nothing less, and what a layer's backward makes more."""
     narrow = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16}
     of = cell(
         model="gpt-2.7b",
@@ -161,7 +161,7 @@ def test_what_the_executor_holds_is_about_what_the_formula_says(slices: int) -> 
     )
     counted = predicted(of).by_category["activations"]
     said = pipelines.held(pipelines.staged(of.train, 1, "a100-80gb"))["activations"]
-    assert 1 <= counted / said <= 1.2
+    assert 1 <= counted / said <= 1.4
 
 
 def test_tokens_of_a_step_are_those_of_all_replicas() -> None:

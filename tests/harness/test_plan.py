@@ -24,13 +24,13 @@ OUTSIDE_BYTES = int(sum(a - b for a, b in OUTSIDE_READINGS.values()) / len(OUTSI
 """What a rank among others holds outside the allocator."""
 
 
-def row(folder: Path, room: int, host: int = GIB) -> str:
-    """A file with a device that leaves about `room` bytes to the allocator, in a node with `host` bytes."""
+def row(folder: Path, room: int) -> str:
+    """A file with a device that leaves `room` bytes to the allocator."""
     h100 = load_hardware("h100-80gb")
     assert h100.chip is not None
     chip = h100.chip.model_copy(update={"usable_bytes": OUTSIDE_BYTES + room})
     path = folder / "small.yaml"
-    small = h100.model_copy(update={"name": "small", "chip": chip, "host_memory_bytes": host})
+    small = h100.model_copy(update={"name": "small", "chip": chip})
     path.write_text(small.model_dump_json())
     return str(path)
 
@@ -48,7 +48,7 @@ def test_with_room_the_plainest_setting_comes_first(
 
 def test_less_memory_asks_for_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What fits in less is a larger degree or a higher rung, and every option does fit."""
-    hardware = row(tmp_path, 120 * MIB)
+    hardware = row(tmp_path, 400 * MIB)
     assert command.plan("tiny-llama", 20_000, hardware, gpus=2, as_json=True) == 0
     found = json.loads(capsys.readouterr().out)
     assert all(option["fits"] for option in found)
@@ -57,23 +57,14 @@ def test_less_memory_asks_for_more(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize(
-    ("gpus", "room", "host", "words"),
-    [
-        (2, MIB, GIB, ["gpu_memory", "GiB per GPU"]),
-        (16, MIB, GIB, ["heads", "must divide 8 heads"]),
-        (2, 8 * GIB, MIB, ["host_memory", "host memory"]),
-    ],
+    ("gpus", "words"),
+    [(2, ["gpu_memory", "GiB per GPU"]), (16, ["heads", "must divide 8 heads"])],
 )
 def test_the_reason_names_the_limit(
-    gpus: int,
-    room: int,
-    host: int,
-    words: list[str],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    gpus: int, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Device memory, heads that do not split over all GPUs, or host memory; exit code 1."""
-    assert command.plan("tiny-llama", 20_000, row(tmp_path, room, host), gpus=gpus) == 1
+    """Device memory, or heads that do not split over all GPUs; exit code 1."""
+    assert command.plan("tiny-llama", 20_000, row(tmp_path, MIB), gpus=gpus) == 1
     said = capsys.readouterr().err.splitlines()[-1]
     assert all(word in said for word in words), said
 

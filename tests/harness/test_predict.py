@@ -115,13 +115,14 @@ def test_small_depths_say_what_one_more_token_costs() -> None:
 
 def test_search_ends_on_the_limit(tmp_path: Path) -> None:
     """The longest length fits, the shortest failing one does not, and both name the same limit."""
-    hardware = written(tmp_path, small(60 * GIB, host=40 * MIB))
-    found = longest(of(hardware, seqlen=16_384, simulation={"search": True}))
+    wide = {"model": "llama3.1-8b", "overrides": {"num_hidden_layers": 1}}
+    hardware = written(tmp_path, small(60 * GIB, host=16 * GIB))
+    found = longest(of(hardware, seqlen=200_000, simulation={"search": True}, **wide))
     assert 0 < found.longest_tokens < found.shortest_failing_tokens
     gap = found.shortest_failing_tokens - found.longest_tokens
     assert gap <= max(0.015 * found.shortest_failing_tokens, 2 * 256)
-    assert predicted(of(hardware, found.longest_tokens)).fits
-    failing = predicted(of(hardware, found.shortest_failing_tokens))
+    assert predicted(of(hardware, found.longest_tokens, **wide)).fits
+    failing = predicted(of(hardware, found.shortest_failing_tokens, **wide))
     assert failing.limit == found.limit == "host_memory"
 
 
