@@ -164,7 +164,9 @@ class Phantom(Cuda):
         os.environ.update({name: str(value) for name, value in places.items()})
         dist.init_process_group("fake", rank=played, world_size=size, store=FakeStore())
         axes = method.axes(size)
-        yield init_device_mesh("cuda", tuple(axes.values()), mesh_dim_names=tuple(axes))
+        # A backward in a thread of its own drops its last references now before, now after who waits for it goes on.
+        with torch.autograd.set_multithreading_enabled(False):
+            yield init_device_mesh("cuda", tuple(axes.values()), mesh_dim_names=tuple(axes))
         dist.destroy_process_group()
 
     def stand(self, runtime: Runtime) -> None:

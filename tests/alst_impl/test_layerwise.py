@@ -423,7 +423,7 @@ def test_bytes_per_token_of_an_8b_llama(method: dict[str, Any], limit: int) -> N
         overrides={"num_hidden_layers": 2},
         method={"name": "layerwise", **method},
         engine={"name": "fsdp2", "offload": True},
-        seqlen=2**16 * sp,
+        seqlen=2**14 * sp,
         world_size=sp,
     )
     slope = predicted(of).bytes_per_local_token

@@ -358,7 +358,7 @@ def test_the_rank_that_is_played_holds_as_much_as_any(placement: str, tmp_path: 
     method = {"name": "ring", "cp": 4, "placement": placement}
     of = cell(method=method, overrides={"num_hidden_layers": 3}, seqlen=8_192, world_size=4)
     chosen = predicted(of).allocated_bytes
-    for rank in range(3):
+    for rank in (0, 2):
         edit = Edit(
             old="    def heaviest_rank(self, world_size: int) -> int:\n",
             new=f"    def heaviest_rank(self, world_size: int) -> int:\n        return {rank}\n",

@@ -46,7 +46,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 COMMANDS = (
     "claims",
-    "claims --run --json",
     "compare results/reference results/cells",
     "confirm told",
     "defects",

@@ -214,7 +214,7 @@ def test_predict_answers_from_a_phantom_device(
     [
         ("--seqlen 999_999_999_999", ["999,999,999,999", "does not fit", "shorter"]),
         ("--seqlen 64 --hardware cpu", ["'cpu'", "h100-80gb"]),
-        ("--seqlen 64 --method deepspeed_alst --option tile_loss=no", ["tile_loss", "no"]),
+        ("--seqlen 64 --method deepspeed_alst --option liger=true", ["liger", "tile_loss: false"]),
     ],
 )
 def test_what_a_phantom_device_cannot_run_is_refused(
