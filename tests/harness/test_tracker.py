@@ -36,8 +36,10 @@ def test_peak_is_the_largest_sum_of_live_storages() -> None:
         assert tracker.live_bytes == 8 * KIB  # its view holds it
         del b
         assert tracker.live_bytes == 4 * KIB
+        e = torch.tensor([1.0])  # made by Python and passed on by an operator
+        assert tracker.live_bytes == 4 * KIB + 4
     assert tracker.peak_bytes == 12 * KIB
-    assert d.numel() == KIB
+    assert d.numel() + e.numel() == KIB + 1
 
 
 def test_adopted_tensors_count_once() -> None:
