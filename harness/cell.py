@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -417,8 +416,3 @@ def read_experiment(path: Path) -> Experiment:
 
 def _known() -> str:
     return ", ".join(str(paths.EXPERIMENTS / path.name) for path in paths.experiments())
-
-
-def dump(cell: Cell) -> str:
-    """The cell as JSON, as it travels to the processes that run it."""
-    return json.dumps(cell.model_dump(mode="json"), sort_keys=True)

@@ -1,14 +1,14 @@
-"""The tracker's count is exact: by hand, against the allocator, and on fake tensors."""
+"""The tracker's count is exact: by hand, and against the allocator."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import gc
+from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -18,22 +18,11 @@ from harness.tracker import Tracker
 KIB = 1024
 
 
-@pytest.fixture(params=["real", "fake"])
-def tensors(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Run a test on real tensors and again on fake ones."""
-    if request.param == "real":
-        yield
-        return
-    with FakeTensorMode():
-        yield
-
-
 def floats(kib: int) -> Tensor:
     """A float32 tensor of `kib` KiB."""
     return torch.ones(kib * KIB // 4)
 
 
-@pytest.mark.usefixtures("tensors")
 def test_peak_is_the_largest_sum_of_live_storages() -> None:
     """Temporaries count while they live, views never, and freed bytes can be used again."""
     with Tracker() as tracker:
@@ -47,41 +36,42 @@ def test_peak_is_the_largest_sum_of_live_storages() -> None:
         assert tracker.live_bytes == 8 * KIB  # its view holds it
         del b
         assert tracker.live_bytes == 4 * KIB
+        e = torch.tensor([1.0])  # made by Python and passed on by an operator
+        assert tracker.live_bytes == 4 * KIB + 4
     assert tracker.peak_bytes == 12 * KIB
-    assert d.numel() == KIB
+    assert d.numel() + e.numel() == KIB + 1
 
 
-@pytest.mark.usefixtures("tensors")
-def test_adopted_tensors_count_once_under_their_category() -> None:
-    """Parameters that exist before count from the start, in-place results are not new."""
+def test_adopted_tensors_count_once() -> None:
+    """Parameters that exist before count from the start, in-place results are not new, meta tensors are nothing."""
     weight, shared = nn.Parameter(floats(2)), floats(1)
-    with Tracker(events=True) as tracker:
+    with Tracker() as tracker:
         tracker.adopt([weight, weight.detach().view(-1), None], "parameters")
         shared.add_(1)  # never adopted, so never counted
+        hollow = torch.empty(KIB, device="meta")
         assert tracker.live_bytes == 2 * KIB
         output = weight * 2
-        tracker.adopt([output], "gradients")
-    assert [(a.nbytes, a.category) for a in tracker.peak_live()] == [
-        (2 * KIB, "parameters"),
-        (2 * KIB, "gradients"),
-    ]
+        tracker.adopt([output, hollow], "outputs")
+        assert tracker.live_bytes == 4 * KIB
+    assert tracker.peak_bytes == 4 * KIB
 
 
 def test_adopt_rest_finds_what_nobody_named() -> None:
     """A bucket that only an engine knows counts too, and only once."""
     bucket, weight = floats(64), floats(2)
-    with Tracker(events=True) as tracker:
+    gc.collect()  # what other tests left is not freed meanwhile
+    with Tracker() as tracker:
         tracker.adopt([weight], "parameters")
         tracker.adopt_rest()
-        live = {(a.nbytes, a.category) for a in tracker.peak_live()}
         before = tracker.live_bytes
         tracker.adopt_rest()
         assert tracker.live_bytes == before
-    assert {(64 * KIB, "other"), (2 * KIB, "parameters")} <= live
-    assert bucket.numel() == 16 * KIB
+        del bucket
+        assert tracker.live_bytes == before - 64 * KIB
+        del weight
+        assert tracker.live_bytes == before - 66 * KIB
 
 
-@pytest.mark.usefixtures("tensors")
 def test_storage_resizes_count() -> None:
     """Freeing by resizing the storage to 0, as FSDP2 does, is seen; so is growing it again."""
     with Tracker() as tracker:
@@ -97,31 +87,20 @@ def test_storage_resizes_count() -> None:
     assert tracker.peak_bytes == 12 * KIB
 
 
-@pytest.mark.usefixtures("tensors")
 def test_host_memory_is_counted_apart() -> None:
     """A tensor marked as host memory never shows in the device's peak, not even while it is made."""
-    with Tracker(events=True) as tracker:
+    with Tracker() as tracker:
         a = floats(4)
-        copy = torch.empty_like(a)
-        tracker.mark_host(copy)
-        copy.copy_(a)
+        for _ in range(2):  # the second takes the room of the first
+            copy = torch.empty_like(a)
+            tracker.mark_host(copy)
+            copy.copy_(a)
+            del copy
         del a
-        assert (tracker.live_bytes, tracker.live_host_bytes) == (0, 4 * KIB)
+        assert tracker.live_bytes == 0
     assert (tracker.peak_bytes, tracker.host_peak_bytes) == (4 * KIB, 4 * KIB)
-    assert [a.host for a in tracker.peak_live()] == [False]
 
 
-def test_a_host_device_is_host_memory() -> None:
-    """Under fake tensors the host is a device of its own."""
-    with FakeTensorMode(), Tracker(host="lazy") as tracker:
-        a = floats(4)
-        copy = a.to("lazy")
-        del a
-        assert (tracker.live_bytes, tracker.live_host_bytes) == (0, 4 * KIB)
-        assert copy.device.type == "lazy"
-
-
-@pytest.mark.usefixtures("tensors")
 def test_phases_have_their_own_peaks() -> None:
     """A phase starts with what it inherits."""
     with Tracker() as tracker:
@@ -135,44 +114,6 @@ def test_phases_have_their_own_peaks() -> None:
         d = a + c.sum()
     assert tracker.phase_peaks == {"start": 4 * KIB, "forward": 9 * KIB + 4, "backward": 5 * KIB}
     assert d.numel() == KIB
-
-
-def test_sizes_are_rounded_like_an_allocator() -> None:
-    """CUDA's caching allocator hands out multiples of 512 bytes."""
-    with Tracker(rounding=512) as tracker:
-        scalar, long = torch.ones(()), torch.ones(129)
-        assert tracker.live_bytes == 512 + 1024
-    assert scalar.numel() + long.numel() == 130
-
-
-def test_scratch_and_live_are_read_at_the_same_instant() -> None:
-    """The peak is where live plus scratch is largest, even if more tensors live elsewhere."""
-
-    def scratch(operator: object, args: tuple[object, ...], kwargs: object) -> dict[str, int]:
-        return {"sums": 2 * KIB, "sorted": 6 * KIB} if str(operator) == "aten.exp.default" else {}
-
-    with Tracker(scratch=scratch, events=True) as tracker:
-        a = floats(1)
-        b = a.exp()
-        c = floats(6)
-    assert (tracker.peak.live_bytes, tracker.peak.scratch_bytes) == (2 * KIB, 8 * KIB)
-    held = [(x.category, x.nbytes) for x in tracker.peak_live()]
-    assert sorted(held) == [("activations", KIB)] * 2 + [("scratch", 2 * KIB), ("scratch", 6 * KIB)]
-    assert tracker.live_bytes == 8 * KIB
-    assert b.numel() + c.numel() == 7 * 256
-
-
-def test_explanation_names_operator_and_line() -> None:
-    """What is live at the peak carries where it was allocated, in backward of which forward line."""
-    with Tracker(explain=True) as tracker:
-        x = floats(4).requires_grad_()
-        y = x.sin()  # forward line
-        line = test_explanation_names_operator_and_line.__code__.co_firstlineno + 4
-        tracker.phase("backward")
-        y.backward(y.detach())
-    found = {(a.operator, a.location) for a in tracker.peak_live("backward")}
-    assert ("aten::sin", f"tests/harness/test_tracker.py:{line}") in found
-    assert ("aten::cos", f"tests/harness/test_tracker.py:{line}") in found
 
 
 class Square(torch.autograd.Function):
@@ -197,21 +138,18 @@ class Square(torch.autograd.Function):
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_backward_is_seen_inside_checkpoints_and_custom_functions(reentrant: bool) -> None:
     """Recomputation and nested backward allocate inside the autograd engine, and are counted."""
-    peaks = []
-    for fake in (False, True):
-        with FakeTensorMode(allow_non_fake_inputs=False) if fake else torch.enable_grad():
-            x = floats(4).requires_grad_()
-            with Tracker() as tracker:
-                tracker.adopt([x], "parameters")
-                y = checkpoint(lambda t: Square.apply(t.sin()), x, use_reentrant=reentrant)
-                assert tracker.live_bytes == 8 * KIB  # x, y
-                tracker.phase("backward")
-                y.sum().backward()
-                del y
-                assert tracker.live_bytes == 8 * KIB  # x, its gradient
-            peaks.append(tracker.phase_peaks)
-    assert peaks[0] == peaks[1]
-    assert peaks[0]["backward"] >= 24 * KIB
+    x = floats(4).requires_grad_()
+    with Tracker() as tracker:
+        tracker.adopt([x], "parameters")
+        y = checkpoint(lambda t: Square.apply(t.sin()), x, use_reentrant=reentrant)
+        assert tracker.live_bytes == 8 * KIB  # x, y
+        tracker.phase("backward")
+        y.sum().backward()
+        del y
+        assert tracker.live_bytes == 8 * KIB  # x, its gradient
+    # x, y, sin(x), its square in `Square.backward`, two gradients of that and their sum; with reentrant
+    # checkpoints the recomputed output, too; the fp32 scalar y.sum() and its gradient.
+    assert tracker.phase_peaks["backward"] == (8 if reentrant else 7) * 4 * KIB + 8
 
 
 def step(model: nn.Module, ids: Tensor) -> None:
