@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from training import config_of, corpus_of, train
+from transformers import PreTrainedModel
 
 from alst_impl import hf, step
 from alst_impl.config import OptimizerConfig, Spec, TrainConfig
@@ -149,7 +150,8 @@ def what_is_refused(rank: int, world_size: int) -> list[str]:
     refused = []
     config = config_of(engine=IN_BACKWARD, method="alst")
     method, runtime, (batches, _) = started(world_size, config)
-    layers = hf.decoder_layers(runtime.module)  # type: ignore[arg-type]
+    assert isinstance(runtime.module, PreTrainedModel)
+    layers = hf.decoder_layers(runtime.module)
     layers[0].mlp.up_proj.weight = layers[1].mlp.up_proj.weight
     for attempt in (
         runtime.gradients,
@@ -174,7 +176,8 @@ def test_what_cannot_be_exact_is_refused_where_it_shows(ranks: Ranks) -> None:
 def step_with_an_unused_parameter(rank: int, world_size: int, config: TrainConfig) -> str:
     """A step in which the final norm's weight is unused; the message of its refusal, if any."""
     method, runtime, (batches, _) = started(world_size, config)
-    (norm,) = hf.final_norms(runtime.module)  # type: ignore[arg-type]
+    assert isinstance(runtime.module, PreTrainedModel)
+    (norm,) = hf.final_norms(runtime.module)
     norm.forward = lambda hidden: hidden
     before = norm.weight.detach().clone()
     try:
