@@ -15,7 +15,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 # Snakemake ends with `make`, however that ends.
 sweep: peers  ## Run every cell that has no record yet, then tables, figures and report
-	exec python -m harness.tied $$PPID snakemake --cores all
+	exec python -m harness.processes.tied $$PPID snakemake --cores all
 	alst summary
 
 install: $(STAMP)  ## Create .venv and install the project with everything it needs

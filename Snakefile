@@ -7,10 +7,10 @@ import os
 import sys
 from pathlib import Path
 
-from harness.cell import FORECAST, load_experiment
-from harness.launch import command, num_nodes
-from harness.sources import code_files
-from harness.tied import unlock
+from harness.cells.cell import FORECAST, load_experiment
+from harness.processes.launch import command, num_nodes
+from harness.records.sources import code_files
+from harness.processes.tied import unlock
 
 # A run that was killed leaves a lock behind; its jobs ended with it.
 unlock(Path(".snakemake"))
@@ -44,7 +44,7 @@ else:
     }
 CELLS = {name: experiment.cells() for name, experiment in EXPERIMENTS.items()}
 ALST = f"'{sys.executable}' -m harness"
-TIED = f"exec '{sys.executable}' -m harness.tied {os.getpid()}"
+TIED = f"exec '{sys.executable}' -m harness.processes.tied {os.getpid()}"
 CODE = [str(path) for path in Path("harness").glob("*.py")]
 METRICS = [str(path) for path in Path("harness/metrics").glob("*.py")]
 
@@ -145,7 +145,7 @@ rule table:
     input:
         records,
         METRICS,
-        "harness/table.py",
+        "harness/records/table.py",
     output:
         "results/tables/{name}.csv",
     log:
@@ -162,10 +162,10 @@ rule figure:
     input:
         records,
         METRICS,
-        "harness/figures/{figure}.py",
-        "harness/figures/base.py",
-        "harness/drawing.py",
-        "harness/table.py",
+        "harness/present/figures/{figure}.py",
+        "harness/present/figures/base.py",
+        "harness/present/drawing.py",
+        "harness/records/table.py",
     output:
         "results/figures/{name}/{figure}.svg",
         "results/figures/{name}/{figure}.png",
@@ -183,8 +183,8 @@ rule report:
     input:
         [drawn(name) for name in EXPERIMENTS],
         expand("results/tables/{name}.csv", name=EXPERIMENTS),
-        "harness/report.py",
-        "harness/templates/report.html",
+        "harness/present/report.py",
+        "harness/present/templates/report.html",
     output:
         "results/report.html",
     log:

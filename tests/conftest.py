@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A process that the server made (tests of the tests) is as good a server: it forks its own ranks.
 CONTEXT = multiprocessing.get_context("fork" if multiprocessing.parent_process() else "forkserver")
-CONTEXT.set_forkserver_preload(["harness.preload"])
+CONTEXT.set_forkserver_preload(["harness.processes.preload"])
 PR_SET_PDEATHSIG = 1
 
 
@@ -46,7 +46,7 @@ def _rank(
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     import torch.distributed as dist
 
-    import harness.preload  # noqa: F401  prepares DeepSpeed, once for all ranks
+    import harness.processes.preload  # noqa: F401  prepares DeepSpeed, once for all ranks
 
     try:
         dist.init_process_group(

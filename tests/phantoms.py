@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from harness.cell import Cell, make_cell
+from harness.cells.cell import Cell, make_cell
+from harness.cells.prediction import Prediction
 from harness.phantom.wheel import find, headers
-from harness.prediction import Prediction
-from harness.record import Measurement
-from harness.run import measure
+from harness.records.record import Measurement
+from harness.run.measure import measure
 
 
 def missing() -> str:

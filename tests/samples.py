@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from alst_impl.config import TrainConfig
-from harness.cell import Cell, make_cell
-from harness.nvml import Device, DeviceReadings, Section
-from harness.prediction import Flops, Holding, Prediction, SearchResult, Simulated
-from harness.record import (
+from harness.cells.cell import Cell, make_cell
+from harness.cells.prediction import Flops, Holding, Prediction, SearchResult, Simulated
+from harness.records.readings import Device, DeviceReadings, Section
+from harness.records.record import (
     CudaMemory,
     Gate,
     Measurement,
@@ -19,8 +19,8 @@ from harness.record import (
     RankMemory,
     Readings,
 )
-from harness.sources import fingerprint
-from harness.table import Results
+from harness.records.sources import fingerprint
+from harness.records.table import Results
 
 MIB = 2**20
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from harness import paths
-from harness.cell import load_experiment
-from harness.defects import Defect, plant, read_catches, read_defects
-from harness.record import Outcome
-from harness.run import measure
+from harness.cells import paths
+from harness.cells.cell import load_experiment
+from harness.judge.defects import Defect, plant, read_catches, read_defects
+from harness.records.record import Outcome
+from harness.run.measure import measure
 
 ROOT = Path(__file__).parent.parent
 TESTS = "tests/alst_impl/"

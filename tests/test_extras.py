@@ -10,8 +10,8 @@ import pytest
 
 from alst_impl.config import Spec
 from alst_impl.engines.base import load_engine
-from harness.cell import make_cell
-from harness.run import measure_to
+from harness.cells.cell import make_cell
+from harness.run.measure import measure_to
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = {"model": "tiny-llama", "seqlen": 64, "method": "baseline", "world": "cpu"}

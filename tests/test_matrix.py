@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from harness import matrix as grid
-from harness import paths
-from harness.cell import Experiment, load_experiment
+from harness.cells import grid, paths
+from harness.cells.cell import Experiment, load_experiment
 from harness.commands.matrix import chosen, made_rows, run
-from harness.gate import judgement
-from harness.record import Outcome
+from harness.gate.verdict import judgement
+from harness.records.record import Outcome
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENT = load_experiment(ROOT / paths.experiment("correctness"))

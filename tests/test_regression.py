@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 from phantoms import NEEDED, measured
 
-from harness import paths, record
-from harness.cell import Cell, make_cell
-from harness.compare import changes
-from harness.defects import Defect, plant, read_defects
-from harness.record import Measurement, Outcome
-from harness.run import measure
+from harness.cells import paths
+from harness.cells.cell import Cell, make_cell
+from harness.judge.compare import changes
+from harness.judge.defects import Defect, plant, read_defects
+from harness.records import record
+from harness.records.record import Measurement, Outcome
+from harness.run.measure import measure
 
 ROOT = Path(__file__).parent.parent
 QUICK = (

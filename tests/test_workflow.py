@@ -14,8 +14,8 @@ import psutil
 import pytest
 import yaml
 
-from harness.cell import load_experiment
-from harness.launch import num_nodes
+from harness.cells.cell import load_experiment
+from harness.processes.launch import num_nodes
 
 ROOT = Path(__file__).parents[1]
 ANSWERED = {"Specify a conda environment or container for each rule.:"}
@@ -87,7 +87,7 @@ def test_the_profile_for_slurm_differs_in_where_cells_run() -> None:
 def test_parsing_imports_no_torch() -> None:
     """Cells expand in the time of a dry run."""
     code = (
-        "import sys; from pathlib import Path; from harness.cell import load_experiment; "
+        "import sys; from pathlib import Path; from harness.cells.cell import load_experiment; "
         "[load_experiment(p) for p in Path('experiments').glob('*.yaml')]; "
         "sys.exit('torch' in sys.modules)"
     )
@@ -120,7 +120,7 @@ def test_a_killed_sweep_ends_whole_and_the_next_one_goes_on(tmp_path: Path) -> N
     (key,) = load_experiment(path).cells()
     target = f"results/cells/one/{key}.json"
     asked = ["--cores", "1", "--config", "experiments=one", "--", target]
-    tied = f"{sys.executable} -m harness.tied $$ {' '.join([*SNAKEMAKE, *asked])} & wait"
+    tied = f"{sys.executable} -m harness.processes.tied $$ {' '.join([*SNAKEMAKE, *asked])} & wait"
     shell = subprocess.Popen(
         ["bash", "-c", tied], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )

@@ -16,13 +16,13 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from harness import paths
-from harness.cell import FORECAST, Cell, Experiment, load_experiment
+from harness.cells import paths
+from harness.cells.cell import FORECAST, Cell, Experiment, load_experiment
 from harness.commands.run import DEFAULT_RESULTS, record_path, truth_cache
 
 if TYPE_CHECKING:
-    from harness.claims import Evidence
-    from harness.record import Measurement
+    from harness.judge.claims import Evidence
+    from harness.records.record import Measurement
 
 Folder = Annotated[Path, typer.Argument(help="A folder with records, at any depth.")]
 
@@ -46,10 +46,10 @@ def claims(
 
     Example: alst claims --json
     """
-    from harness.claims import Verdict, evidence
-    from harness.compare import changes
-    from harness.run import stale
-    from harness.table import fresh
+    from harness.judge.claims import Verdict, evidence
+    from harness.judge.compare import changes
+    from harness.records.table import fresh
+    from harness.run.measure import stale
 
     experiments = [load_experiment(path) for path in paths.experiments()]
     forecasts = [(e, cells) for e in experiments if (cells := _forecasts(e))]
@@ -102,7 +102,7 @@ def compare(before: Folder, after: Folder) -> int:
 
     Example: alst compare results/reference results/cells
     """
-    from harness.compare import changes, load
+    from harness.judge.compare import changes, load
 
     old, new = load(before), load(after)
     if not set(old) & set(new):
@@ -116,7 +116,7 @@ def compare(before: Folder, after: Folder) -> int:
 
 def reference_records(name: str) -> dict[str, Measurement]:
     """The committed records of experiment `name` by key."""
-    from harness import record
+    from harness.records import record
 
     files = sorted(paths.REFERENCE.glob(f"*/{name}/*.json"))
     return {file.stem: record.read(file) for file in files}
@@ -135,7 +135,7 @@ def simulated_cells(experiment: Experiment) -> dict[str, Cell]:
 
 def is_twin(cell: Cell, experiment: Experiment) -> bool:
     """Whether a phantom cell stands beside the same cell of a GPU."""
-    from harness.twins import run_of
+    from harness.judge.twins import run_of
 
     measured = (each for each in experiment.cells().values() if each.world == "cuda")
     return cell.world == "phantom" and run_of(cell) in map(run_of, measured)
@@ -143,7 +143,7 @@ def is_twin(cell: Cell, experiment: Experiment) -> bool:
 
 def bring_up_to_date(simulated: list[tuple[Experiment, dict[str, Cell]]], results: Path) -> None:
     """Run all cells without a record of this code, as many at a time as there are cores."""
-    from harness.run import measure_to
+    from harness.run.measure import measure_to
 
     jobs = [
         (record_path(results, experiment, key), cell)
@@ -165,8 +165,8 @@ def bring_up_to_date(simulated: list[tuple[Experiment, dict[str, Cell]]], result
 
 
 def _print_claims(found: Iterable[Evidence]) -> None:
-    from harness.claims import Verdict
-    from harness.report import claim_grid, claim_summary
+    from harness.judge.claims import Verdict
+    from harness.present.report import claim_grid, claim_summary
 
     colours = {Verdict.REPRODUCED: "green", Verdict.LONGER: "cyan", Verdict.REFUTED: "red"}
     found = list(found)

@@ -13,13 +13,14 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from harness import paths, record
-from harness.cell import Cell, load_experiment
+from harness.cells import paths
+from harness.cells.cell import Cell, load_experiment
 from harness.commands.matrix import CORRECTNESS, chosen
 from harness.commands.run import DEFAULT_RESULTS, truth_cache
-from harness.defects import Catch, Defect, plant, read_defects, text_of
-from harness.record import Outcome
-from harness.run import measure, truths
+from harness.judge.defects import Catch, Defect, plant, read_defects, text_of
+from harness.records import record
+from harness.records.record import Outcome
+from harness.run.measure import measure, truths
 
 Trial = tuple[str, Cell, dict[str, Any] | None]
 """Levels of a row, its cell, and what it is held against."""

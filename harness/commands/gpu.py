@@ -9,8 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from harness import paths
-from harness.cell import load_experiment
+from harness.cells import paths
+from harness.cells.cell import load_experiment
 from harness.commands.run import DEFAULT_RESULTS
 
 Results = Annotated[Path, typer.Option("--results", help="Folder of records.")]
@@ -21,8 +21,8 @@ def devices() -> None:
 
     Exit code 2 where there is none, saying why.
     """
-    from harness.machine import row_of, some_devices
-    from harness.nvml import library
+    from harness.devices.machine import row_of, some_devices
+    from harness.devices.nvml import library
 
     for device in some_devices(library()):
         held = device.memory_bytes
@@ -42,9 +42,9 @@ def confirm(
     Example: alst confirm gpu_single
     """
     from harness.commands.claims import bring_up_to_date, simulated_cells
-    from harness.report import twin_grid
-    from harness.table import fresh
-    from harness.twins import run_of, torch_versions, twins
+    from harness.judge.twins import run_of, torch_versions, twins
+    from harness.present.report import twin_grid
+    from harness.records.table import fresh
 
     experiment = load_experiment(paths.experiment(name))
     folder = results / "cells" / name

@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from harness.cell import Cell
-from harness.record import Measurement, Outcome
+from harness.cells.cell import Cell
+from harness.records.record import Measurement, Outcome
 
 
 class CellLine:

@@ -15,14 +15,14 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from harness import matrix as grid
-from harness import paths, record
-from harness.cell import Cell, Experiment, load_experiment, read_experiment
+from harness.cells import grid, paths
+from harness.cells.cell import Cell, Experiment, load_experiment, read_experiment
+from harness.cells.grid import Matrix, Row
 from harness.commands.run import DEFAULT_RESULTS, record_path, truth_cache
-from harness.gate import judgement
-from harness.matrix import Matrix, Row
-from harness.record import Measurement, Outcome
-from harness.run import final, measure, truths
+from harness.gate.verdict import judgement
+from harness.records import record
+from harness.records.record import Measurement, Outcome
+from harness.run.measure import final, measure, truths
 
 Work = tuple[Row, Cell]
 CORRECTNESS = paths.experiment("correctness")

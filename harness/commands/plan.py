@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from harness.cells.prediction import Plan
+from harness.cells.units import bytes_text, seconds_text
 from harness.commands.predict import (
     AsJson,
     HardwareName,
@@ -19,8 +21,6 @@ from harness.commands.predict import (
     on_phantom,
     wide_console,
 )
-from harness.plain import bytes_text, seconds_text
-from harness.prediction import Plan
 
 
 def plan(
@@ -45,7 +45,7 @@ def plan(
     cell = cell_of(model, seqlen, "alst", gpus or 1, hardware, host_memory)
     hush_transformers()
     asked = {"cell": cell.model_dump(mode="json"), "gpus": gpus}
-    (planned,) = on_phantom("harness.plan:execute", asked, cell)
+    (planned,) = on_phantom("harness.predict.plan:execute", asked, cell)
     found = Plan(**planned)
     if as_json:
         print(json.dumps([option.as_json() for option in found.options]))

@@ -17,10 +17,10 @@ from rich.table import Table
 from alst_impl.config import Spec
 from alst_impl.methods.base import load_method
 from alst_impl.models import field, published
-from harness.cell import Cell, make_cell
+from harness.cells.cell import Cell, make_cell
+from harness.cells.prediction import LIMITS, Cost, Holding, Prediction, SearchResult, Simulated
+from harness.cells.units import bytes_text, bytes_value, options_text, seconds_text
 from harness.commands.options import parsed
-from harness.plain import bytes_text, bytes_value, options_text, seconds_text
-from harness.prediction import LIMITS, Cost, Holding, Prediction, SearchResult, Simulated
 
 PATIENCE_S = 5.0
 """What takes longer shows that it is alive."""
@@ -35,7 +35,8 @@ Model = Annotated[
 Method = Annotated[str, typer.Option(help="A file in alst_impl/methods/.")]
 Gpus = Annotated[int, typer.Option(min=1, help="Accelerators, over all nodes.")]
 HardwareName = Annotated[
-    str, typer.Option("--hardware", help="A row of harness/hardware.py, or a YAML file with one.")
+    str,
+    typer.Option("--hardware", help="A row of harness/cells/hardware.py, or a YAML file with one."),
 ]
 HostMemory = Annotated[
     str | None,
@@ -182,7 +183,9 @@ def searching(cell: Cell) -> Cell:
 
 def forecast_of(cell: Cell) -> Simulated:
     """What a phantom device says of `cell`. Raises as `on_phantom` does."""
-    (found,) = on_phantom("harness.fits:execute", {"cell": cell.model_dump(mode="json")}, cell)
+    (found,) = on_phantom(
+        "harness.predict.fits:execute", {"cell": cell.model_dump(mode="json")}, cell
+    )
     return Simulated(**found["simulated"])
 
 
@@ -191,7 +194,7 @@ def on_phantom(entry: str, payload: dict[str, Any], cell: Cell) -> list[dict[str
 
     Raises `ValueError` for what cannot run, `RuntimeError` for what failed.
     """
-    from harness import client
+    from harness.processes import client
 
     doing = {"now": f"{cell.label} on a phantom device"}
 

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from harness import paths
+from harness.cells import paths
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from rich.table import Table
 
-    from harness.report import Grid
-    from harness.table import Results
+    from harness.present.report import Grid
+    from harness.records.table import Results
 
 Name = Annotated[str, typer.Argument(help="An experiment: the name of a file in experiments/.")]
 Names = Annotated[
@@ -33,8 +33,8 @@ def table(name: Name) -> None:
 
     Example: alst table cpu_sweep
     """
-    from harness.record import write_text
-    from harness.table import fresh, tidy
+    from harness.records.record import write_text
+    from harness.records.table import fresh, tidy
 
     write_text(paths.table(name), tidy(fresh(paths.experiment(name))).to_csv(index=False))
 
@@ -44,7 +44,7 @@ def figures(
     figure: Annotated[
         str | None,
         typer.Argument(
-            help="A file in harness/figures/; by default all that the experiment names."
+            help="A file in harness/present/figures/; by default all that the experiment names."
         ),
     ] = None,
 ) -> None:
@@ -52,7 +52,7 @@ def figures(
 
     Example: alst figures cpu_sweep peak_memory
     """
-    from harness.table import fresh
+    from harness.records.table import fresh
 
     results = fresh(paths.experiment(name))
     for each in [figure] if figure else results.figures:
@@ -60,8 +60,8 @@ def figures(
 
 
 def _draw(results: Results, figure: str, folder: Path) -> None:
-    from harness import drawing
-    from harness.figures.base import draw
+    from harness.present import drawing
+    from harness.present.figures.base import draw
 
     drawn = draw(figure, results)
     folder.mkdir(parents=True, exist_ok=True)
@@ -86,16 +86,16 @@ def report(
     """
     if readme or check:
         return _readme(write=readme)
-    from harness.record import write_text
-    from harness.report import page
+    from harness.present.report import page
+    from harness.records.record import write_text
 
     write_text(paths.REPORT, page(_with_records(names)))
     return 0
 
 
 def _readme(write: bool) -> int:
-    from harness.record import write_text
-    from harness.report import readme_blocks, with_blocks
+    from harness.present.report import readme_blocks, with_blocks
+    from harness.records.record import write_text
 
     if not paths.README.is_file():
         raise ValueError(f"no {paths.README} here; run it in the root of a checkout")
@@ -114,7 +114,7 @@ def _readme(write: bool) -> int:
 
 
 def _references() -> list[Results]:
-    from harness.table import reference as load_reference
+    from harness.records.table import reference as load_reference
 
     folders = sorted(paths.REFERENCE.glob("*/*/"))
     if not folders:
@@ -130,7 +130,7 @@ def _with_records(names: list[str] | None) -> list[Results]:
 
     Raises `ValueError` for a name without a record, and where there is none at all.
     """
-    from harness.table import fresh
+    from harness.records.table import fresh
 
     folders = sorted(folder.name for folder in paths.cells("").glob("*/"))
     found = [fresh(paths.experiment(name)) for name in names or folders]
@@ -150,9 +150,8 @@ def summary(names: Names = None) -> None:
     """Print the headline table of each experiment and where report and figures are."""
     from rich.console import Console
 
-    from harness.claims import evidence
-    from harness.record import Outcome
-    from harness.report import (
+    from harness.judge.claims import evidence
+    from harness.present.report import (
         claim_summary,
         finding_grid,
         headline_grid,
@@ -163,8 +162,9 @@ def summary(names: Names = None) -> None:
         ratio_grid,
         verdict_counts,
     )
-    from harness.report import summary as in_words
-    from harness.table import counted_outcomes, measured_part
+    from harness.present.report import summary as in_words
+    from harness.records.record import Outcome
+    from harness.records.table import counted_outcomes, measured_part
 
     console = Console()
     console.width = max(console.width, 100)  # a narrower terminal wraps rather than hides
@@ -225,9 +225,9 @@ def reference(
 
     Example: alst reference paper_ablation --reason "Tiles of the loss are half as large"
     """
-    from harness.compare import changes, load
-    from harness.run import stale
-    from harness.table import fresh
+    from harness.judge.compare import changes, load
+    from harness.records.table import fresh
+    from harness.run.measure import stale
 
     if os.environ.get("CI"):
         raise ValueError("references are not updated in CI; do it at your desk and commit them")
@@ -264,7 +264,7 @@ def reference(
 
 def _note(name: str, reason: str, moved: list[str]) -> None:
     """Add why and what to the log of changes."""
-    from harness.record import write_text
+    from harness.records.record import write_text
 
     old = paths.CHANGES.read_text() if paths.CHANGES.exists() else "# Why committed records moved\n"
     today = datetime.now(UTC).date().isoformat()
@@ -279,9 +279,9 @@ def _promote(results: Results, hardware: str) -> None:
     for key, m in results.measurements.items():
         if m.cell.hardware == hardware:
             shutil.copyfile(paths.cells(results.name) / f"{key}.json", folder / f"{key}.json")
-    from harness import drawing
-    from harness.figures.base import draw
-    from harness.report import is_compared, is_repeated, is_simulated
+    from harness.present import drawing
+    from harness.present.figures.base import draw
+    from harness.present.report import is_compared, is_repeated, is_simulated
 
     if is_compared(results) or not results.figures:
         return  # nothing to draw

@@ -11,11 +11,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from harness.cell import Cell, Experiment, load_experiment
+from harness.cells.cell import Cell, Experiment, load_experiment
 from harness.commands.live import CellLine
-from harness.launch import launched
-from harness.record import Measurement
-from harness.run import measure_to
+from harness.processes.launch import launched
+from harness.records.record import Measurement
+from harness.run.measure import measure_to
 
 ExperimentPath = Annotated[
     Path, typer.Argument(help="An experiment, such as experiments/smoke.yaml.")

@@ -14,13 +14,13 @@ from rich.table import Table
 
 from alst_impl.config import DType, LabelMask, Spec
 from alst_impl.methods.base import load_method
-from harness.cell import Cell, World, make_cell
+from harness.cells.cell import Cell, World, make_cell
 from harness.commands.live import CellLine
 from harness.commands.options import parsed
 from harness.commands.run import DEFAULT_RESULTS, truth_cache
-from harness.gate import exactness
-from harness.record import Measurement, Outcome, Readings
-from harness.run import measure, probed
+from harness.gate.verdict import exactness
+from harness.records.record import Measurement, Outcome, Readings
+from harness.run.measure import measure, probed
 
 Engine = Literal["plain", "zero", "fsdp2"]
 
@@ -148,8 +148,8 @@ def _hardware(world: str) -> str:
     """The row of what runs the cell."""
     if world != "cuda":
         return "cpu"
-    from harness.machine import known_device
-    from harness.nvml import library
+    from harness.devices.machine import known_device
+    from harness.devices.nvml import library
 
     return known_device(library())[0]
 

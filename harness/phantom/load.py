@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from harness.hardware import ROWS, Hardware, load_hardware
+from harness.cells.hardware import ROWS, Hardware, load_hardware
 from harness.phantom import build
 from harness.phantom.wheel import Wheel, find, peers
 

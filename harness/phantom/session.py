@@ -198,7 +198,7 @@ def run(
     With `hollow_host` large float tensors on the host are never written. `on_progress(seconds, bytes)` hears a few times a second how much memory is in use on the fullest device.
     Raises `ValueError` if the command cannot be started.
     """
-    from harness.hardware import load_hardware
+    from harness.cells.hardware import load_hardware
 
     row = load_hardware(hardware)
     devices = gpus if rank is None else min(gpus, row.devices_per_node)

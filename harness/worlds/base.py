@@ -23,11 +23,11 @@ from alst_impl.methods.base import Method
 from alst_impl.models import Initializer
 from alst_impl.placement import Evidence, Placement
 from alst_impl.step import StepResult, accumulate_gradients, micro_batches, start, train_step
-from harness.cell import Cell
-from harness.gradients import Companion, Truth, compare, compare_update, corpus_of
-from harness.launch import store_at
-from harness.processes import Rank
-from harness.record import Gate, RankEvidence, RankMemory
+from harness.cells.cell import Cell
+from harness.gate.gradients import Companion, Truth, compare, compare_update, corpus_of
+from harness.processes.jobs import Rank
+from harness.processes.launch import store_at
+from harness.records.record import Gate, RankEvidence, RankMemory
 
 
 class World(ABC):

@@ -13,13 +13,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import DeviceMesh, init_device_mesh
 
-import harness.preload  # noqa: F401  prepares DeepSpeed for a machine without an accelerator
+import harness.processes.preload  # noqa: F401  prepares DeepSpeed for a machine without an accelerator
 from alst_impl.engines.base import Runtime
 from alst_impl.methods.base import load_method
-from harness.cell import Cell
-from harness.processes import Rank
-from harness.record import RankMemory
-from harness.tracker import Tracker
+from harness.cells.cell import Cell
+from harness.meters.tracker import Tracker
+from harness.processes.jobs import Rank
+from harness.records.record import RankMemory
 from harness.worlds.base import World, attention_operators, rss_bytes, store_of
 
 

@@ -25,9 +25,9 @@ from transformers import PreTrainedModel
 from alst_impl.engines.base import Runtime, load_engine
 from alst_impl.methods.base import load_method
 from alst_impl.models import Initializer
-from harness.cell import Cell
-from harness.processes import Rank
-from harness.record import CudaMemory, RankMemory
+from harness.cells.cell import Cell
+from harness.processes.jobs import Rank
+from harness.records.record import CudaMemory, RankMemory
 from harness.worlds.base import World, attention_operators, rss_bytes, store_of
 
 

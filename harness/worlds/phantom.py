@@ -35,13 +35,13 @@ from alst_impl.data import Batch
 from alst_impl.engines.base import Runtime, load_engine
 from alst_impl.methods.base import load_method
 from alst_impl.models import Initializer
-from harness import cost
-from harness.cell import Cell
+from harness.cells.cell import Cell
+from harness.cells.prediction import Cost, Holding, Timeline
+from harness.meters import cost
+from harness.meters.timeline import timeline
 from harness.phantom.session import Read, reviewed_sites
-from harness.prediction import Cost, Holding, Timeline
-from harness.processes import Rank
-from harness.record import RankMemory
-from harness.timeline import timeline
+from harness.processes.jobs import Rank
+from harness.records.record import RankMemory
 from harness.worlds.base import World
 from harness.worlds.cuda import Cuda, Meter, ask_for_settings, require_forkable
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness import pipelines
-from harness.cell import Cell
-from harness.prediction import Simulated
-from harness.processes import Rank
-from harness.sources import fingerprint
+from harness.cells.cell import Cell
+from harness.cells.prediction import Simulated
+from harness.formulas import pipelines
+from harness.processes.jobs import Rank
+from harness.records.sources import fingerprint
 
 
 def execute(rank: Rank, payload: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from alst_impl import models, step
 from alst_impl.config import TrainConfig
 from alst_impl.methods.baseline import Baseline
 from alst_impl.placement import Placement
-from harness.gate import TOLERANCES
+from harness.gate.verdict import TOLERANCES
 
 if TYPE_CHECKING:
     from conftest import Ranks

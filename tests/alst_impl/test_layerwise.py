@@ -23,9 +23,9 @@ from alst_impl.ops.attention import attend
 from alst_impl.ops.flash import attend_backward, attend_with_logsumexp
 from alst_impl.ops.headgroups import HeadGroups
 from alst_impl.placement import Placement
-from harness.depth import at_depth, structure
-from harness.gate import TOLERANCES
-from harness.record import RankMemory
+from harness.gate.verdict import TOLERANCES
+from harness.predict.depth import at_depth, structure
+from harness.records.record import RankMemory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -21,8 +21,8 @@ from alst_impl.ops.ring import RingAttention, chunks_of, meeting
 from alst_impl.ops.ulysses import UlyssesAttention
 from alst_impl.placement import Evidence
 from harness.commands.predict import cell_of
-from harness.defects import Defect, Edit, plant
-from harness.gate import TOLERANCES
+from harness.gate.verdict import TOLERANCES
+from harness.judge.defects import Defect, Edit, plant
 
 if TYPE_CHECKING:
     from conftest import Ranks

@@ -16,7 +16,7 @@ from alst_impl import hf, step
 from alst_impl.config import OptimizerConfig, Spec, TrainConfig
 from alst_impl.methods.base import Method, load_method
 from alst_impl.placement import Placement
-from harness.cell import make_cell
+from harness.cells.cell import make_cell
 
 if TYPE_CHECKING:
     from pathlib import Path

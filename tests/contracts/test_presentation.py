@@ -9,10 +9,11 @@ import pytest
 from samples import gpu_sweep, measurement, sweep
 
 from alst_impl.plugin import names
-from harness import drawing, record
-from harness.cell import Cell, load_experiment
-from harness.figures.base import draw
-from harness.table import metrics
+from harness.cells.cell import Cell, load_experiment
+from harness.present import drawing
+from harness.present.figures.base import draw
+from harness.records import record
+from harness.records.table import metrics
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = [ROOT / "tests" / "golden" / name for name in ("record.json", "record_cuda.json")]
@@ -22,7 +23,7 @@ EXPERIMENTS = sorted((ROOT / "experiments").glob("*.yaml"))
 @pytest.mark.parametrize("metric", metrics())
 def test_metric_gives_a_value_on_the_stored_record(metric: str) -> None:
     """A metric reads a record with every reading of a world, as an earlier version wrote it."""
-    module = importlib.import_module(f"harness.metrics.{metric}")
+    module = importlib.import_module(f"harness.records.metrics.{metric}")
     assert isinstance(module.UNIT, str)
     values = [module.value(record.read(path)) for path in GOLDEN]
     assert any(isinstance(value, float | int) for value in values)
@@ -31,11 +32,11 @@ def test_metric_gives_a_value_on_the_stored_record(metric: str) -> None:
 @pytest.mark.parametrize("metric", metrics())
 def test_metric_gives_nothing_without_readings(metric: str) -> None:
     """A record of a failure has no numbers."""
-    module = importlib.import_module(f"harness.metrics.{metric}")
+    module = importlib.import_module(f"harness.records.metrics.{metric}")
     assert module.value(measurement().model_copy(update={"readings": None})) is None
 
 
-@pytest.mark.parametrize("figure", names("harness.figures"))
+@pytest.mark.parametrize("figure", names("harness.present.figures"))
 def test_figure_draws_the_sample_sweep(figure: str) -> None:
     """A figure copes with failed, wrong and missing cells, and is the same when drawn again."""
     results = sweep()
@@ -43,13 +44,13 @@ def test_figure_draws_the_sample_sweep(figure: str) -> None:
     assert drawing.svg(draw(figure, results)) == drawing.svg(draw(figure, results))
 
 
-@pytest.mark.parametrize("figure", names("harness.figures"))
+@pytest.mark.parametrize("figure", names("harness.present.figures"))
 def test_figure_draws_a_sweep_of_cells_of_a_gpu_and_of_phantom_devices(figure: str) -> None:
     """A cell and its twin stand in one experiment."""
     assert drawing.png(draw(figure, gpu_sweep())).startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("figure", names("harness.figures"))
+@pytest.mark.parametrize("figure", names("harness.present.figures"))
 def test_figure_draws_a_sweep_that_was_not_run(figure: str) -> None:
     """A figure of no records says so and does not fail."""
     results = sweep(models=("tiny-llama",))
@@ -66,7 +67,7 @@ def test_experiment_expands(path: Path) -> None:
     assert cells
     assert [cell.key for cell in cells.values()] == list(cells)
     assert all(len(key) < 200 for key in cells)
-    assert set(experiment.figures) <= set(names("harness.figures"))
+    assert set(experiment.figures) <= set(names("harness.present.figures"))
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import record
+from harness.records import record
 
 ROOT = Path(__file__).parents[2]
 RECORDS = sorted((ROOT / "results" / "reference").glob("*/*/*.json"))

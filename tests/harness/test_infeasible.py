@@ -8,16 +8,18 @@ import pytest
 from samples import cell
 from samples import searched as simulated
 
-from harness import drawing, paths, record
-from harness.cell import load_experiment
-from harness.claims import evidence
+from harness.cells import paths
+from harness.cells.cell import load_experiment
 from harness.commands import present
-from harness.compare import changes
-from harness.drawing import DOES_NOT_FIT, svg
-from harness.figures.base import draw
-from harness.record import Measurement, Outcome, settled
-from harness.report import BAD, GOOD, finding_grid, page, simulated_grid
-from harness.table import Results, fresh, tidy
+from harness.judge.claims import evidence
+from harness.judge.compare import changes
+from harness.present import drawing
+from harness.present.drawing import DOES_NOT_FIT, svg
+from harness.present.figures.base import draw
+from harness.present.report import BAD, GOOD, finding_grid, page, simulated_grid
+from harness.records import record
+from harness.records.record import Measurement, Outcome, settled
+from harness.records.table import Results, fresh, tidy
 
 GIB = 2**30
 YAML = """question: q

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from harness import paths, record
 from harness.__main__ import main
+from harness.cells import paths
+from harness.records import record
 
 CLAIMED = """question: q
 source: s

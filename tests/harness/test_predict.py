@@ -12,11 +12,11 @@ from phantoms import NEEDED, cell, measured, predicted
 
 from alst_impl.models import published
 from harness import __main__ as command_line
-from harness.cell import Cell
-from harness.hardware import Hardware, load_hardware
-from harness.outside import OUTSIDE_READINGS
-from harness.plain import bytes_value
-from harness.prediction import LIMITS, Limit, SearchResult
+from harness.cells.cell import Cell
+from harness.cells.hardware import Hardware, load_hardware
+from harness.cells.prediction import LIMITS, Limit, SearchResult
+from harness.cells.units import bytes_value
+from harness.devices.outside import OUTSIDE_READINGS
 
 pytestmark = NEEDED
 GIB, MIB = 2**30, 2**20

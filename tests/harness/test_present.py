@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from samples import cell, measurement
 
-from harness import paths, record
+from harness.cells import paths
 from harness.commands import present
+from harness.records import record
 
 YAML = """question: q
 source: s

@@ -14,11 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from alst_impl.config import Spec, TrainConfig
 from alst_impl.methods.base import load_method
 from alst_impl.models import materialize
-from harness import truth
 from harness.__main__ import main
-from harness.cell import Cell
+from harness.cells.cell import Cell
 from harness.commands import verify
-from harness.record import Measurement
+from harness.gate import truth
+from harness.records.record import Measurement
 
 TRAIN = TrainConfig(model="tiny-llama", method={"name": "baseline"}, seqlen=64)
 

@@ -12,11 +12,11 @@ import pytest
 from phantoms import NEEDED
 
 from harness.__main__ import main
-from harness.cell import Cell, make_cell
-from harness.compare import changes
-from harness.defects import Defect, Edit, plant
-from harness.record import Measurement, Outcome
-from harness.run import measure
+from harness.cells.cell import Cell, make_cell
+from harness.judge.compare import changes
+from harness.judge.defects import Defect, Edit, plant
+from harness.records.record import Measurement, Outcome
+from harness.run.measure import measure
 from tests.conftest import Ranks
 
 pytestmark = NEEDED
@@ -80,7 +80,7 @@ def _bytes_at_rest(rank: int, world_size: int) -> dict[str, int]:
     from alst_impl.methods.base import load_method
     from alst_impl.placement import Placement
     from alst_impl.step import micro_batches, start, train_step
-    from harness.gradients import corpus_of
+    from harness.gate.gradients import corpus_of
 
     config = cell().train.model_copy(update={"seqlen": 128})
     axes = load_method(config.method).axes(world_size)

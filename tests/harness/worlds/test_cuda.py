@@ -16,8 +16,8 @@ from training import config_of, corpus_of
 
 from alst_impl import step
 from alst_impl.placement import Placement
-from harness.cell import make_cell
-from harness.processes import Rank
+from harness.cells.cell import make_cell
+from harness.processes.jobs import Rank
 from harness.worlds.cuda import (
     Cuda,
     HostBytes,
@@ -212,7 +212,7 @@ def code_of(path: Path) -> str:
 def test_what_a_server_imports_touches_no_device() -> None:
     """CUDA that an import has initialised is lost to every rank that is forked; and a rank sees it well."""
     program = (
-        "import harness.preload, harness.worlds.base\n"
+        "import harness.processes.preload, harness.worlds.base\n"
         "from harness.worlds.cuda import require_forkable\n"
         "require_forkable()\n"
         "import os, torch\n"
@@ -221,7 +221,7 @@ def test_what_a_server_imports_touches_no_device() -> None:
         "    os._exit(torch.cuda._is_in_bad_fork())\n"
         "raise SystemExit(os.waitpid(pid, 0)[1])\n"
     )
-    from harness.client import server_environment
+    from harness.processes.client import server_environment
 
     environment = {**server_environment("cuda"), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(

@@ -80,7 +80,9 @@ def segments() -> None:
 
 def nvml() -> None:
     """The suite's own sampler, a process of its own."""
-    from harness.nvml import Device, Sampler, library, visible_devices
+    from harness.devices.nvml import library, visible_devices
+    from harness.devices.sampler import Sampler
+    from harness.records.readings import Device
 
     devices = visible_devices(library(), None)
     found["devices"] = [device.name for device in devices]

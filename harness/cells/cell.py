@@ -1,0 +1,417 @@
+"""A cell is one point of a sweep; an experiment is a YAML file that expands to cells."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError
+
+from alst_impl.config import Frozen, Spec, TrainConfig
+from alst_impl.engines.base import load_engine
+from alst_impl.methods.base import load_method
+from alst_impl.models import published
+from alst_impl.plugin import explain, names
+from harness.cells import grid, paths
+from harness.cells.grid import Matrix, Row, merge
+from harness.cells.hardware import load_hardware
+
+World = Literal["cuda", "cpu", "phantom", "schedule"]
+Quantity = Literal[
+    "longest_tokens",
+    "longest_ratio",
+    "step_seconds",
+    "tokens_per_second",
+    "device_bytes",
+    "allocated_bytes",
+]
+"""What papers publish of a run: the longest sequence, how many times that of another run it is, time of a
+step, tokens of all ranks over it, what NVML reads, what PyTorch's profiler does."""
+
+NOTHING_TIMED = {"gate": False, "followed": False, "timed": False, "steps": 0}
+"""Fields of a cell without values to compare and without time to measure."""
+FORECAST = ("phantom", "schedule")
+"""Worlds in which one process plays one rank of all, and numbers are forecasts."""
+DEVICES = ("cuda", "phantom")
+"""Worlds with CUDA's allocator."""
+
+
+class Simulation(Frozen):
+    """What is asked of a forecast besides its training run."""
+
+    part: Literal["step", "mlp", "loss"] = "step"
+    """What runs: a whole step, or forward and backward of one decoder layer's MLP or of head and loss, on
+    their own."""
+    tp: int = Field(default=1, ge=1)
+    """Tensor-parallel ranks of each stage in world `schedule`: world_size is dp x pp x tp."""
+    host_memory_bytes: int | None = Field(default=None, gt=0)
+    """Of one node; None takes the hardware's."""
+    search: bool = True
+    """Look for the longest sequence that fits, too."""
+    timeline: bool = False
+    """Keep allocated bytes over the course of the step."""
+
+
+class Cell(Frozen):
+    """One point of a sweep: all that decides the outcome, nothing that is one."""
+
+    train: TrainConfig
+    """The training run."""
+    world: World = "cpu"
+    """What executes it."""
+    hardware: str = "cpu"
+    """Row of `harness.cells.hardware`."""
+    warmup: int = Field(default=1, ge=0)
+    """Steps before the timed ones."""
+    steps: int = Field(default=3, ge=0)
+    """Timed steps; one more follows under the memory tracker, which is slow and so not timed. With
+    0, gradients are compared and nothing is measured."""
+    gate: bool = True
+    """Compare every gradient of the first step with the stock model run whole in fp64."""
+    update: bool = False
+    """Compare the first step's change of every parameter with the stock optimizer's, too."""
+    followed: bool = False
+    """Compare the whole gradient of every step with the stock model's at the run's own weights, too."""
+    timed: bool = True
+    """Whether step times are read; timed cells never run side by side."""
+    repetition: int = Field(default=0, ge=0)
+    """Tells apart runs of the same cell; cells of one repetition are compared with each other alone."""
+    timeout_s: int = Field(default=600, gt=0)
+    """Wall time after which the cell's processes are ended."""
+    simulation: Simulation | None = None
+    """Of a cell in world `phantom` or `schedule`; None in every other."""
+    expandable_segments: bool | None = None
+    """Setting of CUDA's caching allocator in worlds `cuda` and `phantom`, on by default as in the paper
+    (arXiv:2506.13996, section 5.2); None in every other."""
+
+    @property
+    def key(self) -> str:
+        """Readable slug and a hash of the whole cell, fit for a file name."""
+        t = self.train
+        options = "".join(f"-{k}{v}" for k, v in sorted(t.method.options.items()))
+        model = Path(t.model).parent.name if t.model.endswith(".json") else Path(t.model).name
+        slug = f"{model}_{t.method.name}{options}_{t.engine.name}_w{t.world_size}_s{t.seqlen}_{self.world}"
+        text = self.model_dump_json(exclude=self._silent())
+        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+        return re.sub(r"[^A-Za-z0-9._-]", "", slug) + f"-{digest}"
+
+    def _silent(self) -> dict[str, Any]:
+        """Fields that say nothing here. The key leaves them out, so that it outlives their coming."""
+        silent: dict[str, Any] = {}
+        if self.simulation is None:
+            silent["simulation"] = True
+        elif self.simulation.tp == 1:
+            silent["simulation"] = {"tp"}
+        if self.expandable_segments is None:
+            silent["expandable_segments"] = True
+        for comparison in ("update", "followed"):
+            if not getattr(self, comparison):
+                silent[comparison] = True
+        if not self.repetition:
+            silent["repetition"] = True
+        train: dict[str, Any] = {}
+        if self.train.optimizer.name == "adamw":
+            train["optimizer"] = {"name"}
+        if self.train.lora is None:
+            train["lora"] = True
+        return {**silent, "train": train} if train else silent
+
+    @property
+    def num_processes(self) -> int:
+        """Processes that execute it: one per rank, but a forecast plays one rank of all."""
+        return 1 if self.world in FORECAST else self.train.world_size
+
+    @property
+    def label(self) -> str:
+        """A short name for progress lines and legends."""
+        t = self.train
+        depth = t.overrides.get("num_hidden_layers")
+        model = t.model if depth is None else f"{t.model}, {depth} layers,"
+        return f"{model} {t.method.name} x{t.world_size} @ {t.seqlen:,}"
+
+
+class Claim(Frozen):
+    """Which published numbers a cell stands for."""
+
+    id: str
+    """Short and unique; the number's quantity is added to it."""
+    table: str
+    """A file of `experiments/published/`, without `.csv`."""
+    row: dict[str, Any]
+    """Column -> value; exactly one row of the table has them all."""
+    columns: dict[Quantity, str]
+    """Quantity -> the column with its published value."""
+    over: str | None = None
+    """Id of the claim whose longest sequence a `longest_ratio` is over."""
+    used_for_fit: list[Quantity] = []
+    """Quantities that constants of the models were fitted on: no evidence."""
+    ruled_out: dict[Quantity, str] = {}
+    """Where ours misses: what was looked at, and what it is not."""
+
+
+class Sweep(Frozen):
+    """A grid of cells: every combination of `axes` on top of the experiment's base and `base`."""
+
+    base: dict[str, Any] = {}
+    """Fields of `Cell` and `TrainConfig` shared by the grid."""
+    axes: dict[str, list[Any]] = {}
+    """Field -> values. A value that is a mapping under a name with `_` sets several fields at once;
+    `claim` among them is a `Claim`."""
+
+
+class Experiment(Frozen):
+    """One question and the cells that answer it."""
+
+    name: str
+    """The file's name."""
+    question: str
+    """What the experiment answers, in one sentence."""
+    source: str
+    """Where the question comes from."""
+    base: dict[str, Any] = {}
+    """Fields shared by all cells."""
+    sweeps: list[Sweep] = []
+    """Grids; a cell that two grids share is run once."""
+    matrix: Matrix | None = None
+    """Factors whose covering array lies beside the YAML, as CSV."""
+    rows: list[Row] = []
+    """That covering array; read from the CSV, never written in the YAML."""
+    figures: list[str] = []
+    """Files in `harness/present/figures/` drawn from this experiment's table."""
+
+    def cells(self) -> dict[str, Cell]:
+        """All cells by key, checked. Raises `ValueError` naming the value, the rule and the way out."""
+        cells = [make_cell(settings) for settings, _ in self._points()]
+        cells += [cell for _, cell in self.matrix_cells()]
+        return {cell.key: cell for cell in cells}
+
+    def matrix_cells(self) -> list[tuple[Row, Cell]]:
+        """The rows of the matrix that run, with their cells. Raises `ValueError` as `cells` does."""
+        return [(row, self._matrix_cell(row)) for row in self.rows if row.refused is None]
+
+    def refusals(self) -> list[Row]:
+        """The rows of the matrix that are refused, with what is said of them now.
+
+        Raises `ValueError` for one that is not refused, or not for the reason that its rule gives.
+        """
+        assert self.matrix is not None
+        found = []
+        for levels in self.matrix.refusals():
+            row, rule = Row(levels=levels, refused=None), self.matrix.rule(levels)
+            assert rule is not None
+            try:
+                make_cell(merge(self.base, self.matrix.settings(levels)))
+            except ValueError as error:
+                row = Row(levels=levels, refused=str(error))
+            if rule.because not in (row.refused or ""):
+                said = row.refused or "it can run"
+                raise ValueError(f"refused {rule.when}, because '{rule.because}': {said}")
+            found.append(row)
+        return found
+
+    def _matrix_cell(self, row: Row) -> Cell:
+        assert self.matrix is not None
+        try:
+            return make_cell(merge(self.base, self.matrix.settings(row.levels)))
+        except ValueError as error:
+            raise ValueError(f"{row.label}: {error}") from None
+
+    def claims(self) -> list[tuple[str, Claim]]:
+        """(key of a cell, what it stands for) in the order of the file."""
+        points = ((make_cell(settings).key, claim) for settings, claim in self._points())
+        found = [(key, claim) for key, claim in points if claim is not None]
+        ids = [claim.id for _, claim in found]
+        twice = sorted({name for name in ids if ids.count(name) > 1})
+        if twice:
+            raise ValueError(f"claim '{twice[0]}' is made by two cells; give each an id of its own")
+        for _, claim in found:
+            if ("longest_ratio" in claim.columns) != (claim.over in ids):
+                raise ValueError(
+                    f"claim '{claim.id}': over is {claim.over!r}, but a longest_ratio, and nothing else, "
+                    "is over the id of another claim of its experiment"
+                )
+        return found
+
+    def _points(self) -> Iterator[tuple[dict[str, Any], Claim | None]]:
+        """Settings of every point of every grid, and the claim that it carries."""
+        for sweep in self.sweeps:
+            for values in itertools.product(*sweep.axes.values()):
+                settings = {**self.base, **sweep.base}
+                for field, value in zip(sweep.axes, values, strict=True):
+                    settings.update(value if field.startswith("_") else {field: value})
+                claim = settings.pop("claim", None)
+                yield settings, None if claim is None else _claim(claim)
+
+
+def _claim(raw: Any) -> Claim:
+    try:
+        return Claim.model_validate(raw)
+    except ValidationError as error:
+        raise ValueError(explain(error, "claim", sorted(Claim.model_fields))) from None
+
+
+def make_cell(settings: dict[str, Any]) -> Cell:
+    """A checked cell from flat settings: fields of `TrainConfig` and of `Cell` side by side."""
+    if settings.get("world") in FORECAST:
+        settings = {**NOTHING_TIMED, "simulation": {}, **settings}
+    if _needs_no_warmup(settings):
+        settings = {"warmup": 0, **settings}
+    if settings.get("world") in DEVICES:
+        settings = {"expandable_segments": True, **settings}
+    outer = {k: v for k, v in settings.items() if k in Cell.model_fields and k != "train"}
+    inner = {k: v for k, v in settings.items() if k not in outer}
+    known = sorted({*Cell.model_fields, *TrainConfig.model_fields} - {"train"})
+    try:
+        train = TrainConfig(**inner)
+        cell = Cell(train=train, **outer)
+    except ValidationError as error:
+        raise ValueError(explain(error, "cell", known)) from None
+    worlds = names("harness.worlds")
+    if cell.world not in worlds:
+        raise ValueError(
+            f"world '{cell.world}' cannot execute cells yet; use {' or '.join(worlds)}"
+        )
+    _check_world(cell)
+    _check_simulation(cell)
+    load_hardware(cell.hardware)
+    published(train.model, train.overrides)
+    corpus = train.data.corpus
+    if corpus != "python-stdlib" and not Path(corpus).exists():
+        raise ValueError(
+            f"corpus '{corpus}' does not exist; use 'python-stdlib' or a text file or folder"
+        )
+    load_method(train.method).check(train)
+    engine = load_engine(train.engine)
+    engine.check(train)
+    if engine.updates_in_backward and (cell.gate or cell.followed):
+        raise ValueError(
+            f"gate ({cell.gate}) and followed ({cell.followed}) compare gradients, which update_in_backward "
+            "frees in backward; set both to false, or use update_in_backward: false"
+        )
+    return cell
+
+
+def _needs_no_warmup(settings: dict[str, Any]) -> bool:
+    """Whether the first step is like any other."""
+    world, simulation = settings.get("world"), settings.get("simulation")
+    if world != "phantom":
+        return world == "schedule"
+    part = isinstance(simulation, dict) and simulation.get("part", "step") != "step"
+    return part or _settles_at_once(settings.get("engine"))
+
+
+def _settles_at_once(engine: Any) -> bool:
+    try:
+        spec = TrainConfig.model_fields["engine"].default if engine is None else engine
+        return load_engine(Spec.model_validate(spec)).settles_at_once
+    except ValueError:
+        return False  # which is told when the cell is checked
+
+
+def _check_world(cell: Cell) -> None:
+    """Raise `ValueError` for what only CUDA has, in another world."""
+    if cell.world == "cuda":
+        return
+    if cell.world == "phantom":
+        if cell.train.attention not in ("sdpa", "sdpa_flash"):
+            raise ValueError(
+                f"attention '{cell.train.attention}' is not one of PyTorch's own kernels, which phantom devices "
+                "know; use attention 'sdpa_flash' or 'sdpa'"
+            )
+        if load_hardware(cell.hardware).chip is None:
+            raise ValueError(
+                f"world 'phantom' needs a CUDA device, and hardware '{cell.hardware}' is none; use h100-80gb"
+            )
+        return
+    if cell.expandable_segments is not None:
+        raise ValueError(
+            f"expandable_segments ({cell.expandable_segments}) is a setting of CUDA's allocator, and world "
+            f"'{cell.world}' has none; leave it out"
+        )
+    if cell.train.attention != "sdpa":
+        raise ValueError(
+            f"attention '{cell.train.attention}' is a CUDA kernel, which world '{cell.world}' cannot run; "
+            "use attention 'sdpa' or world 'cuda'"
+        )
+
+
+def _check_simulation(cell: Cell) -> None:
+    """Raise `ValueError` for settings that belong to the other kind of world."""
+    if cell.world not in FORECAST:
+        if cell.simulation is not None:
+            raise ValueError(
+                f"'simulation' is for worlds {' and '.join(FORECAST)}, not '{cell.world}'; leave it out"
+            )
+        return
+    for field, value in NOTHING_TIMED.items():
+        if getattr(cell, field) != value:
+            raise ValueError(
+                f"{field} is {getattr(cell, field)}, but world '{cell.world}' has no values to compare and no "
+                f"time to measure; leave it out or set it to {value}"
+            )
+    assert cell.simulation is not None
+    simulation, world = cell.simulation, cell.world
+    if world == "schedule":
+        asked = {
+            "part": simulation.part != "step",
+            "search": simulation.search,
+            "timeline": simulation.timeline,
+        }
+        for name in (name for name, given in asked.items() if given):
+            raise ValueError(
+                f"simulation.{name} is for world 'phantom': a schedule is played at one length, whole; set "
+                "search: false, and leave out part and timeline"
+            )
+    elif simulation.tp > 1:
+        raise ValueError(
+            f"simulation.tp ({simulation.tp}) is for world 'schedule': no method is tensor-parallel; leave it out"
+        )
+    elif simulation.part != "step" and simulation.search:
+        raise ValueError(
+            f"simulation.part '{simulation.part}' has no longest sequence to search for; set search: false"
+        )
+
+
+def load_experiment(path: Path) -> Experiment:
+    """Read and check `path`. Raises `ValueError` naming file, key and value."""
+    path = paths.located(path)
+    experiment = read_experiment(path)
+    try:
+        if experiment.matrix:
+            rows = grid.read(path.with_suffix(".csv"), experiment.matrix)
+            experiment = experiment.model_copy(update={"rows": rows})
+        cells = experiment.cells()
+        experiment.claims()
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not cells:
+        raise ValueError(f"{path}: no cells; give 'sweeps' a grid, or a matrix a row that runs")
+    return experiment
+
+
+def read_experiment(path: Path) -> Experiment:
+    """What `path` says, without the rows of a matrix; its cells are not checked. Raises as above."""
+    path = paths.located(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such experiment; use one of {_known()}")
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: must be a mapping with 'question', 'source' and 'sweeps'")
+    try:
+        return Experiment(name=path.stem, **raw)
+    except ValidationError as error:
+        raise ValueError(explain(error, str(path), sorted(Experiment.model_fields))) from None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _known() -> str:
+    return ", ".join(str(paths.EXPERIMENTS / path.name) for path in paths.experiments())

@@ -1,0 +1,343 @@
+"""Gradients of a cell's first step beside the truth, which `truth.py` computes in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from alst_impl.config import DType, Frozen, LoraConfig, OptimizerConfig, TrainConfig
+from alst_impl.data import Corpus
+from alst_impl.methods.base import load_method
+from alst_impl.models import materialize, published
+from harness.gate import truth
+from harness.gate.verdict import (
+    ROUNDED,
+    ROUNDING_ROOM,
+    TOLERANCES,
+    UPDATE_TOLERANCES,
+    Tolerance,
+    excess,
+    noise_floor,
+    precision,
+    scales,
+    used,
+    without_noise,
+)
+from harness.processes.jobs import Rank
+from harness.records.record import Gate, ParameterGate
+
+TRUTH = Path(truth.__file__)
+
+
+def corpus_of(train: TrainConfig) -> Corpus:
+    """The samples of a run; those of accumulated steps hold unequal numbers of labels."""
+    vocab_size = published(train.model, train.overrides)["vocab_size"]
+    return Corpus(train.data, train.seqlen, train.seed, vocab_size, uneven=train.accumulation > 1)
+
+
+def samples_of(train: TrainConfig, step: int) -> dict[str, Tensor]:
+    """Every sample of `step` over all ranks and micro-batches; int64 [N, S] each."""
+    dp = load_method(train.method).axes(train.world_size)["dp"]
+    corpus = corpus_of(train)
+    count = train.accumulation * dp * train.batch_size
+    samples = [corpus.sample(i) for i in range(step * count, (step + 1) * count)]
+    ids, labels, positions, _ = zip(*samples, strict=True)
+    return {
+        "input_ids": torch.stack(ids),
+        "labels": torch.stack(labels),
+        "position_ids": torch.stack(positions),
+    }
+
+
+class Truth(Frozen):
+    """Files of gradients that a cell is held against."""
+
+    exact: str
+    """In fp64."""
+    rounded: str | None = None
+    """Of the same stock computation in the cell's dtype, where that alone loses much."""
+
+
+def prepare_truths(rank: Rank, payload: dict[str, Any]) -> list[dict[str, Any]]:
+    """A `Truth` for each of `payload["trains"]`, kept in the folder `payload["cache"]`.
+
+    Truths are addressed by content: weights, samples, configuration, the script and the libraries
+    that compute them. Those who want the same one wait for the first. All that are missing are
+    computed by one process.
+    """
+    cache = Path(payload["cache"])
+    cache.mkdir(parents=True, exist_ok=True)
+    jobs: dict[str, _Job] = {}
+    truths = []
+    for raw in payload["trains"]:
+        rank.progress("building the model for the truth")
+        truths.append(_wanted(TrainConfig(**raw), cache, jobs))
+    with contextlib.ExitStack() as stack:
+        for key in sorted(jobs):  # in one order everywhere: nobody waits in a circle
+            lock = stack.enter_context((cache / f"{key}.lock").open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        missing = [job for job in jobs.values() if not job.output.exists()]
+        if missing:
+            rank.progress("computing the truth: stock model, whole, fp64")
+            _run_truth([job.saved(rank.scratch / str(i)) for i, job in enumerate(missing)])
+    return [truth.model_dump() for truth in truths]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One run of the stock model."""
+
+    model: PreTrainedModel
+    samples: dict[str, Tensor]
+    output: Path
+    dtype: DType
+    lora: LoraConfig | None
+
+    def saved(self, folder: Path) -> list[str]:
+        """Arguments of `truth.py`, whose input is written to `folder`."""
+        if self.lora is None:
+            self.model.save_pretrained(folder)
+        else:
+            self._save_adapted(folder, self.lora)
+        save_file(self.samples, folder / "samples.safetensors")
+        return [str(folder), str(folder / "samples.safetensors"), str(self.output), self.dtype]
+
+    def _save_adapted(self, folder: Path, lora: LoraConfig) -> None:
+        self.model.config.save_pretrained(folder)
+        arguments = {
+            "r": lora.rank,
+            "lora_alpha": lora.alpha,
+            "target_modules": list(lora.targets),
+            "lora_dropout": 0.0,
+        }
+        (folder / truth.LORA).write_text(json.dumps(arguments))
+        # `named_parameters` names tied ones once, as a file of tensors has to.
+        weights = {name: p.detach() for name, p in self.model.named_parameters()}
+        save_file(weights, folder / truth.ADAPTED)
+
+
+def _wanted(train: TrainConfig, cache: Path, jobs: dict[str, _Job]) -> Truth:
+    """What `train` is held against; the runs that make it, if they are not done yet, go to `jobs`."""
+    model = materialize(train).float()  # exact: weights are drawn in fp32 and rounded to the dtype
+    samples = samples_of(train, 0)
+    config = published(train.model, train.overrides)
+    if train.lora is not None:
+        config["lora"] = train.lora.model_dump(mode="json")
+    content = _content_hash(config, model.state_dict(), samples)
+
+    def file(dtype: DType) -> str:
+        key = content if dtype == "float64" else f"{content}-{dtype}"
+        output = cache / f"{key}.safetensors"
+        if not output.exists():
+            jobs[key] = _Job(model, samples, output, dtype, train.lora)
+        return str(output)
+
+    return Truth(
+        exact=file("float64"), rounded=file(train.dtype) if train.dtype in ROUNDED else None
+    )
+
+
+def _content_hash(
+    config: dict[str, Any], weights: dict[str, Tensor], samples: dict[str, Tensor]
+) -> str:
+    libraries = {name: version(name) for name in ("torch", "transformers", "safetensors")}
+    digest = hashlib.sha256(json.dumps([config, libraries], sort_keys=True).encode())
+    digest.update(TRUTH.read_bytes())
+    for tensors in (weights, samples):
+        for name, tensor in sorted(tensors.items()):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+            digest.update(tensor.detach().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:24]
+
+
+def _run_truth(jobs: list[list[str]]) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    arguments = [argument for job in jobs for argument in job]
+    done = subprocess.run(
+        [sys.executable, str(TRUTH), *arguments],
+        cwd=jobs[0][0],  # not ours: nothing of our code is on its path
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = done.stderr.strip().splitlines()
+    if done.returncode == truth.REFUSED:
+        raise truth.Refused(lines[-1])
+    if done.returncode:
+        raise RuntimeError(
+            f"the truth could not be computed: {lines[-1] if lines else done.returncode}"
+        )
+
+
+def compare(ours: dict[str, Tensor], loss: float, truth: Truth, train: TrainConfig) -> Gate:
+    """Every parameter's gradient against the truth, in fp64. A gradient we lack counts as zero."""
+    expected = load_file(truth.exact)
+    truth_loss = float(expected.pop("loss"))
+    rounding = precision(train)
+    parameters = without_noise(_compared(ours, expected), rounding)
+    tolerance, rounded = TOLERANCES[rounding], _rounded(truth)
+    limits = _limits(expected, rounded, tolerance) if rounded else {}
+    scale = scales(parameters)
+    shares = [
+        used(
+            p,
+            tolerance,
+            limits.get(p.parameter, 1.0),
+            noise_floor(p, scale[p.parameter], rounding),
+        )
+        for p in parameters
+    ]
+    worst = max(range(len(shares)), key=shares.__getitem__)
+    loss_close = abs(loss - truth_loss) <= TOLERANCES[train.dtype].ratio * abs(truth_loss)
+    return Gate(
+        passed=shares[worst] <= 1 and loss_close,
+        loss=loss,
+        truth_loss=truth_loss,
+        worst=parameters[worst],
+        parameters=parameters,
+    )
+
+
+class Companion:
+    """The stock model in fp64, given a run's weights before each step and asked for its gradient."""
+
+    def __init__(self, train: TrainConfig) -> None:
+        self._train = train
+        self._model = materialize(train.model_copy(update={"dtype": "float64"}))
+
+    def cosine(self, ours: dict[str, Tensor], weights: dict[str, Tensor], step: int) -> float:
+        """Between the whole gradient `ours` of `step` and the stock model's at the same `weights`."""
+        held = dict(self._model.named_parameters())
+        with torch.no_grad():
+            for name, weight in weights.items():
+                held[name].copy_(weight)
+        expected = truth.gradients_of(self._model, samples_of(self._train, step))
+        del expected["loss"]
+        self._model.zero_grad()
+        mine = torch.cat([ours[name].double().flatten() for name in expected])
+        theirs = torch.cat([gradient.flatten() for gradient in expected.values()])
+        return float(torch.nn.functional.cosine_similarity(mine, theirs, dim=0))
+
+
+def compare_update(
+    gate: Gate,
+    before: dict[str, Tensor],
+    after: dict[str, Tensor],
+    truth: Truth,
+    train: TrainConfig,
+    noise: dict[str, Tensor] | None = None,
+) -> Gate:
+    """`gate` with the change of every parameter beside PyTorch's own optimizer on the true gradients.
+
+    `noise` has our own gradients of parameters whose truth is nothing but rounding, which take its place.
+    """
+    ours = noise or {}
+    gradients = load_file(truth.exact) | ours
+    del gradients["loss"]
+    expected = stock_change(before, gradients, train.optimizer)
+    change = {name: after[name].double() - before[name].double() for name in after}
+    # What has no gradient is frozen, and has to stay.
+    expected |= {name: torch.zeros_like(c) for name, c in change.items() if name not in expected}
+    tolerance, rounded = UPDATE_TOLERANCES[precision(train)], _rounded(truth)
+    limits = {}
+    if rounded:
+        # An optimizer in that dtype rounds the weights more than once: so does the stock one.
+        dtype: torch.dtype = getattr(torch, train.dtype)
+        alone = stock_change(before, rounded | ours, train.optimizer, dtype)
+        limits = _limits(expected, alone, tolerance)
+    updates = _compared(change, expected)
+    shares = [used(p, tolerance, limits.get(p.parameter, 1.0)) for p in updates]
+    worst = max(range(len(shares)), key=shares.__getitem__)
+    found: dict[str, Any] = {"updates": updates}
+    if gate.passed and shares[worst] > 1:
+        found |= {"passed": False, "wrong_update": updates[worst]}
+    return gate.model_copy(update=found)
+
+
+def stock_change(
+    weights: dict[str, Tensor],
+    gradients: dict[str, Tensor],
+    o: OptimizerConfig,
+    dtype: torch.dtype = torch.float64,
+) -> dict[str, Tensor]:
+    """What clipping and one step of PyTorch's optimizer do to `weights`.
+
+    Computed in `dtype`; the weights that come out are rounded to the dtype of those that went in.
+    """
+    parameters = {
+        name: torch.nn.Parameter(weights[name].to(dtype, copy=True)) for name in gradients
+    }
+    for name, parameter in parameters.items():
+        parameter.grad = gradients[name].to(dtype, copy=True)
+    if o.max_grad_norm is not None:
+        torch.nn.utils.clip_grad_norm_(parameters.values(), o.max_grad_norm)
+    optimizer: torch.optim.Optimizer
+    if o.name == "sgd":
+        optimizer = torch.optim.SGD(
+            parameters.values(), lr=o.learning_rate, weight_decay=o.weight_decay
+        )
+    else:
+        optimizer = torch.optim.AdamW(
+            parameters.values(), o.learning_rate, o.betas, o.eps, o.weight_decay
+        )
+    optimizer.step()
+    return {
+        name: p.detach().to(weights[name].dtype).double() - weights[name].double()
+        for name, p in parameters.items()
+    }
+
+
+def _compared(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> list[ParameterGate]:
+    unknown = sorted(ours.keys() - expected.keys())
+    if unknown:
+        raise RuntimeError(f"gradients of parameters that the stock model does not have: {unknown}")
+    return [_compare_one(name, ours.get(name), expected[name]) for name in expected]
+
+
+def _limits(
+    expected: dict[str, Tensor], alone: dict[str, Tensor], tolerance: Tolerance
+) -> dict[str, float]:
+    """Times that each parameter may use up `tolerance`: more where the dtype alone, which gave `alone`, does."""
+    compared = _compared(alone, expected)
+    return {p.parameter: max(1.0, ROUNDING_ROOM * excess(p, tolerance)) for p in compared}
+
+
+def _rounded(truth: Truth) -> dict[str, Tensor]:
+    """Gradients of the stock model in the run's dtype, where they are known."""
+    if truth.rounded is None:
+        return {}
+    gradients = load_file(truth.rounded)
+    del gradients["loss"]
+    return gradients
+
+
+def _compare_one(name: str, ours: Tensor | None, truth: Tensor) -> ParameterGate:
+    """The comparison in fp64; what is not finite has no norm."""
+    mine = torch.zeros_like(truth) if ours is None else ours.to(torch.float64)
+    if mine.shape != truth.shape:
+        raise RuntimeError(f"gradient of {name} is {tuple(mine.shape)}, not {tuple(truth.shape)}")
+    norm, truth_norm = float(mine.norm()), float(truth.norm())
+    blank = ParameterGate(parameter=name, ratio=None, cosine=None, truth_norm=truth_norm)
+    if not torch.isfinite(mine).all():
+        return blank
+    found = {"norm": norm, "error_norm": float((mine - truth).norm())}
+    if truth_norm:
+        product = float((mine * truth).sum())
+        found |= {"ratio": norm / truth_norm}
+        found |= {"cosine": product / (norm * truth_norm) if norm else 0.0}
+    return blank.model_copy(update=found)

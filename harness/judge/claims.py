@@ -1,0 +1,149 @@
+"""Published number beside our evidence for it, and the verdict. A function of records; no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from enum import StrEnum
+
+from pydantic import Field
+
+from alst_impl.config import Frozen
+from alst_impl.methods.base import load_method
+from harness.cells.cell import Cell, Claim, Quantity
+from harness.cells.prediction import Limit
+from harness.records.published import look_up
+from harness.records.record import Measurement, Outcome
+from harness.records.table import Results
+
+TOLERANCE = 0.10
+"""Relative error up to which a number counts as reproduced."""
+
+UNITS: dict[Quantity, str] = {
+    "longest_tokens": "tokens",
+    "longest_ratio": "x",
+    "step_seconds": "s",
+    "tokens_per_second": "tokens/s",
+    "device_bytes": "GiB",
+    "allocated_bytes": "GiB",
+}
+"""As the published tables have them; their GB of memory readings are GiB."""
+
+
+class Verdict(StrEnum):
+    """What our evidence says of a published number."""
+
+    REPRODUCED = "reproduced"
+    LONGER = "longer"
+    REFUTED = "refuted"
+    NOT_MEASURED = "not_measured"
+
+
+class Evidence(Frozen):
+    """One published number and ours."""
+
+    id: str
+    source: str
+    published: float
+    unit: str
+    predicted: float | None
+    """Of a phantom device, or of a schedule that was played."""
+    measured: float | None
+    """On the hardware of the claim."""
+    error: float | None
+    """Ours over the published one, less one; measured where it was, else predicted."""
+    used_for_fit: bool
+    """Whether constants were fitted on this number, so that it is no evidence."""
+    verdict: Verdict
+    outcome: Outcome | None
+    """How the cell ended at its own length; None without a record."""
+    key: str = Field(exclude=True)
+    """Of the cell."""
+    quantity: Quantity = Field(exclude=True)
+    limit: Limit | None = Field(exclude=True)
+    """What stops the cell's sequence from being longer."""
+    ruled_out: str = Field(exclude=True)
+    """Where ours misses: what was looked at, and what it is not."""
+
+    @property
+    def infeasible(self) -> bool:
+        """Whether it is a time or the bytes of a step that does not fit; a longest sequence does."""
+        return self.outcome is Outcome.DOES_NOT_FIT and not self.quantity.startswith("longest")
+
+    @property
+    def missed(self) -> bool:
+        """Whether it is evidence and further off than `TOLERANCE`."""
+        return not self.used_for_fit and self.error is not None and abs(self.error) > TOLERANCE
+
+
+def judge(quantity: Quantity, published: float, ours: float | None) -> Verdict:
+    """`longer` is for lengths and their ratios: a time or a memory far off either way is refuted."""
+    if ours is None:
+        return Verdict.NOT_MEASURED
+    error = ours / published - 1
+    if abs(error) <= TOLERANCE:
+        return Verdict.REPRODUCED
+    return Verdict.LONGER if quantity.startswith("longest") and error > 0 else Verdict.REFUTED
+
+
+def predicted(
+    quantity: Quantity, m: Measurement | None, over: Measurement | None = None
+) -> float | None:
+    """The record's prediction, in the unit of `UNITS`; None where it has none. A ratio is to that of `over`."""
+    if m is None or m.simulated is None or m.simulated.prediction is None:
+        return None
+    if quantity == "longest_tokens":
+        return float(m.simulated.search.longest_tokens) if m.simulated.search else None
+    if quantity == "longest_ratio":
+        longest, base = (predicted("longest_tokens", each) for each in (m, over))
+        return longest / base if longest is not None and base else None
+    seconds = m.simulated.prediction.step_seconds_modelled
+    if quantity == "step_seconds":
+        return seconds
+    if quantity == "tokens_per_second":
+        return tokens_of_step(m.cell) / seconds
+    if quantity == "allocated_bytes":
+        return m.simulated.prediction.allocated_bytes / 2**30
+    return m.simulated.prediction.total_bytes / 2**30
+
+
+def tokens_of_step(cell: Cell) -> int:
+    """Tokens of one step over all ranks."""
+    train, tp = cell.train, cell.simulation.tp if cell.simulation else 1
+    samples = train.batch_size * train.accumulation
+    return samples * train.seqlen * load_method(train.method).axes(train.world_size)["dp"] // tp
+
+
+def evidence(all_results: Iterable[Results]) -> list[Evidence]:
+    """Every claim of every experiment, in order."""
+    found: list[Evidence] = []
+    for results in all_results:
+        measured = {c.id: results.measurements.get(key) for key, c in results.claims}
+        for key, claim in results.claims:
+            over = None if claim.over is None else measured.get(claim.over)
+            found += _of_claim(key, claim, results.measurements.get(key), over)
+    return found
+
+
+def _of_claim(
+    key: str, claim: Claim, m: Measurement | None, over: Measurement | None
+) -> Iterator[Evidence]:
+    search = m.simulated.search if m and m.simulated else None
+    for quantity, column in claim.columns.items():
+        number = look_up(claim.table, claim.row, column)
+        ours = predicted(quantity, m, over)
+        yield Evidence(
+            id=f"{claim.id}-{quantity}",
+            source=number.source,
+            published=number.value,
+            unit=UNITS[quantity],
+            predicted=ours,
+            measured=None,
+            error=None if ours is None else ours / number.value - 1,
+            used_for_fit=quantity in claim.used_for_fit,
+            verdict=judge(quantity, number.value, ours),
+            outcome=m.outcome if m else None,
+            key=key,
+            quantity=quantity,
+            limit=search.limit if search else None,
+            ruled_out=claim.ruled_out.get(quantity, ""),
+        )

@@ -1,0 +1,146 @@
+"""Two sets of records of the same cells: what moved, by how much, and what grew. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from alst_impl.config import Frozen
+from harness.cells.prediction import Holding, Simulated
+from harness.cells.units import bytes_text
+from harness.records import record
+from harness.records.record import Measurement
+from harness.records.table import measure
+
+BYTES_PER_TOKEN = 0.5
+"""A slope that moves by less is the same: a test notices one byte per token."""
+PEAK_BYTES = 16_384
+"""A predicted peak that moves by less is the same: a tensor of one number takes 512 bytes."""
+MEASURED_PEAK = 0.01
+"""A measured peak that moves by a smaller part is the same."""
+CULPRITS = 3
+"""Lines named for each change."""
+
+
+class Change(Frozen):
+    """One quantity of one cell that moved."""
+
+    key: str
+    label: str
+    """The cell, for people."""
+    quantity: str
+    before: float | str
+    after: float | str
+    worse: bool
+    culprits: list[str]
+    """What grew at the peak: bytes, operator and source line, largest first."""
+
+    def __str__(self) -> str:
+        direction = "worse" if self.worse else "better"
+        grown = f"; grew: {', '.join(self.culprits)}" if self.culprits else ""
+        return f"{self.label}: {self.quantity} {_text(self.before)} -> {_text(self.after)} ({direction}){grown}"
+
+
+def _text(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:,.0f}"
+
+
+def load(folder: Path) -> dict[str, Measurement]:
+    """Every record below `folder` by key. Raises `ValueError` if there is none, or a file is not one."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder of records")
+    records = {file.stem: record.read(file) for file in sorted(folder.rglob("*.json"))}
+    if not records:
+        raise ValueError(f"{folder}: no records (*.json) in it")
+    return records
+
+
+def changes(before: dict[str, Measurement], after: dict[str, Measurement]) -> list[Change]:
+    """What moved in the cells that both have."""
+    shared = [key for key in before if key in after]
+    return [change for key in shared for change in _of_cell(key, before[key], after[key])]
+
+
+def _of_cell(key: str, before: Measurement, after: Measurement) -> Iterator[Change]:
+    label = after.cell.label
+    if before.outcome != after.outcome:
+        yield Change(
+            key=key,
+            label=label,
+            quantity="outcome",
+            before=before.outcome.value,
+            after=after.outcome.value,
+            worse=after.outcome is not record.Outcome.OK,
+            culprits=[],
+        )
+    if before.simulated and after.simulated:
+        yield from _of_simulation(key, label, before.simulated, after.simulated)
+    elif before.outcome == after.outcome:
+        old, new = measure("peak_bytes", before)[0], measure("peak_bytes", after)[0]
+        if old and new and abs(new / old - 1) > MEASURED_PEAK:
+            yield Change(
+                key=key,
+                label=label,
+                quantity="peak_bytes",
+                before=old,
+                after=new,
+                worse=new > old,
+                culprits=[],
+            )
+
+
+def _of_simulation(key: str, label: str, before: Simulated, after: Simulated) -> Iterator[Change]:
+    culprits = grown(before.holdings, after.holdings)
+
+    def change(quantity: str, old: float, new: float, worse: bool) -> Change:
+        named = culprits if worse else []
+        return Change(
+            key=key,
+            label=label,
+            quantity=quantity,
+            before=old,
+            after=new,
+            worse=worse,
+            culprits=named,
+        )
+
+    if abs(after.peak_bytes - before.peak_bytes) > PEAK_BYTES:
+        worse = after.peak_bytes > before.peak_bytes
+        yield change("peak_bytes", before.peak_bytes, after.peak_bytes, worse)
+    old, new = _slope(before), _slope(after)
+    if old is not None and new is not None and abs(new - old) > BYTES_PER_TOKEN:
+        yield change("bytes_per_local_token", old, new, new > old)
+    if before.search and after.search:
+        was, now = before.search, after.search
+        shorter = now.shortest_failing_tokens <= was.longest_tokens
+        longer = was.shortest_failing_tokens <= now.longest_tokens
+        # Brackets that overlap say the same: the longest length is known to that precision.
+        if shorter or longer:
+            yield change("longest_tokens", was.longest_tokens, now.longest_tokens, shorter)
+
+
+def _slope(simulated: Simulated) -> float | None:
+    return simulated.prediction.bytes_per_local_token if simulated.prediction else None
+
+
+def grown(before: Sequence[Holding], after: Sequence[Holding]) -> list[str]:
+    """What holds more at the peak, by operator and file; of each file the line that grew most."""
+    old, new = _by_file(before), _by_file(after)
+    more = {place: sum(new[place].values()) - sum(old.get(place, {}).values()) for place in new}
+    worst = sorted((place for place in more if more[place] > 0), key=lambda p: -more[p])
+    named = []
+    for place in worst[:CULPRITS]:
+        lines = new[place]
+        line = max(lines, key=lambda at: lines[at] - old.get(place, {}).get(at, 0))
+        named.append(f"+{bytes_text(more[place])} {place[1]} at {line}")
+    return named
+
+
+def _by_file(holdings: Sequence[Holding]) -> dict[tuple[str, str, str], dict[str, int]]:
+    """(category, operator, file) -> line -> bytes. Lines move when a file is edited, files stay."""
+    found: dict[tuple[str, str, str], dict[str, int]] = {}
+    for h in holdings:
+        at = h.location or "an unknown line"
+        lines = found.setdefault((h.category, h.operator, at.partition(":")[0]), {})
+        lines[at] = lines.get(at, 0) + h.nbytes
+    return found

@@ -1,0 +1,98 @@
+"""Planted defects: edits of `alst_impl`, and which cell of the correctness matrix catches each.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import shutil
+from pathlib import Path
+
+import yaml
+from pydantic import ValidationError
+
+from alst_impl.config import Frozen
+from alst_impl.plugin import explain
+from harness.cells import paths
+from harness.cells.paths import SOURCES
+
+
+class Edit(Frozen):
+    """One replacement in a file."""
+
+    old: str
+    """Stands in the file exactly once."""
+    new: str
+
+
+class Defect(Frozen):
+    """Edits of one file of `alst_impl`."""
+
+    file: str
+    """Below `alst_impl/`."""
+    edits: list[Edit]
+    tests: list[str] = []
+    """Tests below `tests/alst_impl/` that notice it, where no gradient shows it."""
+
+
+class Catch(Frozen):
+    """The cell that caught a defect."""
+
+    defect: str
+    cell: str
+    """Levels of its row in the matrix."""
+    outcome: str
+    """Of the cell's run."""
+    detail: str
+    """What the run said."""
+
+
+def read_defects(path: Path) -> dict[str, Defect]:
+    """Every defect by name, at least one. Raises `ValueError` for a file that does not say what to edit."""
+    path = paths.located(path)
+    raw = yaml.safe_load(path.read_text()) if path.is_file() else None
+    if not raw:
+        raise ValueError(f"{path}: no defect to plant; run it in a checkout that has the file")
+    try:
+        return {name: Defect(**value) for name, value in raw.items()}
+    except ValidationError as error:
+        raise ValueError(explain(error, str(path), sorted(Defect.model_fields))) from None
+
+
+def plant(defect: Defect, folder: Path) -> Path:
+    """`folder` with a copy of `alst_impl` that has the defect. Raises `ValueError` if it fits no more."""
+    implementation = SOURCES[0]
+    shutil.copytree(
+        implementation, folder / implementation.name, ignore=shutil.ignore_patterns("__pycache__")
+    )
+    path = folder / implementation.name / defect.file
+    source = path.read_text()
+    for edit in defect.edits:
+        if source.count(edit.old) != 1:
+            raise ValueError(
+                f"{defect.file} holds {source.count(edit.old)} times {edit.old.strip()!r}, "
+                "must hold it once; mend experiments/planted/defects.yaml"
+            )
+        source = source.replace(edit.old, edit.new)
+    path.write_text(source)
+    return folder
+
+
+def text_of(catches: list[Catch]) -> str:
+    """The file of `catches`."""
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, list(Catch.model_fields), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(catch.model_dump() for catch in catches)
+    return stream.getvalue()
+
+
+def read_catches(path: Path) -> list[Catch]:
+    """What `text_of` wrote; nothing if there is no such file."""
+    path = paths.located(path)
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [Catch(**line) for line in csv.DictReader(file)]

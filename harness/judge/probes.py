@@ -1,0 +1,215 @@
+"""Probes: what must hold of any training run, shown without a reference to compare with.
+
+Each probe runs a cell's own model, method and data on its ranks and looks at what comes out.
+Legend: B batch, S sequence, P sequence-parallel degree, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import DeviceMesh
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from alst_impl.data import Batch
+from alst_impl.engines.base import Runtime
+from alst_impl.methods.base import Method
+from alst_impl.placement import Placement
+from alst_impl.step import accumulate_gradients, micro_batches, start
+from harness.cells.cell import Cell
+from harness.gate.gradients import corpus_of
+from harness.processes.jobs import Rank
+from harness.records.record import Finding
+from harness.worlds.base import load_world
+
+ROUNDING = 1e-5
+"""Part of the largest logit that is taken for rounding."""
+
+
+def execute(rank: Rank, payload: dict[str, Any]) -> list[dict[str, Any]]:
+    """All probes of `payload["cell"]`; the findings are those of all ranks, on each. Collective."""
+    cell = Cell(**payload["cell"])
+    world = load_world(cell.world)
+    with world.group(rank, cell) as mesh:
+        placement = Placement(device=world.device)
+        method, runtime = start(cell.train, mesh, placement)
+        probe = _Probe(cell, mesh, method, runtime)
+        found = [probe.streams(), probe.shards(), probe.causality(), probe.documents()]
+        # Last: a backward leaves gradients behind.
+        found.append(probe.tiles())
+        return [finding.model_dump() for finding in found]
+
+
+class _Probe:
+    """One cell's model on this rank, and what is asked of it."""
+
+    def __init__(self, cell: Cell, mesh: DeviceMesh, method: Method, runtime: Runtime) -> None:
+        self.train, self.mesh, self.method, self.runtime = cell.train, mesh, method, runtime
+        self.corpus = corpus_of(cell.train)
+        self.sp = mesh["sp"].size()
+        size = self.train.batch_size
+        first = mesh["dp"].get_local_rank() * size
+        self.whole = self.corpus.batch(range(first, first + size))
+
+    def streams(self) -> Finding:
+        """Ranks of one sp group hold one sample together, every dp rank another."""
+        shard = self.method.shard(self.whole, self.mesh)
+        dp, held = self.mesh["dp"], stream_hash(self._gathered(shard.input_ids))
+        found = _all([dp.get_local_rank(), held, stream_hash(self.whole.input_ids)])
+        streams = {index: seen for index, seen, _ in found}
+        whole = all(seen == wanted for _, seen, wanted in found)
+        passed = whole and len(set(streams.values())) == len(streams) == dp.size()
+        shown = ", ".join(f"dp {index}: {seen:016x}" for index, seen in sorted(streams.items()))
+        return Finding(probe="token streams", passed=passed, detail=shown)
+
+    def shards(self) -> Finding:
+        """The decoder sees its share of the sequence and no more."""
+        seen: list[int] = []
+        decoder = self._model().base_model
+
+        def look(_: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            ids: Tensor = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+            seen.append(ids.shape[1])
+
+        handle = decoder.register_forward_pre_hook(look, with_kwargs=True)
+        self._logits(self.whole)
+        handle.remove()
+        lengths = {length for rank in _all(seen) for length in rank}
+        expected = math.ceil(self.train.seqlen / self.sp)
+        detail = f"{sorted(lengths)} of {self.train.seqlen} tokens at sp={self.sp}"
+        return Finding(probe="shard length", passed=lengths == {expected}, detail=detail)
+
+    def causality(self) -> Finding:
+        """A changed token moves no logit before it, and its own."""
+        place = self.train.seqlen // 2
+        moved = self._moved_by(place)
+        passed = not moved[:, :place].any() and bool(moved[:, place].all())
+        return self._agreed("causality", passed, f"token {place} changed; {_span(moved)} moved")
+
+    def documents(self) -> Finding:
+        """A changed token moves no logit of another document."""
+        if self.whole.documents is None:
+            return Finding(
+                probe="packed documents", passed=True, detail="one document: none to leak to"
+            )
+        lengths = self.whole.documents[0]
+        first, second = lengths[0], lengths[0] + lengths[1]
+        # The first token of the second document: the last one that may not see it is its neighbour,
+        # and everything after the document sees whatever leaks forward.
+        moved = self._moved_by(first)[:1]
+        inside = moved[:, first:second]
+        passed = (
+            not moved[:, :first].any() and not moved[:, second:].any() and bool(inside[:, 0].all())
+        )
+        detail = f"documents {list(lengths)}; token {first} changed; {_span(moved)} moved"
+        return self._agreed("packed documents", passed, detail)
+
+    def tiles(self) -> Finding:
+        """No logits, and no MLP activations, of more rows than a tile exist in a whole step."""
+        options = self.method.model_dump()
+        tiles = options.get("tiles")
+        fields = self._model().config
+        watched = {}
+        if options.get("tile_loss"):
+            watched["logits"] = fields.vocab_size
+        if options.get("tile_mlp") and not hasattr(fields, "num_experts"):
+            watched["MLP"] = fields.intermediate_size
+        if tiles is None or not watched:
+            return Finding(probe="tiles", passed=True, detail="nothing is tiled by number")
+        local = math.ceil(self.train.seqlen / self.sp)
+        limit = math.ceil(local / min(tiles, local)) * self.train.batch_size
+        batches = micro_batches(
+            self.train, self.corpus, self.method, self.mesh, 0, self.runtime.placement.device
+        )
+        rows = _Rows(set(watched.values()), fields.hidden_size)
+        with rows:
+            accumulate_gradients(self.method, self.runtime, batches)
+        largest = {name: rows.largest.get(width, 0) for name, width in watched.items()}
+        passed = all(0 < count <= limit for count in largest.values())
+        shown = ", ".join(f"{name} {count} rows" for name, count in largest.items())
+        return self._agreed("tiles", passed, f"at most {shown}; a tile has {limit}")
+
+    def _model(self) -> Any:
+        """The transformers model, without its engine's wrapper."""
+        module: Any = self.runtime.module
+        return getattr(module, "module", module)
+
+    def _logits(self, whole: Batch) -> Tensor:
+        """[B, S, V] of the unsharded `whole`. Collective."""
+        shard = self.method.shard(whole, self.mesh).to(self.runtime.placement.device)
+        inputs = shard.model_inputs()
+        del inputs["labels"], inputs["shift_labels"]
+        with torch.no_grad():
+            logits: Tensor = self.runtime.module(**inputs, use_cache=False).logits
+        return self._gathered(logits)[:, : self.train.seqlen]
+
+    def _moved_by(self, place: int) -> Tensor:
+        """Which positions' logits a change of token `place` moves: bool [B, S]. Collective."""
+        ids = self.whole.input_ids.clone()
+        # 7 divides no power of two: the token is another one in every vocabulary of bytes and more.
+        ids[:, place] = (ids[:, place] + 7) % 256
+        changed = replace(self.whole, input_ids=ids)
+        before, after = self._logits(self.whole), self._logits(changed)
+        # Rows of one product may be rounded in company; a leak is thousands of times as large.
+        return (before - after).abs().amax(dim=-1) > ROUNDING * before.abs().max()
+
+    def _gathered(self, shard: Tensor) -> Tensor:
+        """[B, S/P, ...] -> [B, S, ...], over the sp axis. Collective."""
+        group = self.mesh["sp"].get_group()
+        parts = [torch.empty_like(shard) for _ in range(self.sp)]
+        dist.all_gather(parts, shard.contiguous(), group=group)
+        return torch.cat(parts, dim=1)[:, : self.train.seqlen]
+
+    def _agreed(self, probe: str, passed: bool, detail: str) -> Finding:
+        """A finding that holds only if it does on every rank. Collective."""
+        everywhere = all(rank == [1] for rank in _all([int(passed)]))
+        return Finding(probe=probe, passed=everywhere, detail=detail)
+
+
+class _Rows(TorchDispatchMode):
+    """Notes the most rows of any matrix product with one of `widths` columns.
+
+    Products of `hidden_size` rows are not counted: they are gradients of weights.
+    """
+
+    def __init__(self, widths: set[int], hidden_size: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._widths, self._hidden_size = widths, hidden_size
+        self.largest: dict[int, int] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        products = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
+        if func.overloadpacket in products and out.shape[-1] in self._widths:
+            width = out.shape[-1]
+            rows = out.numel() // width
+            if rows != self._hidden_size:
+                self.largest[width] = max(self.largest.get(width, 0), rows)
+        return out
+
+
+def _all(values: list[int]) -> list[list[int]]:
+    """`values` of every rank; equally many on each. Collective."""
+    mine = torch.tensor(values, dtype=torch.int64)
+    found = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, mine)
+    return [rank.tolist() for rank in found]
+
+
+def stream_hash(tokens: Tensor) -> int:
+    """63 bits of the SHA-256 of int64 tokens."""
+    digest = hashlib.sha256(tokens.contiguous().numpy().tobytes()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _span(moved: Tensor) -> str:
+    places = moved.any(dim=0).nonzero().flatten().tolist()
+    return f"{places[0]} to {places[-1]}" if places else "none"

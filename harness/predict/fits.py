@@ -1,0 +1,258 @@
+"""What fits: a step of a cell on a phantom device, its work, what one more token costs, and how long it may be."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from alst_impl.config import Frozen, TrainConfig
+from alst_impl.methods.base import load_method
+from alst_impl.models import published
+from harness.cells.cell import Cell
+from harness.cells.hardware import load_hardware
+from harness.cells.prediction import (
+    Cost,
+    Flops,
+    Holding,
+    Limit,
+    Prediction,
+    SearchResult,
+    Simulated,
+)
+from harness.devices.outside import outside_bytes
+from harness.formulas import flops, pipelines, roofline
+from harness.predict.attempts import (
+    Step,
+    at_length,
+    attempt,
+    capacity_bytes,
+    host_bytes,
+    host_memory_bytes,
+    require_thinkable,
+    roomy,
+    sequence_parallel,
+    with_train,
+)
+from harness.predict.depth import at_depth, structure
+from harness.predict.longest import (
+    Use,
+    exceeded,
+    longest,
+    memory_limit,
+    near_longest,
+    num_layers,
+    period_of,
+    use_of,
+    use_on_roomy,
+)
+from harness.processes.apart import apart
+from harness.processes.jobs import Rank
+from harness.records.sources import fingerprint
+from harness.worlds.base import RankReadings
+
+HOLDINGS = 40
+"""Rows kept of what is alive at the peak."""
+
+
+def execute(rank: Rank, payload: dict[str, Any]) -> dict[str, Any]:
+    """`forecast` of `payload["cell"]` as plain data."""
+    # The search path of who asks does not lead to what phantom processes have besides.
+    ours = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path += [folder for folder in ours if folder not in sys.path]
+    cell = Cell(**payload["cell"])
+    load_method(cell.train.method).require()
+    return forecast(rank, cell).model_dump(mode="json")
+
+
+class Forecast(Frozen):
+    """What was found of a cell."""
+
+    simulated: Simulated
+    readings: RankReadings
+    """Of the tracked step, on a device on which it fits."""
+
+
+class Around(Frozen):
+    """What is found of a cell beside a step of its own length."""
+
+    cost: Cost
+    slope: float
+    """Of allocated bytes over the tokens of one rank."""
+    uses: dict[int, Use]
+    """By length: near the longest, where the cell asks for it."""
+
+
+def forecast(rank: Rank, cell: Cell) -> Forecast:
+    """A step of `cell`, what one more token costs, and the longest sequence where the cell asks for it.
+
+    Raises `ValueError` for a length whose tokens alone are more than a device holds.
+    """
+    assert cell.simulation is not None
+    require_thinkable(cell)
+    if cell.simulation.part != "step":
+        return _part(rank, cell)
+    rank.progress("running a step on a phantom device")
+    # Side by side: the whole step takes about as long as all that needs few layers.
+    calls: list[Callable[[], Step | Around]] = [
+        partial(roomy, rank, cell, explained=True),
+        partial(_around, rank, cell),
+    ]
+    step, around = apart(calls)
+    assert isinstance(step, Step)
+    assert isinstance(around, Around)
+    step, fits = _on_its_device(rank, cell, step)
+    search = None
+    if cell.simulation.search:
+        own = memory_limit(cell) if not fits else exceeded(cell, step)
+        uses = {**around.uses, cell.train.seqlen: use_of(cell, step)}
+        search = longest(rank, cell, own, uses)
+    prediction = _prediction(cell, step, around.cost, fits, around.slope)
+    return Forecast(simulated=_seen(step, prediction, search), readings=step.readings)
+
+
+def bare(rank: Rank, cell: Cell) -> Prediction:
+    """What a step of `cell` holds and whether it fits: without its work, its slope and what is alive at its peak."""
+    require_thinkable(cell)
+    (step,) = apart([partial(roomy, rank, cell)])
+    step, fits = _on_its_device(rank, cell, step)
+    return _prediction(cell, step, None, fits, None)
+
+
+def _around(rank: Rank, cell: Cell) -> Around:
+    """Work, slope and uses of `cell`, one step after the other."""
+    assert cell.simulation is not None
+    cost, more = counted(rank, cell), longer(cell)
+    uses = {of.train.seqlen: use_on_roomy(rank, of) for of in (cell, more)}
+    here, beyond = (uses[of.train.seqlen].device for of in (cell, more))
+    tokens = (more.train.seqlen - cell.train.seqlen) / sequence_parallel(cell.train)
+    if cell.simulation.search:
+        uses = near_longest(rank, cell, uses)
+    return Around(cost=cost, slope=(beyond - here) / tokens, uses=uses)
+
+
+def _on_its_device(rank: Rank, cell: Cell, step: Step) -> tuple[Step, bool]:
+    """What `step`, which ran on a roomy device, is on one of the cell's size, and whether it fits there."""
+    capacity = capacity_bytes(cell)
+    if step.reserved_bytes <= capacity or step.allocated_bytes > capacity:
+        return step, step.allocated_bytes <= capacity
+    rank.progress("running it on a device of its own size")
+    (tried,) = apart([partial(attempt, rank, cell, capacity)])
+    if not isinstance(tried, Step):
+        return step, False
+    return tried.model_copy(update={"holdings": step.holdings}), True
+
+
+def _part(rank: Rank, cell: Cell) -> Forecast:
+    """A part of a step of `cell`; it has no limits to exceed."""
+    rank.progress("running it on a phantom device")
+    (step,) = apart([partial(roomy, rank, cell, explained=True)])
+    return Forecast(simulated=_seen(step, None, None), readings=step.readings)
+
+
+def counted(rank: Rank, cell: Cell) -> Cost:
+    """What a step of `cell` computes and moves: a straight line in the layers where they are alike, from two depths."""
+    period, layers = period_of(cell), num_layers(cell)
+    straight = structure(cell.train).layers_alike and layers % period == 0 and layers > 2 * period
+    depths = (period, 2 * period) if straight else (layers,)
+    costs = []
+    for depth in depths:
+        of = with_train(cell, at_depth(cell.train, depth))
+        (step,) = apart([partial(roomy, rank, of, counted=True)])
+        assert step.cost is not None
+        costs.append(step.cost)
+    if not straight:
+        return costs[0]
+    one, two = (cost.model_dump() for cost in costs)
+    return Cost(**{k: one[k] + (layers // period - 1) * (two[k] - one[k]) for k in one})
+
+
+def longer(cell: Cell) -> Cell:
+    """The same run with sequences two per cent longer, by at least a token on every rank."""
+    ranks = sequence_parallel(cell.train)
+    return at_length(cell, cell.train.seqlen + max(cell.train.seqlen // ranks // 50, 1) * ranks)
+
+
+def _prediction(
+    cell: Cell, step: Step, cost: Cost | None, fits: bool, slope: float | None
+) -> Prediction:
+    """What follows from a step."""
+    config, row = cell.train, load_hardware(cell.hardware)
+    total = step.reserved_bytes + outside_bytes(config)
+    host = host_bytes(cell, step)
+    limit: Limit = "none"
+    if not fits:
+        limit = memory_limit(cell)
+    elif host > host_memory_bytes(cell):
+        limit = "host_memory"
+    return Prediction(
+        allocated_bytes=step.allocated_bytes,
+        reserved_bytes=step.reserved_bytes,
+        overhead_bytes=total - step.allocated_bytes,
+        total_bytes=total,
+        host_bytes=host,
+        bytes_per_local_token=slope,
+        by_category=_by_category(step.holdings),
+        fits=limit == "none",
+        limit=limit,
+        flops=_flops(cell, step),
+        step_seconds_modelled=_seconds(cell, step, cost),
+        cost=cost,
+        least_seconds_modelled=cost and roofline.least_seconds(cost, row, config.world_size),
+    )
+
+
+def _seen(step: Step, prediction: Prediction | None, search: SearchResult | None) -> Simulated:
+    """The record's part of a step."""
+    assert step.memory.cuda is not None
+    return Simulated(
+        code=fingerprint(),
+        prediction=prediction,
+        peak_bytes=step.allocated_bytes,
+        phase_peak_bytes=step.memory.cuda.allocated_bytes,
+        reserved_bytes=step.reserved_bytes,
+        checkpoint_bytes=step.memory.host_peak_bytes,
+        holdings=step.holdings[:HOLDINGS],
+        search=search,
+        timeline=step.timeline,
+    )
+
+
+def _by_category(holdings: list[Holding]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for each in holdings:
+        found[each.category] = found.get(each.category, 0) + each.nbytes
+    return found
+
+
+def _sequences(config: TrainConfig) -> int:
+    """Of one step, over all ranks."""
+    replicas = load_method(config.method).axes(config.world_size)["dp"]
+    return config.batch_size * config.accumulation * replicas
+
+
+def _shape(cell: Cell, step: Step) -> flops.Shape:
+    assert step.readings.num_parameters
+    fields = published(cell.train.model, cell.train.overrides)
+    return flops.shape_of(fields, step.readings.num_parameters)
+
+
+def _flops(cell: Cell, step: Step) -> Flops:
+    shape, sequences = _shape(cell, step), _sequences(cell.train)
+    return Flops(
+        paper_formula=sequences * flops.paper_formula(shape, cell.train.seqlen),
+        model_causal=sequences * flops.model_causal(shape, cell.train.seqlen),
+    )
+
+
+def _seconds(cell: Cell, step: Step, cost: Cost | None) -> float:
+    """Modelled, of a whole step: by the passes of the published runs where the method makes them, else as counted."""
+    config, row = cell.train, load_hardware(cell.hardware)
+    if cost is None or (load_method(config.method).recomputes_layers and config.checkpoint):
+        one = roofline.seconds(_shape(cell, step), config.seqlen, row)
+        seconds = _sequences(config) * one / config.world_size
+    else:
+        seconds = roofline.seconds_of(cost, row)
+    return seconds / (1 - pipelines.waiting(config))

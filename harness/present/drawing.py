@@ -1,0 +1,309 @@
+"""Owner of styles and marks: every figure draws its points through here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from io import BytesIO, StringIO
+from textwrap import wrap
+from typing import Any, Literal, NamedTuple
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+from harness.cells.cell import FORECAST
+from harness.cells.units import bytes_text, length_text, seconds_text
+from harness.records.record import Outcome
+from harness.records.table import NOT_MEASURED, NOT_SIMULATED, Results, source_line
+
+Kind = Literal["measured", "predicted", "published"]
+
+MARKS: dict[Kind, dict[str, Any]] = {
+    "measured": {"marker": "o", "markersize": 5.5, "linestyle": "-"},
+    "predicted": {"marker": "D", "markersize": 5, "linestyle": "--", "markerfacecolor": "white"},
+    "published": {"marker": "*", "markersize": 11, "linestyle": "none"},
+}
+"""The three kinds of number; no two share a mark."""
+
+WRONG: dict[str, Any] = {
+    "linestyle": "none",
+    "marker": "X",
+    "markersize": 11,
+    "markerfacecolor": "white",
+    "markeredgecolor": "#b3261e",
+    "markeredgewidth": 1.3,
+    "zorder": 5,
+}
+"""Laid over a point whose gradients are not known to be right."""
+
+DOES_NOT_FIT: dict[str, Any] = {
+    "linestyle": "none",
+    "marker": "x",
+    "markersize": 10,
+    "markeredgecolor": "#b3261e",
+    "markeredgewidth": 1.8,
+    "zorder": 5,
+    "gid": Outcome.DOES_NOT_FIT.value,
+}
+"""Laid over a point of a predicted step that is more than the machine has."""
+
+INK = "#22272e"
+FAINT = "#6b7280"
+METHOD_ORDER = ["baseline", "deepspeed_alst", "alst"]
+"""Known methods first, so that each keeps its colour in every figure."""
+
+STYLE = {
+    **sns.axes_style("whitegrid"),
+    **sns.plotting_context("notebook", font_scale=0.82),
+    "font.family": ["DejaVu Sans"],
+    "axes.edgecolor": "#c4c9d1",
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "figure.facecolor": "white",
+    "grid.color": "#e8eaee",
+    "grid.linewidth": 0.8,
+    "text.color": INK,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "svg.hashsalt": "alst-bench",
+    "lines.linewidth": 1.8,
+}
+
+
+def kind_of(world: str) -> Kind:
+    """The kind of number that a cell of `world` gives: what no device ran was not measured."""
+    return "predicted" if world in FORECAST else "measured"
+
+
+def rank(method: str) -> int:
+    """Place of a method in legends and tables."""
+    return METHOD_ORDER.index(method) if method in METHOD_ORDER else len(METHOD_ORDER)
+
+
+class Panels(NamedTuple):
+    """A figure and its panels, one row per `rows` value and one column per `columns` value."""
+
+    figure: Figure
+    axes: dict[tuple[Any, Any], Axes]
+
+
+def palette(methods: Iterable[str]) -> dict[str, str]:
+    """A colour for each series name, from a palette that colour-blind readers can tell apart."""
+    rest = [m for m in dict.fromkeys(methods) if m not in METHOD_ORDER]
+    wheel = sns.color_palette("colorblind", len(METHOD_ORDER) + len(rest)).as_hex()
+    # Grey belongs to what others are compared with.
+    colours = ["#5b6470", *wheel[1:]]
+    return dict(zip([*METHOD_ORDER, *sorted(rest)], colours, strict=True))
+
+
+def panels(rows: list[Any], columns: list[Any], width: float = 3.3, height: float = 2.7) -> Panels:
+    """Panels with common axes, for every pair of `rows` and `columns`."""
+    figure = Figure(
+        figsize=(max(width * len(columns) + 1.0, 5.6), height * len(rows) + 1.3),
+        layout="constrained",
+    )
+    grid = figure.subplots(len(rows), len(columns), sharex=True, sharey=True, squeeze=False)
+    axes = {(r, c): grid[i][j] for i, r in enumerate(rows) for j, c in enumerate(columns)}
+    return Panels(figure, axes)
+
+
+def label_edges(panels: Panels, xlabel: str) -> None:
+    """Label the first visible panel of each row and the last visible one of each column."""
+    visible = {place: axes for place, axes in panels.axes.items() if axes.get_visible()}
+    leftmost = {row: axes for (row, _), axes in reversed(visible.items())}
+    lowest = {column: axes for (_, column), axes in visible.items()}
+    for axes in leftmost.values():
+        axes.tick_params(labelleft=True)
+    for axes in lowest.values():
+        axes.tick_params(labelbottom=True)
+        axes.set_xlabel(xlabel)
+
+
+def line(axes: Axes, points: pd.DataFrame, metric: str, colour: str, kind: Kind) -> None:
+    """Draw `metric` against length with the marks of `kind`; a failed gate shows as a crossed ring."""
+    points = points.dropna(subset=[metric]).sort_values("seqlen")
+    if points.empty:
+        return
+    axes.plot(points["seqlen"], points[metric], color=colour, **MARKS[kind])
+    wrong = points[untrusted(points)]
+    axes.plot(wrong["seqlen"], wrong[metric], **WRONG)
+
+
+def untrusted(cells: pd.DataFrame) -> pd.Series[bool]:
+    """Which cells were read without a gradient comparison that passed."""
+    read = cells["peak_bytes"].notna() | cells["step_s"].notna()
+    return read & ~cells["gate"].str.startswith("passed")
+
+
+def spread(axes: Axes, points: pd.DataFrame, low: str, high: str, colour: str) -> None:
+    """Shade from `low` to `high` behind a line, with a bar at each point."""
+    points = points.dropna(subset=[low, high]).sort_values("seqlen")
+    axes.vlines(points["seqlen"], points[low], points[high], color=colour, alpha=0.45, linewidth=3)
+    axes.fill_between(
+        points["seqlen"], points[low], points[high], color=colour, alpha=0.18, linewidth=0
+    )
+
+
+def failures(axes: Axes, cells: pd.DataFrame, colours: dict[str, str]) -> None:
+    """Write each cell that ended without a reading at its length, at the top of the panel."""
+    readable = {Outcome.OK.value, Outcome.WRONG_GRADIENT.value, NOT_MEASURED, NOT_SIMULATED}
+    failed = cells[~cells["outcome"].isin(readable)]
+    for i, (_, cell) in enumerate(failed.sort_values(["method", "seqlen"]).iterrows()):
+        axes.annotate(
+            f"× {cell['outcome']}",
+            (cell["seqlen"], 1 - 0.07 * (i + 0.6)),
+            xycoords=("data", "axes fraction"),
+            color=colours[cell["series"]],
+            ha="center",
+            va="center",
+            fontsize=7.5,
+            fontweight="bold",
+            annotation_clip=False,
+        )
+
+
+def length_axis(axes: Axes, lengths: Iterable[int]) -> None:
+    """Logarithmic axis of sequence lengths with the measured ones as ticks."""
+    values = sorted(set(lengths))
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticks(values, [length_text(n) for n in values])
+    if len(values) == 1:
+        axes.set_xlim(values[0] / 2, values[0] * 2)
+    elif values:
+        axes.set_xlim(values[0] / 1.3, values[-1] * 1.3)
+
+
+def log_axis(axes: Axes, values: pd.Series, text: Any) -> None:
+    """Logarithmic axis in powers of two with steps between them where the range is small."""
+    finite = values[np.isfinite(values) & (values > 0)]
+    if finite.empty:
+        axes.set_yticks([])
+        return
+    axes.set_yscale("log", base=2)
+    low, high = finite.min() / 1.25, finite.max() * 1.25
+    axes.set_ylim(low, high)
+    subs = (1.0,) if math.log2(high / low) > 3 else (1.0, 1.25, 1.5, 1.75)
+    axes.yaxis.set_major_locator(LogLocator(base=2, subs=subs, numticks=14))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
+
+
+def bytes_axis(axes: Axes, values: pd.Series) -> None:
+    """Logarithmic axis of bytes, labelled in powers of 1024."""
+    log_axis(axes, values, bytes_text)
+
+
+def seconds_axis(axes: Axes, values: pd.Series) -> None:
+    """Logarithmic axis of seconds, labelled in ms or s."""
+    log_axis(axes, values, seconds_text)
+
+
+def finish(
+    figure: Figure,
+    results: Results,
+    title: str,
+    colours: dict[str, str],
+    cells: pd.DataFrame,
+    note: str = "",
+) -> Figure:
+    """Title, legend of the series and marks in use, and the source line below."""
+    worlds = dict(zip(cells["series"], cells["world"], strict=True))
+    handles = [
+        handle(name, colours[name], kind_of(worlds[name])) for name in colours if name in worlds
+    ]
+    if untrusted(cells).any():
+        handles.append(Line2D([], [], label="gradients wrong or not compared", **WRONG))
+    return frame(figure, results, title, handles, note)
+
+
+def frame(
+    figure: Figure, results: Results, title: str, handles: Sequence[Line2D], note: str = ""
+) -> Figure:
+    """Title and legend above; note and source line below. What does not fit has its legend entry by itself."""
+    gid = DOES_NOT_FIT["gid"]
+    if any(line.get_gid() == gid for axes in figure.axes for line in axes.get_lines()):
+        handles = [*handles, Line2D([], [], label="does not fit", **DOES_NOT_FIT)]
+    legend = figure.legend(
+        handles=handles,
+        loc="outside upper left",
+        ncols=min(max(len(handles), 1), 4),
+        frameon=False,
+        title=title,
+        title_fontproperties={"size": 12, "weight": "bold"},
+        alignment="left",
+        borderaxespad=0.2,
+    )
+    legend.get_title().set_color(INK)
+    columns = int(figure.get_figwidth() * 16)
+    lines = [part for text in (note, source_line(results)) for part in wrap(text, columns)]
+    foot = "\n".join(lines)
+    figure.supxlabel(foot, x=0.01, ha="left", fontsize=7.5, color=FAINT)
+    return figure
+
+
+def point(
+    axes: Axes,
+    x: float,
+    y: float,
+    colour: str,
+    kind: Kind,
+    label: str = "",
+    side: int = 1,
+    ink: str | None = None,
+    fits: bool = True,
+) -> None:
+    """One point with the mark of `kind`, and words beside it: right of it, or left with `side` -1.
+
+    Words are in the point's colour, or in `ink`. A step that does not fit is crossed out.
+    """
+    axes.plot([x], [y], color=colour, zorder=3, clip_on=False, **MARKS[kind])
+    if not fits:
+        axes.plot([x], [y], clip_on=False, **DOES_NOT_FIT)
+    axes.annotate(
+        label,
+        (x, y),
+        xytext=(9 * side, 0),
+        textcoords="offset points",
+        ha="left" if side > 0 else "right",
+        va="center",
+        fontsize=7.5,
+        color=ink or colour,
+    )
+
+
+def handle(label: str, colour: str, kind: Kind) -> Line2D:
+    """A legend entry."""
+    return Line2D([], [], color=colour, label=label, **MARKS[kind])
+
+
+def say(axes: Axes, text: str) -> None:
+    """Words in place of a drawing."""
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center")
+
+
+def png(figure: Figure, dpi: int = 144) -> bytes:
+    """The figure as a PNG."""
+    buffer = BytesIO()
+    with mpl.rc_context(STYLE):
+        FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
+
+
+def svg(figure: Figure) -> str:
+    """The figure as an SVG that is the same for the same results."""
+    buffer = StringIO()
+    with mpl.rc_context(STYLE):
+        FigureCanvasSVG(figure).print_figure(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()

@@ -1,0 +1,48 @@
+"""Figure 7: memory over one step; the hill of checkpoints, and how offload flattens it."""
+
+from __future__ import annotations
+
+from matplotlib.figure import Figure
+
+from harness.cells.units import tokens_text
+from harness.present import drawing
+from harness.present.figures.base import draw_timelines, simulated
+from harness.records.table import Results
+
+NAMES = {"checkpoints on the GPU": "baseline", "checkpoints in host memory": "alst"}
+"""Line -> whose colour it has."""
+
+
+def draw(results: Results) -> Figure:
+    """Live bytes of one GPU over the events of forward and backward, with and without offload."""
+    found = [(cell, s) for cell, s in simulated(results) if s.timeline]
+    on_gpu, on_host = NAMES
+    lines = [
+        (on_gpu if cell.train.method.options.get("offload") is False else on_host, s)
+        for cell, s in found
+    ]
+    palette = drawing.palette(NAMES.values())
+    colours = {name: palette[method] for name, method in NAMES.items()}
+    figure = Figure(figsize=(8.2, 4.2), layout="constrained")
+    axes = figure.subplots()
+    handles = draw_timelines(axes, lines, colours)
+    for _, s in found[:1]:
+        assert s.timeline is not None
+        phases = s.timeline.phases
+        turn = phases.index("backward") / max(len(phases) - 1, 1)
+        axes.axvline(turn, color=drawing.FAINT, linewidth=0.8, linestyle=":")
+        for x, ha, name in ((turn, "right", "forward "), (turn, "left", " backward")):
+            axes.text(
+                x, 0.97, name, transform=axes.get_xaxis_transform(), ha=ha, va="top", fontsize=8
+            )
+    where = ""
+    if found:
+        train = found[0][0].train
+        where = f": {train.model}, {tokens_text(train.seqlen)} tokens on {train.world_size} GPUs"
+    return drawing.frame(figure, results, f"Memory over one step{where}", handles, NOTE)
+
+
+NOTE = (
+    "On a phantom device: PyTorch's own CUDA build and allocator. Events are spread evenly, so the width of a stretch says nothing of time. "
+    "The paper has this figure as an image only, so there is no published number to set beside it."
+)

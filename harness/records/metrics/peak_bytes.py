@@ -1,0 +1,14 @@
+"""Peak of live tensors on the compute device, the largest over ranks."""
+
+from __future__ import annotations
+
+from harness.records.record import Measurement
+
+UNIT = "B"
+
+
+def value(m: Measurement) -> float | None:
+    """Largest sum of live storages on the compute device over one tracked step."""
+    if m.readings is None or not m.readings.memory:
+        return None
+    return max(rank.peak_bytes for rank in m.readings.memory)

@@ -1,0 +1,81 @@
+"""Published numbers: rows of the CSV files in `experiments/published/`. Imports no torch."""
+
+from __future__ import annotations
+
+import csv
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from alst_impl.config import Frozen
+from harness.cells import paths
+
+
+class Published(Frozen):
+    """One number and where it stands."""
+
+    value: float
+    source: str
+    """Document and place in it."""
+
+
+def _rows(table: str) -> list[dict[str, str]]:
+    path = paths.located(paths.published(table))
+    if not path.is_file():
+        folder = paths.located(path.parent)
+        known = ", ".join(sorted(p.stem for p in folder.glob("*.csv")))
+        raise ValueError(f"no published table '{table}'; use one of {known}")
+    return _read(path.absolute())
+
+
+@cache
+def _read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+class Record(Frozen):
+    """The longest sequence that a system is published with."""
+
+    system: str
+    hardware: str
+    num_gpus: int
+    tokens: int
+    source: str
+
+
+def records() -> list[Record]:
+    """Published lengths of exact dense attention with Llama-8B shapes."""
+    return [
+        Record(
+            system=row["system"],
+            hardware=row["hardware"],
+            num_gpus=int(row["num_gpus"]),
+            tokens=int(row["tokens"]),
+            source=f"{row['source']}, {row['source_locator']}",
+        )
+        for row in _rows("records")
+    ]
+
+
+def look_up(table: str, row: dict[str, Any], column: str) -> Published:
+    """The number in `column` of the one row of `table` that has all values of `row`.
+
+    Raises `ValueError` where there is no such row, several, or no number.
+    """
+    rows = _rows(table)
+    unknown = sorted({*row, column} - set(rows[0]))
+    if unknown:
+        raise ValueError(
+            f"table '{table}' has no column '{unknown[0]}'; it has {', '.join(rows[0])}"
+        )
+    found = [r for r in rows if all(r[name] == str(value) for name, value in row.items())]
+    if len(found) != 1:
+        raise ValueError(f"table '{table}' has {len(found)} rows with {row}; a claim needs one")
+    text = found[0][column]
+    try:
+        value = float(text)
+    except ValueError:
+        raise ValueError(f"table '{table}', row {row}: '{text}' in {column} is no number") from None
+    where = [found[0].get(name) for name in ("source", "source_locator")]
+    return Published(value=value, source=", ".join(filter(None, where)) or table)

@@ -1,0 +1,347 @@
+"""Records to a tidy table: one row per cell and metric, each with its unit. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from alst_impl.methods.base import AXES, load_method
+from alst_impl.plugin import names
+from harness.cells import paths
+from harness.cells.cell import FORECAST, Cell, Claim, Experiment, load_experiment
+from harness.cells.grid import Row
+from harness.records import record
+from harness.records.record import Measurement, Provenance
+
+NOT_MEASURED, NOT_SIMULATED = "not measured", "not simulated"
+"""Outcome of a cell without a record, by what would have made it."""
+
+NOT_COMPARED = "not compared"
+"""Gate of a record without a gradient comparison."""
+
+WHERE = ["model", "world_size", *AXES, "seqlen"]
+"""Columns that place a cell; the rest of what differs between cells is in `series`."""
+
+
+SAME = ["model", "world_size", "seqlen", "setting"]
+"""What two cells must have in common for their methods to be compared."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """The cells of one experiment and the records there are of them."""
+
+    name: str
+    question: str
+    source: str
+    figures: list[str]
+    """Files in `harness/present/figures/` to draw."""
+    cells: dict[str, Cell]
+    """All cells by key."""
+    measurements: dict[str, Measurement]
+    """By key; a cell that is not here was not measured."""
+    claims: list[tuple[str, Claim]] = field(default_factory=list)
+    """Keys of cells and the published numbers that they stand for."""
+    refused: list[Row] = field(default_factory=list)
+    """Rows of a matrix that are not cells, with the reasons."""
+
+    def provenances(self) -> list[Provenance]:
+        """Of every record, oldest first."""
+        return sorted((m.provenance for m in self.measurements.values()), key=lambda p: p.utc)
+
+
+def measured_part(results: Results) -> Results:
+    """`results` without forecasts, where it has others: these have steps, gates and peers."""
+    cells = {key: cell for key, cell in results.cells.items() if cell.world not in FORECAST}
+    if not cells or len(cells) == len(results.cells):
+        return results
+    measurements = {key: m for key, m in results.measurements.items() if key in cells}
+    return replace(results, cells=cells, measurements=measurements)
+
+
+def fresh(path: Path, folder: Path | None = None) -> Results:
+    """Results of the experiment in `path` with the records in `folder`, by default what a run left.
+
+    Raises `ValueError` for a malformed experiment or record.
+    """
+    e = load_experiment(path)
+    folder = folder or paths.cells(e.name)
+    cells = e.cells()
+    measured = {key: folder / f"{key}.json" for key in cells}
+    measurements = {key: record.read(file) for key, file in measured.items() if file.is_file()}
+    return _results(e, cells, measurements, e.claims())
+
+
+def reference(folder: Path) -> Results:
+    """Results in a folder of committed records, named like its experiment.
+
+    The cells are those of the records: a reference stands for the code and the sweep of its day.
+    Raises `ValueError` where there is none.
+    """
+    e = load_experiment(paths.experiment(folder.name))
+    measurements = {file.stem: record.read(file) for file in sorted(folder.glob("*.json"))}
+    if not measurements:
+        raise ValueError(f"{folder}: no records (*.json) in it; restore them, or remove the folder")
+    cells = {key: m.cell for key, m in measurements.items()}
+    return _results(e, cells, measurements, [(key, c) for key, c in e.claims() if key in cells])
+
+
+def _results(
+    e: Experiment,
+    cells: dict[str, Cell],
+    measurements: dict[str, Measurement],
+    claims: list[tuple[str, Claim]],
+) -> Results:
+    refused = [row for row in e.rows if row.refused is not None]
+    return Results(e.name, e.question, e.source, e.figures, cells, measurements, claims, refused)
+
+
+def gate_state(m: Measurement | None) -> str:
+    """`passed` or `failed`, or `not compared` where there is no gradient comparison."""
+    if m is None or m.readings is None or m.readings.gate is None:
+        return NOT_COMPARED
+    return "passed" if m.readings.gate.passed else "failed"
+
+
+def gates(results: Results, named: dict[str, str]) -> dict[str, str]:
+    """`gate_state` of each cell; one without a comparison answers to those of the same series.
+
+    A length too great to be run whole in fp64 stands on the same model, method and ranks compared
+    at other lengths: `passed at 4,096`, or `failed at ...` if one of them failed.
+    """
+    kinds: dict[tuple[str, int, str], dict[str, str]] = {}
+    for key, cell in results.cells.items():
+        kind = (cell.train.model, cell.train.world_size, named[key])
+        kinds.setdefault(kind, {})[key] = gate_state(results.measurements.get(key))
+    return {key: _gate(results, key, states) for states in kinds.values() for key in states}
+
+
+def _gate(results: Results, key: str, states: dict[str, str]) -> str:
+    if states[key] != NOT_COMPARED or key not in results.measurements:
+        return states[key]
+    for state in ("failed", "passed"):
+        lengths = [results.cells[k].train.seqlen for k, s in states.items() if s == state]
+        if lengths:
+            return f"{state} at {max(lengths):,}"
+    return _gate_at_small_scale(results, results.cells[key])
+
+
+def _gate_at_small_scale(results: Results, cell: Cell) -> str:
+    """A model too large to be run whole in fp64 stands on the same method, engine and kernels on the same
+    hardware with a small one.
+    """
+    if cell.world != "cuda":
+        return NOT_COMPARED
+    for state in ("failed", "passed"):
+        for key, m in results.measurements.items():
+            if _at_any_scale(results.cells[key]) == _at_any_scale(cell) and gate_state(m) == state:
+                return f"{state} on {m.cell.train.model}"
+    return NOT_COMPARED
+
+
+def _at_any_scale(cell: Cell) -> str:
+    """Equal for cells that run the same code on models and sequences of other sizes."""
+    sized = {"model", "overrides", "seqlen"}
+    return f"{cell.world} {cell.hardware} {cell.train.model_dump_json(exclude=sized)}"
+
+
+def _options(cell: Cell) -> dict[str, Any]:
+    """What may tell apart two cells of one method at the same place."""
+    t = cell.train
+    method = {k: v for k, v in t.method.options.items() if k not in AXES}
+    engine = {f"{t.engine.name}.{k}": v for k, v in t.engine.options.items()}
+    data = {f"data.{k}": v for k, v in t.data.model_dump().items()}
+    rest = {"engine": t.engine.name, "dtype": t.dtype, "attention": t.attention}
+    more = {
+        "batch": t.batch_size,
+        "accumulation": t.accumulation,
+        "checkpoint": t.checkpoint,
+        "seed": t.seed,
+        "world": cell.world,
+    }
+    if cell.simulation:
+        more |= cell.simulation.model_dump(exclude={"search", "timeline"})
+    return {**method, **engine, **data, **t.overrides, **rest, **more}
+
+
+def series(cells: dict[str, Cell]) -> dict[str, str]:
+    """A name for each cell: its method and the options that vary among cells of that method."""
+    by_method: dict[str, list[str]] = {}
+    for key, cell in cells.items():
+        by_method.setdefault(cell.train.method.name, []).append(key)
+    named = {}
+    for method, keys in by_method.items():
+        options = {key: _options(cells[key]) for key in keys}
+        fields = dict.fromkeys(field for values in options.values() for field in values)
+        varying = [f for f in fields if len({repr(o.get(f)) for o in options.values()}) > 1]
+        for key in keys:
+            shown = [f"{f}={options[key][f]}" for f in varying if f in options[key]]
+            named[key] = " ".join([method, *shown])
+    return named
+
+
+def setting(cell: Cell) -> str:
+    """Equal for cells that differ in the method, and in whether it is compared or timed, only."""
+    no_setting = {"gate", "timed", "timeout_s", "train"}
+    outer = cell.model_dump_json(exclude=no_setting)
+    inner = cell.train.model_dump_json(exclude={"method"})
+    return hashlib.sha256((outer + inner).encode()).hexdigest()[:8]
+
+
+def _description(cell: Cell) -> dict[str, Any]:
+    t = cell.train
+    axes = load_method(t.method).degrees(t.world_size)
+    return {
+        "model": t.model,
+        "method": t.method.name,
+        "engine": t.engine.name,
+        "world": cell.world,
+        "hardware": cell.hardware,
+        "world_size": t.world_size,
+        **{axis: axes[axis] for axis in AXES},
+        "seqlen": t.seqlen,
+        "batch_size": t.batch_size,
+        "accumulation": t.accumulation,
+        "dtype": t.dtype,
+        "attention": t.attention,
+        "checkpoint": t.checkpoint,
+        "setting": setting(cell),
+    }
+
+
+def outcome_of(cell: Cell, m: Measurement | None) -> str:
+    """How `cell` ended, or that there is no record of it."""
+    if m is not None:
+        return m.outcome.value
+    return NOT_SIMULATED if cell.world in FORECAST else NOT_MEASURED
+
+
+def counted_outcomes(results: Results) -> str:
+    """How many cells were measured or simulated, and how many ended in each way."""
+    kinds = {cell.world in FORECAST for cell in results.cells.values()}
+    done = " or ".join({False: "measured", True: "simulated"}[kind] for kind in sorted(kinds))
+    outcomes = Counter(m.outcome.value for m in results.measurements.values())
+    counted = ", ".join(f"{n} {outcome}" for outcome, n in outcomes.most_common())
+    progress = f"{len(results.measurements)} of {len(results.cells)} cells {done}"
+    return f"{progress}: {counted}" if counted else progress
+
+
+def metrics() -> list[str]:
+    """The metrics there are: files of `harness/records/metrics/`."""
+    return names("harness.records.metrics")
+
+
+def measure(metric: str, m: Measurement) -> tuple[float | None, str]:
+    """Value, None where the record has none, and unit of `metric`."""
+    module = importlib.import_module(f"harness.records.metrics.{metric}")
+    value: float | None = module.value(m)
+    return value, module.UNIT
+
+
+def tidy(results: Results) -> pd.DataFrame:
+    """One row per cell and metric. A cell without a record has one row, without a metric."""
+    named = series(results.cells)
+    compared = gates(results, named)
+    rows: list[dict[str, Any]] = []
+    for key, cell in results.cells.items():
+        m = results.measurements.get(key)
+        about = {
+            "experiment": results.name,
+            "key": key,
+            **_description(cell),
+            "series": named[key],
+            "outcome": outcome_of(cell, m),
+            "detail": m.detail if m else None,
+            "gate": compared[key],
+            "commit": m.provenance.commit if m else None,
+            "dirty": m.provenance.dirty if m else None,
+        }
+        if m is None:
+            rows.append({**about, "metric": None, "unit": None, "value": None})
+            continue
+        for metric in metrics():
+            value, unit = measure(metric, m)
+            rows.append({**about, "metric": metric, "unit": unit, "value": value})
+    return pd.DataFrame(rows).astype({"value": "float64"})
+
+
+def wide(table: pd.DataFrame) -> pd.DataFrame:
+    """One row per cell, a column per metric; NaN where a record has no such reading."""
+    about = table.drop(columns=["metric", "unit", "value"]).drop_duplicates("key")
+    measured = table.dropna(subset=["metric"])
+    values = measured.pivot_table(index="key", columns="metric", values="value", aggfunc="first")
+    values = values.reindex(columns=metrics())
+    return about.merge(values.reset_index(), on="key", how="left").sort_values(
+        [*WHERE, "series"], ignore_index=True
+    )
+
+
+def repeated_duels(results: Results, ours: str, peer: str) -> pd.DataFrame:
+    """A row for each length and series of `ours` beside `peer`: median, least and largest ratio over repetitions."""
+    pairs = duels(wide(tidy(results)), ours, peer)
+    pairs["time_ratio"] = pairs["time_ratio"].astype(float)
+    by = pairs.groupby(["model", "seqlen", "series_ours"], sort=False)
+    return by.agg(
+        repetitions=("peak_ratio", "count"),
+        peak=("peak_ratio", "median"),
+        peak_low=("peak_ratio", "min"),
+        peak_high=("peak_ratio", "max"),
+        time=("time_ratio", "median"),
+        time_low=("time_ratio", "min"),
+        time_high=("time_ratio", "max"),
+        gate=("gate_ours", "first"),
+    ).reset_index()
+
+
+def duels(cells: pd.DataFrame, ours: str, peer: str) -> pd.DataFrame:
+    """Pairs of rows of a `wide` table: method `ours` beside `peer`, all else in `SAME` equal.
+
+    Columns have suffixes `_ours` and `_peer`. `peak_ratio` and `time_ratio` are ours over theirs;
+    time is per token, so that methods with other numbers of samples per step compare.
+    """
+    left, right = cells[cells["method"] == ours], cells[cells["method"] == peer]
+    pairs = left.merge(right, on=SAME, suffixes=("_ours", "_peer"))
+    pairs["peak_ratio"] = pairs["peak_bytes_ours"] / pairs["peak_bytes_peer"]
+    pairs["time_ratio"] = pairs["tokens_per_s_peer"] / pairs["tokens_per_s_ours"]
+    return pairs
+
+
+def units() -> dict[str, str]:
+    """Unit of each metric."""
+    return {
+        name: importlib.import_module(f"harness.records.metrics.{name}").UNIT for name in metrics()
+    }
+
+
+def source_line(results: Results) -> str:
+    """Experiment, commit, hardware and date of the records, for the foot of a figure."""
+    provenances = results.provenances()
+    if not provenances:
+        return f"{results.name}: {_few(outcome_of(cell, None) for cell in results.cells.values())}"
+    parts = [
+        results.name,
+        "commit " + _few(commit_name(p) for p in provenances),
+        _few(f"{p.device}, {p.cores} cores" for p in provenances),
+        _few(p.utc[:10] for p in provenances),
+    ]
+    missing = [cell for key, cell in results.cells.items() if key not in results.measurements]
+    if missing:
+        words = _few(outcome_of(cell, None) for cell in missing)
+        parts.append(f"{len(missing)} of {len(results.cells)} cells {words}")
+    return " · ".join(parts)
+
+
+def commit_name(p: Provenance) -> str:
+    """Short commit, with a word where the tree differed from it."""
+    return (p.commit or "none")[:9] + (" + uncommitted changes" if p.dirty else "")
+
+
+def _few(values: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(values))

@@ -1,0 +1,222 @@
+"""The gradient gate: what passes, what fails, what a failure says."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Ranks
+from safetensors.torch import save_file
+from torch import Tensor
+from training import config_of, run_steps
+
+from alst_impl.config import DataConfig, DType, Spec, TrainConfig
+from alst_impl.models import materialize, published
+from harness.gate.gradients import Truth, compare, samples_of
+from harness.gate.truth import gradients_of
+from harness.gate.verdict import EPSILON, broken_promises, explain_failure, known_factor
+from harness.records.record import RankEvidence
+
+
+def test_epsilons_are_those_of_the_dtypes() -> None:
+    """The table that needs no torch says what torch says."""
+    assert all(torch.finfo(getattr(torch, name)).eps == eps for name, eps in EPSILON.items())
+
+
+TRAIN = TrainConfig(
+    model="tiny-llama", method={"name": "alst", "sp": 4}, seqlen=100, world_size=8, dtype="float32"
+)
+SP2 = Spec(name="alst", options={"sp": 2})
+EVIDENCE = RankEvidence(local_seqlen=25, tiles=3, exchanges=4, offloaded_bytes=5)
+
+
+@pytest.fixture
+def truth(tmp_path: Path) -> Path:
+    """Truth of two parameters, one of which has no gradient; loss 2."""
+    path = tmp_path / "truth.safetensors"
+    tensors = {"a": torch.arange(6.0), "zero": torch.zeros(3), "loss": torch.tensor(2.0)}
+    save_file({name: tensor.double() for name, tensor in tensors.items()}, path)
+    return path
+
+
+def ours(scale: float = 1.0) -> dict[str, Tensor]:
+    """The truth's gradients in fp32, scaled."""
+    return {"a": torch.arange(6.0) * scale, "zero": torch.zeros(3)}
+
+
+def test_equal_gradients_pass(truth: Path) -> None:
+    """The truth itself passes, and a zero gradient has neither ratio nor cosine."""
+    gate = compare(ours(), 2.0, Truth(exact=str(truth)), TRAIN)
+    assert gate.passed
+    assert [p.ratio for p in gate.parameters] == [1.0, None]
+
+
+@pytest.mark.parametrize("scale", [1 + 2e-5, 1 - 2e-5, -1.0, 4.0])
+def test_wrong_scale_fails(truth: Path, scale: float) -> None:
+    """A factor beyond the tolerance fails, and so does a wrong sign, which has the right norm."""
+    assert not compare(ours(scale), 2.0, Truth(exact=str(truth)), TRAIN).passed
+
+
+def test_wrong_direction_fails(truth: Path) -> None:
+    """A gradient of the right norm in another direction fails."""
+    turned = {**ours(), "a": torch.arange(6.0).roll(1)}
+    gate = compare(turned, 2.0, Truth(exact=str(truth)), TRAIN)
+    assert not gate.passed
+    assert gate.worst.parameter == "a"
+
+
+@pytest.mark.parametrize(("value", "passed"), [(1e-8, True), (1e-6, False)])
+def test_nonzero_where_the_truth_is_zero_fails(truth: Path, value: float, passed: bool) -> None:
+    """A gradient is wrong where there must be none, once it is more than the dtype rounds off beside it."""
+    gate = compare({**ours(), "zero": torch.full((3,), value)}, 2.0, Truth(exact=str(truth)), TRAIN)
+    assert gate.passed == passed
+    zero = gate.parameters[1]
+    assert (zero.ratio, zero.noise) == (None, True)
+    assert zero.norm == zero.error_norm == pytest.approx(value * 3**0.5)
+    if not passed:
+        assert gate.worst == zero
+        said = explain_failure(gate, TRAIN)
+        assert "gradient of zero must be zero but for 8.8e-07 that float32 rounds off" in said
+        assert "has norm 1.7e-06" in said
+
+
+def test_nonzero_where_all_gradients_are_zero_fails(tmp_path: Path) -> None:
+    """Nothing is rounded off where there is nothing, as where all labels are masked."""
+    save_file({"a": torch.zeros(3).double(), "loss": torch.zeros(()).double()}, tmp_path / "t")
+    truth = Truth(exact=str(tmp_path / "t"))
+    assert compare({"a": torch.zeros(3)}, 0.0, truth, TRAIN).passed
+    assert not compare({"a": torch.full((3,), 1e-30)}, 0.0, truth, TRAIN).passed
+
+
+LAYERS = {
+    "layers.0.big": 1.0,
+    "layers.0.small": 1e-4,
+    "layers.1.big": 1e-6,
+    "layers.1.small": 1e-10,
+    "layers.1.noise": 1e-17,
+}
+"""Norms of true gradients of two layers."""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", [name for name in LAYERS if name != "layers.1.noise"])
+def test_a_zeroed_gradient_above_the_noise_fails(dtype: DType, name: str, tmp_path: Path) -> None:
+    """However small beside its layer or other layers; what bf16 rounds off must not hide it either."""
+    truth = {n: torch.full((4,), norm / 2).double() for n, norm in LAYERS.items()}
+    path = str(tmp_path / "truth.safetensors")
+    save_file({**truth, "loss": torch.tensor(2.0).double()}, path)
+    held = Truth(exact=path, rounded=path if dtype == "bfloat16" else None)
+    train = TRAIN.model_copy(update={"dtype": dtype})
+    rounded = {**truth, "layers.1.noise": torch.full((4,), 1e-14)}
+    assert compare(rounded, 2.0, held, train).passed
+    gate = compare({**rounded, name: torch.zeros(4)}, 2.0, held, train)
+    assert not gate.passed
+    assert gate.worst.parameter == name
+    assert "ratio 0" in explain_failure(gate, train)
+
+
+ZEROS = {
+    "window of one": ("tiny-mistral", {"overrides": {"sliding_window": 1}}, "q_proj.weight"),
+    "two tokens": ("tiny-llama", {"seqlen": 2}, "k_proj.weight"),
+    "key bias without positions": ("smollm3", {}, "k_proj.bias"),
+}
+"""Where a gradient is zero: every query sees one key, or all keys move together."""
+
+
+@pytest.mark.parametrize("case", ZEROS)
+def test_rounding_where_the_mathematics_gives_zero_passes(
+    case: str, tmp_path: Path, ranks: Ranks
+) -> None:
+    """Nothing is wrong, so nothing is called wrong; what is not zero is judged as always."""
+    model, settings, name = ZEROS[case]
+    if model == "smollm3":
+        fields = published("tiny-llama") | {
+            "model_type": model,
+            "attention_bias": True,
+            "no_rope_layers": [0, 0],
+            "pad_token_id": 0,
+        }
+        (tmp_path / "config.json").write_text(json.dumps(fields))
+        model = str(tmp_path / "config.json")
+    train = config_of(**{"model": model, "method": SP2, "world_size": 2, "seqlen": 16, **settings})
+    run = ranks(2)(run_steps, train)[0]
+    stock = materialize(train.model_copy(update={"dtype": "float64"}))
+    save_file(gradients_of(stock, samples_of(train, 0)), tmp_path / "truth.safetensors")
+    held = Truth(exact=str(tmp_path / "truth.safetensors"))
+    gate = compare(run.gradients, run.losses[0], held, train)
+    assert gate.passed, explain_failure(gate, train)
+    noise = {p.parameter for p in gate.parameters if p.noise}
+    assert noise >= {f"model.layers.{i}.self_attn.{name}" for i in range(2)}
+    assert not [n for n in noise if "self_attn" not in n]
+    for of in noise:
+        wrong = {**run.gradients, of: torch.full_like(run.gradients[of], 1e-6)}
+        assert not compare(wrong, run.losses[0], held, train).passed
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_not_finite_fails(truth: Path, value: float) -> None:
+    """NaN does not slip through comparisons, whatever they compare."""
+    gate = compare({**ours(), "a": torch.full((6,), value)}, 2.0, Truth(exact=str(truth)), TRAIN)
+    assert not gate.passed
+
+
+def test_missing_gradient_counts_as_zero(truth: Path) -> None:
+    """A parameter that got no gradient fails where the truth has one."""
+    gate = compare({"zero": torch.zeros(3)}, 2.0, Truth(exact=str(truth)), TRAIN)
+    assert not gate.passed
+    assert gate.worst.ratio == 0.0
+
+
+def test_wrong_loss_fails(truth: Path) -> None:
+    """Right gradients of a wrong loss are not a pass."""
+    assert not compare(ours(), 2.1, Truth(exact=str(truth)), TRAIN).passed
+
+
+@pytest.mark.parametrize(
+    ("ratio", "said"),
+    [
+        (4.0, r"sp \(4\)"),
+        (0.25, r"1 / sp"),
+        (2.0, r"dp \(2\)"),
+        (8.0, "world_size"),
+        (200.0, "tokens"),
+    ],
+)
+def test_ratio_that_is_a_known_quantity_is_named(ratio: float, said: str) -> None:
+    """Factors that wrong code multiplies by are told by name."""
+    factor = known_factor(ratio, TRAIN)
+    assert factor is not None
+    assert re.search(said, factor)
+
+
+def test_other_ratio_is_not_named() -> None:
+    """A ratio that means nothing gets no story."""
+    assert known_factor(1.37, TRAIN) is None
+
+
+@pytest.mark.parametrize("counter", ["tiles", "exchanges", "offloaded_bytes", "local_seqlen"])
+def test_method_that_did_nothing_is_caught(counter: str) -> None:
+    """A counter that stays at zero on one rank breaks the promise of the method's options."""
+    idle = EVIDENCE.model_copy(update={counter: 0})
+    (problem,) = broken_promises(TRAIN, [EVIDENCE, idle])
+    assert counter in problem
+    assert "rank 1" in problem
+
+
+def test_unsharded_sequence_is_caught() -> None:
+    """A rank that saw more than its share broke the promise."""
+    whole = EVIDENCE.model_copy(update={"local_seqlen": 100})
+    assert broken_promises(TRAIN, [whole])
+    assert not broken_promises(TRAIN, [EVIDENCE])
+
+
+@pytest.mark.parametrize(("ratio", "said"), [(63.0, "labels"), (31.5, "labels / sp")])
+def test_the_number_of_labels_is_a_known_quantity(ratio: float, said: str) -> None:
+    """One less than the tokens of each sample, where nothing is masked."""
+    train = TRAIN.model_copy(update={"seqlen": 64, "world_size": 2, "method": SP2})
+    assert said in str(known_factor(ratio, train))
+    masked = train.model_copy(update={"data": DataConfig(mask="prefix")})
+    assert known_factor(ratio, masked) is None

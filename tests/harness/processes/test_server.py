@@ -1,0 +1,214 @@
+"""The fork server: what ranks return, how they end, and that nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+
+from harness.processes.client import submit
+from harness.processes.jobs import Rank, runtime_folder
+
+Payload = dict[str, Any]
+
+
+def join(rank: Rank) -> None:
+    """Join a gloo group of the job's ranks."""
+    store = dist.FileStore(str(rank.scratch / "store"), rank.world_size)
+    dist.init_process_group("gloo", store=store, rank=rank.index, world_size=rank.world_size)
+
+
+def add_up(rank: Rank, payload: Payload) -> int:
+    """Sum of all ranks' numbers and the payload's."""
+    rank.progress("adding")
+    join(rank)
+    total = torch.tensor([rank.index + payload["more"]])
+    dist.all_reduce(total)
+    dist.destroy_process_group()
+    return int(total)
+
+
+def die_alone(rank: Rank, payload: Payload) -> None:
+    """Rank 1 ends itself by a signal; its peer waits for it."""
+    join(rank)
+    rank.progress("waiting")
+    if rank.index == 1:
+        os.kill(os.getpid(), payload["signal"])
+    dist.barrier()
+
+
+def fail_alone(rank: Rank, payload: Payload) -> None:
+    """Rank 1 raises; its peer waits for it."""
+    join(rank)
+    if rank.index == 1:
+        raise LookupError("of all things")
+    dist.barrier()
+
+
+def sleep(rank: Rank, payload: Payload) -> None:
+    """Start a process, as a compiler would be, and sleep with it."""
+    subprocess.Popen(["sleep", "600"])
+    rank.progress("asleep")
+    time.sleep(600)
+
+
+def entry(fn: Callable[..., Any]) -> str:
+    """What a job calls `fn`."""
+    return f"{fn.__module__}:{fn.__name__}"
+
+
+class Watch:
+    """Hears a job's events and knows its processes, those that ranks start included."""
+
+    def __init__(self) -> None:
+        self.pids: list[int] = []
+        self.doing: list[str] = []
+        self.family: list[psutil.Process] = []
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        if event["event"] == "started":
+            self.pids = event["pids"]
+        else:
+            self.doing.append(event["doing"])
+        supervisor = psutil.Process(self.pids[0]).parent()
+        assert supervisor is not None
+        self.family = [supervisor, *supervisor.children(recursive=True)]
+
+
+def all_gone(processes: list[psutil.Process], patience_s: float = 15) -> bool:
+    """Whether all `processes` end within the given time."""
+    _, alive = psutil.wait_procs(processes, timeout=patience_s)
+    return all(p.status() == psutil.STATUS_ZOMBIE for p in alive)
+
+
+@pytest.fixture
+def own_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A runtime folder with a server of its own, for tests that hurt the server."""
+    with tempfile.TemporaryDirectory(prefix="alst-test-") as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield runtime_folder()
+        for process in servers(runtime_folder()):
+            process.kill()
+            process.wait(10)
+
+
+def servers(folder: Path) -> list[psutil.Process]:
+    """The servers with a socket in `folder`, without their supervisors and ranks."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if "harness.processes.server" in words and words[-1].startswith(str(folder)):
+            found.append(process)
+    return [p for p in found if p.parent() not in found]
+
+
+def test_results_come_back_by_rank() -> None:
+    """Every rank's result comes back, and each rank reports what it does."""
+    watch = Watch()
+    ending = submit(entry(add_up), {"more": 10}, 3, 60, watch)
+    assert ending.how == "finished"
+    assert ending.results == [33, 33, 33]
+    assert watch.doing == ["adding"] * 3
+    assert all_gone(watch.family)
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGSEGV"])
+def test_dead_rank_is_the_cause(name: str) -> None:
+    """The rank that a signal ended is named, not the peer that lost its connection."""
+    ending = submit(entry(die_alone), {"signal": int(signal.Signals[name])}, 2, 60)
+    assert (ending.how, ending.rank, ending.error) == ("signal", 1, name)
+    assert ending.during == "waiting"
+
+
+def test_failed_rank_is_the_cause() -> None:
+    """The rank that raised is named, with its error and traceback."""
+    ending = submit(entry(fail_alone), {}, 2, 60)
+    assert (ending.how, ending.rank, ending.error) == ("error", 1, "LookupError")
+    assert ending.message == "of all things"
+    assert ending.trace is not None
+    assert "fail_alone" in ending.trace
+
+
+def test_timeout_ends_the_tree() -> None:
+    """After the time limit no rank is left, nor anything a rank has started."""
+    watch = Watch()
+    ending = submit(entry(sleep), {}, 2, 1.5, watch)
+    assert ending.how == "timeout"
+    assert ending.during == "asleep"
+    assert len(watch.family) >= 3
+    assert all_gone(watch.family)
+
+
+def test_killed_supervisor_leaves_nothing() -> None:
+    """The process that watches the ranks may die, too: the ranks go with it."""
+    watch = Watch()
+
+    def listener(event: dict[str, Any]) -> None:
+        watch(event)
+        if watch.doing.count("asleep") == 2:
+            watch.family[0].kill()
+
+    ending = submit(entry(sleep), {}, 2, 60, listener)
+    assert ending.how == "lost"
+    assert all_gone(watch.family)
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
+def test_client_that_leaves_ends_the_tree(end: signal.Signals) -> None:
+    """Ctrl-C and a killed client end the ranks."""
+    program = (
+        "from harness.processes.client import submit\n"
+        f"submit({entry(sleep)!r}, {{}}, 2, 60, lambda e: print(e.get('pids', ''), flush=True))"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as client:
+        assert client.stdout is not None
+        ranks = [
+            psutil.Process(int(pid)) for pid in client.stdout.readline().strip("[]\n").split(",")
+        ]
+        client.stdout.readline()  # one of them is asleep
+        client.send_signal(end)
+    assert all_gone(ranks)
+
+
+def test_server_leaves_with_its_socket(own_server: Path) -> None:
+    """A server whose socket is removed has nobody left to serve and ends."""
+    assert submit(entry(add_up), {"more": 0}, 1, 60).how == "finished"
+    (server,) = servers(own_server)
+    (socket,) = own_server.glob("*.sock")
+    socket.unlink()
+    assert all_gone([server])
+
+
+def test_killed_server_is_replaced(own_server: Path) -> None:
+    """A server that was killed leaves a dead socket; the next job starts another."""
+    assert submit(entry(add_up), {"more": 0}, 1, 60).how == "finished"
+    (server,) = servers(own_server)
+    server.kill()
+    server.wait(10)
+    assert submit(entry(add_up), {"more": 1}, 1, 60).results == [1]
+
+
+def test_folder_of_others_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A runtime folder that others may write to is refused: they could pose as the server."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    runtime_folder().chmod(0o777)
+    with pytest.raises(ValueError, match="open to other users"):
+        runtime_folder()
