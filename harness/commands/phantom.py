@@ -43,7 +43,7 @@ def phantom(
         bool,
         typer.Option(
             "--hollow-host",
-            help="Never write float tensors of 16 MiB and more on the host: offload of models larger than this "
+            help="Never write float tensors of 1 MiB and more on the host: offload of models larger than this "
             "machine's memory runs, and their values are zeros.",
         ),
     ] = False,

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-LARGE_BYTES = 2**24
+LARGE_BYTES = 2**20
 """Of the storage, so that a view of a flat buffer is left alone as the buffer is."""
 
 
