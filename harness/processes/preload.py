@@ -17,8 +17,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 # DeepSpeed's default is shared by all environments of a user, which rebuild each other's operators.
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
-gc.disable()  # what is imported stays: searching it for garbage takes a tenth of the time
-
 import torch
 import torch.distributed.fsdp
 import torch.testing._internal.distributed.fake_pg
@@ -43,4 +41,3 @@ torch.set_num_threads(1)
 # takes DeepSpeed's start a second.
 gc.collect()
 gc.freeze()
-gc.enable()
