@@ -115,7 +115,7 @@ class TrainConfig(Frozen):
     dtype: DType = "float32"
     """Parameters and activations."""
     attention: Attention = "sdpa"
-    """Core attention, a key of `alst_impl.ops.attention.BACKENDS`: PyTorch's own choice, or one CUDA
+    """Core attention, a key of `alst_impl.ops.attention.attend.BACKENDS`: PyTorch's own choice, or one CUDA
     kernel and no other. Models that transformers has no fused attention for (sinks, soft-caps) have under
     `sdpa` its plain one, in method 'baseline'."""
     lora: LoraConfig | None = None

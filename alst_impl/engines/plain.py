@@ -152,7 +152,7 @@ class InBackwardRuntime(PlainRuntime):
         """Update `parameter` with its gradient and free that. Collective."""
         import torch
 
-        from alst_impl.ops.tiling import accumulation_dtype
+        from alst_impl.ops.memory.tiling import accumulation_dtype
 
         if parameter in self._norms:
             raise ValueError(

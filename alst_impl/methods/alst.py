@@ -41,7 +41,7 @@ class Alst(Tiled):
         self, model: PreTrainedModel, mesh: DeviceMesh, placement: Placement, attention: str
     ) -> None:
         """Sequence parallelism and tiling, in place; `attention` names the core attention."""
-        from alst_impl.ops.ulysses import UlyssesAttention
+        from alst_impl.ops.attention.ulysses import UlyssesAttention
 
         group = mesh["sp"].get_group() if self.sp > 1 else None
         self.attach(model, UlyssesAttention(group, attention, placement.evidence), placement)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from alst_impl.data import Batch
     from alst_impl.engines.base import Runtime
-    from alst_impl.ops.ulysses import UlyssesAttention
+    from alst_impl.ops.attention.ulysses import UlyssesAttention
     from alst_impl.placement import Placement
 
 
@@ -175,7 +175,7 @@ class Tiled(Method):
 
     def checkpoint(self, model: PreTrainedModel, placement: Placement) -> None:
         from alst_impl import hf
-        from alst_impl.ops.offload import HostOffload
+        from alst_impl.ops.memory.offload import HostOffload
 
         offload = HostOffload(placement, overlap=self.overlap) if self.offload else None
         hf.checkpoint_layers(model, offload)

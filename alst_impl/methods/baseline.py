@@ -23,6 +23,6 @@ class Baseline(Method):
         if config.attention == "sdpa":
             return  # what transformers does by itself
         from alst_impl import hf
-        from alst_impl.ops.ulysses import UlyssesAttention
+        from alst_impl.ops.attention.ulysses import UlyssesAttention
 
         hf.use_attention(model, UlyssesAttention(None, config.attention, placement.evidence))

@@ -9,7 +9,7 @@ from pydantic import Field
 from alst_impl.config import Precision, TrainConfig
 from alst_impl.methods.base import Method, check_flash_by_name, check_sharded
 from alst_impl.models import field, published
-from alst_impl.ops.headgroups import HeadGroups
+from alst_impl.ops.layerwise.headgroups import HeadGroups
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,12 +110,14 @@ class Layerwise(Method):
     def apply(
         self, model: PreTrainedModel, config: TrainConfig, mesh: DeviceMesh, placement: Placement
     ) -> None:
-        from alst_impl import decoder, hf
-        from alst_impl.ops import layerwise
-        from alst_impl.ops.exchange import Exchange
-        from alst_impl.ops.offload import HostOffload
-        from alst_impl.ops.segment import Segments
-        from alst_impl.ops.ulysses import UlyssesAttention
+        from alst_impl import hf
+        from alst_impl.hf import decoder
+        from alst_impl.ops.attention.ulysses import UlyssesAttention
+        from alst_impl.ops.layerwise.exchange import Exchange
+        from alst_impl.ops.layerwise.layer import Layerwise as Layer
+        from alst_impl.ops.layerwise.parts import Decoder
+        from alst_impl.ops.memory.offload import HostOffload
+        from alst_impl.ops.memory.segment import Segments
 
         group = mesh["sp"].get_group() if self.sp > 1 else None
         evidence = placement.evidence
@@ -126,8 +128,8 @@ class Layerwise(Method):
         parts = [decoder.read(layer) for layer in hf.decoder_layers(model)]
         segments = Segments(self.every, len(parts)) if self.every > 1 else None
 
-        def prepared(layer: layerwise.Decoder) -> layerwise.Layerwise:
-            return layerwise.Layerwise(
+        def prepared(layer: Decoder) -> Layer:
+            return Layer(
                 decoder=layer,
                 groups=HeadGroups.of(
                     layer.query.num_heads, layer.key.num_heads, self.sp, self.groups

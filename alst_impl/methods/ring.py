@@ -88,7 +88,7 @@ class Ring(Tiled):
         Padded right to chunks of equal length. Positions stay those of the whole sequence.
         """
         from alst_impl.data import joined, shard_sequence
-        from alst_impl.ops.ring import chunks_of
+        from alst_impl.ops.attention.ring import chunks_of
 
         cp, sp, chunks = mesh["cp"], mesh["sp"], self.chunks_of_place()
         mine = chunks_of(cp.get_local_rank(), cp.size(), zigzag=chunks == 2)
@@ -102,8 +102,8 @@ class Ring(Tiled):
     def apply(
         self, model: PreTrainedModel, config: TrainConfig, mesh: DeviceMesh, placement: Placement
     ) -> None:
-        from alst_impl.ops.ring import RingAttention
-        from alst_impl.ops.ulysses import UlyssesAttention
+        from alst_impl.ops.attention.ring import RingAttention
+        from alst_impl.ops.attention.ulysses import UlyssesAttention
 
         evidence, zigzag = placement.evidence, self.chunks_of_place() == 2
         ring = RingAttention(mesh["cp"].get_group(), zigzag, evidence) if self.cp > 1 else None

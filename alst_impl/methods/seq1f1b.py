@@ -12,7 +12,7 @@ from alst_impl.engines.base import load_engine
 from alst_impl.methods.base import Method, check_flash_by_name, check_rotary, divisors
 from alst_impl.methods.layerwise import LOSS_ROWS
 from alst_impl.models import field, published, unsupported, window
-from alst_impl.ops.schedule import equal_flops, equal_lengths
+from alst_impl.ops.pipeline.schedule import equal_flops, equal_lengths
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -113,8 +113,8 @@ class Seq1F1B(Method):
         self, model: PreTrainedModel, config: TrainConfig, mesh: DeviceMesh, placement: Placement
     ) -> None:
         from alst_impl import hf
-        from alst_impl.ops.pipeline import Pipeline, links
-        from alst_impl.ops.sliced import Current, SliceAttention
+        from alst_impl.ops.pipeline.executor import Pipeline, links
+        from alst_impl.ops.pipeline.sliced import Current, SliceAttention
 
         stage, layers = mesh["pp"].get_local_rank(), hf.decoder_layers(model)
         # Experts count as if all were used; what that costs is balance.

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
-from alst_impl.ops.kernels import MODULES, missing
+from alst_impl.ops.attention.kernels import MODULES, missing
 from harness.cells.cell import Cell
 from harness.cells.hardware import ROWS, load_hardware
 from harness.devices import nvml

@@ -1,0 +1,1 @@
+"""Closed formulas: FLOPs, modelled time, pipelines played without executing them. Imports no torch."""

@@ -1,6 +1,6 @@
 """Pipelines over slices at published sizes, stages of tensor-parallel ranks among them: their schedule, played. Imports no torch.
 
-The order of units is the one that `alst_impl.ops.pipeline` runs. What a unit takes and holds is modelled:
+The order of units is the one that `alst_impl.ops.pipeline.executor` runs. What a unit takes and holds is modelled:
 FLOPs over two rates, and published bytes per token. Stages may be tensor-parallel, which no method here
 is: work and bytes of a stage are then split evenly. Models are GPTs (model_type gpt_neox).
 """
@@ -14,7 +14,7 @@ from alst_impl.config import Frozen, TrainConfig
 from alst_impl.methods.base import load_method
 from alst_impl.methods.seq1f1b import Seq1F1B, layers_of
 from alst_impl.models import field, published
-from alst_impl.ops.schedule import Span, Unit, bubble, makespan, orders, peak_live, play
+from alst_impl.ops.pipeline.schedule import Span, Unit, bubble, makespan, orders, peak_live, play
 from harness.cells.hardware import Hardware, load_hardware
 from harness.cells.prediction import Flops, Prediction
 from harness.formulas import flops, roofline

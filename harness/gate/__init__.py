@@ -1,0 +1,1 @@
+"""Every gradient of a run against the stock model in fp64."""

@@ -1,0 +1,1 @@
+"""Verdicts on records: claims, comparisons, probes, planted defects."""

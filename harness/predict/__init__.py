@@ -1,0 +1,1 @@
+"""What fits: steps tried on phantom devices, searches, plans."""

@@ -1,0 +1,1 @@
+"""Tables to figures, report and README. Imports no torch."""

@@ -1,0 +1,1 @@
+"""A cell becomes a record, whatever happens."""

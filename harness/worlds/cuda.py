@@ -1,6 +1,6 @@
 """Real processes on NVIDIA GPUs: NCCL, one device a rank, what PyTorch's allocators count.
 
-With `alst_impl.ops.offload` and world `phantom` all that names `torch.cuda`. Importing it touches no device: the
+With `alst_impl.ops.memory.offload` and world `phantom` all that names `torch.cuda`. Importing it touches no device: the
 fork server does so, and a process that has touched one cannot fork ranks that use it.
 """
 

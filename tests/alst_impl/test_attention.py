@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from alst_impl.config import Attention
-from alst_impl.ops.attention import BACKENDS, VARLEN, attend
-from alst_impl.ops.kernels import MODULES
+from alst_impl.ops.attention.attend import BACKENDS, VARLEN, attend
+from alst_impl.ops.attention.kernels import MODULES
 
 Documents = tuple[tuple[int, ...], ...] | None
 

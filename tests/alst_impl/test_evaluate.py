@@ -12,7 +12,7 @@ from training import config_of, corpus_of
 from alst_impl import models, step
 from alst_impl.config import TrainConfig
 from alst_impl.methods.base import load_method
-from alst_impl.ops.loss import tiled_loss
+from alst_impl.ops.memory.loss import tiled_loss
 from alst_impl.placement import Placement
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from training import config_of
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from alst_impl import hf, models
-from alst_impl.ops.attention import attend
-from alst_impl.ops.ulysses import UlyssesAttention
+from alst_impl.ops.attention.attend import attend
+from alst_impl.ops.attention.ulysses import UlyssesAttention
 from alst_impl.placement import Evidence
 
 if TYPE_CHECKING:

@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from training import config_of, corpus_of, ratio_and_cosine, run_steps
 
-from alst_impl import decoder, hf, step
+from alst_impl import hf, step
 from alst_impl.config import TrainConfig
+from alst_impl.hf import decoder
 from alst_impl.methods.base import load_method
 from alst_impl.models import build, published
-from alst_impl.ops import float8
-from alst_impl.ops.attention import attend
-from alst_impl.ops.flash import attend_backward, attend_with_logsumexp
-from alst_impl.ops.headgroups import HeadGroups
+from alst_impl.ops.attention.attend import attend
+from alst_impl.ops.attention.flash import attend_backward, attend_with_logsumexp
+from alst_impl.ops.layerwise.headgroups import HeadGroups
+from alst_impl.ops.memory import float8
 from alst_impl.placement import Placement
 from harness.gate.verdict import TOLERANCES
 from harness.predict.depth import at_depth, structure

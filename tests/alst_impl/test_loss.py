@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from training import config_of
 
 from alst_impl import hf, models
-from alst_impl.ops.loss import tiled_loss
+from alst_impl.ops.memory.loss import tiled_loss
 from alst_impl.placement import Evidence
 
 HIDDEN, VOCAB = 6, 11

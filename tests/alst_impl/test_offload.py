@@ -12,7 +12,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from alst_impl.ops.offload import HostOffload, HostTiles, checkpoint
+from alst_impl.ops.memory.offload import HostOffload, HostTiles, checkpoint
 from alst_impl.placement import Evidence, Placement
 
 

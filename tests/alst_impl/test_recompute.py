@@ -16,10 +16,10 @@ from training import assert_same_gradients, relative_error
 from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedModel
 
 from alst_impl import hf, library
-from alst_impl.ops.loss import tiled_loss
-from alst_impl.ops.offload import HostOffload, checkpoint
-from alst_impl.ops.recompute import FirstRun
-from alst_impl.ops.tiling import tile_bounds, tiled
+from alst_impl.ops.memory.loss import tiled_loss
+from alst_impl.ops.memory.offload import HostOffload, checkpoint
+from alst_impl.ops.memory.recompute import FirstRun
+from alst_impl.ops.memory.tiling import tile_bounds, tiled
 from alst_impl.placement import Evidence, Placement
 
 if TYPE_CHECKING:

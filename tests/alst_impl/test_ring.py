@@ -16,9 +16,9 @@ from training import assert_same_gradients, config_of, run_steps, truth_of
 from alst_impl.config import Spec
 from alst_impl.data import Batch
 from alst_impl.methods.base import load_method
-from alst_impl.ops.attention import attend
-from alst_impl.ops.ring import RingAttention, chunks_of, meeting
-from alst_impl.ops.ulysses import UlyssesAttention
+from alst_impl.ops.attention.attend import attend
+from alst_impl.ops.attention.ring import RingAttention, chunks_of, meeting
+from alst_impl.ops.attention.ulysses import UlyssesAttention
 from alst_impl.placement import Evidence
 from harness.commands.predict import cell_of
 from harness.gate.verdict import TOLERANCES

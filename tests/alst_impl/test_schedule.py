@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from alst_impl.ops.schedule import (
+from alst_impl.ops.pipeline.schedule import (
     Unit,
     bubble,
     equal_flops,

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as stock_checkpoint
 
-from alst_impl.ops.attention import attend
-from alst_impl.ops.offload import checkpoint
-from alst_impl.ops.schedule import seq1f1b
-from alst_impl.ops.sliced import Current, SliceAttention, sliced_attention
+from alst_impl.ops.attention.attend import attend
+from alst_impl.ops.memory.offload import checkpoint
+from alst_impl.ops.pipeline.schedule import seq1f1b
+from alst_impl.ops.pipeline.sliced import Current, SliceAttention, sliced_attention
 
 BORDERS = [0, 9, 10, 23]
 SCALE = 0.3

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from alst_impl.ops.tiling import parameters_of, tile_bounds, tiled
+from alst_impl.ops.memory.tiling import parameters_of, tile_bounds, tiled
 
 
 class Mlp(nn.Module):

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from alst_impl.ops.attention import attend
-from alst_impl.ops.ulysses import (
+from alst_impl.ops.attention.attend import attend
+from alst_impl.ops.attention.ulysses import (
     UlyssesAttention,
     heads_to_sequence,
     replicate_kv_heads,

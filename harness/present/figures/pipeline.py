@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from alst_impl.ops.schedule import bubble, makespan
+from alst_impl.ops.pipeline.schedule import bubble, makespan
 from harness.cells.cell import Cell
 from harness.cells.units import length_text, percent_text, tokens_text
 from harness.formulas import pipelines

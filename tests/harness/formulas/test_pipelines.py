@@ -10,7 +10,7 @@ from phantoms import cell, measured, missing
 
 from alst_impl.config import TrainConfig
 from alst_impl.models import published
-from alst_impl.ops.schedule import bubble, makespan
+from alst_impl.ops.pipeline.schedule import bubble, makespan
 from harness.cells import paths
 from harness.cells.cell import load_experiment, make_cell
 from harness.formulas import pipelines

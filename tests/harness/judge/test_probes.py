@@ -12,7 +12,7 @@ import torch
 from alst_impl import hf
 from alst_impl.data import Batch
 from alst_impl.methods.base import Method
-from alst_impl.ops import ulysses
+from alst_impl.ops.attention import ulysses
 from harness.cells.cell import make_cell
 from harness.judge import probes
 from harness.processes.client import submit

@@ -129,7 +129,7 @@ def _exchanged(""",
     moved = changes({"it": measured()}, {"it": after})
     (peak,) = [change for change in moved if change.quantity == "peak_bytes"]
     assert peak.worse
-    assert "alst_impl/ops/ulysses.py" in " ".join(peak.culprits)
+    assert "alst_impl/ops/attention/ulysses.py" in " ".join(peak.culprits)
 
 
 def test_control_flow_on_an_unknown_value_leaves_no_numbers(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from harness.worlds.cuda import (
 
 ROOT = Path(__file__).parents[3]
 MAY_NAME_CUDA = {
-    "alst_impl/ops/offload.py",
+    "alst_impl/ops/memory/offload.py",
     "harness/worlds/cuda.py",
     "harness/worlds/phantom.py",
 }

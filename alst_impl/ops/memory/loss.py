@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alst_impl.ops.recompute import without_autocast
-from alst_impl.ops.tiling import GradientSum, parameters_of, tile_bounds
+from alst_impl.ops.memory.recompute import without_autocast
+from alst_impl.ops.memory.tiling import GradientSum, parameters_of, tile_bounds
 
 TokenLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(hidden [B, s, E], labels [B, s] int64, count) -> sum of token losses / count, scalar."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alst_impl.ops.recompute import FirstRun
+from alst_impl.ops.memory.recompute import FirstRun
 from alst_impl.placement import Placement
 
 PIECE_BYTES = 2**27

@@ -1,7 +1,7 @@
 """Pipeline schedules whose unit is a slice of a sequence, as data, and what they cost. Imports no torch.
 
 Source: Seq1F1B (arXiv:2406.03488). With one slice it is 1F1B (PipeDream-Flush, arXiv:2006.09503). The
-same orders that are played here are run by `alst_impl.ops.pipeline`.
+same orders that are played here are run by `alst_impl.ops.pipeline.executor`.
 Legend: P stages, M micro-batches, k slices of a sequence, S tokens of it.
 """
 

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
-from alst_impl.ops import flash
+from alst_impl.ops.attention import flash
 from alst_impl.placement import Evidence
 
 Shape = tuple[int, int]

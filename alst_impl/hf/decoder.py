@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from alst_impl import hf
-from alst_impl.ops.layerwise import Call, Decoder, Heads, Layerwise, in_place
-from alst_impl.ops.offload import HostOffload
-from alst_impl.ops.tiling import run_as
+from alst_impl.ops.layerwise.in_place import in_place
+from alst_impl.ops.layerwise.layer import Layerwise
+from alst_impl.ops.layerwise.parts import Call, Decoder, Heads
+from alst_impl.ops.memory.offload import HostOffload
+from alst_impl.ops.memory.tiling import run_as
 
 LAYER = {
     "input_layernorm",

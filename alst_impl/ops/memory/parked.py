@@ -11,8 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from alst_impl.ops import float8, tiling
-from alst_impl.ops.offload import HostOffload, HostTiles
+from alst_impl.ops.memory import float8, tiling
+from alst_impl.ops.memory.offload import HostOffload, HostTiles
 
 
 class Rows(Protocol):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alst_impl.ops.recompute import FirstRun
+from alst_impl.ops.memory.recompute import FirstRun
 
 TokenWise = Callable[[Tensor], Tensor]
 

@@ -1,7 +1,7 @@
-"""Runs the schedules of `alst_impl.ops.schedule`: slices of sequences through stages on different ranks.
+"""Runs the schedules of `alst_impl.ops.pipeline.schedule`: slices of sequences through stages on different ranks.
 
 Source: Seq1F1B (arXiv:2406.03488). Hidden states go to the next stage, their gradients to the one
-before, point to point. Keys and values stay where they are (`alst_impl.ops.sliced`).
+before, point to point. Keys and values stay where they are (`alst_impl.ops.pipeline.sliced`).
 Legend: B batch, S sequence, s tokens of a slice, E hidden size.
 """
 
@@ -19,8 +19,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.distributed import DeviceMesh, ProcessGroup
 
 from alst_impl.data import Batch
-from alst_impl.ops.schedule import Unit, seq1f1b
-from alst_impl.ops.sliced import Current, SliceAttention
+from alst_impl.ops.pipeline.schedule import Unit, seq1f1b
+from alst_impl.ops.pipeline.sliced import Current, SliceAttention
 
 if TYPE_CHECKING:
     from alst_impl.engines.base import Runtime

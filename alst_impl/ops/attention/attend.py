@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from alst_impl.ops.kernels import MODULES, missing
+from alst_impl.ops.attention.kernels import MODULES, missing
 
 Causal = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 """(query [B,H,S,D], key [B,K,S,D], value [B,K,S,D], scale) -> [B,H,S,D], causal, same dtype."""

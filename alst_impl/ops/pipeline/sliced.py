@@ -1,6 +1,6 @@
 """Attention of one slice of a sequence over the keys and values of itself and of the slices before it.
 
-Slices come one after another, as pipelines run them (`alst_impl.ops.schedule`). Keys and values of a slice
+Slices come one after another, as pipelines run them (`alst_impl.ops.pipeline.schedule`). Keys and values of a slice
 are kept for later ones; what those have of gradients for them is added when the slice's own backward
 passes by. A layer's forward may run again in backward: what was kept is found, not kept twice.
 Legend: B batch, S sequence, s tokens of the slice, T tokens up to its end, H query heads, K kv heads,
@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from alst_impl.ops.attention import attend
-from alst_impl.ops.flash import Documents, Rest, merge_, operators
+from alst_impl.ops.attention.attend import attend
+from alst_impl.ops.attention.flash import Documents, Rest, merge_, operators
 
 
 class _Range(NamedTuple):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from alst_impl.ops.tiling import accumulation_dtype
+from alst_impl.ops.memory.tiling import accumulation_dtype
 
 Documents = Sequence[Sequence[int]] | None
 """Lengths of each sample's packed documents, adding up to S; None for one document."""
@@ -224,7 +224,7 @@ def attend_with_logsumexp(
     documents: Documents = None,
     block: int | None = None,
 ) -> tuple[Tensor, Tensor, list[Rest]]:
-    """Causal attention as `alst_impl.ops.attention.attend`, and what `attend_backward` needs. No graph.
+    """Causal attention as `alst_impl.ops.attention.attend.attend`, and what `attend_backward` needs. No graph.
 
     query [B, H, S, D], key and value [B, K, S, D] with K dividing H, any strides with D innermost.
     Returns the output [B, H, S, D] in their dtype, its log-sum-exp [B, H, S] in fp32 (or wider), and the

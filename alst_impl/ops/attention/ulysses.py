@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from alst_impl.ops.attention import attend
-from alst_impl.ops.ring import RingAttention
+from alst_impl.ops.attention.attend import attend
+from alst_impl.ops.attention.ring import RingAttention
 from alst_impl.placement import Evidence
 
 

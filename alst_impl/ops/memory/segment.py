@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from alst_impl.ops.parked import Resident, Rows
+from alst_impl.ops.memory.parked import Resident, Rows
 
 Step = Callable[[Tensor], Tensor]
 """A layer without a graph: its input to its output."""

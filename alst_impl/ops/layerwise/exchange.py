@@ -2,7 +2,7 @@
 
 Data of a head group lies in *send order* [P, s, B, h, D]: the block of rank r holds this rank's tokens
 for the heads that r works on. Sent as it is, it arrives as whole sequences; the way back is the same.
-Source: DeepSpeed-Ulysses (arXiv:2309.14509); `alst_impl.ops.ulysses` exchanges all heads at once.
+Source: DeepSpeed-Ulysses (arXiv:2309.14509); `alst_impl.ops.attention.ulysses` exchanges all heads at once.
 Legend: B batch, S sequence, s = S/P, P sequence-parallel degree, h heads of a group on one rank,
 D head dim.
 """

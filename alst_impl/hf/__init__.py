@@ -1,0 +1,44 @@
+"""The only package that knows the inside of a Hugging Face model.
+
+Nothing here edits modelling code or a class: changes are made on instances, so other models of the
+process are untouched. Structure is found by what modules are, not by which model they belong to.
+"""
+
+from alst_impl.hf.attention import (
+    ATTENTION,
+    Attention,
+    stock_attention,
+    use_attention,
+    use_attentions,
+)
+from alst_impl.hf.checkpointing import checkpoint_layers, stock_checkpointing
+from alst_impl.hf.instances import bound, set_forward
+from alst_impl.hf.stages import keep_stage
+from alst_impl.hf.structure import (
+    attention_modules,
+    decoder_layers,
+    final_norms,
+    head_name,
+    token_wise_modules,
+)
+from alst_impl.hf.tiling import tile_loss, tile_module
+
+__all__ = [
+    "ATTENTION",
+    "Attention",
+    "attention_modules",
+    "bound",
+    "checkpoint_layers",
+    "decoder_layers",
+    "final_norms",
+    "head_name",
+    "keep_stage",
+    "set_forward",
+    "stock_attention",
+    "stock_checkpointing",
+    "tile_loss",
+    "tile_module",
+    "token_wise_modules",
+    "use_attention",
+    "use_attentions",
+]

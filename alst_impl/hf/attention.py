@@ -1,0 +1,119 @@
+"""Our attention in transformers' registry.
+
+Legend: B batch, S sequence, P sequence-parallel degree, H query heads, K kv heads, D head dim.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from alst_impl.hf.structure import (
+    attention_modules,
+)
+
+ATTENTION = "alst"
+"""Name of our attention in transformers' registry. Transformers builds no mask for a name it does not
+know one for, which is what keeps S x S masks away."""
+Attention = Callable[..., Tensor]
+"""(query [B, H, S/P, D], key and value [B, K, S/P, D], scale=, window=, documents=) -> [B, H, S/P, D]."""
+
+
+def _refuse_mask(attention_mask: Tensor | None) -> None:
+    if attention_mask is not None:
+        raise ValueError(
+            "attention_mask is not supported under sequence parallelism; pad right, mask the labels, "
+            "and pass no attention_mask"
+        )
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    documents: tuple[tuple[int, ...], ...] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: [B, H, S/P, D] in, [B, S/P, H, D] out."""
+    attend: Attention | None = getattr(module, "alst_attention", None)
+    if attend is None:  # a model that merely shares a configuration object with a wrapped one
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    _refuse_mask(attention_mask)
+    if query.shape[2] != key.shape[2]:
+        raise ValueError(
+            f"{query.shape[2]} queries meet {key.shape[2]} keys: a key/value cache is not supported in "
+            "training; generate with the stock model, `with alst.disabled(): model.generate(...)`"
+        )
+    for name in ("s_aux", "softcap", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"attention with '{name}' is not supported here; use method 'baseline' with attention 'sdpa', "
+                "which leaves the choice to transformers"
+            )
+    if dropout:
+        raise ValueError(
+            f"attention_dropout ({dropout}) is not supported here; set it to 0 in the model's configuration"
+        )
+    out = attend(
+        query,
+        key,
+        value,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=sliding_window,
+        documents=documents,
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION, _attention)
+
+
+def use_attention(model: PreTrainedModel, attention: Attention) -> None:
+    """Route every attention module of `model`, and of no other model, through `attention`."""
+    use_attentions(model, [attention] * len(attention_modules(model)))
+
+
+def use_attentions(model: PreTrainedModel, attentions: Sequence[Attention]) -> None:
+    """As `use_attention`, with one for each attention module, in order."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None:  # its own copy: two models may have been built from one object
+            vars(module)["config"] = copy.deepcopy(config, memo)
+    vars(model)["stock_attention"] = model.config._attn_implementation
+    model.config._attn_implementation = ATTENTION
+    for module, attention in zip(attention_modules(model), attentions, strict=True):
+        vars(module)["config"]._attn_implementation = ATTENTION
+        vars(module)["alst_attention"] = attention
+
+    def refuse_mask(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # Transformers builds no mask for our attention, so a padding mask would be lost in silence.
+        if base.config._attn_implementation == ATTENTION:  # type: ignore[union-attr]
+            _refuse_mask(kwargs.get("attention_mask", args[1] if len(args) > 1 else None))
+
+    model.base_model.register_forward_pre_hook(refuse_mask, with_kwargs=True)
+
+
+@contextmanager
+def stock_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Within it, attention of `model` is the one it had before `use_attention`, masks included."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    ours = [c for c in configs.values() if c._attn_implementation == ATTENTION]
+    try:
+        for config in ours:
+            config._attn_implementation = vars(model)["stock_attention"]
+        yield
+    finally:
+        for config in ours:
+            config._attn_implementation = ATTENTION

@@ -1,0 +1,203 @@
+"""Modules, and head with loss, in tiles of the sequence."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from math import isclose
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast, MoeModelOutputWithPast
+
+from alst_impl.hf.instances import bound, set_forward
+from alst_impl.hf.structure import head_name
+from alst_impl.ops.memory.loss import TokenLoss, tiled_loss
+from alst_impl.ops.memory.tiling import run_as, tiled
+from alst_impl.placement import Evidence
+
+Tiles = Callable[[Tensor], int]
+"""Number of tiles for hidden states [B, S, ..., E]."""
+
+
+def tile_module(
+    module: nn.Module, tiles: Tiles, evidence: Evidence, *, recompute: bool = True
+) -> None:
+    """Make `module`'s forward run in tiles of the sequence. For modules that map [B, S, ..., E] token-wise.
+
+    Without `recompute`, backward has what forward made in all tiles.
+
+    Norms of queries and keys may see [B, H, S, D]: they work on every head alone, so tiles of heads do.
+    """
+    vars(module)["tiling"] = _Tiling(module.forward, tiles, evidence, recompute)
+    run_as(module, bound(module, _tiled_forward))
+
+
+@dataclass(frozen=True)
+class _Tiling:
+    """What a tiled module's forward works with."""
+
+    stock: Callable[..., Tensor]
+    tiles: Tiles
+    evidence: Evidence
+    recompute: bool
+
+
+def _tiled_forward(module: nn.Module, hidden_states: Tensor) -> Tensor:
+    if hidden_states.dim() < 3:
+        raise ValueError(
+            f"{type(module).__name__} is called on {hidden_states.dim()} axes, not on "
+            "[batch, sequence, ..., hidden]: it cannot be tiled along the sequence"
+        )
+    tiling: _Tiling = vars(module)["tiling"]
+    count = min(tiling.tiles(hidden_states), hidden_states.shape[1])
+    tiling.evidence.tiles += count
+    if tiling.recompute:
+        return tiled(tiling.stock, hidden_states, count)
+    rows = -(-hidden_states.shape[1] // count)
+    tiles = [tiling.stock(tile) for tile in hidden_states.split(rows, dim=1)]
+    return torch.cat(tiles, dim=1)
+
+
+class _Given(nn.Module):
+    """Stands for a decoder whose output is already there; the widest of transformers' outputs."""
+
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> MoeModelOutputWithPast:
+        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
+
+
+class _Projection(nn.Module):
+    """The head's own projection, without the hooks that engines hang on the head."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self._head = [head]  # in a list, so that the head stays registered in one place only
+        self._stock = type(head).forward
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self._stock(self._head[0], hidden)  # type: ignore[no-any-return]
+
+
+@dataclass
+class _TiledLoss:
+    """What a model's and its head's forward work with where the loss is tiled."""
+
+    tiles: Tiles
+    evidence: Evidence
+    overwrite: bool
+    adds_up: Callable[..., Any] | None = None
+    """The loss function that was found to be a sum over tokens."""
+
+
+def tile_loss(
+    model: PreTrainedModel, tiles: Tiles, evidence: Evidence, *, overwrite: bool = False
+) -> None:
+    """Make `model(..., shift_labels=, num_items_in_batch=)` compute logits and loss in tiles.
+
+    What follows the decoder (head, logit scale, soft-cap, loss) is the model's own code: each tile goes
+    through the class's forward, with the decoder's output given. Without labels the model returns
+    logits as always. Head and loss function are looked up at each call: both may be replaced later. The
+    loss is computed inside the head's call, so that an engine that gathers parameters around a module's
+    call gathers the head's once for all tiles. `overwrite` as in `tiled_loss`.
+    """
+    head_name(model)  # refuses a model without a head now, not at the first step
+    vars(model)["tiled_loss"] = _TiledLoss(tiles, evidence, overwrite)
+    set_forward(model, _forward_with_tiled_loss)
+
+
+def _forward_with_tiled_loss(
+    model: PreTrainedModel, *args: Any, **kwargs: Any
+) -> CausalLMOutputWithPast:
+    shift_labels, count = kwargs.get("shift_labels"), kwargs.get("num_items_in_batch")
+    if shift_labels is None or count is None:
+        return type(model).forward(model, *args, **kwargs)  # type: ignore[no-any-return]
+    for key in ("labels", "shift_labels", "num_items_in_batch"):
+        kwargs.pop(key, None)
+    name = head_name(model)
+    head: nn.Module = getattr(model, name)
+    if "stock_forward" not in vars(head):
+        vars(head)["stock_forward"] = head.forward
+        set_forward(head, _head_forward)
+    hidden = model.base_model(*args, **kwargs).last_hidden_state
+    wanted = _LossOfHead(
+        _epilogue(model, name, head), shift_labels, count, vars(model)["tiled_loss"]
+    )
+    return CausalLMOutputWithPast(loss=head(hidden, wanted))
+
+
+class _LossOfHead:
+    """What a head's call is given to compute the loss, in one object that engines pass on as it is."""
+
+    def __init__(
+        self, epilogue: PreTrainedModel, labels: Tensor, count: Tensor, tiled: _TiledLoss
+    ) -> None:
+        self.epilogue, self.labels, self.count, self.tiled = epilogue, labels, count, tiled
+
+
+def _head_forward(
+    head: nn.Module, hidden: Tensor, wanted: _LossOfHead | None = None, **kwargs: Any
+) -> Tensor:
+    if wanted is None:
+        return vars(head)["stock_forward"](hidden, **kwargs)  # type: ignore[no-any-return]
+    tiled, token_loss = wanted.tiled, partial(_token_loss, wanted.epilogue)
+    loss_function = wanted.epilogue.loss_function
+    if loss_function is not tiled.adds_up:
+        if not loss_function.__module__.startswith("transformers."):
+            _check_adds_up(loss_function, token_loss, hidden, wanted.count)
+        tiled.adds_up = loss_function
+    num_tiles = min(tiled.tiles(hidden), hidden.shape[1])
+    tiled.evidence.tiles += num_tiles
+    return tiled_loss(
+        partial(_reach, token_loss, head),
+        hidden,
+        wanted.labels,
+        wanted.count,
+        num_tiles,
+        overwrite=tiled.overwrite,
+    )
+
+
+@torch.no_grad()
+def _check_adds_up(
+    loss_function: Callable[..., Any], token_loss: TokenLoss, hidden: Tensor, count: Tensor
+) -> None:
+    """Raise `ValueError` unless tiles of a loss add up: a sum over tokens divided by `num_items_in_batch`."""
+    pair, one = hidden[:1, :1].expand(1, 2, -1), count.new_ones(())
+    labels = torch.zeros(1, 2, dtype=torch.int64, device=hidden.device)
+    of_pair = float(token_loss(pair, labels, one))
+    halved = float(token_loss(pair, labels, 2 * one))
+    of_token = float(token_loss(pair[:, :1], labels[:, :1], one))
+    if not all(isclose(x, of_token, rel_tol=1e-3) for x in (of_pair / 2, halved)):
+        name = getattr(loss_function, "__name__", repr(loss_function))
+        raise ValueError(
+            f"loss function '{name}' is not a sum over tokens divided by num_items_in_batch, so its tiles "
+            "and shards do not add up; have it divide by num_items_in_batch"
+        )
+
+
+def _epilogue(model: PreTrainedModel, name: str, head: nn.Module) -> PreTrainedModel:
+    """`model` with its decoder's output given: a shallow copy that owns no parameter."""
+    # Not `copy.copy`, which fully_shard's classes refuse.
+    epilogue: PreTrainedModel = object.__new__(type(model))
+    vars(epilogue).update(vars(model))
+    vars(epilogue)["_modules"] = {model.base_model_prefix: _Given(), name: _Projection(head)}
+    return epilogue
+
+
+def _token_loss(epilogue: PreTrainedModel, hidden: Tensor, labels: Tensor, count: Tensor) -> Tensor:
+    output = type(epilogue).forward(
+        epilogue,
+        inputs_embeds=hidden,
+        labels=labels,
+        shift_labels=labels,
+        num_items_in_batch=count,
+        use_cache=False,
+    )
+    loss: Tensor = output.loss
+    return loss
+
+
+def _reach(fn: Callable[..., Tensor], _: nn.Module, *args: Tensor) -> Tensor:
+    """`fn(*args)`; the module beside it is there for its parameters to be discovered."""
+    return fn(*args)

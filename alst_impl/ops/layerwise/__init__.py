@@ -1,0 +1,1 @@
+"""Whole decoder layers in tiles, with attention in head groups."""

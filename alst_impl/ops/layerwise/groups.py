@@ -1,0 +1,196 @@
+"""Attention of a decoder layer, one head group at a time, with the exchanges between ranks.
+
+Legend as in `layer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from alst_impl.ops.attention.flash import Rest, attend_with_logsumexp
+from alst_impl.ops.layerwise.exchange import Exchange
+from alst_impl.ops.layerwise.headgroups import HeadGroups
+from alst_impl.ops.layerwise.parts import Attended, Begun, Call, Decoder, Group, by_token
+from alst_impl.ops.memory import tiling
+from alst_impl.ops.memory.offload import HostOffload
+from alst_impl.ops.memory.parked import DeviceSlots, HostSlots, Rows, Slots
+from alst_impl.ops.memory.tiling import accumulation_dtype
+
+
+@dataclass(frozen=True)
+class GroupedAttention:
+    """What attention of one decoder layer needs, in forward and in backward."""
+
+    decoder: Decoder
+    groups: HeadGroups
+    exchange: Exchange
+    blocks: int | None
+    """Parts of the sequence whose queries meet the keys of one part at a time; None for all at once."""
+    rows: int
+    """Tokens of a tile."""
+    offload: HostOffload | None
+    """Where what is kept waits for backward; None leaves it on the device."""
+    stream: bool
+    """Hold the layer's input, attention's output and its gradient on the host, and fetch what is needed by
+    tile or head group; once its tiles are there, the layer's output takes the input's place."""
+
+    def attend(self, x: Rows, call: Call) -> Attended:
+        """Attention of layer input x [B, s, E], one head group at a time. No graph."""
+        out = self.room(x)
+        batch, local, _ = x.shape
+        shape = self.groups.num_groups, batch, self.groups.heads, local * self.groups.degree
+        logsumexp = x.like.new_empty(shape, dtype=accumulation_dtype(x.like))
+        rests: list[Rest] = []
+        for each in self.by_group(x, call):
+            found, logsumexp[each.group], rests = attend_with_logsumexp(
+                each.query, each.key, each.value, **self.settings(x, call)
+            )
+            self.to_slot(found, out, each.group)
+            del found, each  # before the next group's are made
+        return Attended(out, logsumexp, rests)
+
+    def settings(self, x: Rows, call: Call) -> dict[str, Any]:
+        """What attention is told beside tensors."""
+        decoder, seqlen = self.decoder, x.shape[1] * self.groups.degree
+        return {
+            "scale": decoder.scale,
+            "window": decoder.window,
+            "documents": call.documents,
+            "block": None if self.blocks is None else -(-seqlen // self.blocks),
+        }
+
+    def to_slot(self, x: Tensor, slots: Slots, group: int) -> None:
+        """[B, h, S, D], this rank's heads of `group`, to the ranks of their tokens. Collective."""
+        room = slots.room(group)
+        self.exchange.to_sequence(x, room)
+        slots.put(group, room)
+
+    def by_group(self, x: Rows, call: Call, *slots: Slots) -> Iterator[Group]:
+        """What attention takes of each head group, with whole sequences of this rank's heads.
+
+        Queries, keys and values are projected from x; `slots` [G, P, s, B, h, D] are in send order, and
+        a group's part of them is not to be read afterwards: its room is used again.
+        """
+        begun = self._begun(x, call, slots)
+        pair = x.like.new_empty(0)
+        for each in _one_ahead(begun) if self.exchange.overlap else begun:
+            if each.pair is not None:
+                pair = each.pair.arrive()
+            key, value = pair.chunk(2, dim=1)
+            arrived = [one.arrive() for one in each.slots]
+            yield Group(each.group, each.kv_group, each.query.arrive(), key, value, arrived)
+            del key, value, arrived
+            if each.last:
+                pair = x.like.new_empty(0)  # before the next kv group's is made
+            del each
+
+    def _begun(self, x: Rows, call: Call, slots: Sequence[Slots]) -> Iterator[Begun]:
+        """The exchanges of each group, begun; keys and values for the first one that shares them."""
+        groups = self.groups
+        shared = groups.num_groups // groups.num_kv_groups
+        for kv_group, _ in tiling.tile_bounds(groups.num_kv_groups, groups.num_kv_groups):
+            members = tiling.tile_bounds(shared, shared)
+            for index, (member, _) in enumerate(members):
+                fresh, last = index == 0, index == len(members) - 1
+                yield self._begin(x, call, slots, kv_group * shared + member, fresh, last)
+
+    def _begin(
+        self, x: Rows, call: Call, slots: Sequence[Slots], group: int, fresh: bool, last: bool
+    ) -> Begun:
+        """Begins the exchanges of `group`; what was sent is gone when it returns, unless they overlap."""
+        kv_group, arriving = self.groups.kv_group(group), []
+        room: Tensor | None = None
+        for slot in slots:
+            sending = slot.group(group)
+            arriving.append(self.exchange.start(sending, room))
+            room = sending
+            del sending
+        query, sent = self._project(x, call, group, kv_group if fresh else None)
+        pair = None if sent is None else self.exchange.start(sent)
+        return Begun(group, kv_group, last, self.exchange.start(query, room), pair, arriving)
+
+    def _project(
+        self, x: Rows, call: Call, group: int, kv_group: int | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Queries of `group` [P, s, B, h, D], keys beside values of `kv_group` [P, s, B, 2 k, D]."""
+        decoder, groups = self.decoder, self.groups
+        batch, local, _ = x.shape
+        shape = groups.degree, local, batch
+        query = x.like.new_empty(*shape, groups.heads, decoder.query.dim)
+        of_query = decoder.query.select(groups.query_heads(group))
+        sent = None
+        if kv_group is not None:
+            sent = x.like.new_empty(*shape, 2 * groups.kv_heads, decoder.key.dim)
+            heads = groups.key_heads(kv_group)
+            of_key, of_value = decoder.key.select(heads), decoder.value.select(heads)
+        for rows in self.tiles(x.shape[1]):
+            hidden = decoder.before(x.tile(rows))
+            q = decoder.query.split(F.linear(hidden, *of_query))
+            if sent is None:
+                q, _ = decoder.rotate(q, q[:, :0], *call.tile(rows))
+            else:
+                k = decoder.key.split(F.linear(hidden, *of_key))
+                q, k = decoder.rotate(q, k, *call.tile(rows))
+                v = decoder.value.split(F.linear(hidden, *of_value))
+                sent[:, rows, :, : groups.kv_heads] = self._in_send_order(k)
+                sent[:, rows, :, groups.kv_heads :] = self._in_send_order(v)
+            query[:, rows] = self._in_send_order(q)
+        return query, sent
+
+    def tiles(self, local: int) -> Iterator[slice]:
+        for start, stop in tiling.tile_bounds(local, -(-local // self.rows)):
+            yield slice(start, stop)
+
+    def size(self, local: int) -> int:
+        """Rows of every tile of `local` but the last."""
+        return -(-local // -(-local // self.rows))
+
+    def room(self, x: Rows) -> Slots:
+        """A contiguous slot in send order for each group."""
+        groups = self.groups
+        batch, local, _ = x.shape
+        shape = groups.num_groups, groups.degree, local, batch, groups.heads, self.decoder.query.dim
+        if self.stream:
+            assert self.offload is not None, "tiles wait on the host"
+            return HostSlots(torch.Size(shape), self.size(local), x.like.new_empty(0), self.offload)
+        return DeviceSlots(x.like.new_empty(shape))
+
+    def _in_send_order(self, x: Tensor) -> Tensor:
+        """[B, P h, s, D] -> [P, s, B, h, D]."""
+        by_rank: Tensor = x.unflatten(1, (self.groups.degree, -1))
+        return by_rank.permute(1, 3, 0, 2, 4)
+
+    def in_slots(self, x: Tensor) -> Tensor:
+        """[B, rows, H D] -> [G, P, rows, B, h, D]."""
+        groups = self.groups
+        shape = groups.degree, groups.num_groups, groups.heads, self.decoder.query.dim
+        by_head: Tensor = x.unflatten(-1, shape)
+        return by_head.permute(3, 2, 1, 0, 4, 5)
+
+    def of_qkv(self, grad_query: Tensor, grad_key_value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of a tile of slots, as `Decoder.qkv` returns the tensors themselves."""
+        query = by_token(grad_query).unflatten(-1, (-1, self.decoder.query.dim))
+        # [G', P, s, B, 2 k, D] -> [B, P, G', 2 k, s, D] -> 2 x [B, P, G', k, s, D]
+        pair = grad_key_value.permute(3, 1, 0, 4, 2, 5).chunk(2, dim=3)
+        # -> [B, K, copies, s, D]: the gradient of a head is the sum over its copies
+        key, value = (
+            x.flatten(1, 3).unflatten(1, (-1, self.groups.copies)).sum(dim=2) for x in pair
+        )
+        return query.transpose(1, 2), key, value
+
+
+def _one_ahead(items: Iterator[Begun]) -> Iterator[Begun]:
+    """`items`, each handed on when the next one has been made."""
+    before: Begun | None = None
+    for item in items:
+        if before is not None:
+            yield before
+        before = item
+    if before is not None:
+        yield before

@@ -1,0 +1,1 @@
+"""Schedules of pipelines, and what runs them."""
