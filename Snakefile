@@ -7,7 +7,8 @@ import os
 import sys
 from pathlib import Path
 
-from harness.cells.cell import FORECAST, load_experiment
+from harness.cells.cell import FORECAST
+from harness.cells.experiment import load_experiment
 from harness.processes.launch import command, num_nodes
 from harness.records.sources import code_files
 from harness.processes.tied import unlock

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from harness.cells import paths
-from harness.cells.cell import load_experiment
+from harness.cells.experiment import load_experiment
 from harness.judge.defects import Defect, plant, read_catches, read_defects
 from harness.records.record import Outcome
 from harness.run.measure import measure

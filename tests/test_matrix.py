@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from harness.cells import grid, paths
-from harness.cells.cell import Experiment, load_experiment
+from harness.cells.experiment import Experiment, load_experiment
 from harness.commands.matrix import chosen, made_rows, run
 from harness.gate.verdict import judgement
 from harness.records.record import Outcome

@@ -14,7 +14,7 @@ import psutil
 import pytest
 import yaml
 
-from harness.cells.cell import load_experiment
+from harness.cells.experiment import load_experiment
 from harness.processes.launch import num_nodes
 
 ROOT = Path(__file__).parents[1]

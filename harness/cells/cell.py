@@ -1,15 +1,12 @@
-"""A cell is one point of a sweep; an experiment is a YAML file that expands to cells."""
+"""A cell: one point of a sweep."""
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError
 
 from alst_impl.config import Frozen, Spec, TrainConfig
@@ -17,22 +14,9 @@ from alst_impl.engines.base import load_engine
 from alst_impl.methods.base import load_method
 from alst_impl.models import published
 from alst_impl.plugin import explain, names
-from harness.cells import grid, paths
-from harness.cells.grid import Matrix, Row, merge
 from harness.cells.hardware import load_hardware
 
 World = Literal["cuda", "cpu", "phantom", "schedule"]
-Quantity = Literal[
-    "longest_tokens",
-    "longest_ratio",
-    "step_seconds",
-    "tokens_per_second",
-    "device_bytes",
-    "allocated_bytes",
-]
-"""What papers publish of a run: the longest sequence, how many times that of another run it is, time of a
-step, tokens of all ranks over it, what NVML reads, what PyTorch's profiler does."""
-
 NOTHING_TIMED = {"gate": False, "followed": False, "timed": False, "steps": 0}
 """Fields of a cell without values to compare and without time to measure."""
 FORECAST = ("phantom", "schedule")
@@ -133,126 +117,6 @@ class Cell(Frozen):
         depth = t.overrides.get("num_hidden_layers")
         model = t.model if depth is None else f"{t.model}, {depth} layers,"
         return f"{model} {t.method.name} x{t.world_size} @ {t.seqlen:,}"
-
-
-class Claim(Frozen):
-    """Which published numbers a cell stands for."""
-
-    id: str
-    """Short and unique; the number's quantity is added to it."""
-    table: str
-    """A file of `experiments/published/`, without `.csv`."""
-    row: dict[str, Any]
-    """Column -> value; exactly one row of the table has them all."""
-    columns: dict[Quantity, str]
-    """Quantity -> the column with its published value."""
-    over: str | None = None
-    """Id of the claim whose longest sequence a `longest_ratio` is over."""
-    used_for_fit: list[Quantity] = []
-    """Quantities that constants of the models were fitted on: no evidence."""
-    ruled_out: dict[Quantity, str] = {}
-    """Where ours misses: what was looked at, and what it is not."""
-
-
-class Sweep(Frozen):
-    """A grid of cells: every combination of `axes` on top of the experiment's base and `base`."""
-
-    base: dict[str, Any] = {}
-    """Fields of `Cell` and `TrainConfig` shared by the grid."""
-    axes: dict[str, list[Any]] = {}
-    """Field -> values. A value that is a mapping under a name with `_` sets several fields at once;
-    `claim` among them is a `Claim`."""
-
-
-class Experiment(Frozen):
-    """One question and the cells that answer it."""
-
-    name: str
-    """The file's name."""
-    question: str
-    """What the experiment answers, in one sentence."""
-    source: str
-    """Where the question comes from."""
-    base: dict[str, Any] = {}
-    """Fields shared by all cells."""
-    sweeps: list[Sweep] = []
-    """Grids; a cell that two grids share is run once."""
-    matrix: Matrix | None = None
-    """Factors whose covering array lies beside the YAML, as CSV."""
-    rows: list[Row] = []
-    """That covering array; read from the CSV, never written in the YAML."""
-    figures: list[str] = []
-    """Files in `harness/present/figures/` drawn from this experiment's table."""
-
-    def cells(self) -> dict[str, Cell]:
-        """All cells by key, checked. Raises `ValueError` naming the value, the rule and the way out."""
-        cells = [make_cell(settings) for settings, _ in self._points()]
-        cells += [cell for _, cell in self.matrix_cells()]
-        return {cell.key: cell for cell in cells}
-
-    def matrix_cells(self) -> list[tuple[Row, Cell]]:
-        """The rows of the matrix that run, with their cells. Raises `ValueError` as `cells` does."""
-        return [(row, self._matrix_cell(row)) for row in self.rows if row.refused is None]
-
-    def refusals(self) -> list[Row]:
-        """The rows of the matrix that are refused, with what is said of them now.
-
-        Raises `ValueError` for one that is not refused, or not for the reason that its rule gives.
-        """
-        assert self.matrix is not None
-        found = []
-        for levels in self.matrix.refusals():
-            row, rule = Row(levels=levels, refused=None), self.matrix.rule(levels)
-            assert rule is not None
-            try:
-                make_cell(merge(self.base, self.matrix.settings(levels)))
-            except ValueError as error:
-                row = Row(levels=levels, refused=str(error))
-            if rule.because not in (row.refused or ""):
-                said = row.refused or "it can run"
-                raise ValueError(f"refused {rule.when}, because '{rule.because}': {said}")
-            found.append(row)
-        return found
-
-    def _matrix_cell(self, row: Row) -> Cell:
-        assert self.matrix is not None
-        try:
-            return make_cell(merge(self.base, self.matrix.settings(row.levels)))
-        except ValueError as error:
-            raise ValueError(f"{row.label}: {error}") from None
-
-    def claims(self) -> list[tuple[str, Claim]]:
-        """(key of a cell, what it stands for) in the order of the file."""
-        points = ((make_cell(settings).key, claim) for settings, claim in self._points())
-        found = [(key, claim) for key, claim in points if claim is not None]
-        ids = [claim.id for _, claim in found]
-        twice = sorted({name for name in ids if ids.count(name) > 1})
-        if twice:
-            raise ValueError(f"claim '{twice[0]}' is made by two cells; give each an id of its own")
-        for _, claim in found:
-            if ("longest_ratio" in claim.columns) != (claim.over in ids):
-                raise ValueError(
-                    f"claim '{claim.id}': over is {claim.over!r}, but a longest_ratio, and nothing else, "
-                    "is over the id of another claim of its experiment"
-                )
-        return found
-
-    def _points(self) -> Iterator[tuple[dict[str, Any], Claim | None]]:
-        """Settings of every point of every grid, and the claim that it carries."""
-        for sweep in self.sweeps:
-            for values in itertools.product(*sweep.axes.values()):
-                settings = {**self.base, **sweep.base}
-                for field, value in zip(sweep.axes, values, strict=True):
-                    settings.update(value if field.startswith("_") else {field: value})
-                claim = settings.pop("claim", None)
-                yield settings, None if claim is None else _claim(claim)
-
-
-def _claim(raw: Any) -> Claim:
-    try:
-        return Claim.model_validate(raw)
-    except ValidationError as error:
-        raise ValueError(explain(error, "claim", sorted(Claim.model_fields))) from None
 
 
 def make_cell(settings: dict[str, Any]) -> Cell:
@@ -375,43 +239,3 @@ def _check_simulation(cell: Cell) -> None:
         raise ValueError(
             f"simulation.part '{simulation.part}' has no longest sequence to search for; set search: false"
         )
-
-
-def load_experiment(path: Path) -> Experiment:
-    """Read and check `path`. Raises `ValueError` naming file, key and value."""
-    path = paths.located(path)
-    experiment = read_experiment(path)
-    try:
-        if experiment.matrix:
-            rows = grid.read(path.with_suffix(".csv"), experiment.matrix)
-            experiment = experiment.model_copy(update={"rows": rows})
-        cells = experiment.cells()
-        experiment.claims()
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from None
-    if not cells:
-        raise ValueError(f"{path}: no cells; give 'sweeps' a grid, or a matrix a row that runs")
-    return experiment
-
-
-def read_experiment(path: Path) -> Experiment:
-    """What `path` says, without the rows of a matrix; its cells are not checked. Raises as above."""
-    path = paths.located(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such experiment; use one of {_known()}")
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path}: must be a mapping with 'question', 'source' and 'sweeps'")
-    try:
-        return Experiment(name=path.stem, **raw)
-    except ValidationError as error:
-        raise ValueError(explain(error, str(path), sorted(Experiment.model_fields))) from None
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def _known() -> str:
-    return ", ".join(str(paths.EXPERIMENTS / path.name) for path in paths.experiments())

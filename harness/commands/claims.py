@@ -17,7 +17,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from harness.cells import paths
-from harness.cells.cell import FORECAST, Cell, Experiment, load_experiment
+from harness.cells.cell import FORECAST, Cell
+from harness.cells.experiment import Experiment, load_experiment
 from harness.commands.run import DEFAULT_RESULTS, record_path, truth_cache
 
 if TYPE_CHECKING:

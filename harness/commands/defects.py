@@ -14,7 +14,8 @@ import typer
 from rich.console import Console
 
 from harness.cells import paths
-from harness.cells.cell import Cell, load_experiment
+from harness.cells.cell import Cell
+from harness.cells.experiment import load_experiment
 from harness.commands.matrix import CORRECTNESS, chosen
 from harness.commands.run import DEFAULT_RESULTS, truth_cache
 from harness.judge.defects import Catch, Defect, plant, read_defects, text_of

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from harness.cells import paths
-from harness.cells.cell import load_experiment
+from harness.cells.experiment import load_experiment
 from harness.commands.run import DEFAULT_RESULTS
 
 Results = Annotated[Path, typer.Option("--results", help="Folder of records.")]

@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from harness.cells import grid, paths
-from harness.cells.cell import Cell, Experiment, load_experiment, read_experiment
+from harness.cells.cell import Cell
+from harness.cells.experiment import Experiment, load_experiment, read_experiment
 from harness.cells.grid import Matrix, Row
 from harness.commands.run import DEFAULT_RESULTS, record_path, truth_cache
 from harness.gate.verdict import judgement

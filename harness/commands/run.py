@@ -11,7 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from harness.cells.cell import Cell, Experiment, load_experiment
+from harness.cells.cell import Cell
+from harness.cells.experiment import Experiment, load_experiment
 from harness.commands.live import CellLine
 from harness.processes.launch import launched
 from harness.records.record import Measurement

@@ -9,7 +9,8 @@ from pydantic import Field
 
 from alst_impl.config import Frozen
 from alst_impl.methods.base import load_method
-from harness.cells.cell import Cell, Claim, Quantity
+from harness.cells.cell import Cell
+from harness.cells.experiment import Claim, Quantity
 from harness.cells.prediction import Limit
 from harness.records.published import look_up
 from harness.records.record import Measurement, Outcome

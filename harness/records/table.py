@@ -15,7 +15,8 @@ import pandas as pd
 from alst_impl.methods.base import AXES, load_method
 from alst_impl.plugin import names
 from harness.cells import paths
-from harness.cells.cell import FORECAST, Cell, Claim, Experiment, load_experiment
+from harness.cells.cell import FORECAST, Cell
+from harness.cells.experiment import Claim, Experiment, load_experiment
 from harness.cells.grid import Row
 from harness.records import record
 from harness.records.record import Measurement, Provenance

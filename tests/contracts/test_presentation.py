@@ -9,7 +9,8 @@ import pytest
 from samples import gpu_sweep, measurement, sweep
 
 from alst_impl.plugin import names
-from harness.cells.cell import Cell, load_experiment
+from harness.cells.cell import Cell
+from harness.cells.experiment import load_experiment
 from harness.present import drawing
 from harness.present.figures.base import draw
 from harness.records import record

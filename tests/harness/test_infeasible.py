@@ -9,7 +9,7 @@ from samples import cell
 from samples import searched as simulated
 
 from harness.cells import paths
-from harness.cells.cell import load_experiment
+from harness.cells.experiment import load_experiment
 from harness.commands import present
 from harness.judge.claims import evidence
 from harness.judge.compare import changes

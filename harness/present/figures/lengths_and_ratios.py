@@ -6,7 +6,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from harness.cells.cell import Cell, Quantity
+from harness.cells.cell import Cell
+from harness.cells.experiment import Quantity
 from harness.cells.units import options_text, percent_text, tokens_text
 from harness.judge.claims import Evidence, evidence
 from harness.present import drawing

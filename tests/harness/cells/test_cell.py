@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.cells.cell import load_experiment, make_cell
+from harness.cells.cell import make_cell
+from harness.cells.experiment import load_experiment
 
 SETTINGS = {
     "model": "tiny-llama",

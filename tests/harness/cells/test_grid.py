@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from alst_impl.config import OptimizerConfig, TrainConfig
 from harness.__main__ import main
-from harness.cells.cell import load_experiment
+from harness.cells.experiment import load_experiment
 from harness.cells.grid import Matrix, merge
 from harness.gate.gradients import Truth, compare, compare_update, stock_change
 from harness.gate.verdict import explain_failure

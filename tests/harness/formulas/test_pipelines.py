@@ -12,7 +12,8 @@ from alst_impl.config import TrainConfig
 from alst_impl.models import published
 from alst_impl.ops.pipeline.schedule import bubble, makespan
 from harness.cells import paths
-from harness.cells.cell import load_experiment, make_cell
+from harness.cells.cell import make_cell
+from harness.cells.experiment import load_experiment
 from harness.formulas import pipelines
 from harness.judge.claims import tokens_of_step
 from harness.records.published import look_up

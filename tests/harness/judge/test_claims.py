@@ -11,7 +11,7 @@ from samples import cell
 from samples import searched as simulated
 
 from harness.cells import paths
-from harness.cells.cell import load_experiment
+from harness.cells.experiment import load_experiment
 from harness.cells.prediction import Holding
 from harness.commands import claims as command
 from harness.commands import gpu, present

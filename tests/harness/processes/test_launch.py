@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from torch.distributed import HashStore
 
-from harness.cells.cell import Cell, load_experiment, make_cell
+from harness.cells.cell import Cell, make_cell
+from harness.cells.experiment import load_experiment
 from harness.processes.jobs import Ending
 from harness.processes.launch import (
     Launch,

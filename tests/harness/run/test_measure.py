@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from harness.__main__ import main
-from harness.cells.cell import Cell, load_experiment, make_cell
+from harness.cells.cell import Cell, make_cell
+from harness.cells.experiment import load_experiment
 from harness.commands import run as commands
 from harness.processes.client import submit
 from harness.processes.jobs import Ending, Rank
