@@ -7,7 +7,6 @@ import os
 import sys
 from pathlib import Path
 
-from harness.cells.cell import FORECAST
 from harness.cells.experiment import load_experiment
 from harness.processes.launch import command, num_nodes
 from harness.records.sources import code_files
@@ -97,7 +96,7 @@ def minutes(wildcards):
 def code_of(wildcards):
     """A prediction is of the code that made it; what was measured stays."""
     cell = CELLS[wildcards.name][wildcards.key]
-    return [str(path) for path in code_files()] if cell.world in FORECAST else []
+    return [str(path) for path in code_files()] if cell.traits.forecast else []
 
 
 wildcard_constraints:

@@ -87,7 +87,7 @@ def test_the_profile_for_slurm_differs_in_where_cells_run() -> None:
 def test_parsing_imports_no_torch() -> None:
     """Cells expand in the time of a dry run."""
     code = (
-        "import sys; from pathlib import Path; from harness.cells.cell import load_experiment; "
+        "import sys; from pathlib import Path; from harness.cells.experiment import load_experiment; "
         "[load_experiment(p) for p in Path('experiments').glob('*.yaml')]; "
         "sys.exit('torch' in sys.modules)"
     )

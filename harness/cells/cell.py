@@ -15,14 +15,10 @@ from alst_impl.methods.base import load_method
 from alst_impl.models import published
 from alst_impl.plugin import explain, names
 from harness.cells.hardware import load_hardware
+from harness.cells.worlds import FORECAST, TRAITS, Traits, World
 
-World = Literal["cuda", "cpu", "phantom", "schedule"]
 NOTHING_TIMED = {"gate": False, "followed": False, "timed": False, "steps": 0}
 """Fields of a cell without values to compare and without time to measure."""
-FORECAST = ("phantom", "schedule")
-"""Worlds in which one process plays one rank of all, and numbers are forecasts."""
-DEVICES = ("cuda", "phantom")
-"""Worlds with CUDA's allocator."""
 
 
 class Simulation(Frozen):
@@ -108,7 +104,12 @@ class Cell(Frozen):
     @property
     def num_processes(self) -> int:
         """Processes that execute it: one per rank, but a forecast plays one rank of all."""
-        return 1 if self.world in FORECAST else self.train.world_size
+        return 1 if self.traits.forecast else self.train.world_size
+
+    @property
+    def traits(self) -> Traits:
+        """What its world has."""
+        return TRAITS[self.world]
 
     @property
     def label(self) -> str:
@@ -121,12 +122,7 @@ class Cell(Frozen):
 
 def make_cell(settings: dict[str, Any]) -> Cell:
     """A checked cell from flat settings: fields of `TrainConfig` and of `Cell` side by side."""
-    if settings.get("world") in FORECAST:
-        settings = {**NOTHING_TIMED, "simulation": {}, **settings}
-    if _needs_no_warmup(settings):
-        settings = {"warmup": 0, **settings}
-    if settings.get("world") in DEVICES:
-        settings = {"expandable_segments": True, **settings}
+    settings = {**_defaults(settings), **settings}
     outer = {k: v for k, v in settings.items() if k in Cell.model_fields and k != "train"}
     inner = {k: v for k, v in settings.items() if k not in outer}
     known = sorted({*Cell.model_fields, *TrainConfig.model_fields} - {"train"})
@@ -160,11 +156,24 @@ def make_cell(settings: dict[str, Any]) -> Cell:
     return cell
 
 
+def _defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """What the world of a cell sets where its settings do not."""
+    traits = TRAITS.get(settings.get("world", "cpu"))
+    if traits is None:
+        return {}  # which is told when the cell is checked
+    found: dict[str, Any] = {}
+    if traits.forecast:
+        found |= {**NOTHING_TIMED, "simulation": {}}
+        if not traits.executes or _needs_no_warmup(settings):
+            found["warmup"] = 0
+    if traits.allocator:
+        found["expandable_segments"] = True
+    return found
+
+
 def _needs_no_warmup(settings: dict[str, Any]) -> bool:
     """Whether the first step is like any other."""
-    world, simulation = settings.get("world"), settings.get("simulation")
-    if world != "phantom":
-        return world == "schedule"
+    simulation = settings.get("simulation")
     part = isinstance(simulation, dict) and simulation.get("part", "step") != "step"
     return part or _settles_at_once(settings.get("engine"))
 
@@ -179,9 +188,9 @@ def _settles_at_once(engine: Any) -> bool:
 
 def _check_world(cell: Cell) -> None:
     """Raise `ValueError` for what only CUDA has, in another world."""
-    if cell.world == "cuda":
+    if cell.traits.gpus:
         return
-    if cell.world == "phantom":
+    if cell.traits.phantom:
         if cell.train.attention not in ("sdpa", "sdpa_flash"):
             raise ValueError(
                 f"attention '{cell.train.attention}' is not one of PyTorch's own kernels, which phantom devices "
@@ -189,7 +198,7 @@ def _check_world(cell: Cell) -> None:
             )
         if load_hardware(cell.hardware).chip is None:
             raise ValueError(
-                f"world 'phantom' needs a CUDA device, and hardware '{cell.hardware}' is none; use h100-80gb"
+                f"world '{cell.world}' needs a CUDA device, and hardware '{cell.hardware}' is none; use h100-80gb"
             )
         return
     if cell.expandable_segments is not None:
@@ -206,7 +215,7 @@ def _check_world(cell: Cell) -> None:
 
 def _check_simulation(cell: Cell) -> None:
     """Raise `ValueError` for settings that belong to the other kind of world."""
-    if cell.world not in FORECAST:
+    if not cell.traits.forecast:
         if cell.simulation is not None:
             raise ValueError(
                 f"'simulation' is for worlds {' and '.join(FORECAST)}, not '{cell.world}'; leave it out"
@@ -219,8 +228,8 @@ def _check_simulation(cell: Cell) -> None:
                 f"time to measure; leave it out or set it to {value}"
             )
     assert cell.simulation is not None
-    simulation, world = cell.simulation, cell.world
-    if world == "schedule":
+    simulation = cell.simulation
+    if not cell.traits.executes:
         asked = {
             "part": simulation.part != "step",
             "search": simulation.search,

@@ -17,7 +17,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from harness.cells import paths
-from harness.cells.cell import FORECAST, Cell
+from harness.cells.cell import Cell
 from harness.cells.experiment import Experiment, load_experiment
 from harness.commands.run import DEFAULT_RESULTS, record_path, truth_cache
 
@@ -131,15 +131,15 @@ def _forecasts(experiment: Experiment) -> dict[str, Cell]:
 
 def simulated_cells(experiment: Experiment) -> dict[str, Cell]:
     """The cells that need no device, by key."""
-    return {key: cell for key, cell in experiment.cells().items() if cell.world in FORECAST}
+    return {key: cell for key, cell in experiment.cells().items() if cell.traits.forecast}
 
 
 def is_twin(cell: Cell, experiment: Experiment) -> bool:
     """Whether a phantom cell stands beside the same cell of a GPU."""
     from harness.judge.twins import run_of
 
-    measured = (each for each in experiment.cells().values() if each.world == "cuda")
-    return cell.world == "phantom" and run_of(cell) in map(run_of, measured)
+    measured = (each for each in experiment.cells().values() if each.traits.gpus)
+    return cell.traits.phantom and run_of(cell) in map(run_of, measured)
 
 
 def bring_up_to_date(simulated: list[tuple[Experiment, dict[str, Cell]]], results: Path) -> None:

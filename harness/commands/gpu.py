@@ -51,7 +51,7 @@ def confirm(
     measured = {
         run_of(m.cell)
         for m in fresh(paths.experiment(name), folder).measurements.values()
-        if m.cell.world == "cuda"
+        if m.cell.traits.gpus
     }
     played = {k: c for k, c in simulated_cells(experiment).items() if run_of(c) in measured}
     bring_up_to_date([(experiment, played)], results)

@@ -14,7 +14,8 @@ from rich.table import Table
 
 from alst_impl.config import DType, LabelMask, Spec
 from alst_impl.methods.base import load_method
-from harness.cells.cell import Cell, World, make_cell
+from harness.cells.cell import Cell, make_cell
+from harness.cells.worlds import TRAITS, World
 from harness.commands.live import CellLine
 from harness.commands.options import parsed
 from harness.commands.run import DEFAULT_RESULTS, truth_cache
@@ -123,7 +124,7 @@ def verify(
     if made != degrees:
         ranks = cell.train.world_size
         raise ValueError(f"method '{method}' makes {made} of {ranks} ranks, not {degrees}")
-    if probes and (world != "cpu" or degrees["cp"] * degrees["pp"] > 1):
+    if probes and (TRAITS[world].gpus or degrees["cp"] * degrees["pp"] > 1):
         raise ValueError(
             f"--probes knows CPU ranks in dp and sp, not world '{world}' or {degrees}; leave it out"
         )
@@ -144,9 +145,9 @@ def verify(
     return 0 if answer["passed"] and all(found) else 1
 
 
-def _hardware(world: str) -> str:
+def _hardware(world: World) -> str:
     """The row of what runs the cell."""
-    if world != "cuda":
+    if not TRAITS[world].gpus:
         return "cpu"
     from harness.devices.machine import known_device
     from harness.devices.nvml import library

@@ -51,8 +51,8 @@ def run_of(cell: Cell) -> str:
 def pairs(results: Results) -> list[tuple[Measurement, Measurement]]:
     """(measured, played) records of the same cell, both whole, in the order of the measured ones."""
     whole = [m for m in results.measurements.values() if m.readings and m.readings.memory]
-    played = {run_of(m.cell): m for m in whole if m.cell.world == "phantom"}
-    measured = [m for m in whole if m.cell.world == "cuda" and m.outcome is Outcome.OK]
+    played = {run_of(m.cell): m for m in whole if m.cell.traits.phantom}
+    measured = [m for m in whole if m.cell.traits.gpus and m.outcome is Outcome.OK]
     return [(m, played[run_of(m.cell)]) for m in measured if run_of(m.cell) in played]
 
 

@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from harness.cells.cell import FORECAST
 from harness.cells.units import bytes_text, length_text, seconds_text
+from harness.cells.worlds import TRAITS, World
 from harness.records.record import Outcome
 from harness.records.table import NOT_MEASURED, NOT_SIMULATED, Results, source_line
 
@@ -80,9 +80,9 @@ STYLE = {
 }
 
 
-def kind_of(world: str) -> Kind:
+def kind_of(world: World) -> Kind:
     """The kind of number that a cell of `world` gives: what no device ran was not measured."""
-    return "predicted" if world in FORECAST else "measured"
+    return "predicted" if TRAITS[world].forecast else "measured"
 
 
 def rank(method: str) -> int:

@@ -15,7 +15,7 @@ import jinja2
 import pandas as pd
 
 from harness.cells import paths
-from harness.cells.cell import FORECAST, Cell
+from harness.cells.cell import Cell
 from harness.cells.prediction import Prediction
 from harness.cells.units import (
     bytes_text,
@@ -302,7 +302,7 @@ def _roofline(cell: Cell, p: Prediction | None) -> list[str]:
 
 def is_simulated(results: Results) -> bool:
     """Whether no device runs the cells: numbers without gradients to compare or steps to time."""
-    return all(cell.world in FORECAST for cell in results.cells.values())
+    return all(cell.traits.forecast for cell in results.cells.values())
 
 
 def twin_grid(results: Results) -> Grid:

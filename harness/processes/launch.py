@@ -54,7 +54,7 @@ class Launch(Frozen):
                 f"{cell.label} runs on {wanted} ranks, but torchrun started {asked}; "
                 "set --nnodes and --nproc-per-node to that product"
             )
-        if cell.world == "cuda" and self.num_nodes != nodes:
+        if cell.traits.gpus and self.num_nodes != nodes:
             per_node = load_hardware(cell.hardware).devices_per_node
             raise ValueError(
                 f"{cell.label} on hardware '{cell.hardware}' ({per_node} devices per node) runs on "
@@ -145,7 +145,7 @@ def command(cell: Cell, python: str) -> str:
 
 def num_nodes(cell: Cell) -> int:
     """Machines that `cell` runs on: GPUs come in nodes of their hardware, other ranks share one."""
-    if cell.world != "cuda":
+    if not cell.traits.gpus:
         return 1
     return -(-cell.num_processes // load_hardware(cell.hardware).devices_per_node)
 

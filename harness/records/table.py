@@ -15,7 +15,7 @@ import pandas as pd
 from alst_impl.methods.base import AXES, load_method
 from alst_impl.plugin import names
 from harness.cells import paths
-from harness.cells.cell import FORECAST, Cell
+from harness.cells.cell import Cell
 from harness.cells.experiment import Claim, Experiment, load_experiment
 from harness.cells.grid import Row
 from harness.records import record
@@ -60,7 +60,7 @@ class Results:
 
 def measured_part(results: Results) -> Results:
     """`results` without forecasts, where it has others: these have steps, gates and peers."""
-    cells = {key: cell for key, cell in results.cells.items() if cell.world not in FORECAST}
+    cells = {key: cell for key, cell in results.cells.items() if not cell.traits.forecast}
     if not cells or len(cells) == len(results.cells):
         return results
     measurements = {key: m for key, m in results.measurements.items() if key in cells}
@@ -138,7 +138,7 @@ def _gate_at_small_scale(results: Results, cell: Cell) -> str:
     """A model too large to be run whole in fp64 stands on the same method, engine and kernels on the same
     hardware with a small one.
     """
-    if cell.world != "cuda":
+    if not cell.traits.gpus:
         return NOT_COMPARED
     for state in ("failed", "passed"):
         for key, m in results.measurements.items():
@@ -221,12 +221,12 @@ def outcome_of(cell: Cell, m: Measurement | None) -> str:
     """How `cell` ended, or that there is no record of it."""
     if m is not None:
         return m.outcome.value
-    return NOT_SIMULATED if cell.world in FORECAST else NOT_MEASURED
+    return NOT_SIMULATED if cell.traits.forecast else NOT_MEASURED
 
 
 def counted_outcomes(results: Results) -> str:
     """How many cells were measured or simulated, and how many ended in each way."""
-    kinds = {cell.world in FORECAST for cell in results.cells.values()}
+    kinds = {cell.traits.forecast for cell in results.cells.values()}
     done = " or ".join({False: "measured", True: "simulated"}[kind] for kind in sorted(kinds))
     outcomes = Counter(m.outcome.value for m in results.measurements.values())
     counted = ", ".join(f"{n} {outcome}" for outcome, n in outcomes.most_common())

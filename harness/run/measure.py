@@ -11,7 +11,7 @@ from typing import Any
 from alst_impl.config import Frozen
 from alst_impl.engines.base import load_engine
 from alst_impl.methods.base import load_method
-from harness.cells.cell import FORECAST, Cell
+from harness.cells.cell import Cell
 from harness.cells.prediction import Simulated
 from harness.devices.machine import (
     rank_environment,
@@ -86,9 +86,9 @@ def measure(
     another `alst_impl`, which the ranks run.
     """
     begin = time.monotonic()
-    if cell.world in FORECAST:
+    if cell.traits.forecast:
         return _simulate(cell, listener, begin, sources)
-    devices = require_devices(cell, None) if cell.world == "cuda" else []
+    devices = require_devices(cell, None) if cell.traits.gpus else []
     ran = _execute(cell, cache, listener, truth, devices, sources)
     return measurement(cell, ran, time.monotonic() - begin)
 
@@ -144,7 +144,7 @@ def measure_to(
     on it or its checkout is not fit for. Under torchrun it is collective.
     """
     launch = launched(os.environ)
-    if launch is not None and cell.world not in FORECAST:
+    if launch is not None and not cell.traits.forecast:
         return _measure_together(launch, path, cell, cache, force, listener, allow_dirty)
     existing = None if force else final(path, cell)
     if existing is not None:
@@ -157,11 +157,11 @@ def measure_to(
 
 def _require(cell: Cell, launch: Launch | None, allow_dirty: bool) -> list[Device]:
     """Refuse a cell that cannot be measured here; the devices that its ranks run on."""
-    if cell.world in FORECAST:
+    if cell.traits.forecast:
         return []
     load_engine(cell.train.engine).require()
     load_method(cell.train.method).require()
-    if cell.world != "cuda":
+    if not cell.traits.gpus:
         return []
     devices = require_devices(cell, launch)
     require_attention(cell.train.attention)
@@ -260,7 +260,7 @@ def _simulate(
     payload = {"cell": cell.model_dump(mode="json")}
     more: dict[str, Any] = {} if sources is None else {"sources": str(sources)}
     entry = "harness.worlds.schedule:execute"
-    if cell.world == "phantom":
+    if cell.traits.phantom:
         entry = "harness.predict.fits:execute"
         more["accelerator"] = "phantom"
     ending = client.submit(entry, payload, 1, cell.timeout_s, listener, **more)
@@ -335,7 +335,7 @@ def _submit(
     more = job_fields(launch)
     if sources is not None:
         more["sources"] = str(sources)
-    if cell.world == "cuda":
+    if cell.traits.gpus:
         theirs = more.get("environment", {}) | rank_environment(
             bool(cell.expandable_segments), os.environ
         )

@@ -40,7 +40,7 @@ def simulated(results: Results, part: Part = "step") -> Iterator[tuple[Cell, Sim
     """Cells of phantom devices that run `part`, with their readings."""
     for key, cell in results.cells.items():
         m = results.measurements.get(key)
-        if cell.world == "phantom" and _part(cell) == part and m and m.simulated:
+        if cell.traits.phantom and _part(cell) == part and m and m.simulated:
             yield cell, m.simulated
 
 

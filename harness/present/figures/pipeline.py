@@ -58,7 +58,7 @@ def draw(results: Results) -> Figure:
 
 def _slices(cell: Cell) -> int | None:
     """Of a cell whose schedule is played."""
-    if cell.world != "schedule":
+    if cell.traits.executes:
         return None
     return int(cell.train.method.options.get("slices", 4))
 

@@ -64,7 +64,7 @@ def test_key_tells_all_fields_apart() -> None:
 def test_expanding_imports_no_torch() -> None:
     """Sweeps expand without torch, which alone would take seconds."""
     program = (
-        "import sys; from pathlib import Path; from harness.cells.cell import load_experiment\n"
+        "import sys; from pathlib import Path; from harness.cells.experiment import load_experiment\n"
         "[load_experiment(p).cells() for p in Path('experiments').glob('*.yaml')]\n"
         "assert not {'torch', 'transformers', 'deepspeed'} & set(sys.modules)"
     )

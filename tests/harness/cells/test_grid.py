@@ -16,8 +16,8 @@ from harness.cells.experiment import load_experiment
 from harness.cells.grid import Matrix, merge
 from harness.gate.gradients import Truth, compare, compare_update, stock_change
 from harness.gate.verdict import explain_failure
+from harness.processes import client
 from harness.processes.jobs import Ending
-from harness.run.measure import measure as run
 
 FACTORS: dict[str, dict[str, dict[str, Any]]] = {
     "engine": {"plain": {"engine": "plain"}, "fsdp2": {"engine": "fsdp2"}},
@@ -218,7 +218,7 @@ def test_a_cell_that_fails_is_exit_code_1(
     def lost(*_: object) -> Ending:
         return Ending(how="error", rank=0, error="RuntimeError", message="broken", during="start")
 
-    monkeypatch.setattr(run.client, "submit", lost)
+    monkeypatch.setattr(client, "submit", lost)
     arguments = [str(experiment), "--part", "2/8", "--results", str(tmp_path / "results")]
     assert command(monkeypatch, *arguments) == 1
     said = capsys.readouterr().out

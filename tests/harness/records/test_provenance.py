@@ -22,7 +22,7 @@ def git(folder: Path, *arguments: str) -> None:
 def root(tmp_path: Path) -> Path:
     """A clean checkout that ignores `*.log`."""
     for name in FILES:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("*.log\n")
     git(tmp_path, "init", "--quiet")
     git(tmp_path, "add", ".")
@@ -30,7 +30,7 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("folder", ["alst_impl/methods", "harness/figures", "experiments"])
+@pytest.mark.parametrize("folder", ["alst_impl/methods", "harness/present/figures", "experiments"])
 def test_code_that_git_does_not_know_is_not_clean(root: Path, folder: str) -> None:
     """The commit of a record holds the method, the metric and the experiment that made it."""
     (root / folder).mkdir(parents=True)
