@@ -169,10 +169,34 @@ def test_large_tensors_on_the_host_cost_no_memory() -> None:
     assert found["numbers"] == [[False, True, False], [5.0, 5.0]]
 
 
-@pytest.mark.skipif(
+def test_the_trainer_of_transformers_runs_as_one_rank_of_four() -> None:
+    """With DeepSpeed's sequence parallelism and ZeRO-3: what it logs and prints steers nothing."""
+    program = [sys.executable, str(PROGRAMS / "trainer.py"), "8192", "1"]
+    result = run(program, "h100-80gb", gpus=4, rank=0, limit_s=300, hollow_host=True)
+    assert result.verdict == "fits", (result.reason, result.processes)
+    (process,) = result.processes
+    # Logits and their gradient in fp32, of a quarter of the sequence.
+    assert process.devices[0].allocated_bytes > 2 * 8192 // 4 * 151_936 * 4
+    assert "flash" in process.attention
+
+
+NEEDS_PEERS = pytest.mark.skipif(
     any(find_spec(name) is None for name in ("arctic_training", "liger_kernel", "triton")),
     reason="needs the extra peers",
 )
+
+
+@NEEDS_PEERS
+@pytest.mark.parametrize(("program", "least"), [("liger", 2 * GIB), ("compiled", GIB // 8)])
+def test_compiled_kernels_are_launched(program: str, least: int) -> None:
+    """Triton's, written by hand and made by TorchInductor: they are compiled, launched, and compute nothing."""
+    result = phantom(program)
+    assert result.verdict == "fits", (result.reason, result.processes)
+    (process,) = result.processes
+    assert process.devices[0].allocated_bytes > least
+
+
+@NEEDS_PEERS
 def test_the_released_stack_runs() -> None:
     """DeepSpeed with parameters and optimizer on the host, Liger, TiledMLP and ArcticTraining's checkpoint offload."""
     result, found = printed("released", gpus=8, rank=0, surroundings=HOLLOW)
