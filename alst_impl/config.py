@@ -109,7 +109,7 @@ class TrainConfig(Frozen):
     batch_size: int = Field(default=1, gt=0)
     """Samples per data-parallel rank and micro-batch."""
     accumulation: int = Field(default=1, gt=0)
-    """Micro-batches per optimizer step; with a `data.mask` they hold unequal numbers of labels."""
+    """Micro-batches per optimizer step. If there are several, they hold unequal numbers of labels."""
     world_size: int = Field(default=1, gt=0)
     """Number of ranks."""
     dtype: DType = "float32"
