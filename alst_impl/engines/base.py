@@ -132,8 +132,9 @@ class Engine(Frozen):
 
     @property
     def settles_at_once(self) -> bool:
-        """Whether the first step uses as much device memory as later ones: it leaves no states there and
-        traces nothing.
+        """Whether the first step needs as much device memory as later ones.
+
+        It does if it leaves no optimizer states on the device and records nothing for later steps.
         """
         return False
 
