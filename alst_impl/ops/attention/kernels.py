@@ -14,7 +14,7 @@ SOURCES = {
     "flash_attention_3": "FlashAttention-3, built from the folder hopper of flash-attention",
     "flash_attention_4": "package flash-attn-4",
 }
-"""Attention -> where its module comes from."""
+"""Attention -> the package or build that contains its module."""
 
 
 def missing(name: str) -> str:

@@ -116,7 +116,7 @@ class RingAttention:
         return meeting(self.group.rank(), source, local, zigzag=self.zigzag)
 
     def pass_on(self, x: Tensor) -> _Passing:
-        """Start to send `x` to the next rank and to receive its like from the previous one. Collective."""
+        """Start to send `x` to the next rank and to receive a tensor of its shape from the previous one. Collective."""
         size, rank = self.group.size(), self.group.rank()
         received = torch.empty_like(x)
         works = dist.batch_isend_irecv(

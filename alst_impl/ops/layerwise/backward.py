@@ -85,7 +85,7 @@ def _through_attention(
 
 
 def _summed(total: Tensor | None, key: Tensor, value: Tensor) -> Tensor:
-    """`total` [S, B, 2 k, D] plus dK and dV [B, k, S, D] of one more group with the same kv heads."""
+    """`total` (None for zeros) [S, B, 2 k, D] plus dK and dV [B, k, S, D] of one more group with the same kv heads."""
     batch, heads, seqlen, dim = key.shape
     pair = key.new_empty(seqlen, batch, 2 * heads, dim) if total is None else total
     for part, one in zip(pair.chunk(2, dim=2), (key, value), strict=True):
