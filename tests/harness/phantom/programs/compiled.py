@@ -1,4 +1,4 @@
-"""Forward and backward of a compiled decoder layer: TorchInductor makes the kernels, the device launches them."""
+"""Forward and backward of a compiled decoder layer. TorchInductor makes the kernels, and the device launches them."""
 
 import torch
 from transformers import LlamaConfig

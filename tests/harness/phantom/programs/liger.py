@@ -1,4 +1,4 @@
-"""A Liger kernel: loss of hidden states without whole logits."""
+"""A Liger kernel: the loss from hidden states without full logits."""
 
 import torch
 from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss

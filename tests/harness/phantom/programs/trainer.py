@@ -1,4 +1,4 @@
-"""Two steps of transformers' Trainer with DeepSpeed's sequence parallelism; arguments: tokens, layers."""
+"""Two steps of transformers' Trainer with DeepSpeed's sequence parallelism. Arguments: tokens, layers."""
 
 import sys
 import tempfile
