@@ -9,8 +9,8 @@ from alst_impl.config import Frozen
 from harness.cells.prediction import Holding, Simulated
 from harness.cells.units import bytes_text
 from harness.records import record
+from harness.records.metrics import value_of
 from harness.records.record import Measurement
-from harness.records.table import measure
 
 BYTES_PER_TOKEN = 0.5
 """A slope that moves by less is the same: a test notices one byte per token."""
@@ -76,7 +76,7 @@ def _of_cell(key: str, before: Measurement, after: Measurement) -> Iterator[Chan
     if before.simulated and after.simulated:
         yield from _of_simulation(key, label, before.simulated, after.simulated)
     elif before.outcome == after.outcome:
-        old, new = measure("peak_bytes", before)[0], measure("peak_bytes", after)[0]
+        old, new = value_of("peak_bytes", before), value_of("peak_bytes", after)
         if old and new and abs(new / old - 1) > MEASURED_PEAK:
             yield Change(
                 key=key,
