@@ -44,6 +44,7 @@ else:
     }
 CELLS = {name: experiment.cells() for name, experiment in EXPERIMENTS.items()}
 ALST = f"'{sys.executable}' -m harness"
+FIGURES = sorted(map(str, Path("harness/present/figures").glob("*.py")))
 TIED = f"exec '{sys.executable}' -m harness.processes.tied {os.getpid()}"
 
 
@@ -160,8 +161,7 @@ rule figure:
     input:
         records,
         "harness/records/metrics.py",
-        "harness/present/figures/{figure}.py",
-        "harness/present/figures/base.py",
+        FIGURES,
         "harness/present/drawing.py",
         "harness/records/table.py",
     output:

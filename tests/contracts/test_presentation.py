@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 from samples import gpu_sweep, measurement, sweep
 
-from alst_impl.plugin import names
 from harness.cells.cell import Cell
 from harness.cells.experiment import load_experiment
 from harness.present import drawing
-from harness.present.figures.base import draw
+from harness.present.figures.base import draw, figures
 from harness.records import record
 from harness.records.metrics import METRICS, Metric
 
@@ -35,7 +34,7 @@ def test_metric_gives_nothing_without_readings(metric: Metric) -> None:
     assert metric.value(measurement().model_copy(update={"readings": None})) is None
 
 
-@pytest.mark.parametrize("figure", names("harness.present.figures"))
+@pytest.mark.parametrize("figure", figures())
 def test_figure_draws_the_sample_sweep(figure: str) -> None:
     """A figure copes with failed, wrong and missing cells, and is the same when drawn again."""
     results = sweep()
@@ -43,13 +42,13 @@ def test_figure_draws_the_sample_sweep(figure: str) -> None:
     assert drawing.svg(draw(figure, results)) == drawing.svg(draw(figure, results))
 
 
-@pytest.mark.parametrize("figure", names("harness.present.figures"))
+@pytest.mark.parametrize("figure", figures())
 def test_figure_draws_a_sweep_of_cells_of_a_gpu_and_of_phantom_devices(figure: str) -> None:
     """A cell and its twin stand in one experiment."""
     assert drawing.png(draw(figure, gpu_sweep())).startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("figure", names("harness.present.figures"))
+@pytest.mark.parametrize("figure", figures())
 def test_figure_draws_a_sweep_that_was_not_run(figure: str) -> None:
     """A figure of no records says so and does not fail."""
     results = sweep(models=("tiny-llama",))
@@ -66,7 +65,7 @@ def test_experiment_expands(path: Path) -> None:
     assert cells
     assert [cell.key for cell in cells.values()] == list(cells)
     assert all(len(key) < 200 for key in cells)
-    assert set(experiment.figures) <= set(names("harness.present.figures"))
+    assert set(experiment.figures) <= set(figures())
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
