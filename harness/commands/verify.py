@@ -21,7 +21,8 @@ from harness.commands.options import parsed
 from harness.commands.run import DEFAULT_RESULTS, truth_cache
 from harness.gate.verdict import exactness
 from harness.records.record import Measurement, Outcome, Readings
-from harness.run.measure import measure, probed
+from harness.run.measure import measure
+from harness.run.ranks import probed
 
 Engine = Literal["plain", "zero", "fsdp2"]
 
