@@ -54,9 +54,9 @@ def measure_to(
     path: Path,
     cell: Cell,
     cache: Path,
-    force: bool,
     listener: Listener = client.ignore,
     *,
+    force: bool,
     allow_dirty: bool = False,
 ) -> tuple[Measurement, bool]:
     """The record at `path`, and whether it was measured now because there was no final one.
@@ -70,10 +70,11 @@ def measure_to(
     decides = launch is None or launch.rank == 0
     kept = final(path, cell) if decides and not force else None
     if launch is not None:
-        return measure_together(launch, path, cell, cache, kept, listener, allow_dirty)
+        devices = require_fit(cell, launch, allow_dirty=allow_dirty)
+        return measure_together(launch, path, cell, cache, kept, listener, devices)
     if kept is not None:
         return kept, False
-    require_fit(cell, None, allow_dirty)
+    require_fit(cell, None, allow_dirty=allow_dirty)
     measured = measure(cell, cache, listener)
     write(path, measured)
     return measured, True

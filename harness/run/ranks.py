@@ -49,8 +49,10 @@ class Ran(Frozen):
     """Machines."""
 
 
-def require_fit(cell: Cell, launch: Launch | None, allow_dirty: bool) -> list[Device]:
+def require_fit(cell: Cell, launch: Launch | None, *, allow_dirty: bool) -> list[Device]:
     """The devices that the ranks of `cell` run on. Raises `ValueError` if `cell` cannot be measured here."""
+    if launch is not None:
+        launch.check(cell)
     if cell.traits.forecast:
         return []
     load_engine(cell.train.engine).require()

@@ -13,7 +13,7 @@ from harness.processes.launch import Launch, Meeting, combined
 from harness.records.readings import Device
 from harness.records.record import Measurement, write
 from harness.run.outcomes import measurement
-from harness.run.ranks import Ran, execute, prepare, require_fit
+from harness.run.ranks import Ran, execute, prepare
 
 
 def measure_together(
@@ -23,14 +23,13 @@ def measure_together(
     cache: Path,
     kept: Measurement | None,
     listener: Listener,
-    allow_dirty: bool,
+    devices: Sequence[Device],
 ) -> tuple[Measurement, bool]:
     """The record of `cell`, and whether it was measured now. Collective.
 
     The first rank decides for all: it returns `kept` if there is one, else it judges the run and writes `path`.
+    `devices` are those of this machine's ranks.
     """
-    launch.check(cell)
-    devices = require_fit(cell, launch, allow_dirty)
     begin, first = time.monotonic(), launch.rank == 0
     meeting = Meeting(launch, cell)
     if first:
