@@ -49,10 +49,12 @@ def test_experiments_are_found_outside_a_checkout(tmp_path: Path) -> None:
         shutil.copytree(ROOT / package, tmp_path / "site" / package)
     shutil.copytree(ROOT / "experiments", tmp_path / "site" / "harness" / "experiments")
     program = (
-        "from pathlib import Path; from harness import cell, defects, paths, published\n"
+        "from pathlib import Path; from harness.cells import experiment, paths\n"
+        "from harness.judge import defects\n"
+        "from harness.records import published\n"
         "assert not Path('experiments').exists()\n"
-        "found = {p.stem: cell.load_experiment(p) for p in paths.experiments()}\n"
-        "assert cell.load_experiment(Path('experiments/smoke.yaml')) == found['smoke']\n"
+        "found = {p.stem: experiment.load_experiment(p) for p in paths.experiments()}\n"
+        "assert experiment.load_experiment(Path('experiments/smoke.yaml')) == found['smoke']\n"
         "assert found['correctness'].rows and published.records()\n"
         "assert defects.read_defects(paths.DEFECTS) and defects.read_catches(paths.CAUGHT)\n"
         "Path('experiments').mkdir(); Path('experiments/own.yaml').write_text('')\n"

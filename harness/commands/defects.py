@@ -21,7 +21,8 @@ from harness.commands.run import DEFAULT_RESULTS, truth_cache
 from harness.judge.defects import Catch, Defect, plant, read_defects, text_of
 from harness.records import record
 from harness.records.record import Outcome
-from harness.run.measure import measure, truths
+from harness.run.measure import measure
+from harness.run.ranks import truths
 
 Trial = tuple[str, Cell, dict[str, Any] | None]
 """Levels of a row, its cell, and what it is held against."""

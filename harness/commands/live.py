@@ -47,7 +47,7 @@ class CellLine:
         if event["event"] == "progress" and event["rank"] == 0:
             self.progress.update(self.task, description=f"{self.title}: {event['doing']}")
 
-    def done(self, measurement: Measurement, fresh: bool) -> None:
+    def done(self, measurement: Measurement, *, fresh: bool) -> None:
         """Print the line that stays."""
         took = f"{time.monotonic() - self.begin:.1f} s" if fresh else "kept"
         style = "green" if measurement.outcome is Outcome.OK else "red"

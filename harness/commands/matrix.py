@@ -23,7 +23,8 @@ from harness.commands.run import DEFAULT_RESULTS, record_path, truth_cache
 from harness.gate.verdict import judgement
 from harness.records import record
 from harness.records.record import Measurement, Outcome
-from harness.run.measure import final, measure, truths
+from harness.run.measure import final, measure
+from harness.run.ranks import truths
 
 Work = tuple[Row, Cell]
 CORRECTNESS = paths.experiment("correctness")

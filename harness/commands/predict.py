@@ -262,8 +262,9 @@ def wide_console() -> Console:
 
 def _print_prediction(console: Console, cell: Cell, p: Prediction) -> None:
     table = Table(title=_title(cell) + f", {cell.train.seqlen:,} tokens", title_justify="left")
-    for heading, justify in (("bytes of one GPU", "left"), ("", "right"), ("", "left")):
-        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    table.add_column("bytes of one GPU")
+    table.add_column(justify="right")
+    table.add_column()
     for category, nbytes in sorted(p.by_category.items(), key=lambda item: -item[1]):
         table.add_row(category, bytes_text(nbytes), "")
     table.add_section()

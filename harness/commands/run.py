@@ -62,12 +62,10 @@ def run(
     console = quiet_console()
     measured, refused = [], []
     for number, (key, cell) in enumerate(cells.items(), start=1):
+        path, cache = record_path(results, loaded, key), truth_cache(results)
         try:
-            measured.append(
-                _run_one(
-                    console, loaded, key, cell, number, len(cells), force, allow_dirty, results
-                )
-            )
+            line = CellLine(console, cell, number, len(cells))
+            measured.append(_run_one(line, path, cell, cache, force, allow_dirty))
         except ValueError as error:
             if launched(os.environ) is not None:
                 raise  # others of the launch may not refuse: they must not wait for us in vain
@@ -91,10 +89,9 @@ def cell(
     cells = loaded.cells()
     if key not in cells:
         raise ValueError(f"{experiment} has no cell '{key}'; `alst cells {experiment}` lists them")
-    number = list(cells).index(key) + 1
-    _run_one(
-        quiet_console(), loaded, key, cells[key], number, len(cells), force, allow_dirty, results
-    )
+    line = CellLine(quiet_console(), cells[key], list(cells).index(key) + 1, len(cells))
+    path, cache = record_path(results, loaded, key), truth_cache(results)
+    _run_one(line, path, cells[key], cache, force, allow_dirty)
 
 
 def cells(experiment: ExperimentPath) -> None:
@@ -110,22 +107,13 @@ def quiet_console() -> Console:
 
 
 def _run_one(
-    console: Console,
-    experiment: Experiment,
-    key: str,
-    cell: Cell,
-    number: int,
-    total: int,
-    force: bool,
-    allow_dirty: bool,
-    results: Path,
+    line: CellLine, path: Path, cell: Cell, cache: Path, force: bool, allow_dirty: bool
 ) -> Measurement:
-    path, cache = record_path(results, experiment, key), truth_cache(results)
-    with CellLine(console, cell, number, total) as line:
+    with line:
         measurement, fresh = measure_to(
-            path, cell, cache, force, line.hear, allow_dirty=allow_dirty
+            path, cell, cache, line.hear, force=force, allow_dirty=allow_dirty
         )
-    line.done(measurement, fresh)
+    line.done(measurement, fresh=fresh)
     return measurement
 
 

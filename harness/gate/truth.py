@@ -84,7 +84,7 @@ class _Lowest(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        name = func._schema.name
+        name = func.name().partition(".")[0]  # without its overload
         if name == "aten::uniform_":
             return out.fill_(args[1] if len(args) > 1 else 0.0)
         return out.zero_() if name in ("aten::rand", "aten::bernoulli_") else out
@@ -118,7 +118,7 @@ def refusal(model: Any, ids: torch.Tensor) -> str | None:
                 return None
             for hook in hooks:
                 hook.remove()
-            with _Lowest():  # type: ignore[no-untyped-call]
+            with _Lowest():
                 second = model(input_ids=ids, use_cache=False).logits
     finally:
         for hook in hooks:

@@ -9,8 +9,8 @@ from alst_impl.config import Frozen
 from harness.cells.prediction import Holding, Simulated
 from harness.cells.units import bytes_text
 from harness.records import record
+from harness.records.metrics import value_of
 from harness.records.record import Measurement
-from harness.records.table import measure
 
 BYTES_PER_TOKEN = 0.5
 """A slope that moves by less is the same: a test notices one byte per token."""
@@ -76,7 +76,7 @@ def _of_cell(key: str, before: Measurement, after: Measurement) -> Iterator[Chan
     if before.simulated and after.simulated:
         yield from _of_simulation(key, label, before.simulated, after.simulated)
     elif before.outcome == after.outcome:
-        old, new = measure("peak_bytes", before)[0], measure("peak_bytes", after)[0]
+        old, new = value_of("peak_bytes", before), value_of("peak_bytes", after)
         if old and new and abs(new / old - 1) > MEASURED_PEAK:
             yield Change(
                 key=key,
@@ -92,7 +92,7 @@ def _of_cell(key: str, before: Measurement, after: Measurement) -> Iterator[Chan
 def _of_simulation(key: str, label: str, before: Simulated, after: Simulated) -> Iterator[Change]:
     culprits = grown(before.holdings, after.holdings)
 
-    def change(quantity: str, old: float, new: float, worse: bool) -> Change:
+    def change(quantity: str, old: float, new: float, *, worse: bool) -> Change:
         named = culprits if worse else []
         return Change(
             key=key,
@@ -106,17 +106,17 @@ def _of_simulation(key: str, label: str, before: Simulated, after: Simulated) ->
 
     if abs(after.peak_bytes - before.peak_bytes) > PEAK_BYTES:
         worse = after.peak_bytes > before.peak_bytes
-        yield change("peak_bytes", before.peak_bytes, after.peak_bytes, worse)
+        yield change("peak_bytes", before.peak_bytes, after.peak_bytes, worse=worse)
     old, new = _slope(before), _slope(after)
     if old is not None and new is not None and abs(new - old) > BYTES_PER_TOKEN:
-        yield change("bytes_per_local_token", old, new, new > old)
+        yield change("bytes_per_local_token", old, new, worse=new > old)
     if before.search and after.search:
         was, now = before.search, after.search
         shorter = now.shortest_failing_tokens <= was.longest_tokens
         longer = was.shortest_failing_tokens <= now.longest_tokens
         # Brackets that overlap say the same: the longest length is known to that precision.
         if shorter or longer:
-            yield change("longest_tokens", was.longest_tokens, now.longest_tokens, shorter)
+            yield change("longest_tokens", was.longest_tokens, now.longest_tokens, worse=shorter)
 
 
 def _slope(simulated: Simulated) -> float | None:

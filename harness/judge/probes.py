@@ -90,7 +90,9 @@ class _Probe:
         place = self.train.seqlen // 2
         moved = self._moved_by(place)
         passed = not moved[:, :place].any() and bool(moved[:, place].all())
-        return self._agreed("causality", passed, f"token {place} changed; {_span(moved)} moved")
+        return self._agreed(
+            "causality", f"token {place} changed; {_span(moved)} moved", passed=passed
+        )
 
     def documents(self) -> Finding:
         """A changed token moves no logit of another document."""
@@ -108,7 +110,7 @@ class _Probe:
             not moved[:, :first].any() and not moved[:, second:].any() and bool(inside[:, 0].all())
         )
         detail = f"documents {list(lengths)}; token {first} changed; {_span(moved)} moved"
-        return self._agreed("packed documents", passed, detail)
+        return self._agreed("packed documents", detail, passed=passed)
 
     def tiles(self) -> Finding:
         """No logits, and no MLP activations, of more rows than a tile exist in a whole step."""
@@ -133,7 +135,7 @@ class _Probe:
         largest = {name: rows.largest.get(width, 0) for name, width in watched.items()}
         passed = all(0 < count <= limit for count in largest.values())
         shown = ", ".join(f"{name} {count} rows" for name, count in largest.items())
-        return self._agreed("tiles", passed, f"at most {shown}; a tile has {limit}")
+        return self._agreed("tiles", f"at most {shown}; a tile has {limit}", passed=passed)
 
     def _model(self) -> Any:
         """The transformers model, without its engine's wrapper."""
@@ -166,7 +168,7 @@ class _Probe:
         dist.all_gather(parts, shard.contiguous(), group=group)
         return torch.cat(parts, dim=1)[:, : self.train.seqlen]
 
-    def _agreed(self, probe: str, passed: bool, detail: str) -> Finding:
+    def _agreed(self, probe: str, detail: str, *, passed: bool) -> Finding:
         """A finding that holds only if it does on every rank. Collective."""
         everywhere = all(rank == [1] for rank in _all([int(passed)]))
         return Finding(probe=probe, passed=everywhere, detail=detail)
@@ -179,7 +181,7 @@ class _Rows(TorchDispatchMode):
     """
 
     def __init__(self, widths: set[int], hidden_size: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        TorchDispatchMode.__init__(self)
         self._widths, self._hidden_size = widths, hidden_size
         self.largest: dict[int, int] = {}
 

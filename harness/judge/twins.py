@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from alst_impl.config import Frozen
 from harness.cells.cell import Cell
-from harness.records.metrics import nvml_bytes, reserved_bytes
+from harness.records.metrics import value_of
 from harness.records.record import Measurement, Outcome
 from harness.records.table import Results
 
@@ -83,8 +83,8 @@ def _of(gpu: Measurement, phantom: Measurement) -> list[Twin]:
     ]
     total = phantom.simulated.prediction if phantom.simulated else None
     shown = {
-        "reserved": (reserved_bytes.value(gpu), reserved_bytes.value(phantom)),
-        "nvml": (nvml_bytes.value(gpu), total and total.total_bytes),
+        "reserved": (value_of("reserved_bytes", gpu), value_of("reserved_bytes", phantom)),
+        "nvml": (value_of("nvml_bytes", gpu), total and total.total_bytes),
     }
     return found + [
         Twin(cell=gpu.cell, quantity=name, measured=read, predicted=guess, judged=False)

@@ -262,6 +262,7 @@ def point(
     label: str = "",
     side: int = 1,
     ink: str | None = None,
+    *,
     fits: bool = True,
 ) -> None:
     """One point with the mark of `kind`, and words beside it: right of it, or left with `side` -1.

@@ -37,8 +37,8 @@ class ServerError(RuntimeError):
     """The fork server does not start."""
 
 
-def _ignore(_: dict[str, Any]) -> None:
-    pass
+def ignore(_: dict[str, Any]) -> None:
+    """The listener that hears nothing."""
 
 
 def submit(
@@ -46,7 +46,7 @@ def submit(
     payload: dict[str, Any],
     world_size: int,
     timeout_s: float,
-    listener: Listener = _ignore,
+    listener: Listener = ignore,
     *,
     accelerator: Accelerator = "cpu",
     **more: Any,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -13,12 +12,12 @@ from typing import Any
 import pandas as pd
 
 from alst_impl.methods.base import AXES, load_method
-from alst_impl.plugin import names
 from harness.cells import paths
 from harness.cells.cell import Cell
 from harness.cells.experiment import Claim, Experiment, load_experiment
 from harness.cells.grid import Row
 from harness.records import record
+from harness.records.metrics import METRICS
 from harness.records.record import Measurement, Provenance
 
 NOT_MEASURED, NOT_SIMULATED = "not measured", "not simulated"
@@ -234,18 +233,6 @@ def counted_outcomes(results: Results) -> str:
     return f"{progress}: {counted}" if counted else progress
 
 
-def metrics() -> list[str]:
-    """The metrics there are: files of `harness/records/metrics/`."""
-    return names("harness.records.metrics")
-
-
-def measure(metric: str, m: Measurement) -> tuple[float | None, str]:
-    """Value, None where the record has none, and unit of `metric`."""
-    module = importlib.import_module(f"harness.records.metrics.{metric}")
-    value: float | None = module.value(m)
-    return value, module.UNIT
-
-
 def tidy(results: Results) -> pd.DataFrame:
     """One row per cell and metric. A cell without a record has one row, without a metric."""
     named = series(results.cells)
@@ -267,9 +254,8 @@ def tidy(results: Results) -> pd.DataFrame:
         if m is None:
             rows.append({**about, "metric": None, "unit": None, "value": None})
             continue
-        for metric in metrics():
-            value, unit = measure(metric, m)
-            rows.append({**about, "metric": metric, "unit": unit, "value": value})
+        for name, metric in METRICS.items():
+            rows.append({**about, "metric": name, "unit": metric.unit, "value": metric.value(m)})
     return pd.DataFrame(rows).astype({"value": "float64"})
 
 
@@ -278,7 +264,7 @@ def wide(table: pd.DataFrame) -> pd.DataFrame:
     about = table.drop(columns=["metric", "unit", "value"]).drop_duplicates("key")
     measured = table.dropna(subset=["metric"])
     values = measured.pivot_table(index="key", columns="metric", values="value", aggfunc="first")
-    values = values.reindex(columns=metrics())
+    values = values.reindex(columns=list(METRICS))
     return about.merge(values.reset_index(), on="key", how="left").sort_values(
         [*WHERE, "series"], ignore_index=True
     )
@@ -316,9 +302,7 @@ def duels(cells: pd.DataFrame, ours: str, peer: str) -> pd.DataFrame:
 
 def units() -> dict[str, str]:
     """Unit of each metric."""
-    return {
-        name: importlib.import_module(f"harness.records.metrics.{name}").UNIT for name in metrics()
-    }
+    return {name: metric.unit for name, metric in METRICS.items()}
 
 
 def source_line(results: Results) -> str:

@@ -145,7 +145,7 @@ def start_hooked(rank: int, world_size: int, kind: str) -> str:
     def apply(self: Baseline, model: Any, *_: Any) -> None:
         getattr(model.lm_head.weight, kind)(lambda *_: None)
 
-    Baseline.apply = apply  # type: ignore[method-assign]  # in this process, which ends
+    pytest.MonkeyPatch().setattr(Baseline, "apply", apply)  # in this process, which ends
     return start(rank, world_size, config_of())
 
 

@@ -6,7 +6,7 @@ import copy
 import os
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import peft
 import pytest
@@ -288,7 +288,7 @@ def in_trainer(rank: int, world_size: int, folder: str) -> None:
 
     class SameSamples(Sharding):
         def get_train_dataloader(self) -> Any:
-            return torch.utils.data.DataLoader(data, batch_size=2)  # type: ignore[arg-type]
+            return torch.utils.data.DataLoader(cast("Any", data), batch_size=2)
 
     with pytest.raises(ValueError, match="accumulated gradients need one count"):
         trainer(SameSamples, model, 2).train()

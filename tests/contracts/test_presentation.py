@@ -2,42 +2,39 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 
 import pytest
 from samples import gpu_sweep, measurement, sweep
 
-from alst_impl.plugin import names
 from harness.cells.cell import Cell
 from harness.cells.experiment import load_experiment
 from harness.present import drawing
-from harness.present.figures.base import draw
+from harness.present.figures.base import draw, figures
 from harness.records import record
-from harness.records.table import metrics
+from harness.records.metrics import METRICS, Metric
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = [ROOT / "tests" / "golden" / name for name in ("record.json", "record_cuda.json")]
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("metric", metrics())
-def test_metric_gives_a_value_on_the_stored_record(metric: str) -> None:
-    """Every metric reads a record with all readings of a world, written by an earlier version."""
-    module = importlib.import_module(f"harness.records.metrics.{metric}")
-    assert isinstance(module.UNIT, str)
-    values = [module.value(record.read(path)) for path in GOLDEN]
+@pytest.mark.parametrize("metric", METRICS.values(), ids=list(METRICS))
+def test_metric_gives_a_value_on_the_stored_record(metric: Metric) -> None:
+    """A metric reads a record with every reading of a world, as an earlier version wrote it."""
+    assert metric.unit
+    assert "\n" not in metric.meaning
+    values = [metric.value(record.read(path)) for path in GOLDEN]
     assert any(isinstance(value, float | int) for value in values)
 
 
-@pytest.mark.parametrize("metric", metrics())
-def test_metric_has_no_value_without_readings(metric: str) -> None:
+@pytest.mark.parametrize("metric", METRICS.values(), ids=list(METRICS))
+def test_metric_has_no_value_without_readings(metric: Metric) -> None:
     """A failed cell's record has no values."""
-    module = importlib.import_module(f"harness.records.metrics.{metric}")
-    assert module.value(measurement().model_copy(update={"readings": None})) is None
+    assert metric.value(measurement().model_copy(update={"readings": None})) is None
 
 
-@pytest.mark.parametrize("figure", names("harness.present.figures"))
+@pytest.mark.parametrize("figure", figures())
 def test_figure_draws_the_sample_sweep(figure: str) -> None:
     """A figure handles failed, wrong and missing cells, and is identical when drawn again."""
     results = sweep()
@@ -45,13 +42,13 @@ def test_figure_draws_the_sample_sweep(figure: str) -> None:
     assert drawing.svg(draw(figure, results)) == drawing.svg(draw(figure, results))
 
 
-@pytest.mark.parametrize("figure", names("harness.present.figures"))
+@pytest.mark.parametrize("figure", figures())
 def test_figure_draws_a_sweep_of_cells_of_a_gpu_and_of_phantom_devices(figure: str) -> None:
     """The experiment has cells and their twins."""
     assert drawing.png(draw(figure, gpu_sweep())).startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("figure", names("harness.present.figures"))
+@pytest.mark.parametrize("figure", figures())
 def test_figure_draws_a_sweep_that_was_not_run(figure: str) -> None:
     """A figure without records says so and does not fail."""
     results = sweep(models=("tiny-llama",))
@@ -68,7 +65,7 @@ def test_experiment_expands(path: Path) -> None:
     assert cells
     assert [cell.key for cell in cells.values()] == list(cells)
     assert all(len(key) < 200 for key in cells)
-    assert set(experiment.figures) <= set(names("harness.present.figures"))
+    assert set(experiment.figures) <= set(figures())
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)

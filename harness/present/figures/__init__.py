@@ -1,1 +1,1 @@
-"""Drawings of a table; one file each, selected by its name in an experiment."""
+"""Drawings of a table; experiments name them."""

@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from harness.present import drawing
-from harness.present.figures.base import draw_panel
+from harness.present.figures.grids import draw_panel
 from harness.records.table import Results, measured_part, tidy, wide
 
 

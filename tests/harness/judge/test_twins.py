@@ -13,7 +13,7 @@ from harness.commands import gpu as gpu_command
 from harness.judge.twins import torch_versions, twins
 from harness.present.report import section, summary, twin_grid
 from harness.records import record
-from harness.records.metrics import mfu, nvml_bytes
+from harness.records.metrics import value_of
 from harness.records.record import Measurement
 from harness.records.table import Results, gates, measured_part, series
 
@@ -168,11 +168,11 @@ def test_utilisation_counts_what_training_needs() -> None:
     tokens, lookup = 32_768, 128_256 * 4096
     linear = 6 * (1_486_909_440 - lookup) * tokens
     attention = 12 * 2 * 32 * 128 * tokens * (tokens + 1) // 2
-    assert mfu.value(m) == pytest.approx((linear + attention) / 1.005 / 989.4e12)
+    assert value_of("mfu", m) == pytest.approx((linear + attention) / 1.005 / 989.4e12)
     slow = m.model_copy(update={"cell": m.cell.model_copy(update={"hardware": "cpu"})})
-    assert mfu.value(slow) is None
+    assert value_of("mfu", slow) is None
 
 
 def test_nvml_is_the_largest_reading_of_the_run() -> None:
     """The maximum is over all devices and sections."""
-    assert nvml_bytes.value(cuda_measurement(allocated=GIB)) == 4 * GIB
+    assert value_of("nvml_bytes", cuda_measurement(allocated=GIB)) == 4 * GIB
