@@ -1,4 +1,4 @@
-"""`alst phantom`: a training command on CUDA devices that have memory and no arithmetic."""
+"""`alst phantom`: runs a training command on CUDA devices that have memory but no arithmetic."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def held(alive: Sequence[Held]) -> list[str]:
 
 
 def reads(result: Result) -> list[str]:
-    """The unknown reads: those that spoil the run, and those that were answered."""
+    """One line for each read of an unknown value, answered or not, and what to do about them."""
     found: dict[tuple[str, int, int], Read] = {}
     for process in result.processes:
         for read in process.reads:

@@ -1,4 +1,4 @@
-"""`alst verify`: every gradient of a method against the stock model, whole, in fp64."""
+"""`alst verify`: compares every gradient of a method with the stock model in fp64."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ EngineOptions = Annotated[
     ),
 ]
 Sp = Annotated[int, typer.Option(min=1, help="Ranks that share one sample.")]
-Cp = Annotated[int, typer.Option(min=1, help="Places of a ring of such ranks.")]
+Cp = Annotated[int, typer.Option(min=1, help="Places of a ring; each place has sp ranks.")]
 Pp = Annotated[int, typer.Option(min=1, help="Stages of a pipeline.")]
-Dp = Annotated[int, typer.Option(min=1, help="Groups of all these ranks.")]
+Dp = Annotated[int, typer.Option(min=1, help="Data-parallel groups; each has sp x cp x pp ranks.")]
 Seqlen = Annotated[int, typer.Option(min=2, help="Tokens of one sample.")]
 Batch = Annotated[int, typer.Option(min=1, help="Samples per micro-batch.")]
 Accumulation = Annotated[
@@ -104,9 +104,9 @@ def verify(
     as_json: AsJson = False,
     results: ResultsFolder = DEFAULT_RESULTS,
 ) -> int:
-    """Compare every gradient of one step with the stock model run whole, in one process, in fp64.
+    """Compare every gradient of one step with the stock model, run in one process in fp64.
 
-    Exit code 0: all right; 1: a gradient is wrong, a probe fails or the method did nothing; 2: cannot be run.
+    Exit code 0: all are right; 1: a gradient is wrong, a probe fails or the method did nothing; 2: cannot be run.
 
     Example: alst verify --method alst --model tiny-llama --sp 2 --dp 2 --engine zero --json
     """
@@ -168,7 +168,7 @@ def _report(cell: Cell, measurement: Measurement, probes: bool, as_json: bool) -
 
 
 def _hardware(world: World) -> str:
-    """The row of what runs the cell."""
+    """The hardware row of the device that runs the cell."""
     if not TRAITS[world].gpus:
         return "cpu"
     from harness.devices.machine import known_device
@@ -207,7 +207,7 @@ def _answer(cell: Cell, readings: Readings) -> dict[str, Any]:
         "worst": gate.worst.model_dump(),
         "exactness": exactness(gate, cell.train) or "exact within the dtype",
         "parameters": [parameter.model_dump() for parameter in gate.parameters],
-        # The least busy rank: one that did nothing must show.
+        # The smallest count of all ranks shows a rank that did nothing.
         "evidence": {name: min(c[name] for c in counters) for name in counters[0]},
     }
 

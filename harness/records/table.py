@@ -21,44 +21,44 @@ from harness.records.metrics import METRICS
 from harness.records.record import Measurement, Provenance
 
 NOT_MEASURED, NOT_SIMULATED = "not measured", "not simulated"
-"""Outcome of a cell without a record, by what would have made it."""
+"""Outcome of a measured or a predicted cell that has no record."""
 
 NOT_COMPARED = "not compared"
 """Gate of a record without a gradient comparison."""
 
 WHERE = ["model", "world_size", *AXES, "seqlen"]
-"""Columns that place a cell; the rest of what differs between cells is in `series`."""
+"""Columns that place a cell; all other differences between cells are in `series`."""
 
 
 SAME = ["model", "world_size", "seqlen", "setting"]
-"""What two cells must have in common for their methods to be compared."""
+"""Columns that two cells must share for their methods to be compared."""
 
 
 @dataclass(frozen=True)
 class Results:
-    """The cells of one experiment and the records there are of them."""
+    """The cells of one experiment and their records."""
 
     name: str
     question: str
     source: str
     figures: list[str]
-    """Files in `harness/present/figures/` to draw."""
+    """Names of figures to draw."""
     cells: dict[str, Cell]
     """All cells by key."""
     measurements: dict[str, Measurement]
-    """By key; a cell that is not here was not measured."""
+    """By key; a cell that is missing here was not measured."""
     claims: list[tuple[str, Claim]] = field(default_factory=list)
-    """Keys of cells and the published numbers that they stand for."""
+    """Keys of cells, each with a published number that it reproduces."""
     refused: list[Row] = field(default_factory=list)
-    """Rows of a matrix that are not cells, with the reasons."""
+    """Rows of a matrix that are refused, with the reasons."""
 
     def provenances(self) -> list[Provenance]:
-        """Of every record, oldest first."""
+        """The provenance of every record, oldest first."""
         return sorted((m.provenance for m in self.measurements.values()), key=lambda p: p.utc)
 
 
 def measured_part(results: Results) -> Results:
-    """`results` without forecasts, where it has others: these have steps, gates and peers."""
+    """`results` without forecasts if it has measured cells: only those have steps, gates and peers."""
     cells = {key: cell for key, cell in results.cells.items() if not cell.traits.forecast}
     if not cells or len(cells) == len(results.cells):
         return results
@@ -67,7 +67,7 @@ def measured_part(results: Results) -> Results:
 
 
 def fresh(path: Path, folder: Path | None = None) -> Results:
-    """Results of the experiment in `path` with the records in `folder`, by default what a run left.
+    """Results of the experiment in `path` with the records in `folder`, by default those of the last runs.
 
     Raises `ValueError` for a malformed experiment or record.
     """
@@ -80,10 +80,10 @@ def fresh(path: Path, folder: Path | None = None) -> Results:
 
 
 def reference(folder: Path) -> Results:
-    """Results in a folder of committed records, named like its experiment.
+    """Results in a folder of committed records that has the name of its experiment.
 
-    The cells are those of the records: a reference stands for the code and the sweep of its day.
-    Raises `ValueError` where there is none.
+    The cells are those of the records: a reference belongs to the code and the sweep that made it.
+    Raises `ValueError` if the folder has no record.
     """
     e = load_experiment(paths.experiment(folder.name))
     measurements = {file.stem: record.read(file) for file in sorted(folder.glob("*.json"))}
@@ -104,17 +104,17 @@ def _results(
 
 
 def gate_state(m: Measurement | None) -> str:
-    """`passed` or `failed`, or `not compared` where there is no gradient comparison."""
+    """`passed` or `failed`, or `not compared` if the record has no gradient comparison."""
     if m is None or m.readings is None or m.readings.gate is None:
         return NOT_COMPARED
     return "passed" if m.readings.gate.passed else "failed"
 
 
 def gates(results: Results, named: dict[str, str]) -> dict[str, str]:
-    """`gate_state` of each cell; one without a comparison answers to those of the same series.
+    """`gate_state` of each cell. A cell without a comparison gets the state of its series.
 
-    A length too great to be run whole in fp64 stands on the same model, method and ranks compared
-    at other lengths: `passed at 4,096`, or `failed at ...` if one of them failed.
+    A sequence that is too long for the fp64 truth relies on comparisons of the same model, method and
+    ranks at other lengths: `passed at 4,096`, or `failed at ...` if one of them failed.
     """
     kinds: dict[tuple[str, int, str], dict[str, str]] = {}
     for key, cell in results.cells.items():
@@ -134,8 +134,9 @@ def _gate(results: Results, key: str, states: dict[str, str]) -> str:
 
 
 def _gate_at_small_scale(results: Results, cell: Cell) -> str:
-    """A model too large to be run whole in fp64 stands on the same method, engine and kernels on the same
-    hardware with a small one.
+    """State of a cell whose model is too large for the fp64 truth.
+
+    It relies on a comparison of a small model with the same method, engine, kernels and hardware.
     """
     if not cell.traits.gpus:
         return NOT_COMPARED
@@ -153,7 +154,7 @@ def _at_any_scale(cell: Cell) -> str:
 
 
 def _options(cell: Cell) -> dict[str, Any]:
-    """What may tell apart two cells of one method at the same place."""
+    """Fields that can differ between two cells of one method at the same place."""
     t = cell.train
     method = {k: v for k, v in t.method.options.items() if k not in AXES}
     engine = {f"{t.engine.name}.{k}": v for k, v in t.engine.options.items()}
@@ -188,7 +189,7 @@ def series(cells: dict[str, Cell]) -> dict[str, str]:
 
 
 def setting(cell: Cell) -> str:
-    """Equal for cells that differ in the method, and in whether it is compared or timed, only."""
+    """Equal for cells that differ only in the method and in whether they are compared or timed."""
     no_setting = {"gate", "timed", "timeout_s", "train"}
     outer = cell.model_dump_json(exclude=no_setting)
     inner = cell.train.model_dump_json(exclude={"method"})
@@ -217,14 +218,14 @@ def _description(cell: Cell) -> dict[str, Any]:
 
 
 def outcome_of(cell: Cell, m: Measurement | None) -> str:
-    """How `cell` ended, or that there is no record of it."""
+    """The outcome of `cell`, or that it has no record."""
     if m is not None:
         return m.outcome.value
     return NOT_SIMULATED if cell.traits.forecast else NOT_MEASURED
 
 
 def counted_outcomes(results: Results) -> str:
-    """How many cells were measured or simulated, and how many ended in each way."""
+    """The number of cells that were measured or simulated, and the number of each outcome."""
     kinds = {cell.traits.forecast for cell in results.cells.values()}
     done = " or ".join({False: "measured", True: "simulated"}[kind] for kind in sorted(kinds))
     outcomes = Counter(m.outcome.value for m in results.measurements.values())
@@ -271,7 +272,7 @@ def wide(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def repeated_duels(results: Results, ours: str, peer: str) -> pd.DataFrame:
-    """A row for each length and series of `ours` beside `peer`: median, least and largest ratio over repetitions."""
+    """Median, smallest and largest ratio of `ours` to `peer` over repetitions, by length and series."""
     pairs = duels(wide(tidy(results)), ours, peer)
     pairs["time_ratio"] = pairs["time_ratio"].astype(float)
     by = pairs.groupby(["model", "seqlen", "series_ours"], sort=False)
@@ -288,10 +289,10 @@ def repeated_duels(results: Results, ours: str, peer: str) -> pd.DataFrame:
 
 
 def duels(cells: pd.DataFrame, ours: str, peer: str) -> pd.DataFrame:
-    """Pairs of rows of a `wide` table: method `ours` beside `peer`, all else in `SAME` equal.
+    """Pairs of rows of a `wide` table: method `ours` and method `peer`, equal in the columns `SAME`.
 
-    Columns have suffixes `_ours` and `_peer`. `peak_ratio` and `time_ratio` are ours over theirs;
-    time is per token, so that methods with other numbers of samples per step compare.
+    Columns have suffixes `_ours` and `_peer`. `peak_ratio` and `time_ratio` are ours divided by the peer's.
+    Time is per token, so methods with different numbers of samples per step can be compared.
     """
     left, right = cells[cells["method"] == ours], cells[cells["method"] == peer]
     pairs = left.merge(right, on=SAME, suffixes=("_ours", "_peer"))
@@ -324,7 +325,7 @@ def source_line(results: Results) -> str:
 
 
 def commit_name(p: Provenance) -> str:
-    """Short commit, with a word where the tree differed from it."""
+    """Short commit, and a note if the tree had uncommitted changes."""
     return (p.commit or "none")[:9] + (" + uncommitted changes" if p.dirty else "")
 
 

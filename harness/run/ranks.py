@@ -1,7 +1,4 @@
-"""The ranks of one cell on this machine: whether they can run here, and what they and their devices say.
-
-Imports no torch.
-"""
+"""The ranks of one cell on this machine: requirements, truths, execution, probes. Imports no torch."""
 
 from __future__ import annotations
 
