@@ -45,8 +45,8 @@ else:
 CELLS = {name: experiment.cells() for name, experiment in EXPERIMENTS.items()}
 ALST = f"'{sys.executable}' -m harness"
 TIED = f"exec '{sys.executable}' -m harness.processes.tied {os.getpid()}"
-CODE = [str(path) for path in Path("harness").glob("*.py")]
-METRICS = [str(path) for path in Path("harness/metrics").glob("*.py")]
+METRICS = [str(path) for path in Path("harness/records/metrics").glob("*.py")]
+GRIDS = [str(path) for path in Path("harness/present/grids").glob("*.py")]
 
 
 def records(wildcards):
@@ -183,6 +183,7 @@ rule report:
     input:
         [drawn(name) for name in EXPERIMENTS],
         expand("results/tables/{name}.csv", name=EXPERIMENTS),
+        GRIDS,
         "harness/present/report.py",
         "harness/present/templates/report.html",
     output:

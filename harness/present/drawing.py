@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from io import BytesIO, StringIO
+from itertools import cycle
 from textwrap import wrap
 from typing import Any, Literal, NamedTuple
 
@@ -19,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
+from alst_impl.plugin import names
 from harness.cells.units import bytes_text, length_text, seconds_text
 from harness.cells.worlds import TRAITS, World
 from harness.records.record import Outcome
@@ -57,8 +60,11 @@ DOES_NOT_FIT: dict[str, Any] = {
 
 INK = "#22272e"
 FAINT = "#6b7280"
-METHOD_ORDER = ["baseline", "deepspeed_alst", "alst"]
-"""Known methods first, so that each keeps its colour in every figure."""
+STOCK = "baseline"
+"""The method that others are compared with; it is grey."""
+GREY = "#5b6470"
+WHEEL = [sns.color_palette("colorblind").as_hex()[i] for i in (0, 1, 2, 3, 4, 5, 9, 6)]
+"""Colours that colour-blind readers can tell apart. Words can be read in all but the last, which is pale."""
 
 STYLE = {
     **sns.axes_style("whitegrid"),
@@ -85,11 +91,6 @@ def kind_of(world: World) -> Kind:
     return "predicted" if TRAITS[world].forecast else "measured"
 
 
-def rank(method: str) -> int:
-    """Place of a method in legends and tables."""
-    return METHOD_ORDER.index(method) if method in METHOD_ORDER else len(METHOD_ORDER)
-
-
 class Panels(NamedTuple):
     """A figure and its panels, one row per `rows` value and one column per `columns` value."""
 
@@ -97,13 +98,24 @@ class Panels(NamedTuple):
     axes: dict[tuple[Any, Any], Axes]
 
 
-def palette(methods: Iterable[str]) -> dict[str, str]:
-    """A colour for each series name, from a palette that colour-blind readers can tell apart."""
-    rest = [m for m in dict.fromkeys(methods) if m not in METHOD_ORDER]
-    wheel = sns.color_palette("colorblind", len(METHOD_ORDER) + len(rest)).as_hex()
-    # Grey belongs to what others are compared with.
-    colours = ["#5b6470", *wheel[1:]]
-    return dict(zip([*METHOD_ORDER, *sorted(rest)], colours, strict=True))
+def palette(series: Iterable[str]) -> dict[str, str]:
+    """A colour for each series, in the order given.
+
+    A method has one colour in every figure, and its first series takes it. Each further series of the
+    method, and a name that is no method, takes a colour that is free in this figure.
+    """
+    coloured = [name for name in names("alst_impl.methods") if name != STOCK]
+    of_method = {STOCK: GREY, **dict(zip(coloured, cycle(WHEEL), strict=False))}
+    shown = list(dict.fromkeys(series))
+    found: dict[str, str] = {}
+    for name in shown:
+        colour = of_method.get(name.split()[0])
+        if colour and colour not in found.values():
+            found[name] = colour
+    *dark, pale = WHEEL
+    rest = [colour for colour in [*reversed(dark), pale] if colour not in found.values()]
+    free = cycle(rest or WHEEL)
+    return {name: found[name] if name in found else next(free) for name in shown}
 
 
 def panels(rows: list[Any], columns: list[Any], width: float = 3.3, height: float = 2.7) -> Panels:
@@ -294,11 +306,24 @@ def say(axes: Axes, text: str) -> None:
 
 
 def png(figure: Figure, dpi: int = 144) -> bytes:
-    """The figure as a PNG."""
+    """The figure as a PNG that holds its `fingerprint`."""
     buffer = BytesIO()
+    about = {"Description": fingerprint(figure)}
     with mpl.rc_context(STYLE):
-        FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=dpi)
+        FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=dpi, metadata=about)
     return buffer.getvalue()
+
+
+def fingerprint(figure: Figure) -> str:
+    """A hash of the points and words of a figure: the same on every machine, unlike its pixels."""
+    parts = [text.get_text() for each in figure.legends for text in each.get_texts()]
+    parts += [figure.get_supxlabel(), *(text.get_text() for text in figure.texts)]
+    for axes in figure.axes:
+        parts += [axes.get_title(), axes.get_title("left"), axes.get_xlabel(), axes.get_ylabel()]
+        parts += [text.get_text() for text in axes.texts]
+        for line in axes.get_lines():
+            parts += [f"{value:.4g}" for value in np.asarray(line.get_xydata()).flatten()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def svg(figure: Figure) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import matplotlib as mpl
 import pandas as pd
@@ -17,7 +17,16 @@ from alst_impl.plugin import names
 from harness.cells.cell import Cell
 from harness.cells.prediction import Simulated
 from harness.present import drawing
-from harness.records.table import NOT_MEASURED, NOT_SIMULATED, Results, measured_part, tidy, wide
+from harness.present.drawing import STOCK
+from harness.records.table import (
+    NOT_MEASURED,
+    NOT_SIMULATED,
+    Results,
+    measured_part,
+    series_in_order,
+    tidy,
+    wide,
+)
 
 
 def draw(name: str, results: Results) -> Figure:
@@ -31,8 +40,6 @@ def draw(name: str, results: Results) -> Figure:
     return figure
 
 
-PREDICTIONS = {"deepspeed_alst": "predicted, as released", "alst": "predicted, our alst"}
-"""What the methods that stand for ALST are called beside published numbers."""
 Part = Literal["step", "mlp", "loss"]
 
 
@@ -49,6 +56,15 @@ def _part(cell: Cell) -> str:
     return cell.simulation.part
 
 
+def methods_of(cells: Iterable[Cell]) -> list[str]:
+    """The methods of `cells`, in their order."""
+    return list(dict.fromkeys(cell.train.method.name for cell in cells))
+
+
+RELEASED_NOTE = "deepspeed_alst: ALST as its authors released it. alst: our own implementation."
+"""What two methods are, beside published numbers."""
+
+
 def features(cell: Cell) -> str:
     """Which parts of ALST a cell turns on, in words."""
     method: Any = load_method(cell.train.method)
@@ -61,12 +77,35 @@ def features(cell: Cell) -> str:
     return "\n+ ".join(name for name, on in parts.items() if on) or "baseline"
 
 
-def draw_timelines(
-    axes: Axes, lines: list[tuple[str, Simulated]], colours: dict[str, str]
-) -> list[Line2D]:
+class Timeline(NamedTuple):
+    """What a line of `draw_timelines` is called, the method whose colour it has, and its readings."""
+
+    label: str
+    method: str
+    readings: Simulated
+
+
+def part_timelines(results: Results, part: Part, feature: str) -> list[Timeline]:
+    """The cells of `part`: whole in the colour of the stock model, or with `feature` in that of the method."""
+    lines = []
+    for cell, s in simulated(results, part):
+        name = cell.train.method.name
+        on = feature in features(cell)
+        lines.append(Timeline(f"{feature}, {name}" if on else "whole", name if on else STOCK, s))
+    return lines
+
+
+def colours_of(lines: Iterable[Timeline]) -> dict[str, str]:
+    """A colour for each label."""
+    palette = drawing.palette(line.method for line in lines)
+    return {line.label: palette[line.method] for line in lines}
+
+
+def draw_timelines(axes: Axes, lines: Sequence[Timeline]) -> list[Line2D]:
     """Live bytes on the device over the course of a step, each stretched to the same width."""
+    colours = colours_of(lines)
     handles = []
-    for name, s in lines:
+    for name, _, s in lines:
         if s.timeline is None:
             continue
         held = [nbytes / 2**30 for nbytes in s.timeline.device_bytes]
@@ -79,7 +118,7 @@ def draw_timelines(
     axes.set_ylabel("live tensors [GiB]")
     axes.set_xlabel("course of forward and backward [events]")
     axes.set_xticks([])
-    highest = max((max(s.timeline.device_bytes) for _, s in lines if s.timeline), default=2**30)
+    highest = max((max(s.timeline.device_bytes) for *_, s in lines if s.timeline), default=2**30)
     axes.set_ylim(0, 1.15 * highest / 2**30)
     if not handles:
         drawing.say(axes, NOT_SIMULATED)
@@ -107,9 +146,10 @@ def draw_grid(results: Results, metric: str, title: str, note: str = "") -> Figu
 
     A pair of model and ranks that the sweep does not have leaves its place empty.
     """
-    cells = wide(tidy(measured_part(results)))
+    results = measured_part(results)
+    cells = wide(tidy(results))
     models, sizes = list(dict.fromkeys(cells["model"])), sorted(set(cells["world_size"]))
-    colours = drawing.palette(cells["series"])
+    colours = drawing.palette(series_in_order(results))
     lengths = sorted(set(cells["seqlen"]))
     panels = drawing.panels(models, sizes)
     for (model, size), axes in panels.axes.items():

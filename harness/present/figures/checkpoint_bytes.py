@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from harness.cells.units import bytes_text, tokens_text
+from harness.judge.claims import OURS
 from harness.present import drawing
 from harness.present.figures.base import simulated
 from harness.records.published import look_up
@@ -22,7 +23,7 @@ def draw(results: Results) -> Figure:
         for cell, s in simulated(results)
         if cell.train.world_size == 1 and s.timeline is None and s.checkpoint_bytes
     )
-    colour = drawing.palette(["alst"])["alst"]
+    colour = drawing.palette([OURS])[OURS]
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
     if not points:

@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from harness.cells.cell import Cell
 from harness.cells.units import length_text
 from harness.present import drawing
+from harness.present.figures.base import methods_of
 from harness.records.record import Measurement
 from harness.records.table import Results, tidy, wide
 
@@ -59,9 +60,10 @@ def pairings(results: Results) -> Iterator[tuple[str, Pairing]]:
 
 def _pair(results: Results, group: pd.DataFrame) -> Pairing | None:
     whole = group[(group["sp"] == 1) & (group["method"] == "baseline")]
+    order = methods_of(results.cells.values())
     sharded = group[group["sp"] > 1].sort_values(
         ["method", "sp"],
-        key=lambda column: column.map(drawing.rank) if column.name == "method" else column,
+        key=lambda column: column.map(order.index) if column.name == "method" else column,
     )
     if whole.empty or sharded.empty:
         return None

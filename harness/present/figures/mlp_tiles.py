@@ -5,7 +5,7 @@ from __future__ import annotations
 from matplotlib.figure import Figure
 
 from harness.present import drawing
-from harness.present.figures.base import draw_timelines, simulated
+from harness.present.figures.base import RELEASED_NOTE, draw_timelines, part_timelines
 from harness.records.published import look_up
 from harness.records.table import Results
 
@@ -25,26 +25,19 @@ def published(state: str) -> float:
 
 def draw(results: Results) -> Figure:
     """Bytes over events; stars at the published peaks above their floors."""
-    lines = []
-    for cell, s in simulated(results, "mlp"):
-        tiled = cell.train.method.options.get("tile_mlp", True)
-        whose = "ours" if cell.train.method.name == "alst" else "as released"
-        lines.append((f"tiled, {whose}" if tiled else "whole", s))
-    palette = drawing.palette(METHODS)
-    colours = dict(zip(NAMES, (palette[method] for method in METHODS), strict=True))
     figure = Figure(figsize=(8.2, 4.2), layout="constrained")
     axes = figure.subplots()
-    handles = draw_timelines(axes, lines, colours)
+    handles = draw_timelines(axes, part_timelines(results, "mlp", "tiled MLP"))
     if handles:
-        drawing.point(axes, 1, published("untiled"), colours["whole"], "published")
-        drawing.point(axes, 1, published("tiled"), colours["tiled, as released"], "published")
+        for state in ("untiled", "tiled"):
+            words = f"{state} "
+            drawing.point(axes, 1, published(state), drawing.INK, "published", words, side=-1)
     handles.append(drawing.handle("published", drawing.INK, "published"))
     return drawing.frame(figure, results, TITLE, handles, NOTE)
 
 
-NAMES = ("whole", "tiled, as released", "tiled, ours")
-METHODS = ("baseline", "deepspeed_alst", "alst")
 NOTE = (
-    "All lines are of phantom devices (PyTorch's own CUDA build and allocator) and include parameters and input; events are spread evenly, so the width of a "
-    "line says nothing of time. Stars: published peak less the floor of its plot."
+    "All lines are of phantom devices (PyTorch's own CUDA build and allocator) and include parameters and input. "
+    "Events are spread evenly: the width of a line says nothing of time. Stars: published peak less the floor of "
+    "its plot. " + RELEASED_NOTE
 )

@@ -33,7 +33,7 @@ def draw(results: Results) -> Figure:
     layout: list[Any] = [["1F1B"] * 5, ["Seq1F1B"] * 5, ["bytes"] * 3 + ["speed"] * 2]
     axes = figure.subplot_mosaic(layout, height_ratios=[1, 1, 2.6])
     found = [e for e in evidence([results]) if _slices(results.cells[e.key]) is not None]
-    colours = {name: drawing.palette(["baseline", *SCHEDULES])[name] for name in SCHEDULES}
+    colours = drawing.palette(SCHEDULES)
     _draw_schedules(axes, results, found)
     _draw_numbers(
         axes["bytes"], results, [e for e in found if e.quantity == "device_bytes"], colours, _size

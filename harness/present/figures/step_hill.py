@@ -4,28 +4,27 @@ from __future__ import annotations
 
 from matplotlib.figure import Figure
 
+from harness.cells.cell import Cell
+from harness.cells.prediction import Simulated
 from harness.cells.units import tokens_text
 from harness.present import drawing
-from harness.present.figures.base import draw_timelines, simulated
+from harness.present.figures.base import Timeline, draw_timelines, simulated
 from harness.records.table import Results
 
-NAMES = {"checkpoints on the GPU": "baseline", "checkpoints in host memory": "alst"}
-"""Line -> whose colour it has."""
+
+def _line(cell: Cell, s: Simulated) -> Timeline:
+    """Without offload in the colour of the stock model, with it in that of the method."""
+    if cell.train.method.options.get("offload") is False:
+        return Timeline("checkpoints on the GPU", drawing.STOCK, s)
+    return Timeline("checkpoints in host memory", cell.train.method.name, s)
 
 
 def draw(results: Results) -> Figure:
     """Live bytes of one GPU over the events of forward and backward, with and without offload."""
     found = [(cell, s) for cell, s in simulated(results) if s.timeline]
-    on_gpu, on_host = NAMES
-    lines = [
-        (on_gpu if cell.train.method.options.get("offload") is False else on_host, s)
-        for cell, s in found
-    ]
-    palette = drawing.palette(NAMES.values())
-    colours = {name: palette[method] for name, method in NAMES.items()}
     figure = Figure(figsize=(8.2, 4.2), layout="constrained")
     axes = figure.subplots()
-    handles = draw_timelines(axes, lines, colours)
+    handles = draw_timelines(axes, [_line(cell, s) for cell, s in found])
     for _, s in found[:1]:
         assert s.timeline is not None
         phases = s.timeline.phases
@@ -43,6 +42,6 @@ def draw(results: Results) -> Figure:
 
 
 NOTE = (
-    "On a phantom device: PyTorch's own CUDA build and allocator. Events are spread evenly, so the width of a stretch says nothing of time. "
-    "The paper has this figure as an image only, so there is no published number to set beside it."
+    "On a phantom device: PyTorch's own CUDA build and allocator. Events are spread evenly: the width of a stretch "
+    "says nothing of time. The paper shows this figure as an image only and gives no number to compare with."
 )
