@@ -44,6 +44,7 @@ def renew(write: bool) -> list[Path]:
         if not path.is_file() or drawing.fingerprint(figure).encode() not in path.read_bytes():
             changed.append(path)
             if write:
+                path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(drawing.png(figure))
     return changed
 

@@ -54,15 +54,15 @@ def summary(c: Committed) -> list[tuple[str, str]]:
     """How many numbers were judged, how many hold, and where our own method stands."""
     counts = count(of_authors(c.evidence))
     total = counts.judged + counts.absent + counts.fitted
-    beyond = f"{counts.longer} are lengths predicted longer, {counts.refuted} are refuted"
     rows = [
         (
-            "published numbers, judged on runs of their authors' stack",
+            "published numbers that were judged",
             f"{counts.judged} of {total}; {counts.absent} have no record, {counts.fitted} served to fit a constant",
         ),
         (
-            f"of these, within {', '.join(f'{bound:.0%}' for bound in counts.within)}",
-            f"{', '.join(map(str, counts.within.values()))}; beyond, {beyond}",
+            f"predicted within {', '.join(f'{bound:.0%}' for bound in counts.within)}",
+            f"{', '.join(map(str, counts.within.values()))} of {counts.judged}; of the others, "
+            f"{counts.longer} are longer than published, {counts.refuted} are refuted",
         ),
     ]
     ratios = [1 + e.error for e in c.evidence if e.is_ours and e.error is not None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from harness.cells import paths
 from harness.judge.defects import read_defects
+from harness.present.figures.base import methods_of
 from harness.present.grids.gradients import (
     defect_grid,
     finding_grid,
@@ -50,9 +51,9 @@ def summary(c: Committed) -> list[tuple[str, str]]:
     """Cells by experiment, and planted defects."""
     rows = []
     for results in c.compared:
-        rows.append(
-            (f"gradients, `{results.name}`", verdict_counts(results).partition(", each")[0])
-        )
+        methods = ", ".join(f"`{method}`" for method in methods_of(results.cells.values()))
+        counts, *_ = verdict_counts(results).partition(", each")
+        rows.append((f"gradients of {methods} (`{results.name}`)", counts))
         if caught(results):
             rows.append(("planted defects", caught(results)))
     return rows
