@@ -1,4 +1,4 @@
-"""`alst table`, `figures`, `report`, `summary`, `reference`: records to what a reader sees."""
+"""`alst table`, `figures`, `report`, `summary`, `reference`: show records, and commit them."""
 
 from __future__ import annotations
 

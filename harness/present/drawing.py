@@ -1,4 +1,4 @@
-"""Owner of styles and marks: every figure draws its points through here."""
+"""Styles and marks; every figure draws its points with these functions."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ WRONG: dict[str, Any] = {
     "markeredgewidth": 1.3,
     "zorder": 5,
 }
-"""Laid over a point whose gradients are not known to be right."""
+"""Drawn over a point whose gradients are wrong or were not compared."""
 
 DOES_NOT_FIT: dict[str, Any] = {
     "linestyle": "none",
@@ -56,12 +56,12 @@ DOES_NOT_FIT: dict[str, Any] = {
     "zorder": 5,
     "gid": Outcome.DOES_NOT_FIT.value,
 }
-"""Laid over a point of a predicted step that is more than the machine has."""
+"""Drawn over a point of a predicted step that needs more than the machine has."""
 
 INK = "#22272e"
 FAINT = "#6b7280"
 STOCK = "baseline"
-"""The method that others are compared with; it is grey."""
+"""The stock method; other methods are compared with it, and it is grey."""
 GREY = "#5b6470"
 WHEEL = [sns.color_palette("colorblind").as_hex()[i] for i in (0, 1, 2, 3, 4, 5, 9, 6)]
 """Colours that colour-blind readers can tell apart. Words can be read in all but the last, which is pale."""
@@ -87,7 +87,7 @@ STYLE = {
 
 
 def kind_of(world: World) -> Kind:
-    """The kind of number that a cell of `world` gives: what no device ran was not measured."""
+    """The kind of number that a cell of `world` gives: predicted where no device runs it, else measured."""
     return "predicted" if TRAITS[world].forecast else "measured"
 
 
@@ -142,7 +142,7 @@ def label_edges(panels: Panels, xlabel: str) -> None:
 
 
 def line(axes: Axes, points: pd.DataFrame, metric: str, colour: str, kind: Kind) -> None:
-    """Draw `metric` against length with the marks of `kind`; a failed gate shows as a crossed ring."""
+    """Draw `metric` against length with the marks of `kind`; a point whose gate did not pass gets a cross."""
     points = points.dropna(subset=[metric]).sort_values("seqlen")
     if points.empty:
         return
@@ -152,7 +152,7 @@ def line(axes: Axes, points: pd.DataFrame, metric: str, colour: str, kind: Kind)
 
 
 def untrusted(cells: pd.DataFrame) -> pd.Series[bool]:
-    """Which cells were read without a gradient comparison that passed."""
+    """Which cells have readings but no gradient comparison that passed."""
     read = cells["peak_bytes"].notna() | cells["step_s"].notna()
     return read & ~cells["gate"].str.startswith("passed")
 
@@ -185,7 +185,7 @@ def failures(axes: Axes, cells: pd.DataFrame, colours: dict[str, str]) -> None:
 
 
 def length_axis(axes: Axes, lengths: Iterable[int]) -> None:
-    """Logarithmic axis of sequence lengths with the measured ones as ticks."""
+    """Logarithmic axis of sequence lengths; the ticks are the lengths of the cells."""
     values = sorted(set(lengths))
     axes.set_xscale("log", base=2)
     axes.xaxis.set_minor_locator(NullLocator())
@@ -243,7 +243,7 @@ def finish(
 def frame(
     figure: Figure, results: Results, title: str, handles: Sequence[Line2D], note: str = ""
 ) -> Figure:
-    """Title and legend above; note and source line below. What does not fit has its legend entry by itself."""
+    """Title and legend above, note and source line below. The legend explains the cross of a step that does not fit."""
     gid = DOES_NOT_FIT["gid"]
     if any(line.get_gid() == gid for axes in figure.axes for line in axes.get_lines()):
         handles = [*handles, Line2D([], [], label="does not fit", **DOES_NOT_FIT)]
@@ -276,7 +276,7 @@ def point(
     ink: str | None = None,
     fits: bool = True,
 ) -> None:
-    """One point with the mark of `kind`, and words beside it: right of it, or left with `side` -1.
+    """One point with the mark of `kind`, and words right of it, or left of it with `side` -1.
 
     Words are in the point's colour, or in `ink`. A step that does not fit is crossed out.
     """
@@ -327,7 +327,7 @@ def fingerprint(figure: Figure) -> str:
 
 
 def svg(figure: Figure) -> str:
-    """The figure as an SVG that is the same for the same results."""
+    """The figure as an SVG; equal results give equal text."""
     buffer = StringIO()
     with mpl.rc_context(STYLE):
         FigureCanvasSVG(figure).print_figure(buffer, format="svg", metadata={"Date": None})

@@ -6,7 +6,7 @@ from harness.records.table import Results
 
 
 def is_simulated(results: Results) -> bool:
-    """Whether no device runs the cells: they give no gradients to compare and no steps to time."""
+    """Whether no device runs the cells: there are no gradients to compare and no steps to time."""
     return all(cell.traits.forecast for cell in results.cells.values())
 
 

@@ -114,7 +114,7 @@ def _of(results: Results) -> Iterator[Length]:
 
 
 def _looks_for_a_length(cell: Cell) -> bool:
-    """Whether it searches with one of `METHODS` on `MODEL`, every part turned on: an ablation turns one off."""
+    """Whether it searches with one of `METHODS` on `MODEL` and is no ablation, which turns a part off."""
     searches = cell.traits.forecast and cell.simulation is not None and cell.simulation.search
     ours = cell.train.model == MODEL and cell.train.method.name in METHODS
     whole = not any(value is False for value in cell.train.method.options.values())

@@ -1,1 +1,1 @@
-"""Drawings of a table; one file each, selected by its name in an experiment."""
+"""Figures of an experiment; one file each, which a YAML selects by its name."""

@@ -1,4 +1,4 @@
-"""What figures share: drawing one by name, and the grid of panels over models and ranks."""
+"""What figures share: how one is drawn by its name, and a grid of panels by model and ranks."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def features(cell: Cell) -> str:
 
 
 class Timeline(NamedTuple):
-    """What a line of `draw_timelines` is called, the method whose colour it has, and its readings."""
+    """A line of `draw_timelines`: its label, the method whose colour it has, and its readings."""
 
     label: str
     method: str
@@ -86,7 +86,7 @@ class Timeline(NamedTuple):
 
 
 def part_timelines(results: Results, part: Part, feature: str) -> list[Timeline]:
-    """The cells of `part`: whole in the colour of the stock model, or with `feature` in that of the method."""
+    """The cells of `part`. A cell with `feature` has the colour of its method, a cell without that of the stock model."""
     lines = []
     for cell, s in simulated(results, part):
         name = cell.train.method.name
@@ -144,7 +144,7 @@ def draw_panel(
 def draw_grid(results: Results, metric: str, title: str, note: str = "") -> Figure:
     """`metric` against length: a row of panels per model, a column per number of ranks.
 
-    A pair of model and ranks that the sweep does not have leaves its place empty.
+    The place of a pair of model and ranks that the sweep does not have is empty.
     """
     results = measured_part(results)
     cells = wide(tidy(results))

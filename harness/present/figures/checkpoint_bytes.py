@@ -17,7 +17,7 @@ PUBLISHED_TOKENS = 125_000
 
 
 def draw(results: Results) -> Figure:
-    """The traced step's host bytes on one GPU, and the paper's arithmetic for one length."""
+    """Host bytes of one GPU as the phantom device reads them, and the paper's count for one length."""
     points = sorted(
         (cell.train.seqlen, s.checkpoint_bytes, s.fits)
         for cell, s in simulated(results)

@@ -13,7 +13,7 @@ from harness.records.table import NOT_SIMULATED, Results
 
 
 def draw(results: Results) -> Figure:
-    """One row per set of features; the words beside a prediction are its error and its limit."""
+    """A row per set of features; beside each prediction stand its error and its limit."""
     lengths = [e for e in evidence([results]) if e.quantity == "longest_tokens"]
     rows = list(dict.fromkeys(features(results.cells[e.key]) for e in lengths))
     methods = methods_of(results.cells[e.key] for e in lengths)

@@ -1,4 +1,4 @@
-"""The longest series of an experiment: peak memory and step time, every method."""
+"""Peak memory and step time of every method, for the model and ranks with the longest sequence."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PANELS = {
 
 
 def longest_series(cells: pd.DataFrame) -> pd.DataFrame:
-    """The cells of the model and number of ranks that has the longest sequence."""
+    """The cells that share model and number of ranks with the cell of the longest sequence."""
     first = cells.sort_values(["seqlen", "sp"], ascending=False).iloc[0]
     same_model = cells["model"] == first["model"]
     longest: pd.DataFrame = cells[same_model & (cells["world_size"] == first["world_size"])]

@@ -17,7 +17,7 @@ SIGNS = {"gpu_memory": "", "host_memory": "h", "index_range": "i", "heads": "s",
 
 
 def _predictions(results: Results, model: str, method: str) -> list[tuple[int, int, str]]:
-    """(GPUs, longest tokens, sign of the limit), ascending; settings without ALST are another figure's."""
+    """(GPUs, longest tokens, sign of the limit), ascending. Settings without ALST are left out."""
     found = [
         (cell.train.world_size, s.search.longest_tokens, SIGNS[s.search.limit])
         for cell, s in simulated(results)
@@ -67,7 +67,7 @@ def _draw_model(axes: Axes, results: Results, model: str, colours: dict[str, str
 
 
 def draw(results: Results) -> Figure:
-    """Published lengths as stars, predictions as diamonds; `h` where host memory is what stops."""
+    """Published lengths as stars, predictions as diamonds; a letter says what stops a prediction."""
     searched = [cell for cell, s in simulated(results) if s.search]
     models = list(dict.fromkeys(cell.train.model for cell in searched))
     colours = drawing.palette(methods_of(searched))
@@ -84,7 +84,7 @@ def draw(results: Results) -> Figure:
 
 
 NOTE = (
-    "GPU memory is what stops a prediction, but h: host memory of the node (1.9 TB), i: range of a "
-    "32-bit kernel index. * not published: predicted only. The recipe of 70B on 8 GPUs keeps checkpoints on the GPU. "
+    "GPU memory stops a prediction, unless a letter says otherwise: h is host memory of the node (1.9 TB), i the range of a "
+    "32-bit kernel index, s the number of heads. *: no length is published. The recipe of 70B on 8 GPUs keeps checkpoints on the GPU. "
     + RELEASED_NOTE
 )

@@ -13,7 +13,7 @@ TITLE = "One MLP: live tensors of forward and backward"
 
 
 def published(state: str) -> float:
-    """GiB above the floor of the published plot, which shows a process with other things in it."""
+    """GiB above the floor of the published plot: the process of the paper holds other things, too."""
     peak, low = (
         look_up(
             "alst_memory_facts", {"fact": f"tiled_mlp_forward_backward_{word}_{state}"}, "value"

@@ -1,4 +1,4 @@
-"""Figure 7: memory over one step; the hill of checkpoints, and how offload flattens it."""
+"""Figure 7: memory over one step, with checkpoints on the GPU (a hill) and in host memory (flat)."""
 
 from __future__ import annotations
 

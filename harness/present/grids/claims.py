@@ -136,10 +136,10 @@ def ours_summary(found: Iterable[Evidence]) -> str:
 
 
 def misses(found: Iterable[Evidence]) -> dict[str, list[Evidence]]:
-    """By what was ruled out: the claims further off than the tolerance, most frequent reason first.
+    """Claims that are further off than the tolerance, grouped by what was ruled out; the largest group first.
 
-    A prediction for our own method is no reproduction, and its miss is the result. Claims of which nothing
-    was ruled out come last, under the empty text.
+    Claims for which nothing was ruled out come last, under the empty text. Our own method is left out: it
+    reproduces nothing, and a longer sequence is its result.
     """
     by_reason: dict[str, list[Evidence]] = {}
     for e in of_authors(found):
