@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from harness.cells.experiment import Quantity
 from harness.cells.units import bytes_text, percent_text, ratio_text, seconds_text, tokens_text
-from harness.judge.claims import OURS, TOLERANCE, WITHIN, Counts, Evidence, count
+from harness.judge.claims import OURS, WITHIN, Counts, Evidence, count
 from harness.present.grids.base import MISSING, Grid
 from harness.records.record import Outcome
 
@@ -84,16 +84,6 @@ def _label(e: Evidence) -> str:
 def of_authors(found: Iterable[Evidence]) -> list[Evidence]:
     """Numbers that stand for what the authors ran, and not for our own method."""
     return [e for e in found if not e.is_ours]
-
-
-COUNTED_NOTE = (
-    "Within: the absolute error is not larger. "
-    f"Longer: a length, or a ratio of lengths, is predicted more than {TOLERANCE:.0%} longer than published. "
-    f"Refuted: any other number that is more than {TOLERANCE:.0%} off. "
-    "No record: the run of the number has no committed record. "
-    "Fitted: a constant was fitted on the number; it is no evidence and counts in no other column."
-)
-"""What the columns of `count_grid` mean."""
 
 
 def count_grid(by_experiment: dict[str, list[Evidence]]) -> Grid:

@@ -35,14 +35,6 @@ SHOWN = {
 }
 """Metrics of `cell_grid` and their headings."""
 
-COLUMNS_NOTE = (
-    "Peak: live tensors on the compute device of one rank, largest over ranks. "
-    "Step: slowest rank, median over steps. "
-    f"To {OURS}: the value of the method over that of {OURS}. "
-    "Gradients: each parameter's gradient against the stock model, which one process runs in fp64."
-)
-"""What the columns of `headline_grid` mean."""
-
 
 def cell_grid(results: Results) -> Grid:
     """A row per cell with its readings; a cell that was not measured has a row that says so."""

@@ -6,7 +6,6 @@ from harness.cells.units import ratio_text
 from harness.judge.claims import TOLERANCE, Evidence, Verdict, count
 from harness.present.grids.base import Grid
 from harness.present.grids.claims import (
-    COUNTED_NOTE,
     QUANTITIES,
     claim_grid,
     count_grid,
@@ -28,7 +27,6 @@ def page(c: Committed) -> str:
         "claims.md",
         tolerance=f"{TOLERANCE:.0%}",
         counts=count_grid({name: of_authors(found) for name, found in c.claims.items()}),
-        counted=COUNTED_NOTE,
         ours=ours_summary(judged),
         lengths=length_grid(judged),
         others=_others(judged),

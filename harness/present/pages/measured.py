@@ -6,7 +6,6 @@ from harness.cells.units import length_text, ratio_text
 from harness.judge.claims import OURS
 from harness.present.grids.base import MISSING, ratio_or_missing, rows_of
 from harness.present.grids.measured import (
-    COLUMNS_NOTE,
     headline_grid,
     headline_title,
     ratio_grid,
@@ -25,7 +24,7 @@ from harness.records.table import Results, repeated_duels
 def page(c: Committed) -> str:
     """Every measured experiment: its figure, its methods side by side, and who is better how often."""
     sections = [_section(k, results) for k, results in c.measured]
-    return render("measured.md", sections=sections, columns=COLUMNS_NOTE, gpus=c.on_gpus)
+    return render("measured.md", sections=sections, gpus=c.on_gpus)
 
 
 def _section(k: Kept, results: Results) -> dict[str, object]:

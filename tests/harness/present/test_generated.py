@@ -26,6 +26,7 @@ def kept(*results: Results) -> Committed:
     return Committed([Kept(paths.REFERENCE / "cpu" / r.name, r) for r in results])
 
 
+@pytest.fixture(scope="module")
 def everything() -> Committed:
     """What is committed, and a record of every forecast that is not."""
 
@@ -37,7 +38,9 @@ def everything() -> Committed:
             k, results=replace(k.results, measurements={**made, **k.results.measurements})
         )
 
-    c = load()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        c = load()
     return Committed([whole(k) for k in c.kept])
 
 
@@ -65,10 +68,9 @@ def test_generated_files_are_in_step_with_the_reference(monkeypatch: pytest.Monk
     assert present.report(check=True) == 0
 
 
-def test_the_readme_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readme_is_short(everything: Committed) -> None:
     """At most 8 KB and 150 lines, as it is and with a record of every cell that needs no device."""
-    monkeypatch.chdir(ROOT)
-    later = documents(everything(), README.read_text())[paths.README]
+    later = documents(everything, README.read_text())[paths.README]
     for text in (README.read_text(), later):
         assert len(text.encode()) <= 8 * 1024
         assert len(text.splitlines()) <= 150
@@ -94,14 +96,12 @@ def test_the_index_names_every_page(name: str) -> None:
     assert path_of(name).name in index or name == "records"
 
 
-def test_pages_cope_with_a_record_of_every_forecast(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_cope_with_a_record_of_every_forecast(everything: Committed) -> None:
     """Every published number is judged then, and every reason stands once."""
-    monkeypatch.chdir(ROOT)
-    c = everything()
-    text = pages()["claims"].page(c)
+    text = pages()["claims"].page(everything)
     lines = [line for line in text.splitlines() if line.startswith("| all |")]
     assert lines
-    numbers = [e for e in c.evidence if not e.is_ours]
+    numbers = [e for e in everything.evidence if not e.is_ours]
     assert len(numbers) > 80
     judged, fitted = int(lines[0].split("|")[2]), int(lines[0].split("|")[-2])
     assert judged + fitted == len(numbers)
