@@ -46,6 +46,7 @@ CELLS = {name: experiment.cells() for name, experiment in EXPERIMENTS.items()}
 ALST = f"'{sys.executable}' -m harness"
 FIGURES = sorted(map(str, Path("harness/present/figures").glob("*.py")))
 TIED = f"exec '{sys.executable}' -m harness.processes.tied {os.getpid()}"
+GRIDS = [str(path) for path in Path("harness/present/grids").glob("*.py")]
 
 
 def records(wildcards):
@@ -181,6 +182,7 @@ rule report:
     input:
         [drawn(name) for name in EXPERIMENTS],
         expand("results/tables/{name}.csv", name=EXPERIMENTS),
+        GRIDS,
         "harness/present/report.py",
         "harness/present/templates/report.html",
     output:

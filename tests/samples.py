@@ -6,7 +6,9 @@ from typing import Any
 
 from alst_impl.config import TrainConfig
 from harness.cells.cell import Cell, make_cell
+from harness.cells.experiment import Quantity
 from harness.cells.prediction import Flops, Holding, Prediction, SearchResult, Simulated
+from harness.judge.claims import Evidence, judge
 from harness.records.readings import Device, DeviceReadings, Section
 from harness.records.record import (
     CudaMemory,
@@ -239,6 +241,36 @@ def searched(
             timeline=None,
         ),
         provenance=PROVENANCE,
+    )
+
+
+def claim(
+    error: float | None,
+    name: str = "one",
+    quantity: Quantity = "longest_tokens",
+    method: str = "mst",
+    ruled_out: str = "",
+    fitted: bool = False,
+) -> Evidence:
+    """Published number 100 beside ours, which is off by `error`; None is a number without a record."""
+    ours = None if error is None else 100 * (1 + error)
+    return Evidence(
+        id=f"{name}-{quantity}",
+        source="a paper, Table 1",
+        published=100.0,
+        unit="",
+        predicted=ours,
+        measured=None,
+        error=None if ours is None else ours / 100 - 1,
+        used_for_fit=fitted,
+        verdict=judge(quantity, 100.0, ours),
+        outcome=None if error is None else Outcome.OK,
+        key=name,
+        method=method,
+        place=name,
+        quantity=quantity,
+        limit=None,
+        ruled_out=ruled_out,
     )
 
 

@@ -168,7 +168,7 @@ def bring_up_to_date(simulated: list[tuple[Experiment, dict[str, Cell]]], result
 
 def _print_claims(found: Iterable[Evidence]) -> None:
     from harness.judge.claims import Verdict
-    from harness.present.report import claim_grid, claim_summary
+    from harness.present.grids.claims import claim_grid, claim_summary
 
     colours = {Verdict.REPRODUCED: "green", Verdict.LONGER: "cyan", Verdict.REFUTED: "red"}
     found = list(found)

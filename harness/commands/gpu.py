@@ -43,7 +43,7 @@ def confirm(
     """
     from harness.commands.claims import bring_up_to_date, simulated_cells
     from harness.judge.twins import run_of, torch_versions, twins
-    from harness.present.report import twin_grid
+    from harness.present.grids.predicted import twin_grid
     from harness.records.table import fresh
 
     experiment = load_experiment(paths.experiment(name))

@@ -1,4 +1,4 @@
-"""`alst table`, `figures`, `report`, `summary`, `reference`: records to what a reader sees."""
+"""`alst table`, `figures`, `report`, `summary`, `reference`: show records, and commit them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import typer
 from harness.cells import paths
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from rich.table import Table
 
-    from harness.present.report import Grid
+    from harness.present.grids.base import Grid
     from harness.records.table import Results
 
 Name = Annotated[str, typer.Argument(help="An experiment: the name of a file in experiments/.")]
@@ -72,20 +72,23 @@ def _draw(results: Results, figure: str, folder: Path) -> None:
 def report(
     names: Names = None,
     readme: Annotated[
-        bool, typer.Option("--readme", help="Write the README's generated blocks instead.")
+        bool,
+        typer.Option(
+            "--readme",
+            help="Write the README's blocks and the pages of results/reference/ instead, from committed records.",
+        ),
     ] = False,
     check: Annotated[
-        bool, typer.Option("--check", help="Exit with 1 if the README's blocks are not up to date.")
+        bool,
+        typer.Option("--check", help="Exit with 1 if --readme would change a file; write nothing."),
     ] = False,
 ) -> int:
-    """Write results/report.html, one self-contained page, from records and drawn figures.
-
-    README blocks come from the committed records in results/reference/.
+    """Write results/report.html, one self-contained page, from the records and figures of a run.
 
     Example: alst report cpu_sweep
     """
     if readme or check:
-        return _readme(write=readme)
+        return _generate(write=readme)
     from harness.present.report import page
     from harness.records.record import write_text
 
@@ -93,36 +96,17 @@ def report(
     return 0
 
 
-def _readme(write: bool) -> int:
-    from harness.present.report import readme_blocks, with_blocks
-    from harness.records.record import write_text
+def _generate(write: bool) -> int:
+    """Write the generated files that differ from the committed records, or name them and return 1."""
+    from harness.present.generated import renew
 
-    if not paths.README.is_file():
-        raise ValueError(f"no {paths.README} here; run it in the root of a checkout")
-    text = paths.README.read_text()
-    current = with_blocks(text, readme_blocks(_references()))
-    if text == current:
+    changed = renew(write=write)
+    if write or not changed:
         return 0
-    if write:
-        write_text(paths.README, current)
-        return 0
-    print(
-        f"alst: {paths.README} differs from results/reference/; run `alst report --readme`",
-        file=sys.stderr,
-    )
+    for path in changed:
+        print(f"alst: {path} differs from the records in {paths.REFERENCE}", file=sys.stderr)
+    print("alst: run `alst report --readme`", file=sys.stderr)
     return 1
-
-
-def _references() -> list[Results]:
-    from harness.records.table import reference as load_reference
-
-    folders = sorted(paths.REFERENCE.glob("*/*/"))
-    if not folders:
-        raise ValueError(
-            f"no records in {paths.REFERENCE}, which the README's blocks are made of; run `make`, then "
-            "`alst reference NAME`"
-        )
-    return [load_reference(folder) for folder in folders]
 
 
 def _with_records(names: list[str] | None) -> list[Results]:
@@ -147,45 +131,45 @@ def _with_records(names: list[str] | None) -> list[Results]:
 
 
 def summary(names: Names = None) -> None:
-    """Print the headline table of each experiment and where report and figures are."""
+    """Print the main table of each experiment, and where its report and figures are."""
     from rich.console import Console
 
-    from harness.judge.claims import evidence
-    from harness.present.report import (
-        claim_summary,
-        finding_grid,
-        headline_grid,
-        headline_title,
-        is_compared,
-        is_repeated,
-        is_simulated,
-        ratio_grid,
-        verdict_counts,
-    )
-    from harness.present.report import summary as in_words
-    from harness.records.record import Outcome
-    from harness.records.table import counted_outcomes, measured_part
+    from harness.records.table import measured_part
 
     console = Console()
     console.width = max(console.width, 100)  # a narrower terminal wraps rather than hides
     for results in map(measured_part, _with_records(names)):
-        if is_simulated(results):
-            found = evidence([results])
-            said = f" {claim_summary(found)}" if found else ""
-            console.print(f"{results.name}: {counted_outcomes(results)}.{said}", highlight=False)
-            console.print(f"figures: {paths.figures(results.name)}/", highlight=False)
-            continue
-        if is_compared(results):
-            console.print(f"{results.name}: {verdict_counts(results)}", highlight=False)
-            if any(m.outcome is not Outcome.OK for m in results.measurements.values()):
-                console.print(_shown(finding_grid(results), "what did not pass", wrapped=(0, 6)))
-            continue
-        title = f"{results.name}: {headline_title(results)}"
-        grid = ratio_grid(results) if is_repeated(results) else headline_grid(results)
-        console.print(_shown(grid, title))
-        console.print(in_words(results), highlight=False)
-        console.print(f"figures: {paths.figures(results.name)}/", highlight=False)
+        for part in _summarised(results):
+            console.print(part, highlight=False)
     console.print(f"report:  {paths.REPORT.absolute().as_uri()}", highlight=False, soft_wrap=True)
+
+
+def _summarised(results: Results) -> Iterator[str | Table]:
+    """Lines and tables that sum up one experiment."""
+    from harness.judge.claims import evidence
+    from harness.present.grids.claims import claim_summary
+    from harness.present.grids.gradients import finding_grid, verdict_counts
+    from harness.present.grids.measured import headline_grid, headline_title, ratio_grid
+    from harness.present.grids.measured import summary as in_words
+    from harness.present.kinds import is_compared, is_repeated, is_simulated
+    from harness.records.table import counted_outcomes
+
+    if is_compared(results):
+        yield f"{results.name}: {verdict_counts(results)}"
+        findings = finding_grid(results)
+        if findings.rows:
+            yield _shown(findings, "what did not pass", wrapped=(0, 6))
+        return
+    if is_simulated(results):
+        found = evidence([results])
+        said = f" {claim_summary(found)}" if found else ""
+        yield f"{results.name}: {counted_outcomes(results)}.{said}"
+    elif is_repeated(results):
+        yield _shown(ratio_grid(results), results.name)
+    else:
+        yield _shown(headline_grid(results), f"{results.name}: {headline_title(results)}")
+        yield in_words(results)
+    yield f"figures: {paths.figures(results.name)}/"
 
 
 def _shown(grid: Grid, title: str, wrapped: Sequence[int] = ()) -> Table:
@@ -218,36 +202,21 @@ def reference(
         str | None, typer.Option(help="Why numbers move; needed where some do, and kept with them.")
     ] = None,
 ) -> None:
-    """Replace the committed records of an experiment with the fresh ones and renew the README.
+    """Replace the committed records of an experiment with the fresh ones and renew what is generated from them.
 
-    Refuses when a cell is not measured, was measured on a tree with uncommitted changes, or was
-    predicted by other code, when numbers move without a reason, and in CI.
+    Refuses in CI, when numbers move without a reason, and when a cell is not measured, was measured on a tree
+    with uncommitted changes or was predicted by other code.
 
     Example: alst reference paper_ablation --reason "Tiles of the loss are half as large"
     """
     from harness.judge.compare import changes, load
     from harness.records.table import fresh
-    from harness.run.measure import stale
 
     if os.environ.get("CI"):
         raise ValueError("references are not updated in CI; do it at your desk and commit them")
     results = fresh(paths.experiment(name))
-    missing = sorted(set(results.cells) - set(results.measurements))
-    if missing and not (partial and results.measurements):
-        raise ValueError(
-            f"{name}: no record of {missing[0]} and {len(missing) - 1} more; run `make`"
-        )
-    unclean = [key for key, m in results.measurements.items() if m.provenance.dirty is not False]
-    if unclean and not dirty:
-        raise ValueError(
-            f"{name}: {len(unclean)} records come from a tree with uncommitted changes, such as "
-            f"{paths.cells(name) / unclean[0]}.json; commit and measure again, or pass --dirty"
-        )
-    old = [key for key, m in results.measurements.items() if stale(m)]
-    if old:
-        raise ValueError(
-            f"{name}: {len(old)} records are of other code, such as {old[0]}; run `make`"
-        )
+    _must_be_whole(results, partial)
+    _must_be_of_committed_code(results, dirty)
     folders = sorted(paths.REFERENCE.glob(f"*/{name}"))
     before = {key: m for folder in folders for key, m in load(folder).items()}
     moved = changes(before, results.measurements)
@@ -259,7 +228,34 @@ def reference(
         _promote(results, hardware)
     if reason:
         _note(name, reason, [str(change) for change in moved])
-    _readme(write=True)
+    _generate(write=True)
+
+
+def _must_be_whole(results: Results, partial: bool) -> None:
+    """Raise `ValueError` where a cell has no record, with `partial` only where none has."""
+    missing = sorted(set(results.cells) - set(results.measurements))
+    if missing and not (partial and results.measurements):
+        raise ValueError(
+            f"{results.name}: no record of {missing[0]} and {len(missing) - 1} more; run `make`"
+        )
+
+
+def _must_be_of_committed_code(results: Results, dirty: bool) -> None:
+    """Raise `ValueError` for records of other code, and of uncommitted code unless `dirty`."""
+    from harness.run.measure import stale
+
+    name, records = results.name, results.measurements
+    unclean = [key for key, m in records.items() if m.provenance.dirty is not False]
+    if unclean and not dirty:
+        raise ValueError(
+            f"{name}: {len(unclean)} records come from a tree with uncommitted changes, such as "
+            f"{paths.cells(name) / unclean[0]}.json; commit and measure again, or pass --dirty"
+        )
+    old = [key for key, m in records.items() if stale(m)]
+    if old:
+        raise ValueError(
+            f"{name}: {len(old)} records are of other code, such as {old[0]}; run `make`"
+        )
 
 
 def _note(name: str, reason: str, moved: list[str]) -> None:
@@ -279,13 +275,3 @@ def _promote(results: Results, hardware: str) -> None:
     for key, m in results.measurements.items():
         if m.cell.hardware == hardware:
             shutil.copyfile(paths.cells(results.name) / f"{key}.json", folder / f"{key}.json")
-    from harness.present import drawing
-    from harness.present.figures.base import draw
-    from harness.present.report import is_compared, is_repeated, is_simulated
-
-    if is_compared(results) or not results.figures:
-        return  # nothing to draw
-    # Predicted cells have no step times, repeated ones several: their first figure stands for them.
-    first = is_simulated(results) or is_repeated(results)
-    headline = results.figures[0] if first else "headline"
-    (folder / "headline.png").write_bytes(drawing.png(draw(headline, results)))

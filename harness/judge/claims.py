@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from enum import StrEnum
 
@@ -18,6 +19,12 @@ from harness.records.table import Results
 
 TOLERANCE = 0.10
 """Largest relative error of a reproduced number."""
+
+WITHIN = (0.03, 0.05, TOLERANCE)
+"""Relative errors for which numbers are counted."""
+
+OURS = "alst"
+"""Our own implementation of ALST: its numbers stand beside published ones and reproduce none."""
 
 UNITS: dict[Quantity, str] = {
     "longest_tokens": "tokens",
@@ -59,11 +66,20 @@ class Evidence(Frozen):
     """Outcome of the cell at its own length; None without a record."""
     key: str = Field(exclude=True)
     """Key of the cell."""
+    method: str = Field(exclude=True)
+    """Method of the cell."""
+    place: str = Field(exclude=True)
+    """Table, row and column of the published number. Two methods may have the same."""
     quantity: Quantity = Field(exclude=True)
     limit: Limit | None = Field(exclude=True)
     """The limit of the cell's longest sequence."""
     ruled_out: str = Field(exclude=True)
     """If our number misses: the causes that were ruled out."""
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is our own method that stands beside the published number."""
+        return self.method == OURS
 
     @property
     def infeasible(self) -> bool:
@@ -74,6 +90,39 @@ class Evidence(Frozen):
     def missed(self) -> bool:
         """Whether this is evidence with an error above `TOLERANCE`."""
         return not self.used_for_fit and self.error is not None and abs(self.error) > TOLERANCE
+
+
+class Counts(Frozen):
+    """How many published numbers there are of each verdict."""
+
+    within: dict[float, int]
+    """By each error of `WITHIN`: numbers whose absolute error is not above it."""
+    longer: int
+    refuted: int
+    absent: int
+    """Numbers without a record."""
+    fitted: int
+    """Numbers that a constant was fitted on; they count nowhere else."""
+
+    @property
+    def judged(self) -> int:
+        """Numbers that have a verdict: reproduced, longer or refuted."""
+        return self.within[TOLERANCE] + self.longer + self.refuted
+
+
+def count(found: Iterable[Evidence]) -> Counts:
+    """Count `found` by verdict. A length that is more than `TOLERANCE` longer is `longer`, not refuted."""
+    found = list(found)
+    honest = [e for e in found if not e.used_for_fit]
+    verdicts = Counter(e.verdict for e in honest)
+    errors = [abs(e.error) for e in honest if e.error is not None]
+    return Counts(
+        within={bound: sum(error <= bound for error in errors) for bound in WITHIN},
+        longer=verdicts[Verdict.LONGER],
+        refuted=verdicts[Verdict.REFUTED],
+        absent=verdicts[Verdict.NOT_MEASURED],
+        fitted=len(found) - len(honest),
+    )
 
 
 def judge(quantity: Quantity, published: float, ours: float | None) -> Verdict:
@@ -124,12 +173,13 @@ def evidence(all_results: Iterable[Results]) -> list[Evidence]:
         measured = {c.id: results.measurements.get(key) for key, c in results.claims}
         for key, claim in results.claims:
             over = None if claim.over is None else measured.get(claim.over)
-            found += _of_claim(key, claim, results.measurements.get(key), over)
+            method = results.cells[key].train.method.name
+            found += _of_claim(key, method, claim, results.measurements.get(key), over)
     return found
 
 
 def _of_claim(
-    key: str, claim: Claim, m: Measurement | None, over: Measurement | None
+    key: str, method: str, claim: Claim, m: Measurement | None, over: Measurement | None
 ) -> Iterator[Evidence]:
     search = m.simulated.search if m and m.simulated else None
     for quantity, column in claim.columns.items():
@@ -147,6 +197,8 @@ def _of_claim(
             verdict=judge(quantity, number.value, ours),
             outcome=m.outcome if m else None,
             key=key,
+            method=method,
+            place=f"{claim.table} {sorted(claim.row.items())} {column}",
             quantity=quantity,
             limit=search.limit if search else None,
             ruled_out=claim.ruled_out.get(quantity, ""),

@@ -1,1 +1,1 @@
-"""Tables to figures, report and README. Imports no torch."""
+"""Records to tables, figures, the report, the README and its pages. Imports no torch."""

@@ -1,10 +1,12 @@
-"""Owner of styles and marks: every figure draws its points through here."""
+"""Styles and marks; every figure draws its points with these functions."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from io import BytesIO, StringIO
+from itertools import cycle
 from textwrap import wrap
 from typing import Any, Literal, NamedTuple
 
@@ -19,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
+from alst_impl.plugin import names
 from harness.cells.units import bytes_text, length_text, seconds_text
 from harness.cells.worlds import TRAITS, World
 from harness.records.record import Outcome
@@ -42,7 +45,7 @@ WRONG: dict[str, Any] = {
     "markeredgewidth": 1.3,
     "zorder": 5,
 }
-"""Laid over a point whose gradients are not known to be right."""
+"""Drawn over a point whose gradients are wrong or were not compared."""
 
 DOES_NOT_FIT: dict[str, Any] = {
     "linestyle": "none",
@@ -53,12 +56,15 @@ DOES_NOT_FIT: dict[str, Any] = {
     "zorder": 5,
     "gid": Outcome.DOES_NOT_FIT.value,
 }
-"""Laid over a point of a predicted step that is more than the machine has."""
+"""Drawn over a point of a predicted step that needs more than the machine has."""
 
 INK = "#22272e"
 FAINT = "#6b7280"
-METHOD_ORDER = ["baseline", "deepspeed_alst", "alst"]
-"""Known methods first, so that each keeps its colour in every figure."""
+STOCK = "baseline"
+"""The stock method; other methods are compared with it, and it is grey."""
+GREY = "#5b6470"
+WHEEL = [sns.color_palette("colorblind").as_hex()[i] for i in (0, 1, 2, 3, 4, 5, 9, 6)]
+"""Colours that colour-blind readers can tell apart. Words can be read in all but the last, which is pale."""
 
 STYLE = {
     **sns.axes_style("whitegrid"),
@@ -81,13 +87,8 @@ STYLE = {
 
 
 def kind_of(world: World) -> Kind:
-    """The kind of number that a cell of `world` gives: what no device ran was not measured."""
+    """The kind of number that a cell of `world` gives: predicted where no device runs it, else measured."""
     return "predicted" if TRAITS[world].forecast else "measured"
-
-
-def rank(method: str) -> int:
-    """Place of a method in legends and tables."""
-    return METHOD_ORDER.index(method) if method in METHOD_ORDER else len(METHOD_ORDER)
 
 
 class Panels(NamedTuple):
@@ -97,13 +98,24 @@ class Panels(NamedTuple):
     axes: dict[tuple[Any, Any], Axes]
 
 
-def palette(methods: Iterable[str]) -> dict[str, str]:
-    """A colour for each series name, from a palette that colour-blind readers can tell apart."""
-    rest = [m for m in dict.fromkeys(methods) if m not in METHOD_ORDER]
-    wheel = sns.color_palette("colorblind", len(METHOD_ORDER) + len(rest)).as_hex()
-    # Grey belongs to what others are compared with.
-    colours = ["#5b6470", *wheel[1:]]
-    return dict(zip([*METHOD_ORDER, *sorted(rest)], colours, strict=True))
+def palette(series: Iterable[str]) -> dict[str, str]:
+    """A colour for each series, in the order given.
+
+    A method has one colour in every figure, and its first series takes it. Each further series of the
+    method, and a name that is no method, takes a colour that is free in this figure.
+    """
+    coloured = [name for name in names("alst_impl.methods") if name != STOCK]
+    of_method = {STOCK: GREY, **dict(zip(coloured, cycle(WHEEL), strict=False))}
+    shown = list(dict.fromkeys(series))
+    found: dict[str, str] = {}
+    for name in shown:
+        colour = of_method.get(name.split()[0])
+        if colour and colour not in found.values():
+            found[name] = colour
+    *dark, pale = WHEEL
+    rest = [colour for colour in [*reversed(dark), pale] if colour not in found.values()]
+    free = cycle(rest or WHEEL)
+    return {name: found[name] if name in found else next(free) for name in shown}
 
 
 def panels(rows: list[Any], columns: list[Any], width: float = 3.3, height: float = 2.7) -> Panels:
@@ -130,7 +142,7 @@ def label_edges(panels: Panels, xlabel: str) -> None:
 
 
 def line(axes: Axes, points: pd.DataFrame, metric: str, colour: str, kind: Kind) -> None:
-    """Draw `metric` against length with the marks of `kind`; a failed gate shows as a crossed ring."""
+    """Draw `metric` against length with the marks of `kind`; a point whose gate did not pass gets a cross."""
     points = points.dropna(subset=[metric]).sort_values("seqlen")
     if points.empty:
         return
@@ -140,7 +152,7 @@ def line(axes: Axes, points: pd.DataFrame, metric: str, colour: str, kind: Kind)
 
 
 def untrusted(cells: pd.DataFrame) -> pd.Series[bool]:
-    """Which cells were read without a gradient comparison that passed."""
+    """Which cells have readings but no gradient comparison that passed."""
     read = cells["peak_bytes"].notna() | cells["step_s"].notna()
     return read & ~cells["gate"].str.startswith("passed")
 
@@ -173,7 +185,7 @@ def failures(axes: Axes, cells: pd.DataFrame, colours: dict[str, str]) -> None:
 
 
 def length_axis(axes: Axes, lengths: Iterable[int]) -> None:
-    """Logarithmic axis of sequence lengths with the measured ones as ticks."""
+    """Logarithmic axis of sequence lengths; the ticks are the lengths of the cells."""
     values = sorted(set(lengths))
     axes.set_xscale("log", base=2)
     axes.xaxis.set_minor_locator(NullLocator())
@@ -231,7 +243,7 @@ def finish(
 def frame(
     figure: Figure, results: Results, title: str, handles: Sequence[Line2D], note: str = ""
 ) -> Figure:
-    """Title and legend above; note and source line below. What does not fit has its legend entry by itself."""
+    """Title and legend above, note and source line below. The legend explains the cross of a step that does not fit."""
     gid = DOES_NOT_FIT["gid"]
     if any(line.get_gid() == gid for axes in figure.axes for line in axes.get_lines()):
         handles = [*handles, Line2D([], [], label="does not fit", **DOES_NOT_FIT)]
@@ -265,7 +277,7 @@ def point(
     *,
     fits: bool = True,
 ) -> None:
-    """One point with the mark of `kind`, and words beside it: right of it, or left with `side` -1.
+    """One point with the mark of `kind`, and words right of it, or left of it with `side` -1.
 
     Words are in the point's colour, or in `ink`. A step that does not fit is crossed out.
     """
@@ -295,15 +307,28 @@ def say(axes: Axes, text: str) -> None:
 
 
 def png(figure: Figure, dpi: int = 144) -> bytes:
-    """The figure as a PNG."""
+    """The figure as a PNG that holds its `fingerprint`."""
     buffer = BytesIO()
+    about = {"Description": fingerprint(figure)}
     with mpl.rc_context(STYLE):
-        FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=dpi)
+        FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=dpi, metadata=about)
     return buffer.getvalue()
 
 
+def fingerprint(figure: Figure) -> str:
+    """A hash of the points and words of a figure: the same on every machine, unlike its pixels."""
+    parts = [text.get_text() for each in figure.legends for text in each.get_texts()]
+    parts += [figure.get_supxlabel(), *(text.get_text() for text in figure.texts)]
+    for axes in figure.axes:
+        parts += [axes.get_title(), axes.get_title("left"), axes.get_xlabel(), axes.get_ylabel()]
+        parts += [text.get_text() for text in axes.texts]
+        for line in axes.get_lines():
+            parts += [f"{value:.4g}" for value in np.asarray(line.get_xydata()).flatten()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
 def svg(figure: Figure) -> str:
-    """The figure as an SVG that is the same for the same results."""
+    """The figure as an SVG; equal results give equal text."""
     buffer = StringIO()
     with mpl.rc_context(STYLE):
         FigureCanvasSVG(figure).print_figure(buffer, format="svg", metadata={"Date": None})

@@ -79,16 +79,29 @@ def fresh(path: Path, folder: Path | None = None) -> Results:
     return _results(e, cells, measurements, e.claims())
 
 
-def reference(folder: Path) -> Results:
-    """Results in a folder of committed records that has the name of its experiment.
+def committed(path: Path) -> list[tuple[Path, Results]]:
+    """Committed results of the experiment in `path`, each with its folder in `results/reference/`.
 
-    The cells are those of the records: a reference belongs to the code and the sweep that made it.
-    Raises `ValueError` if the folder has no record.
+    Measured results come one per hardware. Their cells are those of the records, in the order of the
+    experiment: a reference stands for the code and the sweep of its day. Forecasts for all hardware come as
+    one, with the cells of the experiment, recorded or not. Raises `ValueError` for a folder without records.
     """
-    e = load_experiment(paths.experiment(folder.name))
-    measurements = {file.stem: record.read(file) for file in sorted(folder.glob("*.json"))}
-    if not measurements:
+    e = load_experiment(path)
+    cells = e.cells()
+    if not all(cell.traits.forecast for cell in cells.values()):
+        folders = sorted(paths.REFERENCE.glob(f"*/{e.name}/"))
+        return [(folder, _reference(e, folder)) for folder in folders]
+    folders_of = {key: paths.REFERENCE / cell.hardware / e.name for key, cell in cells.items()}
+    files = {key: folder / f"{key}.json" for key, folder in folders_of.items()}
+    measurements = {key: record.read(file) for key, file in files.items() if file.is_file()}
+    return [(next(iter(folders_of.values())), _results(e, cells, measurements, e.claims()))]
+
+
+def _reference(e: Experiment, folder: Path) -> Results:
+    found = {file.stem: record.read(file) for file in sorted(folder.glob("*.json"))}
+    if not found:
         raise ValueError(f"{folder}: no records (*.json) in it; restore them, or remove the folder")
+    measurements = {key: found[key] for key in dict.fromkeys([*e.cells(), *found]) if key in found}
     cells = {key: m.cell for key, m in measurements.items()}
     return _results(e, cells, measurements, [(key, c) for key, c in e.claims() if key in cells])
 
@@ -188,6 +201,11 @@ def series(cells: dict[str, Cell]) -> dict[str, str]:
     return named
 
 
+def series_in_order(results: Results) -> list[str]:
+    """The names of `series`, in the order in which the experiment has their cells."""
+    return list(dict.fromkeys(series(results.cells).values()))
+
+
 def setting(cell: Cell) -> str:
     """Equal for cells that differ only in the method and in whether they are compared or timed."""
     no_setting = {"gate", "timed", "timeout_s", "train"}
@@ -271,9 +289,10 @@ def wide(table: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def repeated_duels(results: Results, ours: str, peer: str) -> pd.DataFrame:
-    """Median, smallest and largest ratio of `ours` to `peer` over repetitions, by length and series."""
-    pairs = duels(wide(tidy(results)), ours, peer)
+def repeated_duels(results: Results, peer: str) -> pd.DataFrame:
+    """A row per length and series of each method beside `peer`: median, least and largest ratio over repetitions."""
+    cells = wide(tidy(results))
+    pairs = _pairs(cells[cells["method"] != peer], cells[cells["method"] == peer])
     pairs["time_ratio"] = pairs["time_ratio"].astype(float)
     by = pairs.groupby(["model", "seqlen", "series_ours"], sort=False)
     return by.agg(
@@ -294,7 +313,10 @@ def duels(cells: pd.DataFrame, ours: str, peer: str) -> pd.DataFrame:
     Columns have suffixes `_ours` and `_peer`. `peak_ratio` and `time_ratio` are ours divided by the peer's.
     Time is per token, so methods with different numbers of samples per step can be compared.
     """
-    left, right = cells[cells["method"] == ours], cells[cells["method"] == peer]
+    return _pairs(cells[cells["method"] == ours], cells[cells["method"] == peer])
+
+
+def _pairs(left: pd.DataFrame, right: pd.DataFrame) -> pd.DataFrame:
     pairs = left.merge(right, on=SAME, suffixes=("_ours", "_peer"))
     pairs["peak_ratio"] = pairs["peak_bytes_ours"] / pairs["peak_bytes_peer"]
     pairs["time_ratio"] = pairs["tokens_per_s_peer"] / pairs["tokens_per_s_ours"]

@@ -16,7 +16,9 @@ from harness.judge.compare import changes
 from harness.present import drawing
 from harness.present.drawing import DOES_NOT_FIT, svg
 from harness.present.figures.base import draw
-from harness.present.report import BAD, GOOD, finding_grid, page, simulated_grid
+from harness.present.grids.gradients import finding_grid
+from harness.present.grids.predicted import simulated_grid
+from harness.present.report import BAD, GOOD, page
 from harness.records import record
 from harness.records.record import Measurement, Outcome, settled
 from harness.records.table import Results, fresh, tidy

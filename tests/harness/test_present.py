@@ -9,7 +9,11 @@ from samples import cell, measurement
 
 from harness.cells import paths
 from harness.commands import present
+from harness.present import drawing
+from harness.present.figures.base import draw
+from harness.present.generated import pages, path_of
 from harness.records import record
+from harness.records.table import Results, fresh
 
 YAML = """question: q
 source: s
@@ -18,19 +22,12 @@ sweeps:
   - axes: {method: [{name: baseline}, {name: alst, sp: 2}]}
 figures: [headline]
 """
-README = """<!-- begin: versions -->
-<!-- end: versions -->
-<!-- begin: headline -->
+README = """<!-- begin: headline -->
 <!-- end: headline -->
-<!-- begin: results -->
-<!-- end: results -->
-<!-- begin: claims -->
-<!-- end: claims -->
-<!-- begin: correctness -->
-<!-- end: correctness -->
-<!-- begin: records -->
-<!-- end: records -->
+<!-- begin: summary -->
+<!-- end: summary -->
 """
+MEASURED = paths.REFERENCE / "measured.md"
 
 
 @pytest.fixture
@@ -67,15 +64,52 @@ def test_summary_says_where_the_report_is(
 
 
 def test_reference_renews_the_readme(checkout: Path) -> None:
-    """Promoted records are copied and drawn, and their numbers go into the README."""
+    """Promoted records are copied, drawn, and put into the README and its pages."""
     present.reference("two")
     folder = paths.REFERENCE / "cpu" / "two"
     assert len(list(folder.glob("*.json"))) == 2
-    assert "| 1K | alst |" in paths.README.read_text()
-    assert "headline.png" in paths.README.read_text()
+    assert (folder / "headline.png").is_file()
+    assert "| 1K | alst |" in MEASURED.read_text()
+    assert "cpu/two/headline.png" in MEASURED.read_text()
+    assert "results/reference/measured.md" in paths.README.read_text()
     assert present.report(check=True) == 0
     paths.README.write_text(README)
     assert present.report(check=True) == 1
+
+
+def test_a_stale_page_fails_the_check(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each is named, left as it is, and made anew when asked for."""
+    present.reference("two")
+    written = {path_of(name): path_of(name).read_text() for name in pages()}
+    assert len(written) >= 5
+    for path, text in written.items():
+        path.write_text(f"{text}a word of somebody\n")
+    assert present.report(check=True) == 1
+    said = capsys.readouterr().err
+    assert all(str(path) in said for path in written)
+    assert all(path.read_text() != text for path, text in written.items())
+    assert present.report(readme=True) == 0
+    assert {path: path.read_text() for path in written} == written
+
+
+def test_a_missing_page_fails_the_check(checkout: Path) -> None:
+    """A page that was removed is as stale as one that differs."""
+    present.reference("two")
+    MEASURED.unlink()
+    assert present.report(check=True) == 1
+
+
+def test_a_stale_figure_fails_the_check(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A figure of other records does not pass; its pixels may differ."""
+    present.reference("two")
+    path = paths.REFERENCE / "cpu" / "two" / "headline.png"
+    other = Results("two", "q", "s", ["headline"], {cell().key: cell()}, {})
+    path.write_bytes(drawing.png(draw("headline", other)))
+    assert present.report(check=True) == 1
+    assert str(path) in capsys.readouterr().err
+    results = fresh(paths.experiment("two"))
+    path.write_bytes(drawing.png(draw("headline", results), dpi=20))
+    assert present.report(check=True) == 0
 
 
 def test_reference_refuses_records_of_a_dirty_tree(checkout: Path) -> None:
@@ -86,7 +120,7 @@ def test_reference_refuses_records_of_a_dirty_tree(checkout: Path) -> None:
     with pytest.raises(ValueError, match="--dirty"):
         present.reference("two")
     present.reference("two", dirty=True)
-    assert "uncommitted changes" in paths.README.read_text()
+    assert "uncommitted changes" in MEASURED.read_text()
 
 
 def test_reference_refuses_holes(checkout: Path) -> None:

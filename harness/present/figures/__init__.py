@@ -1,1 +1,1 @@
-"""Drawings of a table; experiments name them."""
+"""Figures of an experiment, which a YAML selects by name."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import matplotlib as mpl
@@ -37,8 +37,6 @@ def draw(name: str, results: Results) -> Figure:
     return figure
 
 
-PREDICTIONS = {"deepspeed_alst": "predicted, as released", "alst": "predicted, our alst"}
-"""What the methods that stand for ALST are called beside published numbers."""
 Part = Literal["step", "mlp", "loss"]
 
 
@@ -53,6 +51,15 @@ def simulated(results: Results, part: Part = "step") -> Iterator[tuple[Cell, Sim
 def _part(cell: Cell) -> str:
     assert cell.simulation is not None
     return cell.simulation.part
+
+
+def methods_of(cells: Iterable[Cell]) -> list[str]:
+    """The methods of `cells`, in their order."""
+    return list(dict.fromkeys(cell.train.method.name for cell in cells))
+
+
+RELEASED_NOTE = "deepspeed_alst: ALST as its authors released it. alst: our own implementation."
+"""What two methods are, beside published numbers."""
 
 
 def features(cell: Cell) -> str:

@@ -8,19 +8,15 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from harness.cells.units import percent_text, tokens_text
 from harness.judge.claims import Evidence, evidence
 from harness.present import drawing
-from harness.present.figures.base import features
+from harness.present.figures.base import RELEASED_NOTE, features
 from harness.records.table import NOT_SIMULATED, Results
 
 TABLES = "alst_baseline_vs_alst"
-METHODS = ("baseline", "deepspeed_alst", "alst")
-SERIES = ("baseline", "ALST as released", "our alst")
 
 
 def _series(results: Results, e: Evidence) -> str:
-    cell = results.cells[e.key]
-    if cell.train.method.name == "alst":
-        return SERIES[2]
-    return SERIES[0] if features(cell) == "baseline" else SERIES[1]
+    """`baseline` where no feature of ALST is on, else the method."""
+    return "baseline" if features(results.cells[e.key]) == "baseline" else e.method
 
 
 def draw(results: Results) -> Figure:
@@ -28,16 +24,16 @@ def draw(results: Results) -> Figure:
     tables = {key for key, claim in results.claims if claim.table == TABLES}
     lengths = [e for e in evidence([results]) if e.quantity == "longest_tokens" and e.key in tables]
     sizes = sorted({results.cells[e.key].train.world_size for e in lengths})
-    palette = drawing.palette(METHODS)
-    colours = dict(zip(SERIES, (palette[method] for method in METHODS), strict=True))
+    shown = list(dict.fromkeys(_series(results, e) for e in lengths))
+    colours = drawing.palette(shown)
     figure = Figure(figsize=(8.6, 4.6), layout="constrained")
     axes = figure.subplots()
     if not lengths:
         drawing.say(axes, NOT_SIMULATED)
     for e in lengths:
         name = _series(results, e)
-        x = sizes.index(results.cells[e.key].train.world_size) + 0.27 * (SERIES.index(name) - 1)
-        if name != SERIES[2]:
+        x = sizes.index(results.cells[e.key].train.world_size) + 0.3 * (shown.index(name) - 1)
+        if not e.is_ours:
             drawing.point(axes, x - 0.04, e.published, colours[name], "published")
         if e.predicted and e.error is not None:
             text = f"{tokens_text(e.predicted)}\n{percent_text(e.error)}\n{e.limit}"
@@ -51,9 +47,12 @@ def draw(results: Results) -> Figure:
     axes.margins(y=0.1)
     axes.set_ylabel("longest sequence [tokens]")
     handles = [drawing.handle("published", drawing.INK, "published")]
-    handles += [drawing.handle(f"predicted, {n}", colours[n], "predicted") for n in SERIES]
+    handles += [drawing.handle(f"predicted, {n}", colours[n], "predicted") for n in shown]
     title = "Longest sequence of Llama-8B with and without ALST"
     return drawing.frame(figure, results, title, handles, NOTE)
 
 
-NOTE = "Beside each prediction: its length, its error against the published one, what stops it."
+NOTE = (
+    "Beside each prediction: its length, its error against the published length, what stops a longer one. "
+    + RELEASED_NOTE
+)

@@ -12,12 +12,12 @@ from harness.present.figures.base import simulated
 from harness.records.table import NOT_SIMULATED, Results
 
 Numbers = tuple[float, float, float | None, float | None]
-"""KiB per token of a rank; GiB on a node's host; FLOPs over those that training needs; MiB between GPU and
-host per token."""
+"""KiB per token of a rank; GiB on the host of a node; FLOPs over the FLOPs that training needs; MiB per token
+between GPU and host."""
 
 
 def _label(cell: Cell) -> str:
-    """Method and what differs from its defaults."""
+    """Method, and the options that are not at their defaults."""
     method = cell.train.method
     options = {k: v for k, v in method.options.items() if (k, v) != ("sp", 1)}
     return ", ".join([method.name, *options_text(options)])
@@ -75,6 +75,6 @@ PANELS = (
     "MiB per token\nbetween GPU and host",
 )
 NOTE = (
-    "On a phantom device: PyTorch's own CUDA build and allocator. Bytes are the slope over the next two per cent "
-    "of length. No group count: one query head at a time. deepspeed_alst: ALST as released."
+    "On a phantom device: PyTorch's own CUDA build and allocator. KiB per token: bytes that two per cent more tokens add, "
+    "per token. layerwise without a number of groups runs one query head at a time. deepspeed_alst: ALST as released."
 )

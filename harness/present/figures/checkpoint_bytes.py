@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from harness.cells.units import bytes_text, tokens_text
+from harness.judge.claims import OURS
 from harness.present import drawing
 from harness.present.figures.base import simulated
 from harness.records.published import look_up
@@ -16,13 +17,13 @@ PUBLISHED_TOKENS = 125_000
 
 
 def draw(results: Results) -> Figure:
-    """The traced step's host bytes on one GPU, and the paper's arithmetic for one length."""
+    """Host bytes of one GPU as the phantom device reads them, and the paper's count for one length."""
     points = sorted(
         (cell.train.seqlen, s.checkpoint_bytes, s.fits)
         for cell, s in simulated(results)
         if cell.train.world_size == 1 and s.timeline is None and s.checkpoint_bytes
     )
-    colour = drawing.palette(["alst"])["alst"]
+    colour = drawing.palette([OURS])[OURS]
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
     if not points:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from harness.present import drawing
-from harness.records.table import NOT_MEASURED, Results, measured_part, tidy, wide
+from harness.records.table import NOT_MEASURED, Results, measured_part, series_in_order, tidy, wide
 
 
 def draw_panel(
@@ -31,11 +31,12 @@ def draw_panel(
 def draw_grid(results: Results, metric: str, title: str, note: str = "") -> Figure:
     """`metric` against length: a row of panels per model, a column per number of ranks.
 
-    A pair of model and ranks that the sweep does not have leaves its place empty.
+    The place of a pair of model and ranks that the sweep does not have is empty.
     """
-    cells = wide(tidy(measured_part(results)))
+    results = measured_part(results)
+    cells = wide(tidy(results))
     models, sizes = list(dict.fromkeys(cells["model"])), sorted(set(cells["world_size"]))
-    colours = drawing.palette(cells["series"])
+    colours = drawing.palette(series_in_order(results))
     lengths = sorted(set(cells["seqlen"]))
     panels = drawing.panels(models, sizes)
     for (model, size), axes in panels.axes.items():

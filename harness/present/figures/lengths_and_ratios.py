@@ -1,4 +1,4 @@
-"""Longest sequences of a paper, and how many times that of its unsplit model: published and predicted."""
+"""Longest sequences of a paper, and their ratios to the longest of the unsplit model: published and predicted."""
 
 from __future__ import annotations
 
@@ -74,4 +74,4 @@ def draw(results: Results) -> Figure:
     return drawing.frame(figure, results, "Longest sequences on one GPU", handles, NOTE)
 
 
-NOTE = "Beside each prediction: its error against the published one. Rows without a length were published as ratios alone."
+NOTE = "Beside each prediction: its error against the published number. A row without a length was published as a ratio alone."

@@ -9,7 +9,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from harness.cells.units import tokens_text
 from harness.judge.claims import evidence
 from harness.present import drawing
-from harness.present.figures.base import PREDICTIONS, features, simulated
+from harness.present.figures.base import RELEASED_NOTE, features, methods_of, simulated
 from harness.records.table import NOT_SIMULATED, Results
 
 SIGNS = {"gpu_memory": "", "host_memory": "h", "index_range": "i", "heads": "s", "none": ""}
@@ -17,7 +17,7 @@ SIGNS = {"gpu_memory": "", "host_memory": "h", "index_range": "i", "heads": "s",
 
 
 def _predictions(results: Results, model: str, method: str) -> list[tuple[int, int, str]]:
-    """(GPUs, longest tokens, sign of the limit), ascending; settings without ALST are another figure's."""
+    """(GPUs, longest tokens, sign of the limit), ascending. Settings without ALST are left out."""
     found = [
         (cell.train.world_size, s.search.longest_tokens, SIGNS[s.search.limit])
         for cell, s in simulated(results)
@@ -30,20 +30,20 @@ def _predictions(results: Results, model: str, method: str) -> list[tuple[int, i
 
 
 def _draw_model(axes: Axes, results: Results, model: str, colours: dict[str, str]) -> None:
-    for method in PREDICTIONS:
+    for place, (method, colour) in enumerate(colours.items()):
         points = [p for p in _predictions(results, model, method) if p[1]]
         sizes, longest = [n for n, _, _ in points], [tokens for _, tokens, _ in points]
-        axes.plot(sizes, longest, color=colours[method], **drawing.MARKS["predicted"])
+        axes.plot(sizes, longest, color=colour, **drawing.MARKS["predicted"])
         for n, tokens, sign in points:
             axes.annotate(
                 sign,
                 (n, tokens),
-                xytext=(0, 6 if method == "alst" else -13),
+                xytext=(0, 6 if place else -13),
                 textcoords="offset points",
                 ha="center",
                 fontsize=8,
                 fontweight="bold",
-                color=colours[method],
+                color=colour,
             )
     stars = {
         results.cells[e.key].train.world_size: e.published
@@ -55,9 +55,7 @@ def _draw_model(axes: Axes, results: Results, model: str, colours: dict[str, str
     axes.plot(
         list(stars), list(stars.values()), color=drawing.INK, zorder=4, **drawing.MARKS["published"]
     )
-    sizes = sorted(
-        {n for method in PREDICTIONS for n, _, _ in _predictions(results, model, method)}
-    )
+    sizes = sorted({n for method in colours for n, _, _ in _predictions(results, model, method)})
     unpublished = [n for n in sizes if n not in stars]
     axes.set_title(model)
     axes.set_xscale("log", base=2)
@@ -69,9 +67,10 @@ def _draw_model(axes: Axes, results: Results, model: str, colours: dict[str, str
 
 
 def draw(results: Results) -> Figure:
-    """Published lengths as stars, predictions as diamonds; `h` where host memory is what stops."""
-    models = list(dict.fromkeys(c.train.model for c, s in simulated(results) if s.search))
-    colours = drawing.palette(PREDICTIONS)
+    """Published lengths as stars, predictions as diamonds; a letter says what stops a prediction."""
+    searched = [cell for cell, s in simulated(results) if s.search]
+    models = list(dict.fromkeys(cell.train.model for cell in searched))
+    colours = drawing.palette(methods_of(searched))
     figure = Figure(figsize=(max(3.1 * len(models), 6.2), 4.1), layout="constrained")
     grid = figure.subplots(1, max(len(models), 1), sharey=True, squeeze=False)[0]
     if not models:
@@ -80,13 +79,12 @@ def draw(results: Results) -> Figure:
         _draw_model(axes, results, model, colours)
     grid[0].set_ylabel("longest sequence [tokens]")
     handles = [drawing.handle("published", drawing.INK, "published")]
-    handles += [
-        drawing.handle(text, colours[name], "predicted") for name, text in PREDICTIONS.items()
-    ]
+    handles += [drawing.handle(f"predicted, {m}", c, "predicted") for m, c in colours.items()]
     return drawing.frame(figure, results, "Longest sequence by number of GPUs", handles, NOTE)
 
 
 NOTE = (
-    "GPU memory is what stops a prediction, but h: host memory of the node (1.9 TB), i: range of a "
-    "32-bit kernel index. * not published: predicted only. The recipe of 70B on 8 GPUs keeps checkpoints on the GPU."
+    "GPU memory stops a prediction, unless a letter says otherwise: h is host memory of the node (1.9 TB), i the range of a "
+    "32-bit kernel index, s the number of heads. *: no length is published. The recipe of 70B on 8 GPUs keeps checkpoints on the GPU. "
+    + RELEASED_NOTE
 )

@@ -1,4 +1,4 @@
-"""Loss and gradient norm with and without sequence parallelism on the same data, differences below."""
+"""Loss and gradient norm with and without sequence parallelism on the same data, and their differences."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from harness.cells.cell import Cell
 from harness.cells.units import length_text
 from harness.present import drawing
+from harness.present.figures.base import methods_of
 from harness.records.record import Measurement
 from harness.records.table import Results, tidy, wide
 
@@ -59,9 +60,10 @@ def pairings(results: Results) -> Iterator[tuple[str, Pairing]]:
 
 def _pair(results: Results, group: pd.DataFrame) -> Pairing | None:
     whole = group[(group["sp"] == 1) & (group["method"] == "baseline")]
+    order = methods_of(results.cells.values())
     sharded = group[group["sp"] > 1].sort_values(
         ["method", "sp"],
-        key=lambda column: column.map(drawing.rank) if column.name == "method" else column,
+        key=lambda column: column.map(order.index) if column.name == "method" else column,
     )
     if whole.empty or sharded.empty:
         return None
@@ -72,12 +74,12 @@ def _pair(results: Results, group: pd.DataFrame) -> Pairing | None:
 
 
 def _name(row: pd.Series) -> str:
-    """What tells the runs of this figure apart: batches differ so that samples do not."""
+    """Method and degree: the runs of this figure differ in nothing else but the batch size, so that their samples agree."""
     return f"{row['method']} sp={row['sp']}" if row["sp"] > 1 else str(row["method"])
 
 
 def _draw_cosines(axes: Axes, pairing: Pairing, colours: dict[str, str]) -> None:
-    """1 - cosine of each run's whole gradient and the stock model's at that run's weights."""
+    """1 - cosine between the whole gradient of a run and that of the stock model with the weights of the run."""
     runs = {"baseline": [pairing.whole], **pairing.sharded}
     for name, measurements in runs.items():
         for run in measurements:
@@ -105,7 +107,7 @@ def _draw_pair(
     read: Callable[[Measurement], list[float]],
     colours: dict[str, str],
 ) -> None:
-    """What `read` gives of every run by step in `upper`, each run less the unsharded one in `lower`."""
+    """`upper`: what `read` gives of every run, by step. `lower`: the same less the unsharded run."""
     truth = read(pairing.whole)
     steps = range(1, len(truth) + 1)
     upper.plot(steps, truth, color=colours["baseline"], linewidth=8, alpha=0.3)
@@ -126,7 +128,7 @@ def _draw_pair(
 
 
 def draw(results: Results) -> Figure:
-    """Per model, losses and gradient norms of all runs on the same data, each less the unsharded one's."""
+    """A column per model: losses and gradient norms of all runs on the same data, and their differences."""
     pairs = list(pairings(results))
     cells = wide(tidy(results))
     cells["series"] = [_name(row) for _, row in cells.iterrows()]
@@ -146,8 +148,8 @@ def draw(results: Results) -> Figure:
     for row, label in enumerate(LABELS):
         grid[row][0].set_ylabel(label)
     note = (
-        "Wide grey line: stock model, unsharded. Differences: each run less that one. Last: the whole gradient "
-        "of a run beside the stock model's in fp64, with the run's weights of that step and the same samples."
+        "Wide grey line: stock model, unsharded. Differences: each run less that line. Last row: the whole gradient of a "
+        "run against that of the stock model in fp64, with the weights of the run at that step and the same samples."
     )
     title = "Loss with and without sequence parallelism"
     cells = cells.assign(gate="passed")  # the losses are the comparison here

@@ -55,7 +55,7 @@ def _draw_pair(axes: Axes, twin: Twin, rows: list[str], colours: dict[str, str])
 
 
 NOTE = (
-    "Predicted: on a phantom device, by PyTorch's own CUDA build and allocator. Allocated has to be equal to the byte at "
-    "equal versions of torch. Reserved depends on when streams pass, which a phantom device does not know. NVML: reserved "
-    "and what lies outside, modelled. Percentages: predicted over measured, less one."
+    "Predicted: on a phantom device, by PyTorch's own CUDA build and allocator. Allocated bytes have to be equal "
+    "at equal versions of torch. Reserved bytes depend on the timing of streams, which a phantom device does not know. NVML: "
+    "reserved bytes plus a modelled constant. Percentages: predicted over measured, less one."
 )

@@ -30,7 +30,7 @@ Rows = dict[str, tuple[Cell, Simulated]]
 
 
 def _by_gpus(results: Results) -> dict[int, Rows]:
-    """By number of GPUs: the cells that looked for the longest sequence."""
+    """By number of GPUs: the cells that searched for the longest sequence."""
     found: dict[int, Rows] = {}
     for cell, s in simulated(results):
         if s.search and s.prediction:
@@ -55,12 +55,12 @@ def _cost(_: Cell, s: Simulated) -> tuple[float, str]:
 
 
 def _any_fits(_: Cell, s: Simulated) -> bool:
-    """Whether any length does."""
+    """Whether any length fits."""
     return s.search is not None and s.search.longest_tokens > 0
 
 
 def _fits(_: Cell, s: Simulated) -> bool:
-    """Whether the step does whose bytes are counted."""
+    """Whether the step fits whose bytes are counted."""
     return s.fits
 
 
@@ -123,6 +123,6 @@ def _finish_axis(axes: Axes, text: Callable[[float], str], base: int, room: int)
 
 NOTE = (
     "Beside each length: what stops a longer one, and how many ranks share a sample by ring (cp) and by heads "
-    "(sp). Methods without either have a sample on each GPU; on one GPU ring and usp are alst. The cost is the "
-    "slope over the next two per cent of length, on a phantom device: PyTorch's own CUDA build and allocator."
+    "(sp). Methods without either have a sample on each GPU; on one GPU ring and usp are alst. Cost: bytes that "
+    "two per cent more tokens add, per token. On a phantom device: PyTorch's own CUDA build and allocator."
 )

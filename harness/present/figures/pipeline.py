@@ -1,4 +1,4 @@
-"""A pipeline's schedule with and without slices, and its bytes and speed beside the published ones."""
+"""The schedule of a pipeline with and without slices; its bytes and speed, published and predicted."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ FORWARD = ("#cfe0f3", "#a9c8e8", "#82afdb", "#5b94cc")
 BACKWARD = ("#f6d7c3", "#efbb98", "#e79f6f", "#dd8146")
 """By slice."""
 NOTE = (
-    "Schedules: 7B at 32K as in the throughput table, every unit as long as modelled; what is white waits. Degrees "
-    "of parallelism are published for 30B alone, the others are inferred. Beside a prediction: its error."
+    "Schedules: 7B at 32K as in the throughput table, durations are modelled, white is waiting. "
+    "Degrees of parallelism are published for 30B and inferred for the others. Beside a prediction: its error."
 )
 SCHEDULES = ("1F1B", "Seq1F1B")
 
@@ -33,7 +33,7 @@ def draw(results: Results) -> Figure:
     layout: list[Any] = [["1F1B"] * 5, ["Seq1F1B"] * 5, ["bytes"] * 3 + ["speed"] * 2]
     axes = figure.subplot_mosaic(layout, height_ratios=[1, 1, 2.6])
     found = [e for e in evidence([results]) if _slices(results.cells[e.key]) is not None]
-    colours = {name: drawing.palette(["baseline", *SCHEDULES])[name] for name in SCHEDULES}
+    colours = drawing.palette(SCHEDULES)
     _draw_schedules(axes, results, found)
     _draw_numbers(
         axes["bytes"], results, [e for e in found if e.quantity == "device_bytes"], colours, _size
@@ -57,7 +57,7 @@ def draw(results: Results) -> Figure:
 
 
 def _slices(cell: Cell) -> int | None:
-    """Of a cell whose schedule is played."""
+    """The slices of a cell whose schedule is played; None for any other cell."""
     if cell.traits.executes:
         return None
     return int(cell.train.method.options.get("slices", 4))
@@ -68,7 +68,7 @@ def _schedule(cell: Cell) -> str:
 
 
 def _draw_schedules(axes: dict[str, Axes], results: Results, found: list[Evidence]) -> None:
-    """The first claimed throughput of each schedule, drawn on one scale of time."""
+    """The first cell of each schedule that stands for a published throughput, on one scale of time."""
     latest = 0.0
     for name in SCHEDULES:
         cells = [results.cells[e.key] for e in found if e.quantity == "tokens_per_second"]
@@ -83,7 +83,7 @@ def _draw_schedules(axes: dict[str, Axes], results: Results, found: list[Evidenc
 
 
 def _draw_schedule(axes: Axes, name: str, cell: Cell) -> float:
-    """A row of units for each stage; returns when the last one ends."""
+    """A row of units for each stage; returns the end of the last unit."""
     assert cell.simulation is not None
     s = pipelines.staged(cell.train, cell.simulation.tp, cell.hardware)
     played = pipelines.played(s)

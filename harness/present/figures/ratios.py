@@ -1,26 +1,27 @@
-"""`layerwise` beside `alst`, run in turn: how much less memory, and how much time, with spread."""
+"""Methods beside `alst`, run in turn: ratios of memory and of time, with their spread."""
 
 from __future__ import annotations
 
 from matplotlib.figure import Figure
 
 from harness.cells.units import length_text, ratio_text
+from harness.judge.claims import OURS
 from harness.present import drawing
+from harness.present.figures.base import methods_of
 from harness.records.table import NOT_MEASURED, Results, repeated_duels
-
-OURS, PEER = "layerwise", "alst"
 
 
 def draw(results: Results) -> Figure:
     """A row per length and set of options; a bar spans the repetitions, the mark is their median."""
-    rows = repeated_duels(results, OURS, PEER)
+    methods = [method for method in methods_of(results.cells.values()) if method != OURS]
+    rows = repeated_duels(results, OURS)
     names = list(dict.fromkeys(rows["series_ours"]))
     colours = drawing.palette(names)
     figure = Figure(figsize=(9, 1.6 + 0.42 * max(len(rows), 2)), layout="constrained")
     for axes, column, title in zip(
         figure.subplots(1, 2, sharey=True),
         ("peak", "time"),
-        (f"peak live bytes, {PEER} = 1", f"time of a step, {PEER} = 1"),
+        (f"peak live bytes, {OURS} = 1", f"time of a step, {OURS} = 1"),
         strict=True,
     ):
         for place, (_, row) in enumerate(rows.iterrows()):
@@ -33,7 +34,8 @@ def draw(results: Results) -> Figure:
                 linewidth=4,
                 alpha=0.4,
             )
-            drawing.point(axes, row[column], place, colour, "measured", ratio_text(row[column]))
+            text = ratio_text(row[column])
+            drawing.point(axes, row[column], place, colour, "measured", text, ink=drawing.INK)
         axes.axvline(1, color=drawing.FAINT, linewidth=1)
         axes.margins(x=0.2)
         axes.set_xlim(left=0)
@@ -49,10 +51,10 @@ def draw(results: Results) -> Figure:
         if rows.empty:
             drawing.say(axes, NOT_MEASURED)
     handles = [drawing.handle(name, colours[name], "measured") for name in names]
-    return drawing.frame(figure, results, f"{OURS} beside {PEER}", handles, NOTE)
+    return drawing.frame(figure, results, f"{', '.join(methods)} beside {OURS}", handles, NOTE)
 
 
 NOTE = (
-    "Each repetition runs every method once, one after the other, and is compared with itself: median of its "
-    "steps over median of the other's. Mark: median over repetitions; bar: least to largest."
+    "Each repetition runs every method once, one after the other. A ratio is of one repetition: the median step of "
+    "a method over that of alst. Mark: median over repetitions. Bar: least to largest."
 )

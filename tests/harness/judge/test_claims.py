@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from samples import cell
+from samples import cell, claim
 from samples import searched as simulated
 
 from harness.cells import paths
@@ -15,7 +15,7 @@ from harness.cells.experiment import load_experiment
 from harness.cells.prediction import Holding
 from harness.commands import claims as command
 from harness.commands import gpu, present
-from harness.judge.claims import Verdict, evidence, judge
+from harness.judge.claims import Verdict, count, evidence, judge
 from harness.judge.compare import Change, changes, grown
 from harness.records import record
 from harness.records.published import look_up
@@ -58,7 +58,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Measurement:
     record.write_text(paths.experiment("told"), YAML)
     record.write_text(paths.published("told"), TABLE)
     record.write_text(paths.published("records"), RECORDS)
-    blocks = ("versions", "headline", "results", "correctness", "claims", "records")
+    blocks = ("headline", "summary")
     record.write_text(
         paths.README, "".join(f"<!-- begin: {b} -->\n<!-- end: {b} -->\n" for b in blocks)
     )
@@ -88,6 +88,37 @@ def test_a_verdict_follows_from_the_error(
 ) -> None:
     """Up to ten per cent either way is reproduced. Only a length can be longer."""
     assert judge(quantity, 100.0, ours) is verdict
+
+
+@pytest.mark.parametrize(
+    ("error", "quantity", "counted"),
+    [
+        (0.029, "step_seconds", (1, 1, 1, 0, 0)),
+        (-0.029, "longest_tokens", (1, 1, 1, 0, 0)),
+        (0.031, "longest_tokens", (0, 1, 1, 0, 0)),
+        (-0.049, "device_bytes", (0, 1, 1, 0, 0)),
+        (0.099, "longest_tokens", (0, 0, 1, 0, 0)),
+        (0.11, "longest_tokens", (0, 0, 0, 1, 0)),
+        (0.11, "longest_ratio", (0, 0, 0, 1, 0)),
+        (0.11, "step_seconds", (0, 0, 0, 0, 1)),
+        (-0.11, "longest_tokens", (0, 0, 0, 0, 1)),
+    ],
+)
+def test_a_number_counts_within_every_bound_that_holds_it(
+    error: float, quantity: Any, counted: tuple[int, ...]
+) -> None:
+    """Within 3, 5 and 10 %; beyond, a length that is longer is counted as longer and not as an error."""
+    found = count([claim(error, quantity=quantity)])
+    assert (*found.within.values(), found.longer, found.refuted) == counted
+    assert list(found.within) == [0.03, 0.05, 0.10]
+    assert (found.judged, found.absent, found.fitted) == (1, 0, 0)
+
+
+def test_fitted_and_absent_numbers_count_nowhere_else() -> None:
+    """What a constant was fitted on is no evidence, and what has no record is not judged."""
+    found = count([claim(0.0, fitted=True), claim(None, fitted=True), claim(None), claim(0.2)])
+    assert (found.judged, found.longer, found.absent, found.fitted) == (1, 1, 1, 2)
+    assert set(found.within.values()) == {0}
 
 
 def test_every_committed_claim_finds_its_published_number(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,7 +338,7 @@ def test_a_reference_is_replaced_with_a_reason_and_not_in_ci(
     """Changed numbers need a reason, which is kept with the difference. CI may not replace them."""
     keep(checkout, paths.cells("told"))
     present.reference("told")
-    assert "| one |" in paths.README.read_text()
+    assert "| one |" in (paths.REFERENCE / "claims.md").read_text()
     keep(simulated(checkout.cell, longest=2_000), paths.cells("told"))
     with pytest.raises(ValueError, match="say why with --reason"):
         present.reference("told")

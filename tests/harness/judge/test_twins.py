@@ -11,7 +11,9 @@ from samples import cuda_cell, cuda_measurement, gpu_sweep, simulated, twin_of
 from harness.cells import paths
 from harness.commands import gpu as gpu_command
 from harness.judge.twins import torch_versions, twins
-from harness.present.report import section, summary, twin_grid
+from harness.present.grids.measured import summary
+from harness.present.grids.predicted import twin_grid
+from harness.present.report import section
 from harness.records import record
 from harness.records.metrics import value_of
 from harness.records.record import Measurement

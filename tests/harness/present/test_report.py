@@ -1,4 +1,4 @@
-"""Tables to the report and the README."""
+"""Tables and the report."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from samples import cell, measurement, sweep
 
 from harness.cells import paths
 from harness.cells.units import bytes_text, length_text, seconds_text
-from harness.commands import present
 from harness.present import drawing, report
 from harness.present.figures.base import draw
-from harness.present.report import headline_grid, page, readme_blocks, time_verdict, with_blocks
+from harness.present.grids.gradients import finding_grid
+from harness.present.grids.measured import headline_grid, summary, time_verdict
+from harness.present.report import page
 from harness.records.table import Results, duels, tidy, wide
 
 ROOT = Path(__file__).parents[3]
@@ -94,35 +95,11 @@ def test_headline_is_the_longest_series_beside_ours() -> None:
     assert grid.rows[0][3] == "1.60x"
 
 
-def test_blocks_are_replaced_between_their_markers() -> None:
-    """What a person wrote around a block stays."""
-    text = "a\n<!-- begin: x -->\nold\n<!-- end: x -->\nb"
-    assert with_blocks(text, {"x": "new"}) == "a\n<!-- begin: x -->\nnew\n<!-- end: x -->\nb"
-
-
-def test_a_block_without_markers_is_an_error() -> None:
-    """Generated text never vanishes unseen."""
-    with pytest.raises(ValueError, match="begin: x"):
-        with_blocks("nothing", {"x": "new"})
-
-
-def test_readme_has_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The README takes what is generated, with records and without."""
-    text = (ROOT / "README.md").read_text()
-    for references in ([], [sweep()]):
-        with_blocks(text, readme_blocks(references))
-
-
-def test_readme_is_in_step_with_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`alst report --readme` would change nothing."""
-    monkeypatch.chdir(ROOT)
-    assert present.report(check=True) == 0
-
-
 def test_presentation_imports_no_torch() -> None:
     """Tables, figures and reports are made on machines without it."""
     code = (
-        "import sys, harness.present.report, harness.present.figures.base, harness.commands.present; "
+        "import sys, harness.present.report, harness.present.generated, harness.commands.present; "
+        "harness.present.generated.pages(); "
         "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'deepspeed')))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False)
@@ -142,7 +119,7 @@ def test_units_for_people() -> None:
 
 def test_summary_counts_both_ways() -> None:
     """The summary names each peer with how often the peak was lower; wrong gradients do not count."""
-    text = report.summary(sweep())
+    text = summary(sweep())
     assert "Against deepspeed_alst: peak lower in 15 of 15" in text
     assert "Not counted: 2 with gradients wrong" in text
     assert "Against baseline: peak lower in 17 of 17" in text
@@ -150,7 +127,7 @@ def test_summary_counts_both_ways() -> None:
 
 def test_findings_show_how_gradients_differ() -> None:
     """Of cells that did not pass: the spread of ratios, the least cosine; passed ones are left out."""
-    found = report.finding_grid(sweep()).rows
+    found = finding_grid(sweep()).rows
     wrong = [row for row in found if row[3] == "wrong_gradient"]
     assert wrong
     assert all(row[4:6] == ["1 to 1.01", "0.99"] for row in wrong)

@@ -5,19 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from samples import cell, failure, measurement, sweep
+from samples import cell, failure, measurement, searched, sweep
 
+from harness.cells import paths
+from harness.cells.experiment import load_experiment
 from harness.records import record
 from harness.records.metrics import METRICS
 from harness.records.record import Outcome
 from harness.records.table import (
     NOT_MEASURED,
     Results,
+    committed,
     duels,
     fresh,
     gates,
     repeated_duels,
     series,
+    series_in_order,
     tidy,
     wide,
 )
@@ -157,7 +161,7 @@ def test_a_repetition_is_compared_with_itself() -> None:
             cells[each.key] = each
             measurements[each.key] = measurement(each, speed * machine, peak=peak)
     results = Results("sample", "", "", [], cells, measurements)
-    (row,) = repeated_duels(results, "layerwise", "alst").to_dict("records")
+    (row,) = repeated_duels(results, "alst").to_dict("records")
     assert row["repetitions"] == 3
     assert (row["peak_low"], row["peak"], row["peak_high"]) == (0.5, 0.5, 0.5)
     for name in ("time_low", "time", "time_high"):
@@ -168,3 +172,56 @@ def test_a_cell_without_repetitions_keeps_its_key() -> None:
     """Records from before there were any are found; two repetitions are two records."""
     assert cell().key == cell(repetition=0).key
     assert len({cell(repetition=n).key for n in range(3)}) == 3
+
+
+MIXED = """question: q
+source: s
+sweeps:
+  - base: {model: tiny-llama, world_size: 2, seqlen: 1024}
+    axes: {method: [{name: ring, cp: 2}, {name: baseline}, {name: alst, sp: 2}]}
+"""
+PREDICTED = """question: q
+source: s
+base: {model: tiny-llama, seqlen: 1_000, world: phantom, engine: fsdp2}
+sweeps:
+  - axes: {hardware: [h200-141gb, h100-80gb], method: [mst, alst]}
+"""
+
+
+def test_committed_cells_come_in_the_order_of_the_experiment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those with a record; the names of files say nothing of it."""
+    monkeypatch.chdir(tmp_path)
+    path = paths.experiment("mixed")
+    record.write_text(path, MIXED)
+    cells = load_experiment(path).cells()
+    folder = paths.REFERENCE / "cpu" / "mixed"
+    for key, each in cells.items():
+        record.write(folder / f"{key}.json", measurement(each))
+    ((where, found),) = committed(path)
+    assert (where, series_in_order(found)) == (folder, ["ring", "baseline", "alst"])
+    (folder / f"{next(iter(cells))}.json").unlink()
+    assert series_in_order(committed(path)[0][1]) == ["baseline", "alst"]
+    for key in list(cells)[1:]:
+        (folder / f"{key}.json").unlink()
+    with pytest.raises(ValueError, match="no records"):
+        committed(path)
+
+
+def test_forecasts_of_all_hardware_are_one_with_records_and_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cell without a record is there, and so is an experiment without any."""
+    monkeypatch.chdir(tmp_path)
+    path = paths.experiment("told")
+    record.write_text(path, PREDICTED)
+    cells = load_experiment(path).cells()
+    ((_, none),) = committed(path)
+    assert (list(none.cells), none.measurements) == (list(cells), {})
+    for key, each in list(cells.items())[1:]:
+        record.write(paths.REFERENCE / each.hardware / "told" / f"{key}.json", searched(each))
+    ((folder, found),) = committed(path)
+    assert folder == paths.REFERENCE / "h200-141gb" / "told"
+    assert list(found.cells) == list(cells)
+    assert list(found.measurements) == list(cells)[1:]

@@ -1,0 +1,1 @@
+"""Tables ready to print: from results to headings and rows of text."""

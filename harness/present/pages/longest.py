@@ -1,0 +1,43 @@
+"""The longest sequences of Llama-8B."""
+
+from __future__ import annotations
+
+from harness.cells.units import tokens_text
+from harness.present.grids.base import Grid
+from harness.present.lengths import Length, beside_published, plain, predicted
+from harness.present.pages.base import Committed
+from harness.present.render import render
+
+HEADINGS = ["GPUs", "system", "tokens", "kind", "hardware", "host per node", "stopped by", "source"]
+
+
+def page(c: Committed) -> str:
+    """Published lengths beside ours, and the figures of experiments that look for lengths only."""
+    found = beside_published([k.results for k in c.forecasts])
+    return render(
+        "longest.md",
+        lengths=Grid(HEADINGS, [_row(each) for each in found]),
+        absent=[method for method, sizes in plain(found).items() if not sizes],
+        images=[k.shown() for k in c.forecasts if k.is_search_alone],
+    )
+
+
+def _row(each: Length) -> list[str]:
+    kind = "published" if each.is_published else "predicted"
+    near = "" if each.is_exact else " (gradients are near, not exact)"
+    where = [each.hardware, each.host, each.limit.replace("_", " "), each.source]
+    return [str(each.num_gpus), each.system + near, tokens_text(each.tokens), kind, *where]
+
+
+def summary(c: Committed) -> list[tuple[str, str]]:
+    """The length of each of our methods by number of GPUs, without options."""
+    found = predicted(k.results for k in c.forecasts)
+    return [
+        (f"longest sequence of Llama-8B, `{method}` (predicted)", _by_gpus(sizes))
+        for method, sizes in plain(found).items()
+    ]
+
+
+def _by_gpus(sizes: dict[int, Length]) -> str:
+    words = [f"{tokens_text(e.tokens)} on {n} GPU{'s' * (n > 1)}" for n, e in sizes.items()]
+    return ", ".join(words) or "no record yet"
