@@ -72,7 +72,10 @@ def claims(
         _print_claims(found)
     old = [m.cell.label for each in judged for m in each.measurements.values() if stale(m)]
     if old:
-        print(f"alst: {len(old)} records are of other code; --run makes them anew", file=sys.stderr)
+        print(
+            f"alst: {len(old)} records are of other code; --run makes them again",
+            file=sys.stderr,
+        )
     absent = [each.id for each in found if each.verdict is Verdict.NOT_MEASURED]
     if absent:
         print(f"alst: {len(absent)} claims have no record: {', '.join(absent)}", file=sys.stderr)

@@ -69,7 +69,7 @@ Documents = Annotated[
 ]
 Dtype = Annotated[DType, typer.Option(help="Of parameters and activations.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of weights and data.")]
-InWorld = Annotated[World, typer.Option(help="What executes it.")]
+InWorld = Annotated[World, typer.Option(help="World that executes the step.")]
 Probes = Annotated[
     bool,
     typer.Option(

@@ -18,7 +18,7 @@ from alst_impl.config import Frozen
 from harness.cells.paths import SOURCES
 
 Accelerator = Literal["cpu", "cuda", "phantom"]
-"""What ranks compute on. A fork server serves one accelerator: DeepSpeed selects it at import, and phantom
+"""Device that ranks compute on. A fork server serves one accelerator: DeepSpeed selects it at import, and phantom
 devices need another build of PyTorch."""
 
 CONSEQUENCES = (

@@ -1,6 +1,6 @@
 """Every metric of a record: its unit, its meaning, how it is read. Imports no torch.
 
-A new metric is one more entry of `METRICS`; every record and table gets it.
+A new metric is a new entry of `METRICS`. Tables then have it for every record.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ class Metric(NamedTuple):
     meaning: str
     """One line."""
     value: Callable[[Measurement], float | None]
-    """None where the record has no such reading."""
+    """Reads a record; None if it has no such reading."""
 
 
 def _from_readings(
     choose: Callable[[Iterable[float]], float], read: Callable[[Readings], Iterable[float | None]]
 ) -> Callable[[Measurement], float | None]:
-    """`choose` over what `read` finds in a record; None where it finds nothing."""
+    """`choose` over what `read` finds in a record; None if it finds nothing."""
 
     def value(m: Measurement) -> float | None:
         found = [] if m.readings is None else [x for x in read(m.readings) if x is not None]
@@ -63,7 +63,7 @@ def _gate(r: Readings) -> list[ParameterGate]:
 
 
 def _samples(m: Measurement) -> int:
-    """Of one optimizer step, over the data-parallel ranks."""
+    """Samples of one optimizer step over the data-parallel ranks."""
     t = m.cell.train
     dp = load_method(t.method).axes(t.world_size)["dp"]
     return t.batch_size * t.accumulation * dp
@@ -169,5 +169,5 @@ METRICS = {
 
 
 def value_of(name: str, m: Measurement) -> float | None:
-    """The metric `name` of a record; None where the record has no such reading."""
+    """The metric `name` of a record; None if the record has no such reading."""
     return METRICS[name].value(m)

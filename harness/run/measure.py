@@ -1,4 +1,4 @@
-"""One cell becomes one record, in processes of its own, however it ends. Imports no torch."""
+"""Runs one cell in separate processes and makes one record of it, however the run ends. Imports no torch."""
 
 from __future__ import annotations
 

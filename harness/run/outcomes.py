@@ -1,4 +1,4 @@
-"""What a run gave becomes a record: its outcome, its readings, the gate's verdict. Imports no torch."""
+"""The record of a finished run: its outcome, its readings, the gate's verdict. Imports no torch."""
 
 from __future__ import annotations
 

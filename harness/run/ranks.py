@@ -67,7 +67,7 @@ def require_fit(cell: Cell, launch: Launch | None, *, allow_dirty: bool) -> list
 def truths(
     cells: Sequence[Cell], cache: Path, listener: Listener = client.ignore
 ) -> Iterator[list[dict[str, Any] | None]]:
-    """The truth of each of `cells`, in order, in lists of `TRUTHS_AT_ONCE`; None where it failed."""
+    """The truth of each of `cells`, in order, in lists of `TRUTHS_AT_ONCE`; None if it failed."""
     for first in range(0, len(cells), TRUTHS_AT_ONCE):
         some = cells[first : first + TRUTHS_AT_ONCE]
         ending = prepare(some, cache, listener)

@@ -1,4 +1,4 @@
-"""What figures share: finding one by name, and the cells that they show."""
+"""Shared by figures: the lookup by name, and the cells that figures show."""
 
 from __future__ import annotations
 
