@@ -44,9 +44,9 @@ else:
     }
 CELLS = {name: experiment.cells() for name, experiment in EXPERIMENTS.items()}
 ALST = f"'{sys.executable}' -m harness"
+FIGURES = sorted(map(str, Path("harness/present/figures").glob("*.py")))
 TIED = f"exec '{sys.executable}' -m harness.processes.tied {os.getpid()}"
-METRICS = [str(path) for path in Path("harness/records/metrics").glob("*.py")]
-GRIDS = [str(path) for path in Path("harness/present/grids").glob("*.py")]
+GRIDS = sorted(map(str, Path("harness/present/grids").glob("*.py")))
 
 
 def records(wildcards):
@@ -144,7 +144,7 @@ rule cell:
 rule table:
     input:
         records,
-        METRICS,
+        "harness/records/metrics.py",
         "harness/records/table.py",
     output:
         "results/tables/{name}.csv",
@@ -161,9 +161,8 @@ rule table:
 rule figure:
     input:
         records,
-        METRICS,
-        "harness/present/figures/{figure}.py",
-        "harness/present/figures/base.py",
+        "harness/records/metrics.py",
+        FIGURES,
         "harness/present/drawing.py",
         "harness/records/table.py",
     output:

@@ -1,4 +1,4 @@
-"""What decides a training run, as frozen data. Imports no torch, so sweeps expand in milliseconds."""
+"""The configuration of a training run, as frozen data. Imports no torch, so sweeps expand in milliseconds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Attention = Literal[
     "flash_attention_4",
 ]
 Precision = DType | Literal["float8_e4m3fn"]
-"""What may round a gradient: the run's dtype, or a coarser one that a method's option brings in."""
+"""The coarsest format that rounds a gradient: the run's dtype, or a coarser one that a method's option uses."""
 LabelMask = Literal["none", "prefix", "rank", "border", "imbalance", "all"]
 
 
@@ -52,48 +52,48 @@ class Spec(Frozen):
 
 
 class DataConfig(Frozen):
-    """Which tokens a run sees; with `TrainConfig.seed`, the content of every sample is fixed."""
+    """Which tokens a run trains on. Together with `TrainConfig.seed`, it fixes every sample."""
 
     corpus: str = "python-stdlib"
     """`python-stdlib` (sources of Python's own library) or a path to a text file or folder."""
     tokenizer: str = "bytes"
     """`bytes` (token = byte) or a local folder of a Hugging Face tokenizer."""
     documents: int = Field(default=1, ge=1)
-    """Documents packed into one sample, with positions that restart; 1 is one unpacked document."""
+    """Documents packed into one sample, each with positions from 0; 1 is one unpacked document."""
     mask: LabelMask = "none"
     """Which labels are ignored: see `alst_impl.data.LABEL_MASKS`."""
 
 
 class OptimizerConfig(Frozen):
-    """The update that every engine makes."""
+    """The optimizer, the same under every engine."""
 
     name: Literal["adamw", "sgd"] = "adamw"
-    """AdamW, or plain stochastic gradient descent, whose update is the gradient times a number."""
+    """AdamW, or SGD without momentum, whose update is the gradient times the learning rate."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """Constant learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of the first and second moment, of AdamW."""
+    """Decay rates of AdamW's first and second moments."""
     eps: float = 1e-8
-    """Added to the root of the second moment, of AdamW."""
+    """Added to the square root of AdamW's second moment."""
     weight_decay: float = 0.0
-    """Decoupled from the gradient under AdamW, added to it under SGD."""
+    """Decoupled weight decay under AdamW; added to the gradient under SGD."""
     max_grad_norm: float | None = Field(default=None, gt=0)
-    """Clip the global L2 norm of the gradient to this; `None` leaves gradients alone."""
+    """Clip the global L2 norm of the gradient to this value; None does not clip."""
 
 
 class LoraConfig(Frozen):
-    """Low-rank adapters beside frozen weights (arXiv:2106.09685), put in by the library peft."""
+    """Low-rank adapters beside frozen weights (arXiv:2106.09685), created by peft."""
 
     rank: int = Field(gt=0)
-    """Inner size of an adapter."""
+    """Rank of an adapter."""
     alpha: int = Field(default=16, gt=0)
     """An adapter's output is multiplied by alpha / rank."""
     targets: tuple[str, ...] = ("q_proj", "v_proj")
-    """Names of the projections that get one."""
+    """Names of the projections that get an adapter."""
 
 
 class TrainConfig(Frozen):
-    """All that decides a training run."""
+    """Everything that determines a training run."""
 
     model: str
     """Name of a published configuration in `alst_impl/models/`, or a path to a `config.json` or to
@@ -109,22 +109,22 @@ class TrainConfig(Frozen):
     batch_size: int = Field(default=1, gt=0)
     """Samples per data-parallel rank and micro-batch."""
     accumulation: int = Field(default=1, gt=0)
-    """Micro-batches per optimizer step; with a `data.mask` they hold unequal numbers of labels."""
+    """Micro-batches per optimizer step. If there are several, they hold unequal numbers of labels."""
     world_size: int = Field(default=1, gt=0)
-    """Ranks."""
+    """Number of ranks."""
     dtype: DType = "float32"
-    """Parameters and activations."""
+    """Dtype of parameters and activations."""
     attention: Attention = "sdpa"
-    """Core attention, a key of `alst_impl.ops.attention.attend.BACKENDS`: PyTorch's own choice, or one CUDA
-    kernel and no other. Models that transformers has no fused attention for (sinks, soft-caps) have under
-    `sdpa` its plain one, in method 'baseline'."""
+    """Core attention, a key of `alst_impl.ops.attention.attend.BACKENDS`.
+    With `sdpa`, PyTorch chooses the kernel; every other name is one CUDA kernel. Method 'baseline' under
+    `sdpa` uses transformers' eager attention for models without a fused one (sinks, soft-caps)."""
     lora: LoraConfig | None = None
-    """Train adapters alone; None trains every weight."""
+    """Train only adapters; None trains every weight."""
     checkpoint: bool = True
     """Activation checkpointing of every decoder layer."""
     data: DataConfig = DataConfig()
-    """The tokens."""
+    """The training data."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    """The update."""
+    """The optimizer."""
     seed: int = 0
-    """Of the initial weights and of the data."""
+    """Seed of the initial weights and of the data."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from alst_impl.config import DataConfig
 
 IGNORE_INDEX = -100
-"""Label that carries no loss, as in `torch.nn.functional.cross_entropy`."""
+"""Label that the loss ignores, as in `torch.nn.functional.cross_entropy`."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class Batch:
 
     input_ids: Tensor
     shift_labels: Tensor
-    """Label of each position, already shifted: no rank needs its neighbour's first token."""
+    """Label of each position, already shifted, so no rank needs its neighbour's first token."""
     position_ids: Tensor
     documents: tuple[tuple[int, ...], ...] | None = None
     """Lengths of each sample's packed documents over the *whole* sequence; None if unpacked."""
 
     def model_inputs(self) -> dict[str, object]:
-        """Keyword arguments of a Hugging Face causal model's `forward` that lead to a loss."""
+        """Keyword arguments for a Hugging Face causal model's `forward`, including labels for a loss."""
         inputs: dict[str, object] = {
             "input_ids": self.input_ids,
             "position_ids": self.position_ids,
@@ -46,7 +46,7 @@ class Batch:
         return inputs
 
     def num_valid(self) -> Tensor:
-        """Labels that carry loss, int64 scalar."""
+        """Number of labels that are not ignored, int64 scalar."""
         return (self.shift_labels != IGNORE_INDEX).sum()
 
     def to(self, device: torch.device) -> Batch:
@@ -60,10 +60,10 @@ class Batch:
 
 
 def shard_sequence(batch: Batch, degree: int, index: int, multiple: int = 1) -> Batch:
-    """Shard `index` of `degree` contiguous shards: [B, S] -> [B, ceil(S/P)], or the next `multiple`.
+    """Shard `index` of `degree` contiguous shards: [B, S] -> [B, ceil(S/P)], rounded up to a multiple of `multiple`.
 
-    Pads right with ignored labels first. Right padding is exact under causal attention: no real
-    token can see it. In a packed batch the padding is a document of its own.
+    Pads right first, with ignored labels. Right padding is exact under causal attention: no real token
+    attends to it. In a packed batch the padding is a document of its own.
     """
     length = batch.input_ids.shape[1]
     local = -(-length // (degree * multiple)) * multiple
@@ -89,7 +89,7 @@ def shard_sequence(batch: Batch, degree: int, index: int, multiple: int = 1) -> 
 
 
 def joined(parts: Sequence[Batch]) -> Batch:
-    """Shards of one unpacked batch as one, side by side in the order given: [B, s] each -> [B, sum of s]."""
+    """Concatenate shards of one unpacked batch in the given order: [B, s] each -> [B, sum of s]."""
     return Batch(
         input_ids=torch.cat([part.input_ids for part in parts], dim=1),
         shift_labels=torch.cat([part.shift_labels for part in parts], dim=1),
@@ -98,34 +98,34 @@ def joined(parts: Sequence[Batch]) -> Batch:
 
 
 def _all(valid: np.ndarray) -> None:
-    """Every label carries loss."""
+    """Mask nothing."""
 
 
 def _suffix(valid: np.ndarray) -> None:
-    """A prompt longer than one shard carries no loss."""
+    """Mask the first 60 %, like a prompt longer than one shard."""
     valid[: int(len(valid) * 0.6)] = False
 
 
 def _first_half(valid: np.ndarray) -> None:
-    """The last rank has not a single label, at every degree."""
+    """Mask the second half: the last rank has no label at any degree from 2 on."""
     valid[len(valid) // 2 :] = False
 
 
 def _border(valid: np.ndarray) -> None:
-    """Only labels around the middle: the border of two shards at every even degree."""
+    """Keep only labels around the middle: the border of two shards at every even degree."""
     middle = len(valid) // 2
     valid[: max(middle - 2, 0)] = False
     valid[middle + 2 :] = False
 
 
 def _imbalance(valid: np.ndarray) -> None:
-    """One label in a hundred in the first half, all in the second."""
+    """Keep one label in a hundred in the first half, and all in the second."""
     half = len(valid) // 2
     valid[:half] &= np.arange(half) % 100 == min(50, half // 2)
 
 
 def _none(valid: np.ndarray) -> None:
-    """No label at all."""
+    """Mask every label."""
     valid[:] = False
 
 
@@ -137,18 +137,18 @@ LABEL_MASKS: dict[str, Callable[[np.ndarray], None]] = {
     "imbalance": _imbalance,
     "all": _none,
 }
-"""What is masked, by name: clears entries of a bool array over positions of the shifted labels."""
+"""Label masks by name. Each clears entries of a bool array over positions of the shifted labels, in place."""
 
 UNEVEN_FRACTIONS = (1.0, 0.1, 0.5)
-"""Labels that sample i keeps in an accumulated step, by i modulo 3."""
+"""Fraction of its labels that sample i keeps in an accumulated step, by i modulo 3."""
 
 
-# Some distributions ship without the tests and installed packages differ by machine.
+# Some distributions ship without the tests, and installed packages differ between machines.
 _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
 
 
 def _sources(root: Path) -> list[Path]:
-    """Python sources below `root`; what is skipped is not even listed: it may be huge."""
+    """Python sources below `root`. Skipped folders are not even listed, because they may be huge."""
     found: list[Path] = []
     for folder, inner, names in os.walk(root):
         inner[:] = [name for name in inner if name not in _SKIPPED]
@@ -198,7 +198,7 @@ class Corpus:
         )
 
     def _document(self, length: int, rng: np.random.Generator) -> np.ndarray:
-        """`length` tokens from consecutive files, from a random place in a random file."""
+        """`length` tokens from consecutive files, starting at a random place in a random file."""
         index = int(rng.integers(len(self.files)))
         text = self.files[index].read_bytes()
         tokens = self._encode(text[int(rng.integers(max(len(text) // 2, 1))) :])

@@ -1,6 +1,6 @@
-"""ALST inside somebody's own training loop, around their own transformers model.
+"""ALST in your own training loop, for your own transformers model.
 
-The whole of it, with one process per device:
+Usage, with one process per device:
 
     mesh = init_device_mesh(device, (dp, sp), mesh_dim_names=("dp", "sp"))
     alst = enable(model, mesh)  # then DDP, fully_shard or DeepSpeed around it, or nothing
@@ -12,8 +12,8 @@ The whole of it, with one process per device:
         optimizer.zero_grad()
     model.save_pretrained(folder)
 
-Engines average gradients over all ranks, so each rank's loss is scaled for an average: the mean of the
-losses of all ranks is the mean over all valid labels, and so are the gradients.
+Engines average gradients over all ranks, so each rank's loss is scaled for that: averaged over ranks, losses
+and gradients are those of the mean over all valid labels.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from alst_impl.placement import Evidence, Placement
 from alst_impl.safeguards import StepLabels
 
 TOLD_NAMES = 3
-"""Parameters that a warning names."""
+"""Maximum number of parameters that a warning names."""
 
 
 class Shard:
-    """What `shard` tells the model's forward beside the tensors. Engines pass on what they do not know."""
+    """What `shard` passes to the model's forward beside tensors, in a class that engines pass on unchanged."""
 
     def __init__(self, num_labels: int, num_items: int, divisor: Tensor) -> None:
         self.num_labels, self.num_items, self.divisor = num_labels, num_items, divisor
@@ -54,10 +54,10 @@ class Shard:
 
 @dataclass
 class _Guard:
-    """What an enabled model's forward is held against."""
+    """What an enabled model's forward needs for its checks."""
 
     inner: Any
-    """The model's forward with ALST in it, a bound method."""
+    """The model's forward with ALST, a bound method."""
     sp: int
     world_size: int
     labels: StepLabels
@@ -85,15 +85,14 @@ class LongSequence:
     ) -> dict[str, Any]:
         """This rank's keyword arguments for `model(...)`, from whole sequences. Collective.
 
-        All arguments are int64 [B, S]; `labels` are *not* shifted (-100 ignores), positions count from
-        0 by default. `num_items` is the number of valid labels of the whole optimizer step, as `count`
-        gives it, and is needed where a step has several micro-batches. The `.loss` of that call is
-        scaled so that its mean over all ranks, and that of the gradients, is what the stock model has.
+        Tensors are int64 [B, S]. `labels` are *not* shifted; -100 is ignored. Positions count from 0 by
+        default. `num_items` is the number of valid labels of the whole optimizer step, as `count` returns it;
+        a step of several micro-batches needs it. The `.loss` of that call is scaled: its mean over all ranks
+        is the stock model's loss, and the mean of the gradients is the stock model's gradient.
 
-        Raises `ValueError` on all ranks for positions that restart (packed documents need
-        `alst_impl.data.Batch`), ranks of one sp group that hold different samples, a `num_items` that
-        is not that of the step, ranks whose parameters differ, and parameters whose gradients
-        `fully_shard` does not average over all ranks.
+        Raises `ValueError` on all ranks if positions restart (packed documents need `alst_impl.data.Batch`),
+        if ranks of one sp group hold different samples, if `num_items` is wrong for the step, if parameters
+        differ between ranks, or if `fully_shard` does not average gradients over all ranks.
         """
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1]).expand_as(input_ids)
@@ -116,7 +115,7 @@ class LongSequence:
     def count(self, labels: Iterable[Tensor]) -> Tensor:
         """Valid labels of one optimizer step on all ranks, int64 scalar: the `num_items` of `shard`. Collective.
 
-        `labels` are those of this rank's micro-batches, each int64 [B, S], whole and not shifted.
+        `labels` holds the labels of this rank's micro-batches, each int64 [B, S], whole and not shifted.
         """
         valid = sum(int((x[:, 1:] != IGNORE_INDEX).sum()) for x in labels)
         total = torch.tensor(valid, device=self.device)
@@ -124,10 +123,10 @@ class LongSequence:
         return total // self.mesh["sp"].size()  # its ranks hold the same samples
 
     def average_gradients(self) -> None:
-        """Average every gradient over all ranks, where no engine does it. Collective.
+        """Average every gradient over all ranks; for replicated parameters without an engine. Collective.
 
-        A parameter that has a gradient on some ranks counts as zero on the others. One that has none
-        anywhere is left alone, with a warning that names it. Raises `ValueError` for a sharded model.
+        A gradient that is missing on some ranks counts as zero there. A parameter without a gradient on any
+        rank is left alone, and a warning names it. Raises `ValueError` for a sharded model.
         """
         if _is_sharded(self.model):
             raise ValueError(
@@ -144,14 +143,14 @@ class LongSequence:
             parameter.grad /= self._guard.world_size
 
     def forget(self) -> None:
-        """Say that gradients were dropped without an optimizer step. Local."""
+        """Call this after dropping gradients without an optimizer step. Local."""
         self._guard.labels.forget()
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Within it the model is the stock one: it generates and evaluates whole sequences. Local.
+        """Context in which the model is the stock one, to generate or to evaluate whole sequences. Local.
 
-        Every rank computes what it is given on its own; MLPs and norms stay tiled, which is exact.
+        Each rank computes its own input. MLPs and norms stay tiled, which is exact.
         """
         self._guard.stock = True
         try:
@@ -179,7 +178,7 @@ class LongSequence:
         return without
 
     def _agreed_labels(self, whole: Batch, num_items: Tensor | int | None) -> int:
-        """Valid labels of this micro-batch on all ranks. Raises where ranks do not agree. Collective."""
+        """Valid labels of this micro-batch on all ranks. Raises `ValueError` on all ranks if any differ. Collective."""
         sp, world_size = self.mesh["sp"], self._guard.world_size
         name, parameter = safeguards.witness(self.model)
         seen = torch.tensor([safeguards.digest(whole)], device=self.device)
@@ -189,7 +188,7 @@ class LongSequence:
         apart = _differ(found, None)
         mine = whole.num_valid().to(self.device) * (sp.get_local_rank() == 0)
         told = torch.cat([mine[None], other_sample.int(), apart.int()])
-        # Every rank raises, so that none waits for another.
+        # All ranks raise, so none waits for another.
         dist.all_reduce(told)
         num_labels, samples, parameters, counts = told.tolist()
         if samples:
@@ -221,12 +220,12 @@ class LongSequence:
 
 
 def _is_sharded(model: PreTrainedModel) -> bool:
-    """Whether gradients of `model` may be elsewhere than in `.grad`, or are parts."""
+    """Whether gradients of `model` are sharded, or may be stored outside `.grad`."""
     return safeguards.is_deepspeed(model) or any(isinstance(p, DTensor) for p in model.parameters())
 
 
 def _differ(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Which of `values`, int64 [N], are not the same on all ranks of `group`, bool [N]. Collective."""
+    """Which of `values` (int64 [N]) differ between ranks of `group`, as bool [N]. Collective."""
     largest, smallest = values.clone(), values.clone()
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
     dist.all_reduce(smallest, dist.ReduceOp.MIN, group=group)
@@ -234,7 +233,7 @@ def _differ(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def _guarded_forward(model: PreTrainedModel, *args: Any, shard: Any = None, **kwargs: Any) -> Any:
-    """An enabled model's forward: it takes what `LongSequence.shard` gives, and refuses the rest."""
+    """The forward of an enabled model: takes what `LongSequence.shard` returns, and refuses unsafe calls."""
     guard: _Guard = vars(model)["guard"]
     if guard.stock:
         return type(model).forward(model, *args, **kwargs)
@@ -272,13 +271,13 @@ def enable(
     checkpoint: bool = True,
     **options: Any,
 ) -> LongSequence:
-    """Put ALST into `model`, in place; call before wrapping it in an engine. Local.
+    """Enable ALST on `model`, in place; call it before wrapping the model in an engine. Local.
 
-    `model` may be wrapped by peft. `mesh` has the axes `dp` and `sp`, which are all ranks. `options` are those of
-    `alst_impl.methods.alst.Alst` but `sp`. Other models of the process are untouched. Raises
+    `model` may be wrapped by peft. `mesh` has the axes `dp` and `sp` and covers all ranks. `options` are the
+    fields of `alst_impl.methods.alst.Alst` except `sp`. Other models of the process are untouched. Raises
     `ValueError` for a model that cannot be sharded exactly, naming the part.
     """
-    # An adapted model is called through peft's wrapper; what runs is the model inside.
+    # peft wraps the model; ALST changes the model inside.
     model = getattr(model, "get_base_model", lambda: model)()
     if "guard" in vars(model):
         raise ValueError(f"{type(model).__name__} is enabled already; build another model")
@@ -305,7 +304,7 @@ def enable(
 def _before_update(
     reference: weakref.ref[PreTrainedModel], optimizer: torch.optim.Optimizer, *_: Any
 ) -> None:
-    """Before any optimizer of the process steps: are the gradients of this model those of a whole step?"""
+    """Before any optimizer of the process steps: check that this model's gradients are those of a whole step."""
     model = reference()
     if model is None:
         return

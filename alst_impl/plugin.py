@@ -1,4 +1,4 @@
-"""Plug-ins by file name: the name in a YAML is the file, so there is no registry to keep."""
+"""Plug-ins by file name: the name in a YAML is the file name, so there is no registry."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T", bound=Frozen)
 
 
 def names(package: str) -> list[str]:
-    """The plug-ins of `package`: its modules but `base`."""
+    """Names of the plug-ins of `package`: its modules except `base`."""
     paths = importlib.import_module(package).__path__
     return sorted(m.name for m in pkgutil.iter_modules(paths) if m.name != "base")
 

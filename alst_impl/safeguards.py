@@ -1,4 +1,4 @@
-"""What notices, in somebody's own training loop, a mistake that would change the training in silence."""
+"""Checks for mistakes in a user's training loop that would silently change the training."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch.distributed.tensor import DTensor
 from alst_impl.data import Batch
 
 BITS = 2**62 - 1
-"""Checksums are non-negative int64 whose negative exists too."""
+"""Checksums are masked with this, so they are non-negative int64."""
 
 
 def digest(batch: Batch) -> int:
-    """A checksum of the tokens, labels and positions of `batch`, on the CPU, and of their shape."""
+    """Checksum of the tokens, labels, positions and shape of `batch`, which is on the CPU."""
     low = high = zlib.crc32(repr(tuple(batch.input_ids.shape)).encode())
     for tensor in (batch.input_ids, batch.shift_labels, batch.position_ids):
         data = tensor.contiguous().numpy().data
@@ -27,7 +27,7 @@ def digest(batch: Batch) -> int:
 
 
 def witness(model: nn.Module) -> tuple[str, nn.Parameter]:
-    """The smallest trainable parameter by name: it tells whether ranks train the same model."""
+    """Name and value of the smallest trainable parameter, to check that ranks train the same model."""
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trainable:
         raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient")
@@ -35,8 +35,8 @@ def witness(model: nn.Module) -> tuple[str, nn.Parameter]:
 
 
 def fingerprint(parameter: nn.Parameter) -> Tensor:
-    """Bits of the sum of `parameter`, int64 scalar; 0 if an engine shards it, as ranks then differ."""
-    # The name is that of PyTorch's first FullyShardedDataParallel for what it manages.
+    """Bits of the fp64 sum of `parameter`, int64 scalar; 0 for a sharded one, because shards differ by rank."""
+    # FSDP1 sets `_fsdp_flattened` on the parameters that it manages.
     if isinstance(parameter, DTensor) or hasattr(parameter, "_fsdp_flattened"):
         return torch.zeros((), dtype=torch.int64, device=parameter.device)
     return parameter.detach().double().sum().view(torch.int64) & BITS
@@ -48,7 +48,7 @@ def is_deepspeed(model: nn.Module) -> bool:
 
 
 def check_sharding(model: nn.Module, world_size: int) -> None:
-    """Raise `ValueError` for parameters whose gradients are not averaged over all ranks by `fully_shard`."""
+    """Raise `ValueError` unless `fully_shard` averages the gradients of all its parameters over all ranks."""
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor) and parameter.device_mesh.size() != world_size:
             raise ValueError(
@@ -65,7 +65,7 @@ def check_sharding(model: nn.Module, world_size: int) -> None:
 
 
 def _divide_factors(module: nn.Module) -> Iterator[float]:
-    """Factors that a user gave to `fully_shard`'s groups; it has no public way to ask for them."""
+    """Gradient divide factors that a user set on `fully_shard`'s groups; no public API returns them."""
     state = module._get_fsdp_state() if hasattr(module, "_get_fsdp_state") else None  # type: ignore[operator]
     groups = getattr(state, "_fsdp_param_groups", None) or [
         getattr(state, "_fsdp_param_group", None)
@@ -77,10 +77,10 @@ def _divide_factors(module: nn.Module) -> Iterator[float]:
 
 
 class StepLabels:
-    """Labels of the micro-batches of one optimizer step: counted, and held against what was declared.
+    """Counts the labels of one optimizer step's micro-batches and compares them with the declared number.
 
-    A micro-batch's loss is divided by the labels of the whole step, so all micro-batches of a step have
-    to declare the same number, and their own labels have to add up to it.
+    Each micro-batch's loss is divided by the number of labels of the whole step. So all micro-batches must
+    declare the same number, and their labels must add up to it.
     """
 
     def __init__(self) -> None:
@@ -127,11 +127,11 @@ class StepLabels:
 
     @property
     def complete(self) -> bool:
-        """Whether the labels of all micro-batches so far are those that were declared."""
+        """Whether the micro-batches so far hold as many labels as declared."""
         return self._seen == self._declared
 
     def finish(self) -> None:
-        """The optimizer is about to step. Raises `ValueError` if the gradients are not those of a whole step."""
+        """End the step, before the optimizer updates. Raises `ValueError` if it was not a whole step."""
         if not self.begun:
             return
         declared, seen, scales = self._declared, self._seen, self._scales

@@ -1,4 +1,4 @@
-"""The only training step of the repository, and what has to stand before it can run."""
+"""The training step of the repository, and the functions that set it up."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def start(
     placement: Placement,
     initializer: Initializer | None = None,
 ) -> tuple[Method, Runtime]:
-    """Model, then the method's changes, then checkpointing, then the engine's sharding. Collective.
+    """Build the model, apply the method, turn on checkpointing, start the engine, in this order. Collective.
 
     `initializer` replaces the one that `config.seed` gives.
     """
@@ -56,7 +56,7 @@ def start(
 
 
 def _refuse_hooks(model: PreTrainedModel, method: str) -> None:
-    """Raise `ValueError` for hooks on parameters, which nothing carries over to what engines train."""
+    """Raise `ValueError` for hooks on parameters: engines replace parameters, so the hooks would never fire."""
     for name, parameter in model.named_parameters():
         if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
             raise ValueError(
@@ -75,7 +75,7 @@ def micro_batches(
     step: int,
     device: torch.device,
 ) -> list[Batch]:
-    """This rank's micro-batches of `step`. Sample ids count over steps, micro-batches, dp ranks."""
+    """This rank's micro-batches of `step`. Sample ids run over steps, then micro-batches, then dp ranks."""
     dp, rank = mesh["dp"].size(), mesh["dp"].get_local_rank()
     size = config.batch_size
     batches = []
@@ -87,7 +87,7 @@ def micro_batches(
 
 
 def _num_valid(batches: list[Batch]) -> Tensor:
-    """Labels of all micro-batches on all ranks; 1 where there is none: loss zero, not 0/0. Collective."""
+    """Valid labels of all micro-batches on all ranks, at least 1: a step without labels has loss 0. Collective."""
     valid = torch.stack([batch.num_valid() for batch in batches]).sum()
     dist.all_reduce(valid)
     return valid.clamp(min=1)
@@ -114,6 +114,6 @@ def evaluate(method: Method, runtime: Runtime, batches: list[Batch]) -> Tensor:
 
 
 def train_step(method: Method, runtime: Runtime, batches: list[Batch]) -> StepResult:
-    """One optimizer step over `batches` (this rank's shards). Reads no tensor's value. Collective."""
+    """One optimizer step over `batches` (this rank's shards). Reads no tensor value in Python. Collective."""
     loss = accumulate_gradients(method, runtime, batches)
     return StepResult(loss=loss, grad_norm=runtime.update())

@@ -19,7 +19,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# A process that the server made (tests of the tests) is as good a server: it forks its own ranks.
+# A process that the fork server made (tests of the tests) forks its own ranks.
 CONTEXT = multiprocessing.get_context("fork" if multiprocessing.parent_process() else "forkserver")
 CONTEXT.set_forkserver_preload(["harness.processes.preload"])
 PR_SET_PDEATHSIG = 1
@@ -40,9 +40,9 @@ def _rank(
     fn: Any,
     args: Any,
 ) -> None:
-    """Body of one rank: joins the group, calls `fn`, always leaves the group."""
+    """Body of one rank: joins the group, calls `fn`, and always leaves the group."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    # What any launcher tells its ranks; DeepSpeed reads it.
+    # Variables that launchers set for ranks; DeepSpeed reads them.
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     import torch.distributed as dist
 
@@ -56,7 +56,8 @@ def _rank(
             world_size=world_size,
             timeout=dt.timedelta(seconds=timeout_s),
         )
-        # Plain pickle: multiprocessing's own would share a tensor's memory, which ends with us.
+        # Plain pickle, because multiprocessing's own would share a tensor's memory, which ends with
+        # this process.
         results.send_bytes(pickle.dumps((True, fn(rank, world_size, *args))))
     except BaseException:
         results.send_bytes(pickle.dumps((False, traceback.format_exc())))
@@ -66,7 +67,7 @@ def _rank(
 
 
 def _collect(processes: list[Any], pipes: list[Connection], timeout_s: float) -> list[Any]:
-    """Result of every rank; the first failing rank's traceback as an `AssertionError`."""
+    """Results of all ranks. Raises the first failing rank's traceback as an `AssertionError`."""
     deadline = time.monotonic() + timeout_s
     values: dict[int, Any] = {}
     failures: dict[int, str] = {}
@@ -80,10 +81,10 @@ def _collect(processes: list[Any], pipes: list[Connection], timeout_s: float) ->
                 (values if succeeded else failures)[rank] = value
             except EOFError:
                 processes[rank].join(5)
-                # A dead rank is the cause; what its peers say about lost connections is not.
+                # A dead rank is the cause. Its peers only report lost connections.
                 failures = {rank: f"died with exit code {processes[rank].exitcode}", **failures}
         if failures:
-            # One moment for a rank whose death broke the others' connections to be noticed.
+            # Wait a moment, because a dead rank may be noticed after its peers' lost connections.
             deadline = min(deadline, time.monotonic() + 0.3)
     if failures:
         rank, text = next(iter(failures.items()))
@@ -97,8 +98,8 @@ def _collect(processes: list[Any], pipes: list[Connection], timeout_s: float) ->
 def ranks(tmp_path: Path) -> Ranks:
     """`ranks(world_size)(fn, *args)` calls `fn(rank, world_size, *args)` on every rank of a gloo group.
 
-    `fn` is a module-level function. Returns the results by rank; the first rank that fails ends
-    all of them and its traceback is raised here.
+    `fn` is a module-level function. Returns the results by rank. The first failing rank ends all
+    ranks, and its traceback is raised here.
     """
     count = iter(range(1_000_000))
 

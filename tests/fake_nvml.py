@@ -1,4 +1,4 @@
-"""A library that answers as NVML does, with what a test wants."""
+"""A fake NVML with devices that a test defines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class FakeNotSupported(FakeError):
 
 
 class FakeNvml:
-    """The functions of pynvml that are used, over devices that are plain dictionaries."""
+    """The functions of pynvml that the suite uses, over devices that are plain dictionaries."""
 
     NVMLError = FakeError
     NVMLError_NotSupported = FakeNotSupported
@@ -35,25 +35,25 @@ class FakeNvml:
         self.devices = devices
 
     def nvmlDeviceGetCount(self) -> int:
-        """Whole devices."""
+        """Number of devices, without MIG instances."""
         return len(self.devices)
 
     def nvmlDeviceGetHandleByIndex(self, index: int) -> dict[str, Any]:
-        """The device itself is its handle."""
+        """The device's dictionary is its handle."""
         if self.devices[index].get("lost"):
             raise FakeError("GPU is lost")
         return self.devices[index]
 
     def nvmlDeviceGetUUID(self, handle: dict[str, Any]) -> bytes:
-        """Some versions give bytes."""
+        """Bytes, as some versions return."""
         return str(handle["uuid"]).encode()
 
     def nvmlDeviceGetName(self, handle: dict[str, Any]) -> str:
-        """Others give text."""
+        """Text, as other versions return."""
         return str(handle.get("name", H100))
 
     def nvmlDeviceGetMemoryInfo(self, handle: dict[str, Any]) -> SimpleNamespace:
-        """The next of the readings of a device, the last for ever."""
+        """The next reading of a device. The last one repeats."""
         if handle.get("unified"):
             raise FakeNotSupported("Not Supported")
         used = handle.get("used", [0])
@@ -62,42 +62,42 @@ class FakeNvml:
         )
 
     def nvmlDeviceGetMigMode(self, handle: dict[str, Any]) -> list[int]:
-        """Refused by devices that have no such mode."""
+        """Raises for devices without MIG."""
         if "mig" not in handle:
             raise FakeError("Not Supported")
         return [1 if handle["mig"] else 0, 0]
 
     def nvmlDeviceGetMaxMigDeviceCount(self, handle: dict[str, Any]) -> int:
-        """Slots, used or not."""
+        """Number of slots, used or not."""
         return 7
 
     def nvmlDeviceGetMigDeviceHandleByIndex(
         self, handle: dict[str, Any], part: int
     ) -> dict[str, Any]:
-        """The part in a slot."""
+        """The MIG instance in a slot."""
         if part >= len(handle["mig"]):
             raise FakeError("Not Found")
         found: dict[str, Any] = handle["mig"][part]
         return found
 
     def nvmlDeviceGetClockInfo(self, handle: dict[str, Any], kind: int) -> int:
-        """MHz."""
+        """Clock in MHz."""
         return int(self._told(handle, "mhz"))
 
     def nvmlDeviceGetPowerUsage(self, handle: dict[str, Any]) -> int:
-        """Milliwatts."""
+        """Power in milliwatts."""
         return int(self._told(handle, "milliwatts"))
 
     def nvmlDeviceGetTemperature(self, handle: dict[str, Any], sensor: int) -> int:
-        """Degrees."""
+        """Temperature in degrees Celsius."""
         return int(self._told(handle, "celsius"))
 
     def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle: dict[str, Any]) -> int:
-        """Bits."""
+        """Throttle reasons as bits."""
         return int(self._told(handle, "reasons"))
 
     def nvmlDeviceGetComputeRunningProcesses(self, handle: dict[str, Any]) -> list[SimpleNamespace]:
-        """Who holds memory."""
+        """The processes that hold memory."""
         found = handle.get("processes", {})
         current = found.pop(0) if isinstance(found, list) and len(found) > 1 else found
         current = current[0] if isinstance(current, list) else current
@@ -110,5 +110,5 @@ class FakeNvml:
 
 
 def device(number: int, **more: Any) -> dict[str, Any]:
-    """A whole device."""
+    """A device without MIG."""
     return {"uuid": f"GPU-{number}{number}{number}-aaaa", **more}

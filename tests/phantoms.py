@@ -1,4 +1,4 @@
-"""World `phantom` in tests: what they need, and a cell's record."""
+"""World `phantom` in tests: requirements, a cell, and its record."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from harness.run.measure import measure
 
 
 def missing() -> str:
-    """What is not there of what phantom devices need; empty if nothing."""
+    """The missing requirement of phantom devices; empty if nothing is missing."""
     try:
         headers(find())
     except ValueError as error:
@@ -27,7 +27,7 @@ NEEDED = [
     pytest.mark.phantom,
     pytest.mark.skipif(bool(missing()), reason=missing() or "all there"),
 ]
-"""Marks of tests that need them."""
+"""Marks of tests that need phantom devices."""
 
 
 def cell(**settings: Any) -> Cell:
@@ -46,14 +46,14 @@ def cell(**settings: Any) -> Cell:
 
 
 def measured(of: Cell, sources: Path | None = None) -> Measurement:
-    """The record of `of`, which ran to its end, by the `alst_impl` in `sources` where that is given."""
+    """The record of `of`, which must succeed. Uses the `alst_impl` in `sources` if given."""
     found = measure(of, Path("unused"), sources=sources)
     assert found.simulated is not None, found.detail
     return found
 
 
 def predicted(of: Cell) -> Prediction:
-    """What a step of `of` holds."""
+    """The prediction of a step of `of`."""
     simulated = measured(of).simulated
     assert simulated is not None
     assert simulated.prediction is not None

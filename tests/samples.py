@@ -1,4 +1,4 @@
-"""Hand-made records: what presentation is tested on, without running anything."""
+"""Hand-made records for tests of presentation, without running anything."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def cell(
     options: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Cell:
-    """A checked cell; every rank in one sequence-parallel group, but for the baseline's."""
+    """A checked cell. All ranks share one sample, except with the baseline."""
     options = {**({} if method == "baseline" else {"sp": world_size}), **(options or {})}
     return make_cell(
         {
@@ -73,7 +73,7 @@ PROVENANCE = Provenance(
 def measurement(
     of: Cell | None = None, speed: float = 1.0, passed: bool = True, peak: float = 1.0
 ) -> Measurement:
-    """A record with every reading; `speed` and `peak` scale its times and bytes."""
+    """A record with every reading. `speed` and `peak` scale its times and bytes."""
     of = of or cell()
     t = of.train
     seconds = t.seqlen / 8192 / speed
@@ -104,7 +104,7 @@ def measurement(
 
 
 def cuda_cell(method: str = "alst", seqlen: int = 32_768, **settings: Any) -> Cell:
-    """A cell that a GPU measures: full width, two layers."""
+    """A cell for a GPU: full width, two layers."""
     options = settings.pop("options", {})
     return make_cell(
         {
@@ -135,7 +135,7 @@ GPU = Device(index=0, uuid="GPU-0", name="NVIDIA H100 80GB HBM3", memory_bytes=8
 
 
 def cuda_measurement(of: Cell | None = None, allocated: int = 20 * 2**30) -> Measurement:
-    """A record of a GPU with every reading; forward holds half of what backward does."""
+    """A GPU's record with every reading. Forward has half of backward's bytes."""
     of = of or cuda_cell()
     phases = {"forward": allocated // 2, "backward": allocated, "update": allocated // 4}
     memory = RankMemory(
@@ -190,7 +190,7 @@ def cuda_measurement(of: Cell | None = None, allocated: int = 20 * 2**30) -> Mea
 
 
 def simulated(of: Cell, allocated: int = 20 * 2**30) -> Measurement:
-    """A record of a phantom device that read what `cuda_measurement` has, and no value or time."""
+    """A phantom device's record with the bytes of `cuda_measurement`, without values and times."""
     gpu = cuda_measurement(of, allocated)
     assert gpu.readings is not None
     readings = gpu.readings.model_copy(update={"loss": [], "grad_norm": [], "devices": []})
@@ -207,7 +207,7 @@ def searched(
     peak: int = 2**30,
     holdings: list[Holding] | None = None,
 ) -> Measurement:
-    """A record of a phantom cell with its prediction and its longest sequence."""
+    """A phantom cell's record with its prediction and its longest sequence."""
     prediction = Prediction(
         allocated_bytes=peak,
         reserved_bytes=peak + 2**29,
@@ -275,7 +275,7 @@ def claim(
 
 
 def gpu_sweep(more_bytes: int = 0) -> Results:
-    """Measured cells, a gate at small scale, and the twin of every cell on a phantom device."""
+    """Measured cells, a gate at small scale, and the phantom twin of every cell."""
     small = {"model": "tiny-llama", "overrides": {}, "seqlen": 1024, "gate": True}
     cells = [cuda_cell("alst", **small, timed=False, warmup=0, steps=0)]
     lengths = (32_768, 131_072)
@@ -292,18 +292,18 @@ def gpu_sweep(more_bytes: int = 0) -> Results:
 
 
 def failure(of: Cell, outcome: Outcome) -> Measurement:
-    """A record of a cell that ended before anything could be read."""
+    """A record of a cell that failed before its first reading."""
     return Measurement(
         cell=of, outcome=outcome, detail="rank 1", readings=None, provenance=PROVENANCE
     )
 
 
 PEERS = {"baseline": (1.4, 1.6), "deepspeed_alst": (0.9, 1.3), "alst": (1.0, 1.0)}
-"""Method -> how fast and how large its sample records are."""
+"""Method -> (speed, peak memory) of its sample records."""
 
 
 def sweep(models: tuple[str, ...] = ("tiny-llama", "tiny-qwen3")) -> Results:
-    """A small sweep with everything that can happen: one cell failed, one wrong, one not measured."""
+    """A small sweep with all kinds of results: one cell failed, one is wrong, one is not measured."""
     cells, measurements = {}, {}
     for model in models:
         for world_size in (1, 2, 4):

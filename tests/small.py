@@ -1,4 +1,4 @@
-"""A model that takes a moment, its data, and its truth: for tests of loops that are not ours."""
+"""A small model, its data and its true gradients, for tests of other people's training loops."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LENGTH = 21
 
 
 def stock_model(dtype: torch.dtype = torch.float64) -> Qwen3ForCausalLM:
-    """A small Qwen3, the same every time."""
+    """A small Qwen3 with fixed weights."""
     torch.manual_seed(1)
     config = Qwen3Config(
         vocab_size=50,
@@ -27,7 +27,7 @@ def stock_model(dtype: torch.dtype = torch.float64) -> Qwen3ForCausalLM:
 
 
 def batches() -> list[dict[str, Tensor]]:
-    """Two batches of two samples; those of the second are mostly prompts."""
+    """Two batches of two samples. Most tokens of the second batch are prompts."""
     generator = torch.Generator().manual_seed(2)
     found = []
     for prompt in (0, 15):
@@ -40,7 +40,7 @@ def batches() -> list[dict[str, Tensor]]:
 
 
 def stock_gradients(model: Any, data: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Gradients of the mean loss over all labels of `data` in one process, by the model's own forward."""
+    """Gradients of the mean loss over all labels of `data` in one process, from the model's own forward."""
     num_items = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in data)
     for batch in data:
         model(**batch, num_items_in_batch=torch.tensor(num_items), use_cache=False).loss.backward()

@@ -1,7 +1,6 @@
-"""The suite notices what it must: each planted defect fails the cell, or the tests, that are to catch it.
+"""The suite detects every planted defect: the cell or the tests that should catch it fail.
 
-A defect is an edit of the source of `alst_impl`, made in a copy that ranks, or a forked process that
-runs tests, import in its place.
+A defect is an edit of `alst_impl`'s source in a copy. Ranks, or a forked process that runs tests, import the copy.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ CAUGHT = {catch.defect: catch for catch in read_catches(ROOT / paths.CAUGHT)}
 
 
 def test_the_matrix_has_caught_every_defect_that_gradients_show() -> None:
-    """`alst defects` has found a cell for each; at least fifteen."""
+    """`alst defects` has found a cell for each, at least fifteen."""
     assert list(CAUGHT) == [name for name in DEFECTS if name not in TESTED]
     assert len(CAUGHT) >= 15
 
@@ -40,7 +39,7 @@ def test_the_matrix_has_caught_every_defect_that_gradients_show() -> None:
 def test_the_cell_that_caught_a_defect_fails(
     name: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """As when it was found; without the defect it passes, with the rest of the covering part."""
+    """It fails as when the defect was found. `test_matrix.py` shows that the cell passes without the defect."""
     work = load_experiment(ROOT / paths.experiment("correctness")).matrix_cells()
     (cell,) = [cell for row, cell in work if row.label == CAUGHT[name].cell]
     shared = tmp_path_factory.getbasetemp().parent / "truths"
@@ -50,28 +49,28 @@ def test_the_cell_that_caught_a_defect_fails(
 
 
 def _run_tests(package: str, tests: list[str], output: str, scratch: str) -> None:
-    """Body of a forked process: exits with `RAN` + pytest's code, its words are in `output`."""
+    """Body of a forked process: exits with `RAN` + pytest's code, and writes pytest's output to `output`."""
     with Path(output).open("w") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
     sys.path.insert(0, package)
     os.chdir(ROOT)
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-    # Finding this function has imported them from where they stand without the defect.
+    # Unpickling this function has imported the packages without the defect.
     for module in [m for m in sys.modules if m.partition(".")[0] in ("alst_impl", "harness")]:
         del sys.modules[module]
     import alst_impl
 
     assert alst_impl.__file__ == f"{package}/alst_impl/__init__.py"
     options = ["-q", "--assert=plain", "-p", "no:cacheprovider", f"--basetemp={scratch}"]
-    options += ["-W", "ignore"]  # ranks forked from here inherit the filter, and libraries warn
+    options += ["-W", "ignore"]  # forked ranks inherit the filter, and libraries warn
     code = pytest.main([*tests, *options])
     sys.stdout.flush()
     os._exit(RAN + code)
 
 
 def run_tests(tmp_path: Path, defect: Defect) -> str:
-    """Whether the tests that `defect` names "passed" or "failed" where it is planted."""
+    """Run the defect's tests on a copy with the defect. Returns "passed" or "failed"."""
     package, output = plant(defect, tmp_path / "package"), tmp_path / "output"
     tests = [TESTS + test for test in defect.tests]
     arguments = (str(package), tests, str(output), str(tmp_path / "scratch"))
@@ -86,13 +85,13 @@ def run_tests(tmp_path: Path, defect: Defect) -> str:
 
 
 def test_the_chosen_tests_pass_without_a_defect(tmp_path: Path) -> None:
-    """Otherwise their failures would say nothing."""
+    """Otherwise their failures would prove nothing."""
     tests = sorted({test for defect in TESTED.values() for test in defect.tests})
     whole = Defect(file="__init__.py", edits=[], tests=tests)
     assert run_tests(tmp_path, whole) == "passed", (tmp_path / "output").read_text()
 
 
 @pytest.mark.parametrize("name", TESTED)
-def test_a_defect_that_no_gradient_shows_is_noticed(tmp_path: Path, name: str) -> None:
-    """The chosen tests fail where the defect stands."""
+def test_tests_catch_a_defect_that_no_gradient_shows(tmp_path: Path, name: str) -> None:
+    """The chosen tests fail with the defect."""
     assert run_tests(tmp_path, TESTED[name]) == "failed", (tmp_path / "output").read_text()

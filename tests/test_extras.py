@@ -1,4 +1,4 @@
-"""What an extra installs is named where it is missing."""
+"""A missing package is named with its extra."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SETTINGS = {"model": "tiny-llama", "seqlen": 64, "method": "baseline", "world": 
 
 
 def test_the_command_line_names_its_extra() -> None:
-    """Without the extra `harness`: one line, exit code 2."""
+    """Without the extra `harness` there is one line and exit code 2."""
     program = (
         "import sys; sys.modules.update(dict.fromkeys(['pandas', 'psutil'])); sys.argv = ['alst', 'cells']; "
         "from harness.__main__ import main; main()"
@@ -31,7 +31,7 @@ def test_the_command_line_names_its_extra() -> None:
 
 
 def test_an_engine_names_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cell under DeepSpeed is refused before anything runs where it is not installed; others are not."""
+    """Without DeepSpeed, a cell that needs it is refused before anything runs. Other engines still work."""
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     path = tmp_path / "record.json"
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""requirements.lock, and the installed layout that a wheel has."""
+"""requirements.lock, and the layout of an installed wheel."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def locked() -> list[Requirement]:
-    """Its lines."""
+    """The requirements in the lock file."""
     lines = (ROOT / "requirements.lock").read_text().splitlines()
     return [Requirement(line) for line in lines if not line.startswith("#")]
 
 
 def test_the_lock_pins_everything_that_is_declared() -> None:
-    """Of every dependency and extra one release per Python, within its range; `make update` renews it."""
+    """Every dependency and extra has one pinned release per Python version, within its range. `make
+    update` renews them.
+    """
     pinned: dict[str, set[str]] = {}
     for line in locked():
         (version,) = line.specifier
@@ -36,21 +38,23 @@ def test_the_lock_pins_everything_that_is_declared() -> None:
 
 
 def test_the_lock_serves_as_constraints_from_any_index() -> None:
-    """Nothing but exact pins, as pip's constraints may be: no extras, no options, no address."""
+    """It only has exact pins, as pip's constraints require: no extras, options or URLs."""
     assert all([s.operator for s in line.specifier] == ["=="] for line in locked())
     assert not any(line.extras or line.url for line in locked())
 
 
 def test_experiments_are_found_outside_a_checkout(tmp_path: Path) -> None:
-    """Installed as a wheel, in an empty folder: experiments, published numbers and defects are there."""
+    """With an installed wheel in an empty folder, experiments, published numbers and defects are found."""
     for package in ("alst_impl", "harness"):
         shutil.copytree(ROOT / package, tmp_path / "site" / package)
     shutil.copytree(ROOT / "experiments", tmp_path / "site" / "harness" / "experiments")
     program = (
-        "from pathlib import Path; from harness import cell, defects, paths, published\n"
+        "from pathlib import Path; from harness.cells import experiment, paths\n"
+        "from harness.judge import defects\n"
+        "from harness.records import published\n"
         "assert not Path('experiments').exists()\n"
-        "found = {p.stem: cell.load_experiment(p) for p in paths.experiments()}\n"
-        "assert cell.load_experiment(Path('experiments/smoke.yaml')) == found['smoke']\n"
+        "found = {p.stem: experiment.load_experiment(p) for p in paths.experiments()}\n"
+        "assert experiment.load_experiment(Path('experiments/smoke.yaml')) == found['smoke']\n"
         "assert found['correctness'].rows and published.records()\n"
         "assert defects.read_defects(paths.DEFECTS) and defects.read_catches(paths.CAUGHT)\n"
         "Path('experiments').mkdir(); Path('experiments/own.yaml').write_text('')\n"

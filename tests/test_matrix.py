@@ -1,4 +1,4 @@
-"""The correctness matrix: its rows are the committed ones, and its covering part passes."""
+"""The correctness matrix: its rows are the committed ones, and its covering subset passes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from harness.records.record import Outcome
 ROOT = Path(__file__).parents[1]
 EXPERIMENT = load_experiment(ROOT / paths.experiment("correctness"))
 CHUNKS = 8
-"""The covering part in this many tests: each prepares the truths of its cells in one process."""
+"""Number of tests that the covering subset is split into. Each prepares the truths of its cells in one process."""
 
 
 @pytest.fixture
@@ -26,15 +26,15 @@ def experiment() -> Experiment:
 
 
 def test_no_cell_enters_or_leaves_the_matrix_silently(experiment: Experiment) -> None:
-    """Factors, rules and refusals make the committed rows, to the letter: `alst matrix --write`."""
+    """Factors, rules and refusals generate exactly the committed rows (`alst matrix --write`)."""
     assert experiment.matrix
     made = grid.text_of(made_rows(experiment, experiment.matrix))
     committed = (ROOT / paths.experiment("correctness")).with_suffix(".csv").read_text()
     assert made == committed
 
 
-def test_all_pairs_and_the_named_triples_meet(experiment: Experiment) -> None:
-    """Whatever two levels, unless a rule says that they are refused together."""
+def test_all_pairs_and_the_named_triples_are_covered(experiment: Experiment) -> None:
+    """Every pair and named triple of levels is in a row, unless a rule refuses it."""
     assert experiment.matrix
     rows = [row.levels for row, _ in experiment.matrix_cells()]
     assert len(rows) >= 150
@@ -42,7 +42,7 @@ def test_all_pairs_and_the_named_triples_meet(experiment: Experiment) -> None:
 
 
 def test_levels_that_never_run_are_refused(experiment: Experiment) -> None:
-    """Every level of every factor is in a row that runs, or has a refusal of its own."""
+    """Every level of every factor is in a row that runs, or is refused by a rule."""
     assert experiment.matrix
     ran = {item for row, _ in experiment.matrix_cells() for item in row.levels.items()}
     alone = {(f, level) for rule in experiment.matrix.refused for f, level in _single(rule)}
@@ -51,14 +51,14 @@ def test_levels_that_never_run_are_refused(experiment: Experiment) -> None:
 
 
 def _single(rule: grid.Rule) -> list[tuple[str, str]]:
-    """The levels of a rule of one factor."""
+    """The levels of a rule with one factor."""
     ((factor, levels), *more) = rule.when.items()
     return [] if more else [(factor, level) for level in levels]
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 def test_the_covering_part_passes(experiment: Experiment, tmp_path: Path, chunk: int) -> None:
-    """Every gradient and the first update, for all pairs of levels of the factors in `part`."""
+    """Every gradient and the first update are right, for all pairs of levels of the factors in `part`."""
     work = chosen(experiment, "covering")[chunk::CHUNKS]
     done = list(run(Console(quiet=True), experiment, work, 1, force=False, results=tmp_path))
     assert len(done) == len(work)

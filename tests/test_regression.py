@@ -1,4 +1,4 @@
-"""Predicted numbers stay what they are, and a planted leak is named with its line."""
+"""Predicted numbers do not change, and a planted leak is reported with its line."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ QUICK = (
     "paper_ablation/llama3.1-8b_alst-offloadFalse-tile_mlpFalse_*",
     "longest/llama3.1-8b_layerwise-sp8_fsdp2_w8_s4000000_*",
 )
-"""Phantom cells that are run again here; those of world `schedule` cost nothing, and all are."""
+"""Phantom cells that are run again here. Cells of world `schedule` are cheap, so all of them run."""
 SEARCHED = "paper_ablation/llama3.1-8b_alst-offloadFalse-tile_mlpFalse_*"
 LEAK = read_defects(ROOT / paths.DEFECTS)["the recomputed output stays alive"]
-"""The checkpoint function holds the layer's output while the layer's backward runs."""
+"""The checkpoint function keeps the layer's output alive while the layer's backward runs."""
 
 
 def references(*patterns: str) -> list[Path]:
-    """Committed records, in order."""
+    """Committed records, sorted."""
     committed = ROOT / "results" / "reference"
     return [path for each in patterns for path in sorted(committed.glob(f"*/{each}.json"))]
 
@@ -42,14 +42,16 @@ def unsearched(cell: Cell) -> Cell:
 
 
 def assert_unchanged(before: Measurement, after: Measurement) -> None:
-    """Fails where a byte count moved, naming function and line of what grew."""
+    """Fails if a byte count changed, naming function and line of what grew."""
     moved = changes({"cell": before}, {"cell": after})
     assert not moved, "\n".join(map(str, moved))
 
 
 @pytest.mark.parametrize("path", references("seq1f1b/*"), ids=lambda path: path.stem)
-def test_committed_schedules_have_not_moved(path: Path) -> None:
-    """Bytes of a reference cell that is played; `alst reference --reason` is the way to change them."""
+def test_committed_schedules_have_not_changed(path: Path) -> None:
+    """The bytes of a reference cell of world `schedule` are unchanged. `alst reference --reason` is
+    the way to change them.
+    """
     before = record.read(path)
     assert_unchanged(before, measure(before.cell, Path("unused")))
 
@@ -57,8 +59,10 @@ def test_committed_schedules_have_not_moved(path: Path) -> None:
 @pytest.mark.parametrize("path", references(*QUICK), ids=lambda path: path.stem)
 @NEEDED[0]
 @NEEDED[1]
-def test_committed_numbers_have_not_moved(path: Path) -> None:
-    """Bytes per token and peak of a reference cell; `alst reference --reason` is the way to change them."""
+def test_committed_numbers_have_not_changed(path: Path) -> None:
+    """Bytes per token and peak of a reference cell are unchanged. `alst reference --reason` is the
+    way to change them.
+    """
     before = record.read(path)
     assert_unchanged(before, measured(unsearched(before.cell)))
 
@@ -66,8 +70,8 @@ def test_committed_numbers_have_not_moved(path: Path) -> None:
 @pytest.mark.parametrize("path", references(SEARCHED), ids=lambda path: path.stem)
 @NEEDED[0]
 @NEEDED[1]
-def test_committed_lengths_have_not_moved(path: Path) -> None:
-    """The longest sequence of a reference cell still fits, and the next one tried still does not."""
+def test_committed_lengths_have_not_changed(path: Path) -> None:
+    """The longest sequence of a reference cell still fits, and the shortest failing one still does not."""
     before = record.read(path)
     assert before.simulated is not None
     found = before.simulated.search
@@ -84,7 +88,7 @@ def test_committed_lengths_have_not_moved(path: Path) -> None:
 @NEEDED[0]
 @NEEDED[1]
 def test_a_planted_leak_fails_and_names_its_line(tmp_path: Path) -> None:
-    """Holding the layer's output in backward costs one hidden size per token, made by one line. The peak is there."""
+    """Keeping the layer's output alive in backward costs one hidden size per token, at one line. The peak is there."""
     cell = make_cell(
         {
             "model": "llama3.1-8b",

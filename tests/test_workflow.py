@@ -19,7 +19,7 @@ from harness.processes.launch import num_nodes
 
 ROOT = Path(__file__).parents[1]
 ANSWERED = {"Specify a conda environment or container for each rule.:"}
-"""Advice answered in a comment on top of the Snakefile."""
+"""Advice of the linter that a comment at the top of the Snakefile answers."""
 
 
 SNAKEMAKE = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile")]
@@ -33,7 +33,7 @@ def snakemake(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProce
 
 
 def test_dry_run_lists_every_cell(tmp_path: Path) -> None:
-    """`snakemake -n` names each run before anything is run."""
+    """`snakemake -n` lists every run before anything runs."""
     for name in ("experiments", "harness", "profiles"):
         (tmp_path / name).symlink_to(ROOT / name)
     done = snakemake("-n", "--config", "experiments=smoke", folder=tmp_path)
@@ -44,7 +44,7 @@ def test_dry_run_lists_every_cell(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["gpu_single", "gpu_node"])
 def test_experiments_for_a_gpu_are_listed_without_one(tmp_path: Path, name: str) -> None:
-    """Every cell is a job when asked for by name; one of several nodes starts torchrun on each."""
+    """Every cell is a job if it is requested by name. A cell of several nodes starts torchrun on each."""
     for folder in ("experiments", "harness", "profiles"):
         (tmp_path / folder).symlink_to(ROOT / folder)
     done = snakemake("-n", "-p", "--config", f"experiments={name}", folder=tmp_path)
@@ -56,7 +56,7 @@ def test_experiments_for_a_gpu_are_listed_without_one(tmp_path: Path, name: str)
 
 
 def test_the_script_for_a_gpu_runs_experiments_that_exist() -> None:
-    """Each step names a file, and bash can read the script."""
+    """Every step names an existing file, and bash can parse the script."""
     script = ROOT / "experiments" / "measure_gpu.sh"
     named = set(re.findall(r"\bgpu_\w+", script.read_text()))
     assert named >= {"gpu_single", "gpu_kernels", "gpu_longer", "gpu_flash_attn"}
@@ -65,7 +65,7 @@ def test_the_script_for_a_gpu_runs_experiments_that_exist() -> None:
 
 
 def test_the_default_sweep_needs_no_gpu(tmp_path: Path) -> None:
-    """A cell of world `cuda` is run when it is asked for."""
+    """A cell of world `cuda` only runs if it is requested."""
     for folder in ("experiments", "harness", "profiles"):
         (tmp_path / folder).symlink_to(ROOT / folder)
     done = snakemake("-n", folder=tmp_path)
@@ -74,7 +74,7 @@ def test_the_default_sweep_needs_no_gpu(tmp_path: Path) -> None:
 
 
 def test_the_profile_for_slurm_differs_in_where_cells_run() -> None:
-    """It resumes and goes on as the default one does."""
+    """It resumes and continues after failures as the default profile does."""
     default, slurm = (
         yaml.safe_load((ROOT / "profiles" / name / "config.yaml").read_text())
         for name in ("default", "slurm")
@@ -85,7 +85,7 @@ def test_the_profile_for_slurm_differs_in_where_cells_run() -> None:
 
 
 def test_parsing_imports_no_torch() -> None:
-    """Cells expand in the time of a dry run."""
+    """Cells expand quickly enough for a dry run."""
     code = (
         "import sys; from pathlib import Path; from harness.cells.experiment import load_experiment; "
         "[load_experiment(p) for p in Path('experiments').glob('*.yaml')]; "
@@ -95,7 +95,7 @@ def test_parsing_imports_no_torch() -> None:
 
 
 def test_every_advice_of_the_linter_is_followed_or_answered() -> None:
-    """`snakemake --lint` has nothing to say but what the Snakefile answers."""
+    """`snakemake --lint` reports only what the Snakefile answers."""
     done = snakemake("--lint")
     lines = (done.stdout + done.stderr).splitlines()
     given = {line.strip().removeprefix("* ") for line in lines if line.startswith("    * ")}
@@ -110,8 +110,8 @@ sweeps: [{axes: {method: [baseline]}}]
 """
 
 
-def test_a_killed_sweep_ends_whole_and_the_next_one_goes_on(tmp_path: Path) -> None:
-    """Who is above Snakemake dies by SIGKILL: no job of it is left, and its lock stops nobody."""
+def test_a_killed_sweep_ends_all_jobs_and_the_next_one_resumes(tmp_path: Path) -> None:
+    """SIGKILL ends the parent of Snakemake: no job remains, and the lock does not block the next run."""
     for folder in ("harness", "profiles"):
         (tmp_path / folder).symlink_to(ROOT / folder)
     (tmp_path / "experiments").mkdir()
@@ -125,7 +125,7 @@ def test_a_killed_sweep_ends_whole_and_the_next_one_goes_on(tmp_path: Path) -> N
         ["bash", "-c", tied], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     log = tmp_path / "results" / "logs" / "one" / f"{key}.log"
-    while not log.exists():  # the first thing that a job does
+    while not log.exists():  # a job creates it first
         assert shell.poll() is None
         time.sleep(0.01)
     started = psutil.Process(shell.pid).children(recursive=True)

@@ -1,4 +1,4 @@
-"""Training runs on the ranks of a test, and the truth they are held against."""
+"""Training runs on the ranks of a test, and the truth that they are compared with."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from alst_impl.placement import Evidence, Placement
 
 @dataclass(frozen=True)
 class Run:
-    """What rank 0 saw of a run: gradients of the first step, then losses and norms of every step."""
+    """Results of a run on rank 0: gradients of the first step, losses and norms of every step."""
 
     gradients: dict[str, Tensor]
     losses: list[float]
@@ -33,7 +33,7 @@ class Run:
 
 
 def config_of(**settings: Any) -> TrainConfig:
-    """A run that takes a moment: two layers, a vocabulary of bytes, float32."""
+    """A short run: two layers, a vocabulary of bytes, float32."""
     overrides = {"vocab_size": 260, **settings.pop("overrides", {})}
     defaults = {"model": "tiny-llama", "method": "baseline", "engine": "plain", "seqlen": 67}
     return TrainConfig(**{**defaults, **settings, "overrides": overrides})
@@ -46,7 +46,7 @@ def corpus_of(config: TrainConfig) -> Corpus:
 
 
 def run_steps(rank: int, world_size: int, config: TrainConfig, steps: int = 1) -> Run | None:
-    """Body of a rank: `steps` optimizer steps of `config`; rank 0 tells."""
+    """Body of a rank: `steps` optimizer steps of `config`. Rank 0 returns the results."""
     step.check(config)
     axes = load_method(config.method).axes(world_size)
     mesh = init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
@@ -74,7 +74,7 @@ def train(
     load: Path | None = None,
     save: Path | None = None,
 ) -> tuple[list[float], dict[str, Tensor]]:
-    """Losses of `steps`, and the parameters after them."""
+    """Body of a rank: losses of `steps`, and the parameters after them."""
     method = load_method(config.method)
     axes = method.axes(world_size)
     mesh = init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
@@ -94,10 +94,10 @@ def train(
 
 @dataclass(frozen=True)
 class Truth:
-    """What the stock model does in fp64, whole, in one process, under PyTorch's AdamW."""
+    """Results of the stock model in fp64, in one process, with PyTorch's AdamW."""
 
     gradients: dict[str, Tensor]
-    """Of the first step."""
+    """Gradients of the first step."""
     losses: list[float]
     grad_norms: list[float]
     initial: dict[str, Tensor]
@@ -105,7 +105,7 @@ class Truth:
 
 
 def truth_of(config: TrainConfig, steps: int = 1) -> Truth:
-    """The truth for `steps` of `config`; its method and engine do not matter."""
+    """The truth for `steps` of `config`, for any method and engine."""
     samples = load_method(config.method).axes(config.world_size)["dp"]
     samples *= config.batch_size * config.accumulation
     key = config.model_dump_json(exclude={"method", "engine", "world_size", "batch_size"})
@@ -143,7 +143,7 @@ def _truth(key: str, num_samples: int, steps: int) -> Truth:
 
 
 def _stock_gradients(model: Any, samples: list[Any]) -> float:
-    """Loss over all labels of `samples`, and its gradients, by the model's own forward."""
+    """Loss over all labels of `samples`, with gradients from the model's own forward."""
     valid = max(sum(int((labels[1:] != -100).sum()) for _, labels, _, _ in samples), 1)
     total = 0.0
     for ids, labels, positions, _ in samples:
@@ -164,7 +164,7 @@ def _gradient(parameter: Tensor) -> Tensor:
 
 
 def assert_trains_as(run: Run, truth: Truth) -> None:
-    """Gradients of the first step, losses, norms and the change of the parameters all agree."""
+    """Asserts that gradients of the first step, losses, norms and parameter changes agree."""
     assert_same_gradients(run.gradients, truth.gradients)
     for ours, expected in zip(run.losses, truth.losses, strict=True):
         assert abs(ours - expected) <= 1e-5 * expected
@@ -185,7 +185,7 @@ def ratio_and_cosine(ours: Tensor, truth: Tensor) -> tuple[float, float]:
 def assert_same_gradients(
     ours: dict[str, Tensor], truth: dict[str, Tensor], ratio: float = 1e-5, cosine: float = 1e-6
 ) -> None:
-    """Every gradient has the truth's length and direction; a true zero is zero but for rounding in fp32."""
+    """Asserts that every gradient has the truth's norm and direction. A true zero may have rounding errors of fp32."""
     assert set(ours) == set(truth)
     wrong = []
     largest = max(float(gradient.norm()) for gradient in truth.values())
@@ -195,13 +195,13 @@ def assert_same_gradients(
                 wrong.append(f"{name} should be zero")
             continue
         r, c = ratio_and_cosine(ours[name], expected)
-        # Written so that NaN is wrong.
+        # This form makes NaN fail.
         if not (abs(r - 1) <= ratio and 1 - c <= cosine):
             wrong.append(f"{name}: ratio {r:.7f}, cosine {c:.9f}")
     assert not wrong, "\n".join(wrong)
 
 
 def relative_error(ours: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
-    """Norm of all differences over the norm of all of `truth`."""
+    """Norm of all differences, divided by the norm of all of `truth`."""
     difference = sum(float((ours[name].double() - truth[name]).square().sum()) for name in truth)
     return float((difference / sum(float(t.square().sum()) for t in truth.values())) ** 0.5)

@@ -1,1 +1,1 @@
-"""Who owns parameters, gradients and the optimizer; one file each, selected by its name."""
+"""Engines, which own parameters, gradients and the optimizer; one file each, selected by its name."""

@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 class Runtime(ABC):
     """A model under an engine, ready for steps.
 
-    Losses handed to `backward` are addends: after the last `backward` of a step, gradients are
-    those of the *sum* over ranks and micro-batches. No engine averages.
+    Losses passed to `backward` are summed: after the last `backward` of a step, gradients are those of the
+    *sum* over ranks and micro-batches. No engine averages.
     """
 
     module: nn.Module
-    """What is called in forward: the engine's wrapper where it has one."""
+    """The module that forward calls: the engine's wrapper if it has one."""
     placement: Placement
     optimizer: torch.optim.Optimizer
-    """PyTorch's, over this rank's shards."""
+    """PyTorch's optimizer over this rank's shards."""
     stages: ProcessGroup | None = None
-    """Ranks that hold the model's other layers; None where every rank has all of them."""
+    """Process group of this rank's pipeline; None if every rank holds all layers."""
 
     def forward(self, batch: Batch, num_valid: Tensor) -> Tensor:
         """This rank's sum of token losses divided by `num_valid`, a scalar with a graph."""
@@ -46,7 +46,7 @@ class Runtime(ABC):
         return loss
 
     def backward(self, output: Tensor | GradientEdge, gradient: Tensor | None = None) -> None:
-        """Accumulate the gradients of a loss, or of anything else with its `gradient`. Collective."""
+        """Accumulate the gradients of a loss, or of another output with its `gradient`. Collective."""
         self.placement.on_phase("backward")
         self._backward(output, gradient)
 
@@ -59,18 +59,18 @@ class Runtime(ABC):
         return self._update()
 
     def gradients(self) -> dict[str, Tensor]:
-        """Whole gradients by the model's parameter names, on the host. Collective.
+        """Unsharded gradients by parameter name, on the host. Collective.
 
         Valid between the last `backward` of a step and `update`. Tied parameters appear once.
         """
         return self._of_all_stages(self._gradients())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Whole parameters by the model's names, on the host, as `save_pretrained` takes them. Collective."""
+        """Unsharded parameters by name, on the host, as `save_pretrained` takes them. Collective."""
         return self._of_all_stages(self._state_dict())
 
     def _of_all_stages(self, of_stage: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors by name of all layers from those of this rank's. Collective over `stages`."""
+        """Gather the tensors of all pipeline stages, by name. Collective over `stages`."""
         import torch.distributed as dist
 
         if self.stages is None:
@@ -80,7 +80,7 @@ class Runtime(ABC):
         return {name: tensor for each in found for name, tensor in each.items()}
 
     def _norm_of_all_stages(self, norm: Tensor) -> Tensor:
-        """Norm over all layers from that over this rank's. Collective over `stages`."""
+        """Norm over the layers of all pipeline stages, from this stage's norm. Collective over `stages`."""
         import torch.distributed as dist
 
         if self.stages is None:
@@ -111,14 +111,15 @@ class Runtime(ABC):
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Write parameters and optimizer to `folder`, which all ranks see, between two steps.
+        """Write parameters and optimizer states to `folder`, which all ranks can access. Collective.
 
-        In the format of the engine's framework that any number of ranks, sp and pp can read. Collective.
+        Call it between two steps. It writes the format of the engine's framework, which can be loaded with
+        any number of ranks, sp and pp.
         """
 
     @abstractmethod
     def load(self, folder: Path) -> None:
-        """Go on from what `save` of the same engine wrote, whatever its ranks, sp and pp were. Collective."""
+        """Load what `save` of the same engine wrote, with any number of ranks, sp and pp. Collective."""
 
 
 class Engine(Frozen):
@@ -126,24 +127,27 @@ class Engine(Frozen):
 
     @property
     def updates_on_host(self) -> bool:
-        """Whether optimizer states lie in host memory, so that the update uses no device memory."""
+        """Whether optimizer states are in host memory, so that the update uses no device memory."""
         return False
 
     @property
     def settles_at_once(self) -> bool:
-        """Whether the first step holds on the device what later ones do: it leaves nothing there, and learns nothing."""
+        """Whether the first step needs as much device memory as later ones.
+
+        It does if it leaves no optimizer states on the device and records nothing for later steps.
+        """
         return False
 
     @property
     def updates_in_backward(self) -> bool:
-        """Whether a step is one backward that leaves no gradient to look at."""
+        """Whether parameters are updated during a step's only backward, so that no gradient remains after it."""
         return False
 
     def require(self) -> None:
-        """Raise `ValueError`, naming the extra, where a package that `start` needs is not installed."""
+        """Raise `ValueError`, naming the extra, if a package that `start` needs is not installed."""
 
     def check(self, config: TrainConfig) -> None:
-        """Raise `ValueError` for settings that cannot work: the values, the rule, the way out."""
+        """Raise `ValueError` for settings that cannot work. The message gives the values, the rule and the fix."""
 
     @abstractmethod
     def start(
@@ -160,7 +164,7 @@ class Engine(Frozen):
 
 
 def replicas(mesh: DeviceMesh, device: torch.device) -> DeviceMesh:
-    """The ranks that hold the same layers as this one, as a mesh of one axis. Collective."""
+    """Mesh of one axis over the ranks that hold the same layers as this one. Collective."""
     from torch.distributed.device_mesh import init_device_mesh
 
     if stages(mesh) is None:
@@ -171,7 +175,7 @@ def replicas(mesh: DeviceMesh, device: torch.device) -> DeviceMesh:
 
 
 def another_group(mesh: DeviceMesh) -> ProcessGroup:
-    """A process group of its own of the ranks of `replicas`. Collective."""
+    """A new process group over the ranks of `replicas`. Collective."""
     import torch.distributed as dist
 
     size = mesh.size() // (1 if stages(mesh) is None else mesh["pp"].size())
@@ -181,7 +185,7 @@ def another_group(mesh: DeviceMesh) -> ProcessGroup:
 
 
 def stages(mesh: DeviceMesh) -> ProcessGroup | None:
-    """The ranks of this rank's pipeline; None where there is none."""
+    """Process group of this rank's pipeline; None without a pipeline."""
     axes = mesh.mesh_dim_names or ()
     if "pp" not in axes or mesh["pp"].size() == 1:
         return None
@@ -190,7 +194,7 @@ def stages(mesh: DeviceMesh) -> ProcessGroup | None:
 
 
 def dtypes(model: PreTrainedModel) -> list[torch.dtype]:
-    """Those of the model's parameters, its own first; more than one where some are kept in fp32."""
+    """Dtypes of the model's parameters, `model.dtype` first; several if some parameters are kept in fp32."""
     held = dict.fromkeys(p.dtype for p in model.parameters())
     return sorted(held, key=lambda dtype: dtype != model.dtype)
 
@@ -198,7 +202,7 @@ def dtypes(model: PreTrainedModel) -> list[torch.dtype]:
 def optimizer_of(
     parameters: list[nn.Parameter] | list[dict[str, Any]], config: TrainConfig
 ) -> torch.optim.Optimizer:
-    """The optimizer of every engine; `foreach` off, so that each parameter's update is freed at once.
+    """The optimizer of every engine. `foreach` is off, so each parameter's temporaries are freed at once.
 
     Takes parameters, or PyTorch's groups of them.
     """
@@ -224,7 +228,7 @@ def save_distributed(module: nn.Module, optimizer: torch.optim.Optimizer, folder
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
-    # Flat: every rank adds its own parameters' entries, whichever layers it has.
+    # Flat: each rank adds the entries of its own parameters, whichever layers it holds.
     flat = StateDictOptions(flatten_optimizer_state_dict=True)
     model, states = get_state_dict(module, optimizer, options=flat)
     checkpoint.save({"model": model, "optimizer": states}, checkpoint_id=folder)
@@ -256,5 +260,5 @@ def load_distributed(module: nn.Module, optimizer: torch.optim.Optimizer, folder
 
 def load_engine(spec: Spec) -> Engine:
     """The engine that `spec` names."""
-    # Pydantic makes every subclass concrete or fails; mypy cannot see that `load` returns one.
+    # Instantiating an abstract class fails, so `load` returns a concrete one; mypy cannot see that.
     return load("alst_impl.engines", Engine, spec)  # type: ignore[type-abstract]

@@ -95,14 +95,14 @@ class FSDP2Runtime(Runtime):
 
 
 class FSDP2(Engine):
-    """One unit per decoder layer; embedding and head are units too, unless they share weights.
+    """One FSDP unit per decoder layer; embedding and head are units too, unless they share weights.
 
-    Parameters of a unit that differ in dtype are gathered and reduced apart, each in its own dtype.
+    Parameters of a unit that differ in dtype are gathered and reduced separately, each in its own dtype.
     """
 
     offload: bool = False
-    """Keep shards of parameters, their gradients and optimizer states in host memory, where the update runs:
-    PyTorch's `CPUOffloadPolicy`."""
+    """Keep shards of parameters, gradients and optimizer states in host memory, and update there.
+    This is PyTorch's `CPUOffloadPolicy`."""
 
     @property
     def updates_on_host(self) -> bool:
@@ -128,25 +128,25 @@ class FSDP2(Engine):
         ranks = replicas(mesh, placement.device)
         units: list[nn.Module] = [*hf.decoder_layers(model)]
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-        # A stage of a pipeline has one of them, or neither.
+        # A pipeline stage has one of them, or neither.
         ends = [end for end in (embedding, head) if end is not None and [*end.parameters()]]
         placements = _placements(model, mesh, ranks)
-        # Pages that a device copies from and to without waiting.
+        # Copies between pinned memory and a device are asynchronous.
         pinned = placement.device.type != "cpu"
         policy = CPUOffloadPolicy(pin_memory=pinned) if self.offload else OffloadPolicy()
         untied = len({end.weight for end in ends}) == len(ends)
         if untied:
             units += ends
         for unit in [*units, model]:
-            # Filled and sharded one by one: a process holds its shards and one whole unit.
+            # Units are filled and sharded one by one, so a process holds its shards and one whole unit.
             initializer.fill(model, unit, placement.device)
             fully_shard(unit, mesh=ranks, shard_placement_fn=placements, offload_policy=policy)
             sharded = cast("FSDPModule", unit)
-            # Losses are addends already: the sum over ranks is the gradient.
+            # Gradients are summed over ranks: losses are divided by the global count already.
             sharded.set_gradient_divide_factor(1.0)
             sharded.set_force_sum_reduction_for_comms(True)
         if untied and embedding in ends:
-            # The gradient of a lookup needs no weights.
+            # The backward of an embedding needs no weights.
             cast("FSDPModule", embedding).set_unshard_in_backward(False)
         return FSDP2Runtime(model, config, mesh, placement)
 
@@ -154,10 +154,11 @@ class FSDP2(Engine):
 def _placements(
     model: PreTrainedModel, mesh: DeviceMesh, ranks: DeviceMesh
 ) -> Callable[[nn.Parameter], Any] | None:
-    """What has `fully_shard` over `ranks` make one group of parameters per dtype; None where there is one dtype. Collective.
+    """`shard_placement_fn` for one parameter group per dtype; None if there is one dtype. Collective.
 
-    It makes one per process group, so each dtype besides the model's own gets a process group of the
-    same ranks. Raises `ValueError` where the installed PyTorch makes one group whatever the dtypes.
+    `fully_shard` makes one parameter group per process group. So each dtype other than the model's gets a
+    process group of the same ranks. Raises `ValueError` if the installed PyTorch makes one group for all
+    dtypes.
     """
     others = dtypes(model)[1:]
     if not others:

@@ -1,4 +1,4 @@
-"""PyTorch alone: every rank holds all its layers, gradients are summed over all that hold the same."""
+"""Plain PyTorch: every rank holds its layers whole, and gradients are summed over ranks with the same layers."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class PlainRuntime(Runtime):
                 self._sum(parameter)
 
     def _sum(self, parameter: Tensor) -> None:
-        """Its gradient over all that hold the parameter, in place; zero where it has none. Collective."""
+        """All-reduce the parameter's gradient over its replicas, in place; a missing one counts as zero. Collective."""
         import torch
         import torch.distributed as dist
 
@@ -101,11 +101,11 @@ class PlainRuntime(Runtime):
 
 
 class InBackwardRuntime(PlainRuntime):
-    """Each parameter has an optimizer of its own, which updates it once autograd has its whole gradient.
+    """Each parameter has its own optimizer, which updates it as soon as its gradient is complete.
 
-    Then the gradient is summed over ranks, used and freed, so that there is one at a time. Autograd adds up
-    all that one pass gives a parameter, tied or tiled, before its hook fires. Ranks run the same operations
-    in the same order, and so hooks fire in the same order on all of them.
+    The gradient is then summed over ranks, used and freed, so there is one at a time. Within one backward,
+    autograd adds up all contributions to a parameter, tied or tiled, before its hook fires. Ranks run the
+    same operations in the same order, so hooks fire in the same order on all of them.
     """
 
     def __init__(
@@ -117,12 +117,12 @@ class InBackwardRuntime(PlainRuntime):
         }
         self._share()
         self._norms: dict[Tensor, Tensor] = {}
-        """Of the gradients of this step's parameters that are updated."""
+        """Gradient norms of the parameters that this step has updated."""
         for parameter in self._parameters:
             parameter.register_post_accumulate_grad_hook(self._finish)
 
     def _share(self) -> None:
-        """Have each parameter's optimizer work on the states and settings in `optimizer`."""
+        """Make each parameter's optimizer share the states and settings of `optimizer`."""
         (group,) = self.optimizer.param_groups
         for parameter, own in self._own.items():
             own.state = self.optimizer.state
@@ -149,7 +149,7 @@ class InBackwardRuntime(PlainRuntime):
             self._finish(parameter)
 
     def _finish(self, parameter: Tensor) -> None:
-        """Update `parameter` with its gradient and free that. Collective."""
+        """Update `parameter` and free its gradient. Collective."""
         import torch
 
         from alst_impl.ops.memory.tiling import accumulation_dtype
@@ -172,7 +172,7 @@ class InBackwardRuntime(PlainRuntime):
     def _update(self) -> Tensor:
         import torch
 
-        # In the order of the parameters, so that it is the norm of the usual update to the bit.
+        # In parameter order, so the norm equals that of the usual update to the bit.
         norms = torch.stack([self._norms[p] for p in self._parameters])
         self._norms.clear()
         return self._norm_of_all_stages(torch.linalg.vector_norm(norms))
@@ -191,12 +191,12 @@ class InBackwardRuntime(PlainRuntime):
 
 
 class Plain(Engine):
-    """The reference of the other engines."""
+    """The reference for the other engines."""
 
     update_in_backward: bool = False
-    """Update each parameter in backward, as soon as its gradient is whole, and free the gradient, so that
-    gradients never pile up: PyTorch's "optimizer step in backward", as in the measurements of
-    arXiv:2407.15892, appendix D. Nobody can see the gradients."""
+    """Update each parameter in backward as soon as its gradient is complete, then free the gradient.
+    This is PyTorch's "optimizer step in backward", as measured in arXiv:2407.15892, appendix D. Gradients
+    cannot be read afterwards."""
 
     @property
     def updates_in_backward(self) -> bool:

@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 
 
 SAVED, UNIVERSAL = "saved", "universal"
-"""Folders inside that of a checkpoint."""
+"""Subfolders of a checkpoint's folder."""
 LARGE = 10**9
-"""Parameters of a model that DeepSpeed's own bucket sizes are meant for."""
+"""Number of model parameters from which DeepSpeed's default bucket sizes are used."""
 REDUCE_BUCKET_SIZE, PREFETCH_BUCKET_SIZE = 500_000_000, 50_000_000
-"""DeepSpeed's own (deepspeed/runtime/zero/config.py), in elements."""
+"""DeepSpeed's defaults (deepspeed/runtime/zero/config.py), in elements."""
 
 
 class ZeroRuntime(Runtime):
-    """A DeepSpeed engine; its average over ranks is undone, so that losses are addends."""
+    """A DeepSpeed engine. Its average over ranks is undone, so gradients are summed."""
 
     module: Any
 
@@ -94,7 +94,7 @@ class ZeroRuntime(Runtime):
         return state
 
     def save(self, folder: Path) -> None:
-        """A DeepSpeed checkpoint, and beside it the universal one that `load` reads."""
+        """Write a DeepSpeed checkpoint, and beside it the universal one that `load` reads."""
         import argparse
 
         import torch.distributed as dist
@@ -121,17 +121,17 @@ class ZeroRuntime(Runtime):
     def load(self, folder: Path) -> None:
         import torch
 
-        # Where DeepSpeed's configuration would say so, before it is known that there is something to load.
+        # DeepSpeed reads this from its configuration at start, when no checkpoint is known yet.
         self.module._config.load_universal_checkpoint = True
         self.module.load_checkpoint(str(folder), tag=UNIVERSAL)
         for state in self.module.optimizer.optimizer.state.values():
-            # Stage 3 gives all groups one tensor, which each of them would then advance.
+            # Stage 3 gives all groups the same tensor, which each group would then increment.
             if isinstance(state.get("step"), torch.Tensor):
                 state["step"] = state["step"].clone()
 
 
 class Zero(Engine):
-    """DeepSpeed, with PyTorch's optimizers so that none is compiled on first use."""
+    """DeepSpeed ZeRO with PyTorch's optimizers, so no optimizer is compiled on first use."""
 
     stage: Literal[1, 2, 3] = 3
     """What is sharded: optimizer states (1), gradients too (2), parameters too (3)."""
@@ -142,13 +142,13 @@ class Zero(Engine):
     reduce_scatter: bool = True
     """Reduce gradients to their owner instead of to all ranks."""
     reduce_bucket_size: int | None = Field(default=None, ge=1)
-    """Elements of the bucket that gradients are reduced in; None is DeepSpeed's own 500 million for
-    models of `LARGE` parameters and more, and in proportion for smaller ones, of which it would be most."""
+    """Size of the gradient reduction bucket, in elements.
+    None is DeepSpeed's default of 500 million for models of at least `LARGE` parameters. Smaller models,
+    whose memory it would dominate, get a proportional size."""
     prefetch_bucket_size: int | None = Field(default=None, ge=0)
-    """Parameter elements that stage 3 gathers ahead; None likewise, of DeepSpeed's own 50 million."""
+    """Parameter elements that stage 3 prefetches; None scales DeepSpeed's default of 50 million likewise."""
     seq_parallel_communication_data_type: Literal["fp32", "bf16"] = "fp32"
-    """What gradients are reduced in under methods of DeepSpeed's own sequence parallelism; the released
-    ALST recipes use bf16."""
+    """Dtype of gradient reduction under DeepSpeed's own sequence parallelism; the released ALST recipes use bf16."""
 
     @property
     def updates_on_host(self) -> bool:
@@ -210,7 +210,7 @@ class Zero(Engine):
         settings: dict[str, Any],
         placement: Placement,
     ) -> None:
-        """Fill and partition module by module: a process holds its shards and one whole module."""
+        """Fill and partition module by module, so a process holds its shards and one whole module."""
         import deepspeed
 
         for module in model.modules():
@@ -241,7 +241,7 @@ class Zero(Engine):
             "gradient_accumulation_steps": config.accumulation,
             # DeepSpeed clips at 1.0 unless told otherwise.
             "gradient_clipping": config.optimizer.max_grad_norm or 0.0,
-            # On, it would cast every parameter; off, it leaves them and reduces all gradients in fp32.
+            # Enabled, it casts every parameter. Disabled, it keeps dtypes and reduces all gradients in fp32.
             "bf16": {"enabled": config.dtype == "bfloat16" and not mixed},
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
@@ -252,25 +252,25 @@ class Zero(Engine):
 
 
 def _bucket_size(asked: int | None, default: int, num_parameters: int) -> int:
-    """What was asked for, else `default`, in proportion for a model below `LARGE`."""
+    """`asked` if given, else `default`, scaled down for a model below `LARGE` parameters."""
     return default * min(num_parameters, LARGE) // LARGE if asked is None else asked
 
 
 def _by_dtype(model: PreTrainedModel) -> list[dict[str, Any]]:
-    """The trainable parameters as groups of one dtype each: DeepSpeed flattens group by group."""
+    """The trainable parameters in groups of one dtype each, because DeepSpeed flattens each group."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [[p for p in trainable if p.dtype == dtype] for dtype in dtypes(model)]
     return [{"params": group} for group in groups if group]
 
 
 class _Buffers:
-    """Flat buffers of several dtypes, end to end."""
+    """Flat buffers of several dtypes, addressed as one concatenated buffer."""
 
     def __init__(self, buffers: list[Tensor]) -> None:
         self._buffers = buffers
 
     def narrow(self, dim: int, start: int, length: int) -> Tensor:
-        """As of one tensor; a range never crosses from one dtype to the next."""
+        """Like `Tensor.narrow` on the concatenated buffers; a range never spans two dtypes."""
         for buffer in self._buffers:
             if start < buffer.numel():
                 return buffer.narrow(dim, start, length)
@@ -280,7 +280,7 @@ class _Buffers:
 
 @contextlib.contextmanager
 def _defragmented_by_dtype() -> Iterator[None]:
-    """Have stage 3 move shards into one flat buffer per dtype, where it takes one dtype for granted."""
+    """Make stage 3, which assumes one dtype, move shards into one flat buffer per dtype."""
     import itertools
 
     from deepspeed.runtime.zero import stage3

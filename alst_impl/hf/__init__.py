@@ -1,7 +1,7 @@
 """The only package that knows the inside of a Hugging Face model.
 
-Nothing here edits modelling code or a class: changes are made on instances, so other models of the
-process are untouched. Structure is found by what modules are, not by which model they belong to.
+It changes instances, never classes or modelling code, so other models of the process are untouched. It finds
+parts by module type and attributes, not by the model's name.
 """
 
 from alst_impl.hf.attention import (

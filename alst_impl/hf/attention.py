@@ -17,8 +17,8 @@ from alst_impl.hf.structure import (
 )
 
 ATTENTION = "alst"
-"""Name of our attention in transformers' registry. Transformers builds no mask for a name it does not
-know one for, which is what keeps S x S masks away."""
+"""Name of our attention in transformers' registry.
+No mask function is registered under it, so transformers builds no S x S mask."""
 Attention = Callable[..., Tensor]
 """(query [B, H, S/P, D], key and value [B, K, S/P, D], scale=, window=, documents=) -> [B, H, S/P, D]."""
 
@@ -85,7 +85,7 @@ def use_attention(model: PreTrainedModel, attention: Attention) -> None:
 
 
 def use_attentions(model: PreTrainedModel, attentions: Sequence[Attention]) -> None:
-    """As `use_attention`, with one for each attention module, in order."""
+    """As `use_attention`, with one attention per attention module, in order."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         config = getattr(module, "config", None)
@@ -98,7 +98,7 @@ def use_attentions(model: PreTrainedModel, attentions: Sequence[Attention]) -> N
         vars(module)["alst_attention"] = attention
 
     def refuse_mask(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # Transformers builds no mask for our attention, so a padding mask would be lost in silence.
+        # Transformers builds no mask for our attention, so a padding mask would be ignored silently.
         if base.config._attn_implementation == ATTENTION:  # type: ignore[union-attr]
             _refuse_mask(kwargs.get("attention_mask", args[1] if len(args) > 1 else None))
 
@@ -107,7 +107,7 @@ def use_attentions(model: PreTrainedModel, attentions: Sequence[Attention]) -> N
 
 @contextmanager
 def stock_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Within it, attention of `model` is the one it had before `use_attention`, masks included."""
+    """Context in which `model` uses the attention it had before `use_attention`, masks included."""
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     ours = [c for c in configs.values() if c._attn_implementation == ATTENTION]
     try:

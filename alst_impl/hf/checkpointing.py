@@ -12,17 +12,17 @@ from alst_impl.ops.memory.offload import HostOffload, checkpoint
 
 
 def stock_checkpointing(model: PreTrainedModel, *, use_reentrant: bool) -> None:
-    """Checkpoint every decoder layer with PyTorch's own, by transformers' name for it."""
-    # The first name is transformers' from 5.23 on, which warns about the second.
+    """Checkpoint every decoder layer with PyTorch's checkpointing, through transformers' API."""
+    # transformers 5.23 and later have the first name and warn about the second.
     named = getattr(model, "activation_checkpointing_enable", None)
     enable = named or model.gradient_checkpointing_enable
     enable({"use_reentrant": use_reentrant})
 
 
 def checkpoint_layers(model: PreTrainedModel, offload: HostOffload | None) -> None:
-    """Checkpoint every decoder layer with ours in place of PyTorch's, through transformers' own switch.
+    """Checkpoint every decoder layer with our checkpointing instead of PyTorch's, through transformers' switch.
 
-    The switch goes on turning ours on and off, whoever uses it: a trainer that asks for PyTorch's gets ours.
+    Later calls of the switch turn ours on and off: a trainer that asks for PyTorch's checkpointing gets ours.
     """
 
     def run_checkpointed(layer: Callable[..., Any], hidden_states: Tensor, *args: Any) -> Tensor:
@@ -41,7 +41,7 @@ def _switch(
     gradient_checkpointing_func: Callable[..., Any] | None = None,
     **_: Any,
 ) -> None:
-    """transformers' `_set_gradient_checkpointing` with `ours` whatever function comes."""
+    """transformers' `_set_gradient_checkpointing`, with `ours` in place of the given function."""
     if enable and gradient_checkpointing_func is not ours:
         warnings.warn(
             "layers stay checkpointed by ALST, all of them and with its offload: checkpointing that is turned on "

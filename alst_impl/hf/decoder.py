@@ -1,7 +1,7 @@
-"""The parts of an unmodified Hugging Face decoder layer, for `alst_impl.ops.layerwise`.
+"""Reads the parts of an unmodified Hugging Face decoder layer, for `alst_impl.ops.layerwise`.
 
-A layer is read by what it holds. What `layerwise` computes is norm, attention, residual, norm, MLP,
-residual; a layer that holds anything else computes something else, and is refused by the name of that part.
+`layerwise` computes norm, attention, residual, norm, MLP, residual. A layer with any other part computes
+something else, so it is refused with the name of that part.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ LAYER = {
     "resid_attn_dropout",
     "resid_mlp_dropout",
 }
-"""Modules of a layer (the last two: Phi-3, and never active)."""
+"""Allowed modules of a layer. The last two are Phi-3's dropouts, which must have p=0."""
 SEPARATE = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"}
 FUSED = {"qkv_proj", "o_proj"}
-"""Modules of an attention; the norms are of single heads."""
+"""Allowed modules of an attention, with separate or with fused projections. The norms are per head."""
 MLP = {"gate_proj", "up_proj", "gate_up_proj", "down_proj", "act_fn", "activation_fn"}
-"""Modules of an MLP. Any token-wise module would do, but experts are routed by values."""
+"""Allowed modules of an MLP. Any token-wise module would work, but not experts: their routing depends on values."""
 LAYER_FIELDS = {"hidden_size", "config", "layer_idx", "layer_type", "attention_type"}
 ATTENTION_FIELDS = {
     "alst_attention",
@@ -50,12 +50,13 @@ ATTENTION_FIELDS = {
     "scaling",
     "sliding_window",
 }
-"""Plain attributes that change nothing, or are read here. A multiplier or a soft-cap would be another."""
+"""Allowed plain attributes: those that do not change the result, and those that are read here.
+Others, such as a multiplier or a soft-cap, are refused."""
 _OF_MODULES = {*vars(nn.Module()), "gradient_checkpointing", "_gradient_checkpointing_func"}
 
 
 def read(layer: nn.Module) -> Decoder:
-    """The parts of `layer`. Raises `ValueError` naming the part that `layerwise` does not know."""
+    """The parts of `layer`. Raises `ValueError` for a part that `layerwise` does not support, naming it."""
     attention = _child(layer, "self_attn")
     fused = hasattr(attention, "qkv_proj")
     _refuse_others(layer, LAYER, LAYER_FIELDS)
@@ -91,13 +92,13 @@ def read(layer: nn.Module) -> Decoder:
 
 
 def run_layers(model: PreTrainedModel, layers: list[Layerwise]) -> None:
-    """Have the decoder layers of `model` run as `layers`, on the instances."""
+    """Make the decoder layers of `model` run as `layers`. Changes the instances only."""
     for module, layer in zip(hf.decoder_layers(model), layers, strict=True):
         run_as(module, _forward(layer))
 
 
 def run_in_place(norm: nn.Module, size: int, offload: HostOffload) -> None:
-    """Have `norm` run in tiles of at most `size` rows, in the place of its input, on the instance."""
+    """Make `norm` run in tiles of at most `size` rows and overwrite its input. Changes the instance only."""
     stock = norm.forward
 
     def forward(hidden_states: Tensor) -> Tensor:
@@ -132,7 +133,7 @@ def _child(module: nn.Module, name: str) -> Any:
 
 
 def _refuse_others(module: nn.Module, modules: set[str], fields: set[str] | None) -> None:
-    """Raise `ValueError` for children, parameters and, with `fields`, attributes beside the known."""
+    """Raise `ValueError` for a child not in `modules`, any own parameter, or an attribute not in `fields`."""
     for name, child in module.named_children():
         if name not in modules:
             raise ValueError(_unknown(module, f"'{name}' ({type(child).__name__})"))
@@ -178,7 +179,7 @@ def _norm(attention: nn.Module, name: str, dim: int) -> nn.Module | None:
 
 
 def _window(attention: Any) -> int | None:
-    """As the attention passes it on: its own attribute, or the configuration's (Mistral, Phi-3)."""
+    """The sliding window: the attention's own attribute, or else the configuration's (Mistral, Phi-3)."""
     config_window = getattr(attention.config, "sliding_window", None)
     window: int | None = getattr(attention, "sliding_window", config_window)
     return window

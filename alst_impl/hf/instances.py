@@ -1,4 +1,4 @@
-"""Changes on instances of a Hugging Face model: no class and no other model is touched."""
+"""Changes to instances of Hugging Face modules. Classes and other models are untouched."""
 
 import inspect
 from collections.abc import Callable
@@ -9,10 +9,10 @@ from torch import nn
 
 
 def bound(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward(module, ...)` as a method of this instance with the signature of the class's own forward.
+    """`forward(module, ...)` as a method of this instance, with the signature of the class's own forward.
 
-    `copy.deepcopy` binds a method to the copy, and callers that look for a model's arguments
-    (transformers' Trainer) find them.
+    `copy.deepcopy` binds the method to the copy. Callers that inspect a model's arguments (transformers'
+    Trainer) see the signature of the class.
     """
 
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -23,5 +23,5 @@ def bound(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def set_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
-    """Make `module(...)` call `forward(module, ...)`, on this instance alone."""
+    """Make `module(...)` call `forward(module, ...)`, on this instance only."""
     vars(module)["forward"] = bound(module, forward)

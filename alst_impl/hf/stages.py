@@ -1,4 +1,4 @@
-"""One stage of a pipeline: some decoder layers, with the model's first or last part."""
+"""One stage of a pipeline: some decoder layers, with the embedding on the first stage and the head on the last."""
 
 from typing import Any
 
@@ -10,38 +10,39 @@ from alst_impl.hf.structure import decoder_layers, final_norms
 
 
 class _Elsewhere(nn.Module):
-    """Stands for what another stage has: passes hidden states on."""
+    """Stand-in for a module of another stage: returns the hidden states unchanged."""
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         return hidden_states
 
 
 class _Border(nn.Module):
-    """Stands for the first or last layer where another stage has it: hidden states come in or leave here."""
+    """Stand-in for the first or last layer on a stage without it. Hidden states enter or leave the stage here."""
 
     def __init__(self) -> None:
         super().__init__()
         self.given: Tensor | None = None
-        """What to pass on in place of what comes."""
+        """Output to return instead of the input; None returns the input."""
         self.seen: Tensor | None = None
-        """What came."""
+        """The last input."""
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         self.seen = hidden_states
         return hidden_states if self.given is None else self.given
 
     def clear(self) -> None:
-        """Hold nothing."""
+        """Drop both tensors."""
         self.given = self.seen = None
 
 
 def keep_stage(model: PreTrainedModel, kept: range) -> None:
-    """Leave `model` the decoder layers in `kept`, with the embedding before the first and the head after the last.
+    """Keep only the decoder layers in `kept`, the embedding with the first layer, and the head with the last.
 
-    Names of parameters stay. Without the first layer, `model(hidden=, ...)` takes hidden states
-    [B, S, E] in place of token ids; without the last it returns hidden states. Whatever the model does
-    to embeddings before its layers is done on the first stage alone, whatever it does after them on the
-    last. Raises `ValueError` for tied embeddings, which two stages would have to share.
+    Parameter names stay the same. Without the first layer, `model(hidden=, ...)` takes hidden states [B, S,
+    E] in place of token ids. Without the last layer, it returns hidden states. What the model does to
+    embeddings before its layers takes effect on the first stage only. What it does after its layers takes
+    effect on the last stage only. Raises `ValueError` for tied embeddings, which two stages would have to
+    share.
     """
     layers = list(decoder_layers(model))
     first, last = kept.start == 0, kept.stop == len(layers)
@@ -87,7 +88,7 @@ def _refuse_tied(model: PreTrainedModel) -> None:
 
 
 def _stack(model: PreTrainedModel, layers: list[nn.Module]) -> nn.ModuleList:
-    """The list that holds all decoder layers."""
+    """The `nn.ModuleList` that holds all decoder layers."""
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and list(module) == layers:
             return module
@@ -95,7 +96,7 @@ def _stack(model: PreTrainedModel, layers: list[nn.Module]) -> nn.ModuleList:
 
 
 def _replace(model: PreTrainedModel, part: nn.Module) -> None:
-    """Put a stand-in where `part` is."""
+    """Replace `part` by a stand-in."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if child is part:

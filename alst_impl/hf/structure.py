@@ -1,4 +1,4 @@
-"""The parts of a Hugging Face model, found by what modules are and not by which model they belong to."""
+"""Finds the parts of a Hugging Face model by module type and attributes, not by the model's name."""
 
 from collections.abc import Sequence
 
@@ -31,10 +31,7 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def token_wise_modules(model: PreTrainedModel) -> tuple[list[nn.Module], list[nn.Module]]:
-    """(MLPs, norms): what works on one token at a time, norms of queries and keys and the final one included.
-
-    Raises `ValueError` for a layer without an MLP.
-    """
+    """(MLPs, norms): all modules that work on one token at a time, with query, key and final norms."""
     attention = set(attention_modules(model))
     mlps, norms = [], []
     for layer in decoder_layers(model):
@@ -55,7 +52,7 @@ def token_wise_modules(model: PreTrainedModel) -> tuple[list[nn.Module], list[nn
 
 
 def final_norms(model: PreTrainedModel) -> list[nn.Module]:
-    """The norm between the decoder layers and the head, where there is one."""
+    """The norm between the decoder layers and the head, if there is one."""
     return [m for m in model.base_model.children() if "Norm" in type(m).__name__]
 
 

@@ -1,4 +1,4 @@
-"""Modules, and head with loss, in tiles of the sequence."""
+"""Runs modules, and the head with the loss, in tiles of the sequence."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,9 +26,10 @@ def tile_module(
 ) -> None:
     """Make `module`'s forward run in tiles of the sequence. For modules that map [B, S, ..., E] token-wise.
 
-    Without `recompute`, backward has what forward made in all tiles.
+    Without `recompute`, the activations of all tiles are kept for backward.
 
-    Norms of queries and keys may see [B, H, S, D]: they work on every head alone, so tiles of heads do.
+    A query or key norm may get [B, H, S, D]. It normalizes each head separately, so tiling over heads is
+    exact too.
     """
     vars(module)["tiling"] = _Tiling(module.forward, tiles, evidence, recompute)
     run_as(module, bound(module, _tiled_forward))
@@ -36,7 +37,7 @@ def tile_module(
 
 @dataclass(frozen=True)
 class _Tiling:
-    """What a tiled module's forward works with."""
+    """State of a tiled module's forward."""
 
     stock: Callable[..., Tensor]
     tiles: Tiles
@@ -61,14 +62,14 @@ def _tiled_forward(module: nn.Module, hidden_states: Tensor) -> Tensor:
 
 
 class _Given(nn.Module):
-    """Stands for a decoder whose output is already there; the widest of transformers' outputs."""
+    """Stand-in for a decoder whose output is given. Returns transformers' output class with the most fields."""
 
     def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> MoeModelOutputWithPast:
         return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
 
 
 class _Projection(nn.Module):
-    """The head's own projection, without the hooks that engines hang on the head."""
+    """The head's own projection, without the hooks that engines register on the head."""
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
@@ -81,13 +82,13 @@ class _Projection(nn.Module):
 
 @dataclass
 class _TiledLoss:
-    """What a model's and its head's forward work with where the loss is tiled."""
+    """State of the forwards of a model and its head for a tiled loss."""
 
     tiles: Tiles
     evidence: Evidence
     overwrite: bool
     adds_up: Callable[..., Any] | None = None
-    """The loss function that was found to be a sum over tokens."""
+    """The loss function that was last checked to be a sum over tokens."""
 
 
 def tile_loss(
@@ -95,11 +96,11 @@ def tile_loss(
 ) -> None:
     """Make `model(..., shift_labels=, num_items_in_batch=)` compute logits and loss in tiles.
 
-    What follows the decoder (head, logit scale, soft-cap, loss) is the model's own code: each tile goes
-    through the class's forward, with the decoder's output given. Without labels the model returns
-    logits as always. Head and loss function are looked up at each call: both may be replaced later. The
-    loss is computed inside the head's call, so that an engine that gathers parameters around a module's
-    call gathers the head's once for all tiles. `overwrite` as in `tiled_loss`.
+    The model's own code computes all that follows the decoder (head, logit scale, soft-cap, loss): each tile
+    runs the class's forward with the decoder's output given. Without labels the model returns logits as
+    usual. Head and loss function are looked up at each call, so both may be replaced later. The loss is
+    computed inside the head's call, so an engine that gathers parameters around module calls gathers the head
+    once for all tiles. `overwrite` is as in `tiled_loss`.
     """
     head_name(model)  # refuses a model without a head now, not at the first step
     vars(model)["tiled_loss"] = _TiledLoss(tiles, evidence, overwrite)
@@ -127,7 +128,7 @@ def _forward_with_tiled_loss(
 
 
 class _LossOfHead:
-    """What a head's call is given to compute the loss, in one object that engines pass on as it is."""
+    """Arguments for the loss in a head's call, in one object that engines pass on unchanged."""
 
     def __init__(
         self, epilogue: PreTrainedModel, labels: Tensor, count: Tensor, tiled: _TiledLoss
@@ -162,7 +163,7 @@ def _head_forward(
 def _check_adds_up(
     loss_function: Callable[..., Any], token_loss: TokenLoss, hidden: Tensor, count: Tensor
 ) -> None:
-    """Raise `ValueError` unless tiles of a loss add up: a sum over tokens divided by `num_items_in_batch`."""
+    """Raise `ValueError` unless the loss is a sum over tokens divided by `num_items_in_batch`, so that tiles add up."""
     pair, one = hidden[:1, :1].expand(1, 2, -1), count.new_ones(())
     labels = torch.zeros(1, 2, dtype=torch.int64, device=hidden.device)
     of_pair = float(token_loss(pair, labels, one))
@@ -177,8 +178,8 @@ def _check_adds_up(
 
 
 def _epilogue(model: PreTrainedModel, name: str, head: nn.Module) -> PreTrainedModel:
-    """`model` with its decoder's output given: a shallow copy that owns no parameter."""
-    # Not `copy.copy`, which fully_shard's classes refuse.
+    """Shallow copy of `model` whose decoder returns a given output. It owns no parameter."""
+    # `copy.copy` does not work on classes that `fully_shard` creates.
     epilogue: PreTrainedModel = object.__new__(type(model))
     vars(epilogue).update(vars(model))
     vars(epilogue)["_modules"] = {model.base_model_prefix: _Given(), name: _Projection(head)}
@@ -199,5 +200,5 @@ def _token_loss(epilogue: PreTrainedModel, hidden: Tensor, labels: Tensor, count
 
 
 def _reach(fn: Callable[..., Tensor], _: nn.Module, *args: Tensor) -> Tensor:
-    """`fn(*args)`; the module beside it is there for its parameters to be discovered."""
+    """`fn(*args)`. The module argument lets `parameters_of` find its parameters."""
     return fn(*args)

@@ -1,1 +1,1 @@
-"""Ways to train a long sequence; one file each, selected by its name."""
+"""Methods to train on long sequences; one file each, selected by its name."""

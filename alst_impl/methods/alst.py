@@ -40,7 +40,7 @@ class Alst(Tiled):
     def enable(
         self, model: PreTrainedModel, mesh: DeviceMesh, placement: Placement, attention: str
     ) -> None:
-        """Sequence parallelism and tiling, in place; `attention` names the core attention."""
+        """Add sequence parallelism and tiling to `model`, in place; `attention` names the core attention."""
         from alst_impl.ops.attention.ulysses import UlyssesAttention
 
         group = mesh["sp"].get_group() if self.sp > 1 else None

@@ -1,4 +1,4 @@
-"""The interface of a method. Torch is imported inside functions: `check` runs while sweeps expand."""
+"""The interface of a method. Torch is imported inside functions, because `check` runs while sweeps expand."""
 
 from __future__ import annotations
 
@@ -25,47 +25,47 @@ if TYPE_CHECKING:
 AXES = ("dp", "pp", "cp", "sp")
 """Every axis that a mesh may have: data, pipeline, context (ring) and sequence (Ulysses) parallel."""
 LOGITS_TILE_BYTES = 2**30
-"""fp32 logits of one loss tile (arXiv:2506.13996, section 3.1.2)."""
+"""Size of the fp32 logits of one loss tile (arXiv:2506.13996, section 3.1.2)."""
 
 
 class Method(Frozen):
-    """A way to train; its options are its fields."""
+    """A training method; its options are its fields."""
 
     recomputes_layers: ClassVar[bool] = True
-    """Whether each layer runs forward, forward again, and backward once, as in published runs."""
+    """Whether each layer runs two forwards and one backward per step, as in published runs."""
 
     def require(self) -> None:
-        """Raise `ValueError`, naming the extra, where a package that `apply` needs is not installed."""
+        """Raise `ValueError`, naming the extra, if a package that `apply` needs is not installed."""
 
     def check(self, config: TrainConfig) -> None:
-        """Raise `ValueError` for settings that cannot work: the values, the rule, the way out."""
+        """Raise `ValueError` for settings that cannot work. The message gives the values, the rule and the fix."""
 
     def period(self) -> int:
-        """Equal layers after which a step repeats itself: of so many one input is kept, where layers are checkpointed."""
+        """Number of layers per checkpoint segment."""
         return 1
 
     def axes(self, world_size: int) -> dict[str, int]:
-        """Mesh axes of `world_size` ranks, outermost first: always `dp` and `sp`, others where used.
+        """Mesh axes of `world_size` ranks, outermost first: always `dp` and `sp`, others if used.
 
-        `pp` cuts the layers and comes first where it is; `cp` and `sp` cut the sequence; the ranks of
-        `dp` see other samples.
+        `pp` splits the layers and is outermost. `cp` and `sp` split the sequence. `dp` ranks get different
+        samples.
         """
         return {"dp": world_size, "sp": 1}
 
     def degrees(self, world_size: int) -> dict[str, int]:
-        """`axes` with the axes that the method does not have: of degree 1."""
+        """`axes`, with degree 1 for each axis that the method does not have."""
         return {**dict.fromkeys(AXES, 1), **self.axes(world_size)}
 
     def heaviest_rank(self, world_size: int) -> int:
-        """A rank that no other holds more than: the one that is played where one stands for all."""
+        """The rank with the highest memory use; a run that executes one rank for all executes this one."""
         return 0
 
     def local_seqlen(self, config: TrainConfig) -> int:
-        """Tokens of one sample that a rank's decoder sees, after padding."""
+        """Tokens of one sample that a rank's decoder processes, after padding."""
         return -(-config.seqlen // self.degrees(config.world_size)["sp"])
 
     def shard(self, batch: Batch, mesh: DeviceMesh) -> Batch:
-        """This rank's part of `batch`: padded right to a multiple of sp, cut along the sequence."""
+        """This rank's shard of `batch`: padded right to a multiple of sp, split along the sequence."""
         from alst_impl.data import shard_sequence
 
         sp = mesh["sp"]
@@ -83,23 +83,23 @@ class Method(Frozen):
         hf.stock_checkpointing(model, use_reentrant=False)
 
     def promises(self, config: TrainConfig) -> set[str]:
-        """Counters of `Evidence` that must be non-zero after a step, or the method did nothing."""
+        """Counters of `Evidence` that must be non-zero after a step, as proof that the method ran."""
         return set()
 
     def precision(self, config: TrainConfig) -> Precision:
-        """The coarsest format that gradients depend on: of an exact method, the run's dtype."""
+        """The coarsest format that rounds a gradient. For an exact method, this is the run's dtype."""
         return config.dtype
 
     def mpu(self) -> ModuleType | None:
-        """Parallel state for engines that take one (Megatron's protocol); usually none."""
+        """Parallel state for engines that take one (Megatron's mpu protocol), or None."""
         return None
 
     def forward_backward(self, runtime: Runtime, batches: list[Batch], num_valid: Tensor) -> Tensor:
-        """Gradients of all micro-batches of a step into the engine, which is told how many backwards come.
+        """Forward and backward of all micro-batches of a step, after announcing their number to the engine.
 
-        `batches` are local. `num_valid` (int64 scalar) counts valid labels over all ranks and
-        micro-batches of the step. Returns this rank's addend to the global mean loss: the sum over
-        ranks is the loss. Collective.
+        `batches` are this rank's shards. `num_valid` (int64 scalar) counts valid labels over all ranks and
+        micro-batches of the step. Returns this rank's share of the global mean loss: the sum over ranks is
+        the loss. Collective.
         """
         import torch
 
@@ -108,20 +108,20 @@ class Method(Frozen):
         return torch.stack(losses).sum()
 
     def loss(self, runtime: Runtime, batches: list[Batch], num_valid: Tensor) -> Tensor:
-        """This rank's addend to the mean loss of `batches`, as of `forward_backward`. Collective."""
+        """This rank's share of the mean loss of `batches`, as in `forward_backward`. Collective."""
         import torch
 
         return torch.stack([runtime.forward(batch, num_valid) for batch in batches]).sum()
 
     def micro_step(self, runtime: Runtime, batch: Batch, num_valid: Tensor) -> Tensor:
-        """Gradients of one micro-batch; of methods whose micro-batches follow each other. Collective."""
+        """Forward and backward of one micro-batch, for methods that run them one after another. Collective."""
         loss = runtime.forward(batch, num_valid)
         runtime.backward(loss)
         return loss.detach()
 
 
 class Tiled(Method):
-    """What methods share that cut the sequence over ranks and everything token-wise into tiles."""
+    """Base of methods that shard the sequence over ranks and run token-wise modules and the loss in tiles."""
 
     tile_mlp: bool = True
     """Compute MLPs in tiles."""
@@ -130,12 +130,13 @@ class Tiled(Method):
     tile_loss: bool = True
     """Compute logits and loss in tiles."""
     tiles: int | None = Field(default=None, ge=1)
-    """Tiles of everything tiled; None follows ALST: about `hidden_size` rows for MLP and norm, 1 GiB of
-    logits for the loss (arXiv:2506.13996, section 3.1)."""
+    """Number of tiles of MLP, norm and loss.
+    None follows ALST (arXiv:2506.13996, section 3.1): tiles of about `hidden_size` rows for MLP and norm, and
+    of 1 GiB of logits for the loss."""
     offload: bool = True
     """Keep checkpointed layer inputs in host memory."""
     overlap: bool = True
-    """Copy them beside compute, through pinned memory; off, copies block, as in the released recipes."""
+    """Overlap these copies with compute, through pinned memory. False blocks on them, as in the released recipes."""
 
     def check(self, config: TrainConfig) -> None:
         if self.offload and not config.checkpoint:
@@ -154,7 +155,7 @@ class Tiled(Method):
     def attach(
         self, model: PreTrainedModel, attention: UlyssesAttention, placement: Placement
     ) -> None:
-        """`attention` and tiles into `model`, in place."""
+        """Install `attention` and the tiling in `model`, in place."""
         from alst_impl import hf
 
         hf.use_attention(model, attention)
@@ -187,7 +188,7 @@ def divisors(n: int) -> list[int]:
 
 
 def check_sharded(config: TrainConfig, sp: int, method: str, cp: int = 1) -> None:
-    """Raise `ValueError` unless ranks split over `cp` and `sp`, heads over `sp`, exactly for the model."""
+    """Raise `ValueError` unless `cp` and `sp` divide the ranks and the model can be sharded exactly over both."""
     for axis, degree, ranks in (("cp", cp, config.world_size), ("sp", sp, config.world_size // cp)):
         if ranks % degree:
             of = "world_size" if ranks == config.world_size else "world_size / cp"
@@ -218,7 +219,7 @@ def check_shardable(fields: dict[str, Any], sp: int, method: str, model: str) ->
 
 
 def check_rotary(fields: dict[str, Any], axis: str, parts: int, model: str) -> None:
-    """Raise `ValueError` for frequencies that follow the longest position, where a forward pass sees one of `parts`."""
+    """Raise `ValueError` for rotary scaling by longest position if the sequence is split into several `parts`."""
     scaling = rotary_by_longest(fields)
     if scaling is not None and parts > 1:
         raise ValueError(
@@ -228,7 +229,7 @@ def check_rotary(fields: dict[str, Any], axis: str, parts: int, model: str) -> N
 
 
 def check_flash_by_name(config: TrainConfig, method: str) -> None:
-    """Raise `ValueError` for an attention other than the kernel whose statistics `method` works with."""
+    """Raise `ValueError` unless attention is PyTorch's flash kernel, whose log-sum-exp `method` uses."""
     if config.attention not in ("sdpa", "sdpa_flash"):
         raise ValueError(
             f"method '{method}' calls PyTorch's flash kernel by name, but attention is "

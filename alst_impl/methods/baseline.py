@@ -1,4 +1,4 @@
-"""Stock Hugging Face training: what ALST is measured against."""
+"""Stock Hugging Face training, the baseline that ALST is compared with."""
 
 from __future__ import annotations
 

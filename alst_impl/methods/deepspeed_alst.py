@@ -1,9 +1,9 @@
-"""The peer: ALST through the classes that its authors released, unmodified, called as they call them.
+"""ALST as its authors released it: their classes, unmodified, called as they call them.
 
-Sources: deepspeed/runtime/sequence_parallel/ulysses_sp.py and the tutorial "Arctic Long Sequence
-Training (ALST) for HF Transformers integration"; with `liger` and `offload`, ArcticTraining's recipes
-(arctic_training/trainer/sft_trainer.py, model/liger_factory.py, monkey_patches.py). What it computes
-is measured, not assumed.
+Sources: deepspeed/runtime/sequence_parallel/ulysses_sp.py and the tutorial "Arctic Long Sequence Training
+(ALST) for HF Transformers integration"; with `liger` and `offload`, ArcticTraining's recipes
+(arctic_training/trainer/sft_trainer.py, model/liger_factory.py, monkey_patches.py). Its results are measured,
+not assumed to be correct.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ if TYPE_CHECKING:
 
 
 class DeepspeedAlst(Method):
-    """UlyssesSPAttentionHF, UlyssesSPDataLoaderAdapter, TiledMLP and a tiled loss."""
+    """DeepSpeed's UlyssesSPAttentionHF, UlyssesSPDataLoaderAdapter, TiledMLP and a tiled loss."""
 
     sp: int = Field(default=1, ge=1)
     """Sequence-parallel degree."""
     tile_mlp: bool = True
     """Compute MLPs with TiledMLP."""
     tile_loss: bool = True
-    """Compute logits and loss in tiles, summed, and divided afterwards, as the tutorial shows."""
+    """Compute logits and loss in tiles: sum over tokens, then divide, as in the tutorial."""
     tiled_by: Literal["sequence_tiled_compute", "TiledFusedLogitsLoss"] = "sequence_tiled_compute"
-    """Which of DeepSpeed's two ways to do so."""
+    """Which of DeepSpeed's two implementations of the tiled loss to use."""
     trainer_loss: bool = False
-    """Combine the losses of ranks with the function that transformers' Trainer calls, not as the
-    tutorial does; untiled."""
+    """Combine the ranks' losses with the function that transformers' Trainer calls, not as in the tutorial.
+    It needs an untiled loss."""
     tiles: int | None = Field(default=None, ge=1)
-    """Tiles of everything tiled; None follows the tutorial: `hidden_size` rows each."""
+    """Number of tiles of MLP and loss; None follows the tutorial: `hidden_size` rows per tile."""
     liger: bool = False
-    """Liger-Kernel's norms, RoPE and fused logits and loss, and its SwiGLU where the MLP is not tiled
-    (both replace the MLP: arXiv:2506.13996, section 5.4). It runs on CUDA devices only, and replaces the
-    RoPE of the model's module for the whole process."""
+    """Use Liger-Kernel's norms, RoPE and fused logits and loss, and its SwiGLU if the MLP is not tiled.
+    Liger and tiling both replace the MLP (arXiv:2506.13996, section 5.4). Liger needs a CUDA device. It
+    replaces the RoPE of the model's Python module for the whole process."""
     offload: bool = False
-    """Checkpointed layer inputs in host memory, by ArcticTraining's blocking copies to unpinned memory."""
+    """Keep checkpointed layer inputs in host memory, with ArcticTraining's blocking copies to unpinned memory."""
 
     def require(self) -> None:
         if self.liger:
@@ -117,12 +117,12 @@ class DeepspeedAlst(Method):
         labels = torch.nn.functional.pad(batch.shift_labels[:, :-1], (1, 0), value=IGNORE_INDEX)
         whole = {"input_ids": batch.input_ids, "labels": labels, "position_ids": batch.position_ids}
         group = mesh["sp"].get_group()
-        # It gathers where the group can, and hands out shards in host memory.
+        # The adapter gathers on a device that the group supports, and returns shards in host memory.
         device = torch.device(mesh.device_type)
         loader = UlyssesSPDataLoaderAdapter(
             [whole], mesh["sp"].get_local_rank(), group, self.sp, device
         )
-        # All ranks of the group brought the same sample; the adapter yields it once per rank.
+        # All ranks of the group pass the same sample, and the adapter yields it once per rank.
         shard = next(loader)
         return Shard(shard["input_ids"], shard["shift_labels"], shard["position_ids"])
 
@@ -137,7 +137,7 @@ class DeepspeedAlst(Method):
 
         from alst_impl import hf
 
-        # Takes over the group that stands; its classes ask for it.
+        # Adopts the existing process group. DeepSpeed's classes require this call.
         deepspeed.init_distributed(dist.get_backend(), auto_mpi_discovery=False, verbose=False)
         if config.attention != model.config._attn_implementation:
             model.set_attn_implementation(config.attention)
@@ -203,13 +203,13 @@ class DeepspeedAlst(Method):
         runtime.placement.on_phase("backward")
         runtime.announce_backward()
         engine.backward(loss)
-        # The step adds up over ranks and micro-batches; every rank of this method holds the mean.
+        # The caller sums over ranks and micro-batches, but every rank of this method holds the mean.
         world_size = torch.distributed.get_world_size()
         micro_batches = engine.gradient_accumulation_steps()
         return loss.detach() / world_size / micro_batches  # type: ignore[no-any-return]
 
     def _refuse_host(self, placement: Placement) -> None:
-        """Raise `ValueError` for options that cannot work where the run computes on the host."""
+        """Raise `ValueError` for options that need a CUDA device if the run computes on another one."""
         on = [name for name in ("liger", "offload") if getattr(self, name)]
         if on and placement.device.type != "cuda":
             why = {
@@ -228,7 +228,7 @@ class DeepspeedAlst(Method):
         from transformers.integrations.deepspeed import deepspeed_sp_compute_loss
 
         parallelism = SimpleNamespace(sp_backend="deepspeed", sp_size=self.sp)
-        # Of the accelerator it reads the mesh, and only without DeepSpeed's groups.
+        # It reads the accelerator's mesh only if DeepSpeed has no groups, so None will do.
         return deepspeed_sp_compute_loss(  # type: ignore[no-any-return]
             None, engine, {**inputs, "use_cache": False}, False, parallelism
         )
@@ -293,7 +293,7 @@ class DeepspeedAlst(Method):
 
 
 def _use_liger(model: PreTrainedModel, *, swiglu: bool) -> None:
-    """Liger's kernels into `model`, in place. Raises `ValueError` for a model that it has none for."""
+    """Install Liger's kernels in `model`, in place. Raises `ValueError` if Liger does not support the model."""
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
     model_type = model.config.model_type
@@ -306,7 +306,7 @@ def _use_liger(model: PreTrainedModel, *, swiglu: bool) -> None:
 
 
 def _offloaded_checkpoint(placement: Placement) -> Callable[..., Any]:
-    """What checkpoints a layer with ArcticTraining's function in place of PyTorch's reentrant one."""
+    """Checkpoint function that uses ArcticTraining's implementation in place of PyTorch's reentrant one."""
     from torch.autograd.graph import saved_tensors_hooks
 
     function = _arctic_patches().CheckpointFunctionWithCPUOffload
@@ -318,7 +318,7 @@ def _offloaded_checkpoint(placement: Placement) -> Callable[..., Any]:
         return saved
 
     def run(layer: Callable[..., Any], *args: Any) -> Any:
-        # Saved are the inputs alone: the layer itself runs without gradients.
+        # Only the inputs are saved: the layer itself runs without gradients.
         with saved_tensors_hooks(note, lambda saved: saved):
             return function.apply(layer, True, *args)
 
@@ -329,7 +329,7 @@ def _offloaded_checkpoint(placement: Placement) -> Callable[..., Any]:
 def _arctic_patches() -> ModuleType:
     """The module `arctic_training.monkey_patches`, without the rest of its package, which imports trainers.
 
-    Raises `ValueError` where the package is missing.
+    Raises `ValueError` if the package is missing.
     """
     from importlib.util import find_spec, module_from_spec, spec_from_file_location
     from pathlib import Path

@@ -1,4 +1,4 @@
-"""Whole decoder layers in tiles, attention in head groups, backward by hand (`alst_impl.ops.layerwise`)."""
+"""Whole decoder layers in tiles, attention in head groups, hand-written backward (`alst_impl.ops.layerwise`)."""
 
 from __future__ import annotations
 
@@ -19,41 +19,42 @@ if TYPE_CHECKING:
     from alst_impl.placement import Placement
 
 LOSS_ROWS = 2048
-"""Most tokens of a loss tile: with a vocabulary of 128K, 1 GiB of fp32 logits."""
+"""Maximum tokens of a loss tile: 1 GiB of fp32 logits with a vocabulary of 128K."""
 
 SMALLEST_ROWS = 512
-"""Fewer cost a CPU more in calls than they save."""
+"""Minimum tokens of a tile by default. Smaller tiles cost a CPU more in call overhead than they save."""
 
 
 class Layerwise(Method):
-    """Ours: exact, with about four layer inputs of full length at the peak of backward."""
+    """Our method: exact (but for `eight_bits`), with about four full-length layer inputs at the peak of backward."""
 
     recomputes_layers: ClassVar[bool] = False
     sp: int = Field(default=1, ge=1)
     """Sequence-parallel degree: ranks that share one sample."""
     groups: int | None = Field(default=None, ge=1)
-    """Head groups that attention runs in, one after another; None is one query head of each rank at a
-    time."""
+    """Number of head groups that attention processes one after another.
+    None processes one query head of each rank at a time."""
     blocks: int | None = Field(default=None, ge=1)
-    """Parts of the sequence whose queries meet the keys of one part at a time: what attention's kernel holds
-    inside shrinks with them, sums over parts are in fp32. None is the whole sequence at once."""
+    """Number of sequence blocks in attention: queries of one block attend to keys of one block at a time.
+    More blocks shrink the attention kernel's workspace. Sums over blocks are in fp32. None is one block."""
     keep_attention: bool = False
-    """Keep attention's output and log-sum-exp for backward: twice the host bytes, no attention twice."""
+    """Keep attention's output and log-sum-exp for backward.
+    This doubles the host memory but avoids recomputing attention."""
     every: int = Field(default=1, ge=1)
-    """Layers to one layer input that is kept; the others are made again when backward comes to them, which is
-    one more forward pass."""
+    """Number of layers per checkpoint segment, which keeps one layer input.
+    Backward recomputes the other inputs, which takes one more forward pass."""
     rows: int | None = Field(default=None, ge=1)
-    """Tokens of a tile; None is `hidden_size` or 512, the larger, and for the loss at most 2048."""
+    """Tokens of a tile; None is the larger of `hidden_size` and 512. A loss tile has at most 2048."""
     offload: bool = True
-    """Keep in host memory what is kept for backward."""
+    """Keep tensors that are saved for backward in host memory."""
     stream: bool = False
-    """Hold layer inputs, attention's output and its gradient on the host, and fetch what is needed by tile or
-    head group: layer inputs come once for each head group."""
+    """Keep layer inputs, attention's output and its gradient on the host, and fetch them by tile or head group.
+    Layer inputs are fetched once per head group."""
     eight_bits: bool = False
-    """Layer inputs on the host in float8_e4m3fn with a scale for each token: half of what bf16 takes, and
-    gradients that are near, not exact."""
+    """Store layer inputs on the host in float8_e4m3fn with one scale per token.
+    This takes half the bytes of bf16; gradients are then approximate."""
     overlap: bool = False
-    """Exchange a head group while attention of the one before runs: room for one more of them."""
+    """Exchange a head group while attention of the previous one runs. Needs memory for one more head group."""
 
     def check(self, config: TrainConfig) -> None:
         check_sharded(config, self.sp, "layerwise")
@@ -121,7 +122,7 @@ class Layerwise(Method):
 
         group = mesh["sp"].get_group() if self.sp > 1 else None
         evidence = placement.evidence
-        # Layers never call it, but under its name transformers makes no mask, and refuses one.
+        # Layers never call this attention. But with it, transformers builds no mask, and a mask is refused.
         hf.use_attention(model, UlyssesAttention(group, config.attention, evidence))
         rows = self.rows or max(model.config.hidden_size, SMALLEST_ROWS)
         offload = HostOffload(placement) if self.offload else None
@@ -162,4 +163,4 @@ class Layerwise(Method):
         hf.tile_loss(model, loss_tiles, evidence, overwrite=self.stream)
 
     def checkpoint(self, model: PreTrainedModel, placement: Placement) -> None:
-        """Layers keep their inputs alone as they are."""
+        """Nothing to do: layers already keep only their inputs."""

@@ -18,18 +18,19 @@ if TYPE_CHECKING:
 
 
 class Mst(Baseline):
-    """Stock training on one device, or a whole sample on each, but for what grows widest.
+    """Stock training, whole samples on each rank, with MLP and head in mini-sequences.
 
-    Mini-sequences hold every token, the last one shorter; layers are checkpointed as transformers does it.
+    Mini-sequences cover every token; the last one may be shorter. Layers are checkpointed by transformers.
     """
 
     tiles: int | None = Field(default=None, ge=1)
-    """Mini-sequences of every MLP and of the head. None follows the paper: `hidden_size` tokens for an MLP
-    (sections 3.4 and 5.2), vocabulary over `hidden_size` mini-sequences for the head (section 5.2)."""
+    """Number of mini-sequences of every MLP and of the head.
+    None follows the paper: `hidden_size` tokens per mini-sequence for an MLP (sections 3.4 and 5.2), and
+    vocabulary size over `hidden_size` mini-sequences for the head (section 5.2)."""
     recompute: bool = True
-    """Recompute the mini-sequences of an MLP one by one in backward, gradients of its parameters adding up
-    in fp32. False keeps what all of them hold until backward has been through, and adds up in the parameters'
-    dtype: as released (minis/mini_sequence.py at 797c54b in wdlctc/mini-s)."""
+    """Recompute an MLP's mini-sequences one by one in backward, and sum its parameter gradients in fp32.
+    False keeps the activations of all mini-sequences for backward and sums in the parameters' dtype, as
+    released (minis/mini_sequence.py at 797c54b in wdlctc/mini-s)."""
 
     def promises(self, config: TrainConfig) -> set[str]:
         return {"local_seqlen", "tiles"}

@@ -20,23 +20,24 @@ if TYPE_CHECKING:
 
 
 class Ring(Tiled):
-    """Keys and values go round while queries stay: no rank needs a head of its own.
+    """Keys and values rotate while queries stay, so there may be more ranks than heads.
 
-    What is not attention is ALST's, so that a comparison is one of attentions.
+    Everything except attention is the same as in ALST, so that a comparison is one of attentions.
     """
 
     cp: int = Field(default=1, ge=1)
-    """Context-parallel degree: ranks of a ring."""
+    """Context-parallel degree: ranks in a ring."""
     placement: Literal["zigzag", "contiguous"] = "zigzag"
-    """`contiguous`: the last rank has all keys to look at and the first its own. `zigzag`: a rank has a
-    chunk from the front and its mirror image from the back, and all have the same work."""
+    """Which tokens a rank holds.
+    `contiguous`: one chunk, so the last rank attends to all keys and the first only to its own. `zigzag`: one
+    chunk from the front and its mirror image from the back, so all ranks have equal work."""
 
     def shards_of_place(self) -> int:
-        """Ranks that share a place in the ring, by heads."""
+        """Number of ranks that share a position in the ring and split its heads."""
         return 1
 
     def chunks_of_place(self) -> int:
-        """Chunks of the sequence at each place in the ring."""
+        """Number of sequence chunks at each position in the ring."""
         return 2 if self.placement == "zigzag" and self.cp > 1 else 1
 
     def check(self, config: TrainConfig) -> None:
@@ -69,11 +70,11 @@ class Ring(Tiled):
         return {"dp": world_size // (self.cp * sp), "cp": self.cp, "sp": sp}
 
     def heaviest_rank(self, world_size: int) -> int:
-        """The last: in either placement it computes in every step, and for all of its queries."""
+        """The last rank: in both placements, all its queries attend to keys in every ring step."""
         return world_size - 1
 
     def _multiple(self) -> int:
-        """What a chunk's length is a multiple of, so that those who share a place get equal parts."""
+        """Chunk lengths are multiples of this, so that ranks at the same ring position get equal parts."""
         sp = self.shards_of_place()
         return sp // math.gcd(sp, self.chunks_of_place())
 
@@ -83,9 +84,9 @@ class Ring(Tiled):
         return chunk * chunks // self.shards_of_place()
 
     def shard(self, batch: Batch, mesh: DeviceMesh) -> Batch:
-        """This rank's part: the chunks of its place in the ring side by side, cut once more over `sp`.
+        """This rank's shard: the chunks of its ring position, concatenated and split over `sp`.
 
-        Padded right to chunks of equal length. Positions stay those of the whole sequence.
+        The batch is padded right to chunks of equal length. Position ids stay those of the whole sequence.
         """
         from alst_impl.data import joined, shard_sequence
         from alst_impl.ops.attention.ring import chunks_of

@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 
 
 class Seq1F1B(Method):
-    """One forward, one backward, slice by slice; with one slice it is 1F1B."""
+    """1F1B with sequence slices as units of work; with one slice it is plain 1F1B."""
 
     pp: int = Field(default=1, ge=1)
-    """Stages: ranks that each hold a run of the layers."""
+    """Number of pipeline stages; each holds consecutive layers."""
     slices: int = Field(default=4, ge=1)
-    """Slices of each sequence."""
+    """Number of slices of each sequence."""
     split: Literal["flops", "length"] = "flops"
-    """Slices of equal work ("computation-wise"), or of equal length."""
+    """Slices of equal FLOPs ("computation-wise" in the paper), or of equal length."""
     tile_loss: bool = False
-    """Compute logits and loss in tiles: on the last stage logits of all slices wait for their backward
-    otherwise, as in the paper."""
+    """Compute logits and loss in tiles.
+    False keeps the logits of all slices on the last stage until their backward, as in the paper."""
 
     def check(self, config: TrainConfig) -> None:
         fields = published(config.model, config.overrides)
@@ -98,7 +98,7 @@ class Seq1F1B(Method):
         return {"local_seqlen", "slices"}
 
     def shard(self, batch: Batch, mesh: DeviceMesh) -> Batch:
-        """The whole batch; labels count where the loss is, on the last stage."""
+        """The whole batch. Only the last stage, which has the loss, gets labels that count."""
         from dataclasses import replace
 
         import torch
@@ -117,7 +117,7 @@ class Seq1F1B(Method):
         from alst_impl.ops.pipeline.sliced import Current, SliceAttention
 
         stage, layers = mesh["pp"].get_local_rank(), hf.decoder_layers(model)
-        # Experts count as if all were used; what that costs is balance.
+        # Counts every expert as used. This affects only how well slices are balanced.
         per_token = 2 * sum(p.numel() for p in layers[0].parameters())
         if self.tile_loss and stage == self.pp - 1:
             hf.tile_loss(model, lambda x: -(-x.shape[1] // LOSS_ROWS), placement.evidence)
@@ -141,7 +141,10 @@ class Seq1F1B(Method):
         )
 
     def borders(self, per_token: float, fields: dict[str, Any], seqlen: int) -> list[int]:
-        """Where slices of `seqlen` tokens end: 0, ..., S. `per_token` counts a layer's FLOPs beside attention."""
+        """Slice boundaries of a sequence of `seqlen` tokens: 0, ..., S.
+
+        `per_token` is a layer's FLOPs per token without attention.
+        """
         if self.split == "length":
             return equal_lengths(seqlen, self.slices)
         heads = field(fields, "num_attention_heads")
@@ -164,5 +167,5 @@ class Seq1F1B(Method):
 
 
 def layers_of(stage: int, num_stages: int, num_layers: int) -> range:
-    """The layers of `stage`: runs whose lengths differ by at most one."""
+    """The consecutive layers of `stage`. Stages differ by at most one layer."""
     return range(num_layers * stage // num_stages, num_layers * (stage + 1) // num_stages)

@@ -1,4 +1,4 @@
-"""Ulysses within a ring's places: past the number of heads, with shorter rings (arXiv:2405.07719)."""
+"""USP: Ulysses inside a ring, for more ranks than heads and with shorter rings (arXiv:2405.07719)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from alst_impl.methods.ring import Ring
 
 
 class Usp(Ring):
-    """`sp` ranks with close links trade tokens for heads; `cp` such groups make a ring."""
+    """`sp` ranks with close links use Ulysses; `cp` such groups form a ring."""
 
     sp: int = Field(default=1, ge=1)
-    """Ranks that share a place in the ring, each with its part of the heads."""
+    """Ulysses degree: ranks that share a position in the ring and split its heads."""
 
     def shards_of_place(self) -> int:
         return self.sp

@@ -1,8 +1,8 @@
 """Unmodified transformers models from published configurations, and their initial weights.
 
-The configurations are data beside this file, copied from the models' published `config.json`. Models
-are built on the meta device; an engine fills them module by module, so no process ever holds more
-than its shard and one module.
+The configurations are data beside this file, copied from the models' published `config.json`. Models are
+built on the meta device. An engine fills them module by module, so no process ever holds more than its shard
+and one module.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def names() -> list[str]:
-    """The published configurations."""
+    """Names of the published configurations."""
     return sorted(path.stem for path in Path(__file__).parent.glob("*.json"))
 
 
@@ -60,7 +60,7 @@ def published(model: str, overrides: dict[str, Any] | None = None) -> dict[str, 
 
 
 def field(fields: dict[str, Any], key: str) -> int:
-    """A size that every decoder has. Raises `ValueError` naming it where a configuration does not."""
+    """The size `fields[key]`. Raises `ValueError` naming `key` if it is missing or not a positive integer."""
     if key not in fields:
         raise ValueError(
             f"the configuration of model_type '{fields['model_type']}' has no '{key}'; models that name "
@@ -84,7 +84,7 @@ UNSUPPORTED = {
     "mamba_d_state": "state-space layers",
     "output_router_logits": "a router loss, which shards would each compute alone",
 }
-"""Fields of a configuration that, when set, ask for what sharding or tiling would silently change."""
+"""Configuration fields that, when set, turn on a feature that sharding or tiling would silently change."""
 
 
 def unsupported(fields: dict[str, Any]) -> str | None:
@@ -101,10 +101,10 @@ def unsupported(fields: dict[str, Any]) -> str | None:
 
 
 def rotary_by_longest(fields: dict[str, Any]) -> str | None:
-    """The rotary scaling whose frequencies follow the longest position that a forward pass sees; None for fixed ones.
+    """The rotary scaling type if its frequencies depend on a forward pass's longest position, else None.
 
-    Scaling may be given for each kind of layer. Older configurations name longrope otherwise ("su", "yarn"),
-    but it alone has two sets of factors.
+    A configuration may have one scaling per layer type. Older configurations call longrope "su" or "yarn",
+    but only longrope has two sets of factors.
     """
     found = [fields.get(key) or {} for key in ("rope_parameters", "rope_scaling")]
     found += [each for scaling in found for each in scaling.values() if isinstance(each, dict)]
@@ -116,7 +116,7 @@ def rotary_by_longest(fields: dict[str, Any]) -> str | None:
 
 
 def window(fields: dict[str, Any]) -> int | None:
-    """Keys that a query of some layer sees at most, itself included; None if all before it, everywhere."""
+    """Sliding window of the layers that have one: the keys a query sees, itself included. None without a window."""
     on = fields.get("use_sliding_window", True)
     size: int | None = fields.get("sliding_window") if on else None
     return size
@@ -149,11 +149,11 @@ def hf_config(config: TrainConfig) -> PreTrainedConfig:
 
 
 def build(config: TrainConfig) -> tuple[PreTrainedModel, Initializer]:
-    """The stock model on the meta device, and what fills it."""
+    """The stock model on the meta device, and the initializer of its weights."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    # transformers' grouped experts have no fp64 kernel; its plain loop has.
+    # transformers' grouped experts have no fp64 kernel; its eager loop does.
     experts = {"experts_implementation": "eager"} if config.dtype == "float64" else {}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
@@ -167,7 +167,7 @@ def build(config: TrainConfig) -> tuple[PreTrainedModel, Initializer]:
 
 
 def add_adapters(model: PreTrainedModel, lora: LoraConfig) -> None:
-    """Freeze `model` and put adapters into it, in place, on the current default device."""
+    """Freeze `model` and add adapters to it, in place, on the current default device."""
     require("lora", "lora", "peft")
     import peft
 
@@ -181,7 +181,7 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig) -> None:
 
 
 def materialize(config: TrainConfig) -> PreTrainedModel:
-    """The stock model with its initial weights, whole, on the CPU."""
+    """The whole stock model with its initial weights, on the CPU."""
     import torch
 
     model, initializer = build(config)
@@ -190,25 +190,25 @@ def materialize(config: TrainConfig) -> PreTrainedModel:
 
 
 ADAPTER, FROZEN = ".lora_", ".base_layer"
-"""In the paths of modules that peft adds, and of those that it moves."""
+"""Parts of the paths of modules that peft adds, and of modules that peft moves."""
 
 
 @dataclass(frozen=True)
 class Initializer:
-    """Initial weights, a function of (seed, module path) only: the same under every sharding.
+    """Initial weights as a function of (seed, module path) only, so they are the same under every sharding.
 
-    Both matrices of an adapter are drawn like any projection: one that starts at zero would hide the
-    gradient of the other.
+    Both matrices of an adapter are drawn like any projection. If one started at zero, the gradient of the
+    other would be zero.
     """
 
     seed: int
     weights: str | None = None
-    """Folder with real weights; None draws them as transformers would."""
+    """Folder with real weights; None draws them as transformers does."""
 
     def values(self, model: PreTrainedModel, path: str, module: nn.Module) -> dict[str, Tensor]:
-        """Real CPU values of the parameters and buffers that `module` itself holds, by name.
+        """CPU values of the parameters and buffers that `module` itself holds, by name.
 
-        Draws in fp32 and rounds to each tensor's dtype, so that all dtypes start from one model.
+        Draws in fp32 and rounds to each tensor's dtype, so all dtypes start from the same model.
         """
         import torch
 
@@ -216,7 +216,7 @@ class Initializer:
             source = self._loaded.get_submodule(path.replace(FROZEN, ""))
             stored = {**source._parameters, **source._buffers}
             return _as_held({k: v.detach() for k, v in stored.items() if v is not None}, module)
-        # The model's own rule for one module, run on a shell of that module with real tensors.
+        # Runs the model's own `_init_weights` on a copy of the module with real tensors.
         shell = copy.copy(module)
         shell.__dict__["_parameters"] = {
             name: None if p is None else torch.nn.Parameter(torch.full(p.shape, torch.nan))
@@ -236,13 +236,13 @@ class Initializer:
             if v is not None
         }
         for name, value in drawn.items():
-            # NaN means that the model's own rule left the tensor alone.
+            # NaN means that `_init_weights` did not set the tensor.
             if value.isnan().any():
                 raise ValueError(f"{type(model).__name__} does not initialise '{path}.{name}'")
         return _as_held(drawn, module)
 
     def fill(self, model: PreTrainedModel, part: nn.Module, device: torch.device) -> None:
-        """Replace meta tensors of `part` and below by real ones on `device`, keeping ties."""
+        """Replace meta tensors of `part` and its submodules by real ones on `device`, keeping ties."""
         import torch
 
         inside = set(part.modules())
@@ -270,7 +270,7 @@ class Initializer:
 
 
 def _as_held(values: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
-    """`values` in the dtypes of the tensors of those names in `module`."""
+    """`values`, each in the dtype of the tensor of that name in `module`."""
     held = {**module._parameters, **module._buffers}
     return {k: value.to(t.dtype) for k, value in values.items() if (t := held[k]) is not None}
 

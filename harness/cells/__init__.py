@@ -1,1 +1,1 @@
-"""Data: points of a sweep, hardware rows, predictions, where files lie. Imports no torch."""
+"""Data: points of a sweep, hardware rows, predictions, file paths. Imports no torch."""

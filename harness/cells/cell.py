@@ -18,60 +18,60 @@ from harness.cells.hardware import load_hardware
 from harness.cells.worlds import FORECAST, TRAITS, Traits, World
 
 NOTHING_TIMED = {"gate": False, "followed": False, "timed": False, "steps": 0}
-"""Fields of a cell without values to compare and without time to measure."""
+"""Required values of these fields in a world without computed values and without time."""
 
 
 class Simulation(Frozen):
-    """What is asked of a forecast besides its training run."""
+    """Options of a forecast."""
 
     part: Literal["step", "mlp", "loss"] = "step"
-    """What runs: a whole step, or forward and backward of one decoder layer's MLP or of head and loss, on
-    their own."""
+    """What runs: a whole step, or forward and backward of only one decoder layer's MLP (`mlp`) or
+    of only head and loss (`loss`)."""
     tp: int = Field(default=1, ge=1)
     """Tensor-parallel ranks of each stage in world `schedule`: world_size is dp x pp x tp."""
     host_memory_bytes: int | None = Field(default=None, gt=0)
-    """Of one node; None takes the hardware's."""
+    """Host memory of one node; None uses the hardware row's value."""
     search: bool = True
-    """Look for the longest sequence that fits, too."""
+    """Also search for the longest sequence that fits."""
     timeline: bool = False
-    """Keep allocated bytes over the course of the step."""
+    """Record allocated bytes over the course of the step."""
 
 
 class Cell(Frozen):
-    """One point of a sweep: all that decides the outcome, nothing that is one."""
+    """One point of a sweep: all inputs that decide the outcome, and no results."""
 
     train: TrainConfig
     """The training run."""
     world: World = "cpu"
-    """What executes it."""
+    """The world that executes the cell."""
     hardware: str = "cpu"
     """Row of `harness.cells.hardware`."""
     warmup: int = Field(default=1, ge=0)
     """Steps before the timed ones."""
     steps: int = Field(default=3, ge=0)
-    """Timed steps; one more follows under the memory tracker, which is slow and so not timed. With
-    0, gradients are compared and nothing is measured."""
+    """Number of timed steps. An untimed step follows under the memory tracker, which is slow. With
+    0, only gradients are compared and nothing is measured."""
     gate: bool = True
-    """Compare every gradient of the first step with the stock model run whole in fp64."""
+    """Compare every gradient of the first step with that of the stock model in fp64 in one process."""
     update: bool = False
-    """Compare the first step's change of every parameter with the stock optimizer's, too."""
+    """Also compare the first step's change of every parameter with the stock optimizer's."""
     followed: bool = False
-    """Compare the whole gradient of every step with the stock model's at the run's own weights, too."""
+    """Also compare the full gradient of every step with the stock model's at the run's current weights."""
     timed: bool = True
-    """Whether step times are read; timed cells never run side by side."""
+    """Whether step times are recorded. Timed cells never run concurrently."""
     repetition: int = Field(default=0, ge=0)
-    """Tells apart runs of the same cell; cells of one repetition are compared with each other alone."""
+    """Distinguishes repeated runs of the same cell. Only cells of the same repetition are compared."""
     timeout_s: int = Field(default=600, gt=0)
     """Wall time after which the cell's processes are ended."""
     simulation: Simulation | None = None
-    """Of a cell in world `phantom` or `schedule`; None in every other."""
+    """Options for worlds `phantom` and `schedule`; None in all others."""
     expandable_segments: bool | None = None
-    """Setting of CUDA's caching allocator in worlds `cuda` and `phantom`, on by default as in the paper
-    (arXiv:2506.13996, section 5.2); None in every other."""
+    """Setting of CUDA's caching allocator in worlds `cuda` and `phantom`, on by default as in the
+    paper (arXiv:2506.13996, section 5.2); None in all others."""
 
     @property
     def key(self) -> str:
-        """Readable slug and a hash of the whole cell, fit for a file name."""
+        """A readable slug and a hash of the cell, usable as a file name."""
         t = self.train
         options = "".join(f"-{k}{v}" for k, v in sorted(t.method.options.items()))
         model = Path(t.model).parent.name if t.model.endswith(".json") else Path(t.model).name
@@ -81,7 +81,7 @@ class Cell(Frozen):
         return re.sub(r"[^A-Za-z0-9._-]", "", slug) + f"-{digest}"
 
     def _silent(self) -> dict[str, Any]:
-        """Fields that say nothing here. The key leaves them out, so that it outlives their coming."""
+        """Fields at their default. The key omits them, so adding a field keeps old keys valid."""
         silent: dict[str, Any] = {}
         if self.simulation is None:
             silent["simulation"] = True
@@ -103,12 +103,12 @@ class Cell(Frozen):
 
     @property
     def num_processes(self) -> int:
-        """Processes that execute it: one per rank, but a forecast plays one rank of all."""
+        """Number of processes that execute the cell: one per rank, or 1 for a forecast, which runs a single rank."""
         return 1 if self.traits.forecast else self.train.world_size
 
     @property
     def traits(self) -> Traits:
-        """What its world has."""
+        """Capabilities of the cell's world."""
         return TRAITS[self.world]
 
     @property
@@ -157,7 +157,7 @@ def make_cell(settings: dict[str, Any]) -> Cell:
 
 
 def _defaults(settings: dict[str, Any]) -> dict[str, Any]:
-    """What the world of a cell sets where its settings do not."""
+    """Defaults that depend on the cell's world."""
     traits = TRAITS.get(settings.get("world", "cpu"))
     if traits is None:
         return {}  # which is told when the cell is checked
@@ -172,7 +172,7 @@ def _defaults(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _needs_no_warmup(settings: dict[str, Any]) -> bool:
-    """Whether the first step is like any other."""
+    """Whether the first step uses as much device memory as later ones."""
     simulation = settings.get("simulation")
     part = isinstance(simulation, dict) and simulation.get("part", "step") != "step"
     return part or _settles_at_once(settings.get("engine"))
@@ -187,7 +187,7 @@ def _settles_at_once(engine: Any) -> bool:
 
 
 def _check_world(cell: Cell) -> None:
-    """Raise `ValueError` for what only CUDA has, in another world."""
+    """Raise `ValueError` for attention, hardware or allocator settings that the cell's world does not support."""
     if cell.traits.gpus:
         return
     if cell.traits.phantom:
@@ -214,7 +214,7 @@ def _check_world(cell: Cell) -> None:
 
 
 def _check_simulation(cell: Cell) -> None:
-    """Raise `ValueError` for settings that belong to the other kind of world."""
+    """Raise `ValueError` for forecast options in a world that measures, and for measurements in a forecast."""
     if not cell.traits.forecast:
         if cell.simulation is not None:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""An experiment: a YAML file that expands to cells, and what its cells stand for."""
+"""An experiment: a YAML file that expands to cells, and the published numbers that they are compared with."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ Quantity = Literal[
     "device_bytes",
     "allocated_bytes",
 ]
-"""What papers publish of a run: the longest sequence, how many times that of another run it is, time of a
-step, tokens of all ranks over it, what NVML reads, what PyTorch's profiler does."""
+"""Published quantities: longest sequence, its ratio to another run's, time of a step, tokens of all
+ranks per second, device memory as NVML reads it, allocated memory as PyTorch's profiler reads it."""
 
 
 class Claim(Frozen):
-    """Which published numbers a cell stands for."""
+    """The published numbers that a cell is compared with."""
 
     id: str
-    """Short and unique; the number's quantity is added to it."""
+    """Short and unique. A suffix with the quantity is added for each number."""
     table: str
     """A file of `experiments/published/`, without `.csv`."""
     row: dict[str, Any]
-    """Column -> value; exactly one row of the table has them all."""
+    """Column -> value. Selects exactly one row of the table."""
     columns: dict[Quantity, str]
     """Quantity -> the column with its published value."""
     over: str | None = None
-    """Id of the claim whose longest sequence a `longest_ratio` is over."""
+    """Id of the claim whose longest sequence is the denominator of `longest_ratio`."""
     used_for_fit: list[Quantity] = []
-    """Quantities that constants of the models were fitted on: no evidence."""
+    """Quantities that model constants were fitted on. They are not evidence."""
     ruled_out: dict[Quantity, str] = {}
-    """Where ours misses: what was looked at, and what it is not."""
+    """Quantity that we miss -> the causes that were examined and excluded."""
 
 
 class Sweep(Frozen):
@@ -53,8 +53,8 @@ class Sweep(Frozen):
     base: dict[str, Any] = {}
     """Fields of `Cell` and `TrainConfig` shared by the grid."""
     axes: dict[str, list[Any]] = {}
-    """Field -> values. A value that is a mapping under a name with `_` sets several fields at once;
-    `claim` among them is a `Claim`."""
+    """Field -> values. Under a name that starts with `_`, a value is a mapping that sets several
+    fields at once. The field `claim` is a `Claim`."""
 
 
 class Experiment(Frozen):
@@ -71,9 +71,9 @@ class Experiment(Frozen):
     sweeps: list[Sweep] = []
     """Grids; a cell that two grids share is run once."""
     matrix: Matrix | None = None
-    """Factors whose covering array lies beside the YAML, as CSV."""
+    """Factors. Their covering array is the CSV file beside the YAML."""
     rows: list[Row] = []
-    """That covering array; read from the CSV, never written in the YAML."""
+    """Rows of the covering array, read from the CSV. The YAML must not set them."""
     figures: list[str] = []
     """Files in `harness/present/figures/` drawn from this experiment's table."""
 
@@ -88,9 +88,9 @@ class Experiment(Frozen):
         return [(row, self._matrix_cell(row)) for row in self.rows if row.refused is None]
 
     def refusals(self) -> list[Row]:
-        """The rows of the matrix that are refused, with what is said of them now.
+        """The refused rows of the matrix, each with its current error message.
 
-        Raises `ValueError` for one that is not refused, or not for the reason that its rule gives.
+        Raises `ValueError` for a row that is accepted, or refused for another reason than its rule gives.
         """
         assert self.matrix is not None
         found = []
@@ -115,7 +115,7 @@ class Experiment(Frozen):
             raise ValueError(f"{row.label}: {error}") from None
 
     def claims(self) -> list[tuple[str, Claim]]:
-        """(key of a cell, what it stands for) in the order of the file."""
+        """(cell key, claim) pairs in the order of the file."""
         points = ((make_cell(settings).key, claim) for settings, claim in self._points())
         found = [(key, claim) for key, claim in points if claim is not None]
         ids = [claim.id for _, claim in found]
@@ -131,7 +131,7 @@ class Experiment(Frozen):
         return found
 
     def _points(self) -> Iterator[tuple[dict[str, Any], Claim | None]]:
-        """Settings of every point of every grid, and the claim that it carries."""
+        """Settings and claim of every point of every grid."""
         for sweep in self.sweeps:
             for values in itertools.product(*sweep.axes.values()):
                 settings = {**self.base, **sweep.base}
@@ -166,7 +166,9 @@ def load_experiment(path: Path) -> Experiment:
 
 
 def read_experiment(path: Path) -> Experiment:
-    """What `path` says, without the rows of a matrix; its cells are not checked. Raises as above."""
+    """Parse `path` without reading matrix rows and without checking cells. Raises `ValueError` as
+    `load_experiment` does.
+    """
     path = paths.located(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such experiment; use one of {_known()}")

@@ -1,7 +1,8 @@
-"""A matrix of cells: factors and their levels, crossed so that all pairs of levels meet in some cell.
+"""A matrix of cells: factors and levels, combined so that every pair of levels occurs in some cell.
 
-The rows are a covering array, made by a library once and kept beside the experiment as CSV, refusals
-included: no cell enters or leaves the matrix without a change that can be reviewed. Imports no torch.
+The rows are a covering array. A library generates it once, and a CSV file beside the experiment
+stores it together with the refused rows, so every change of the matrix shows in review. Imports no
+torch.
 """
 
 from __future__ import annotations
@@ -17,19 +18,19 @@ from typing import Any
 from alst_impl.config import Frozen
 
 REFUSED = "refused"
-"""Last column of the file: why the library refuses the row; empty for a row that runs."""
+"""Last column of the CSV: the error that refuses the row; empty for a row that runs."""
 
 Levels = dict[str, str]
 """Factor -> level."""
 
 
 class Rule(Frozen):
-    """Levels that the library refuses when they meet, or one that it always refuses."""
+    """A combination of levels, or a single level, that `alst_impl` refuses."""
 
     when: dict[str, list[str]]
-    """Factor -> levels; the rule holds where every factor has one of its levels."""
+    """Factor -> levels. The rule applies if every factor has one of its listed levels."""
     because: str
-    """Part of what the refusal says."""
+    """Part of the error message."""
 
     def holds(self, levels: Levels) -> bool:
         """Whether `levels` are refused by this rule."""
@@ -37,20 +38,21 @@ class Rule(Frozen):
 
 
 class Matrix(Frozen):
-    """Factors of cells and how densely they are crossed."""
+    """Factors of cells, and the strength of their covering array."""
 
     factors: dict[str, dict[str, dict[str, Any]]]
-    """Factor -> level -> settings of a cell. The first level is what refused rows have elsewhere."""
+    """Factor -> level -> settings of a cell. In a refused row, factors that the rule does not name
+    have their first level."""
     triples: list[list[str]]
-    """Groups of factors of which every three levels meet in some row; of all factors every two do."""
+    """Groups of factors that are covered with strength 3: every combination of levels of three
+    factors in a group occurs in a row. All factors are covered with strength 2."""
     part: list[str] = []
-    """Factors of the part that tests run: every two of their levels meet in it, where the rows of the
-    whole have them meet."""
+    """Factors of the subset that tests run. The subset has every pair of their levels that the full matrix has."""
     refused: list[Rule] = []
-    """What the library refuses; no row that runs has such levels."""
+    """Combinations that `alst_impl` refuses. No row that runs contains one."""
 
     def settings(self, levels: Levels) -> dict[str, Any]:
-        """Settings of a row, merged over factors; `dp` becomes the number of ranks."""
+        """Cell settings of a row, merged over factors. `world_size` is `dp` times the method's other degrees."""
         merged: dict[str, Any] = {}
         for factor, level in levels.items():
             merged = merge(merged, self.factors[factor][level])
@@ -61,11 +63,11 @@ class Matrix(Frozen):
         return merged
 
     def rule(self, levels: Levels) -> Rule | None:
-        """The rule by which `levels` are refused, if there is one."""
+        """The first rule that refuses `levels`, or None."""
         return next((rule for rule in self.refused if rule.holds(levels)), None)
 
     def rows(self) -> list[Levels]:
-        """Rows that run: a covering array. Deterministic; needs the library of the extra `dev`."""
+        """Generate the rows that run: a covering array. Deterministic; needs covertable (extra `dev`)."""
         try:
             from covertable import make
         except ImportError:
@@ -82,14 +84,14 @@ class Matrix(Frozen):
         return [{factor: row[factor] for factor in self.factors} for row in made]
 
     def refusals(self) -> Iterator[Levels]:
-        """Every combination that a rule names, alone: all other factors at their first level."""
+        """Every combination that a rule refuses, with all other factors at their first level."""
         first = {factor: next(iter(levels)) for factor, levels in self.factors.items()}
         for rule in self.refused:
             for levels in itertools.product(*rule.when.values()):
                 yield {**first, **dict(zip(rule.when, levels, strict=True))}
 
     def missing(self, rows: list[Levels]) -> set[tuple[tuple[str, str], ...]]:
-        """Pairs, and triples of `triples`, that no row has although no rule forbids them."""
+        """Pairs, and triples within `triples`, that neither occur in a row nor are forbidden by a rule."""
         wanted = set(self._combinations())
         for row in rows:
             wanted -= set(_parts(row, list(row), 2))
@@ -109,7 +111,7 @@ class Matrix(Frozen):
                     yield tuple(row.items())
 
     def covering(self, rows: list[Levels]) -> list[Levels]:
-        """The fewest rows, found greedily, that show every pair of `part`'s levels that `rows` show."""
+        """A small subset of `rows`, chosen greedily, that has every pair of `part`'s levels that `rows` has."""
         left = {pair for row in rows for pair in _parts(row, self.part, 2)}
         chosen = []
         while left:
@@ -125,13 +127,13 @@ def _parts(row: Levels, factors: list[str], size: int) -> Iterator[tuple[tuple[s
 
 
 def _never(when: dict[str, list[str]]) -> dict[str, Any]:
-    """The library's words for: these levels do not meet."""
+    """The constraint that excludes `when`, in covertable's format."""
     conditions = [{"operator": "in", "left": f, "values": levels} for f, levels in when.items()]
     return {"operator": "not", "condition": {"operator": "and", "conditions": conditions}}
 
 
 def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` on top of `under`, mappings inside merged alike. Copies; changes neither."""
+    """`under` updated with `over`; nested mappings are merged recursively. Returns a copy."""
     merged = dict(under)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
@@ -140,20 +142,20 @@ def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 class Row(Frozen):
-    """One line of the file."""
+    """One line of the CSV."""
 
     levels: Levels
     refused: str | None
-    """What the library says, where it refuses."""
+    """The error message; None for a row that runs."""
 
     @property
     def label(self) -> str:
-        """Level by level, for people."""
+        """`factor=level` pairs, for messages."""
         return " ".join(f"{factor}={level}" for factor, level in self.levels.items())
 
 
 def text_of(rows: list[Row]) -> str:
-    """The file of `rows`."""
+    """The CSV text of `rows`."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow([*rows[0].levels, REFUSED])
@@ -162,7 +164,7 @@ def text_of(rows: list[Row]) -> str:
 
 
 def read(path: Path, matrix: Matrix) -> list[Row]:
-    """The rows in `path`. Raises `ValueError` for a file that is not of `matrix`."""
+    """The rows of the CSV file `path`. Raises `ValueError` if it does not match `matrix`."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file; write it with 'alst matrix --write'")
     with path.open(newline="") as file:

@@ -1,4 +1,4 @@
-"""What a machine offers, one row per accelerator with the host around it. Imports no torch."""
+"""Hardware rows: one accelerator each, with its host and its links. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ GB = 10**9
 
 
 class Chip(Frozen):
-    """What CUDA tells a program of a device."""
+    """Properties that CUDA reports for a device."""
 
     capability: tuple[int, int]
     """Compute capability."""
     multiprocessors: int = Field(gt=0)
     """Streaming multiprocessors."""
     shared_block_bytes: int = Field(gt=0)
-    """Most shared memory that a block can ask for."""
+    """Maximum shared memory of a block."""
     shared_multiprocessor_bytes: int = Field(gt=0)
-    """Shared memory of a multiprocessor."""
+    """Shared memory of one multiprocessor."""
     l2_bytes: int = Field(gt=0)
-    """Second-level cache."""
+    """Size of the L2 cache."""
     usable_bytes: int = Field(gt=0)
-    """Device memory that CUDA offers in all, which is less than the nominal."""
+    """Total device memory that CUDA reports, which is less than the nominal."""
     source: str
     """Where the numbers are from."""
 
 
 class Hardware(Frozen):
-    """One accelerator, and the node of `devices_per_node` it stands in. SI base units.
+    """One accelerator and its node of `devices_per_node` accelerators. SI base units.
 
-    Bandwidths are peak, one direction, per accelerator; None where the row has no such thing.
+    Bandwidths are peak, one direction, per accelerator; None where the hardware has no such link.
     """
 
     name: str
-    """As cells name it."""
+    """Name of the row, as cells use it."""
     memory_bytes: int = Field(gt=0)
     """Device memory."""
     bf16_flops: float | None = Field(default=None, gt=0)
@@ -60,9 +60,9 @@ class Hardware(Frozen):
     source: str
     """Title of the datasheets the numbers are from."""
     device_names: tuple[str, ...] = ()
-    """What the driver calls this accelerator; none for what is not CUDA's."""
+    """Names that the driver reports for this accelerator; empty for hardware without CUDA."""
     chip: Chip | None = None
-    """None for what is not CUDA's."""
+    """None for hardware without CUDA."""
 
 
 ROWS = {
@@ -172,9 +172,9 @@ ROWS = {
 
 
 def load_hardware(name: str) -> Hardware:
-    """The row `name`, or the one in the YAML file of that path.
+    """The row `name`, or the row in the YAML file at path `name`.
 
-    Raises `ValueError` naming the known rows, or what is wrong in the file.
+    Raises `ValueError` naming the known rows, or the error in the file.
     """
     if name in ROWS:
         return ROWS[name]

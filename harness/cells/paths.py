@@ -1,7 +1,7 @@
-"""Where runs read and write, relative to the working folder: a checkout's root, or any other.
+"""Paths that runs read and write, relative to the working directory.
 
-Experiments, published numbers and planted defects travel with the code: outside a checkout they are
-read from there.
+Experiments, published numbers and planted defects ship with the code. They are read from there if
+the working directory has none.
 """
 
 from __future__ import annotations
@@ -11,26 +11,26 @@ from pathlib import Path
 EXPERIMENTS = Path("experiments")
 DEFECTS = EXPERIMENTS / "planted" / "defects.yaml"
 CAUGHT = EXPERIMENTS / "planted" / "caught.csv"
-"""Which cell of the correctness matrix caught each of them."""
+"""Which cell of the correctness matrix caught each planted defect."""
 RESULTS = Path("results")
 REFERENCE = RESULTS / "reference"
 """Committed records, one folder per hardware and experiment."""
 CHANGES = REFERENCE / "CHANGES.md"
-"""Why committed records were replaced, and by what they differ."""
+"""Why committed records were replaced, and how the new ones differ."""
 REPORT = RESULTS / "report.html"
 README = Path("README.md")
 
 HERE = Path(__file__).parents[1]
 HOME = next(home for home in (HERE, HERE.parent) if (home / EXPERIMENTS).is_dir())
-"""Where the code has `EXPERIMENTS`: beside it in a checkout, inside it where a wheel was installed."""
+"""The folder that contains `EXPERIMENTS`: the checkout's root, or the package `harness` in an installed wheel."""
 
 
 SOURCES = [HERE.parent / package for package in ("alst_impl", "harness")]
-"""Our packages."""
+"""The project's packages."""
 
 
 def located(path: Path) -> Path:
-    """`path`, or what travels with the code in its place where the working folder has none."""
+    """`path`, or the copy that ships with the code if the working directory has none."""
     carried = HOME / path
     own = path.exists() or path.parts[:1] != EXPERIMENTS.parts or not carried.exists()
     return path if own else carried
@@ -52,7 +52,7 @@ def published(table: str) -> Path:
 
 
 def cells(name: str) -> Path:
-    """Folder of an experiment's fresh records, `<key>.json` each."""
+    """Folder of an experiment's fresh records, one `<key>.json` per cell."""
     return RESULTS / "cells" / name
 
 

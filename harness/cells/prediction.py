@@ -1,4 +1,4 @@
-"""What a forecast leaves behind: bytes, limits, the longest sequence. Imports no torch."""
+"""Results of a forecast: bytes, limits, the longest sequence. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,75 +18,77 @@ LIMITS: Mapping[Limit, str] = {
 
 
 class Flops(Frozen):
-    """Of one step, over all ranks."""
+    """FLOPs of one step, over all ranks."""
 
     paper_formula: float
     model_causal: float
 
 
 class Cost(Frozen):
-    """What one rank's forward and backward compute and move, counted: see `harness.meters.cost`."""
+    """Counted FLOPs and traffic of one rank's forward and backward; see `harness.meters.cost`."""
 
     matmul_flops: float
-    """Of matrix products, whatever is computed again included."""
+    """FLOPs of matrix products, including recomputation."""
     attention_flops: float
-    """Of attention, over visible pairs of a query and a key."""
+    """FLOPs of attention over visible query-key pairs."""
     device_bytes: float
-    """Operands and results of both, each once: what no fusion of the operators between them avoids."""
+    """Bytes of operands and results of matrix products and attention, each counted once. Fusing
+    other operators does not avoid this traffic."""
     host_in_bytes: float
-    """From host memory."""
+    """Bytes copied from host memory."""
     host_out_bytes: float
-    """To host memory."""
+    """Bytes copied to host memory."""
     link_bytes: float
-    """Sent to other ranks."""
+    """Bytes sent to other ranks."""
 
     @property
     def flops(self) -> float:
-        """All of them."""
+        """All FLOPs."""
         return self.matmul_flops + self.attention_flops
 
 
 class Prediction(Frozen):
-    """What a step holds, per GPU unless said, and whether it fits."""
+    """Memory and time of a step, per GPU unless stated, and whether it fits."""
 
     allocated_bytes: int
-    """What `max_memory_allocated` reads."""
+    """Value of `max_memory_allocated`."""
     reserved_bytes: int | None = None
-    """What `max_memory_reserved` reads; None where no allocator ran."""
+    """Value of `max_memory_reserved`; None if no allocator ran."""
     overhead_bytes: int
-    """Reserved but free, and outside the allocator."""
+    """Memory that is reserved but not allocated, plus memory outside the allocator."""
     total_bytes: int
-    """What NVML reads: modelled."""
+    """Device memory as NVML reads it. Modelled."""
     host_bytes: int
     """Host memory of one node."""
     bytes_per_local_token: float | None
-    """Slope of `allocated_bytes` over the tokens of one rank; None where it was not asked for."""
+    """Increase of `allocated_bytes` per token of one rank; None if it was not requested."""
     by_category: Mapping[str, int]
-    """`allocated_bytes`, taken apart."""
+    """`allocated_bytes` by category."""
     fits: bool
     limit: Limit
-    """What it exceeds, or `none`."""
+    """The limit that the step exceeds, or `none`."""
     flops: Flops
     step_seconds_modelled: float
     cost: Cost | None = None
-    """None of a method that computes nothing."""
+    """None if no work was counted."""
     least_seconds_modelled: float | None = None
-    """What `cost` takes at least, if everything runs at the peak of the datasheet and side by side."""
+    """Lower bound on the time of `cost`: all resources at their datasheet peak, fully overlapped."""
 
 
 class Rung(Frozen):
-    """What one rung of the ladder turns on."""
+    """Options that one rung of the planner's ladder turns on."""
 
     tiling: bool
-    """MLP, norms, and logits and loss in tiles: next to no time."""
+    """Tile MLP, norms, logits and loss. Costs almost no time."""
     offload: bool
-    """Checkpoints in host memory: copies that hide behind long sequences."""
+    """Keep activation checkpoints in host memory. The copies overlap with the computation of long sequences."""
     offload_states: bool
-    """Parameters, gradients and optimizer states in host memory: layers are copied in, and the host updates."""
+    """Keep parameters, gradients and optimizer states in host memory. Layers are copied to the
+    device, and the update runs on the host."""
 
 
 class Option(Frozen):
-    """One way to train, and what it holds."""
+    """One configuration and its prediction."""
 
     gpus: int
     sp: int
@@ -95,36 +97,36 @@ class Option(Frozen):
     prediction: Prediction
 
     def as_json(self) -> dict[str, Any]:
-        """The keys of `alst predict --json`, with `settings`."""
+        """`settings`, and the keys of `alst predict --json`."""
         settings = {"gpus": self.gpus, "sp": self.sp, "dp": self.dp, **self.rung.model_dump()}
         return {"settings": settings, **self.prediction.model_dump(mode="json")}
 
 
 class Plan(Frozen):
-    """What fits, or why nothing does."""
+    """Configurations that fit, or the reason why none does."""
 
     options: list[Option]
     """Cheapest first; empty if nothing fits."""
     limit: Limit
-    """What the closest setting exceeds; `none` where something fits."""
+    """The limit that the closest configuration exceeds; `none` if something fits."""
     reason: str | None
-    """In one sentence, where nothing fits."""
+    """Why nothing fits, in one sentence; None if something fits."""
 
 
 class SearchResult(Frozen):
     """The longest sequence that fits."""
 
     longest_tokens: int
-    """0 if nothing does."""
+    """0 if no length fits."""
     shortest_failing_tokens: int
     limit: Limit
-    """What the shortest failing length exceeds."""
+    """The limit that the shortest failing length exceeds."""
     evaluations: int
-    """Steps that ran."""
+    """Number of steps that ran."""
 
 
 class Holding(Frozen):
-    """What one operator at one source line holds at the instant of the peak."""
+    """Memory that one operator at one source line holds at the peak."""
 
     category: str
     operator: str
@@ -132,41 +134,41 @@ class Holding(Frozen):
     """`file:line`."""
     nbytes: int
     count: int
-    """Allocations."""
+    """Number of allocations."""
 
 
 class Timeline(Frozen):
-    """Allocated bytes over the events of a step, thinned to the largest of each stretch."""
+    """Allocated bytes over the events of a step, downsampled to the maximum of each stretch of events."""
 
     phases: list[str]
-    """Of each stretch."""
+    """Phase of each stretch."""
     device_bytes: list[int]
-    """On the accelerator."""
+    """Maximum of each stretch on the accelerator."""
 
 
 class Simulated(Frozen):
-    """What one rank of a cell showed, played without the others."""
+    """Results of one rank of a cell, run without the other ranks."""
 
     code: str
-    """Fingerprint of all code that decides the numbers: a record of other code is stale."""
+    """Fingerprint of all code that decides the numbers. A record with another fingerprint is stale."""
     prediction: Prediction | None
-    """At the cell's length; None for a part of a step."""
+    """Prediction at the cell's length; None for a part of a step."""
     peak_bytes: int
-    """The most that is allocated."""
+    """Peak of allocated bytes."""
     phase_peak_bytes: Mapping[str, int] = {}
     """`peak_bytes` of each phase."""
     reserved_bytes: int | None = None
-    """The most that the allocator holds; None where none ran."""
+    """Peak of reserved bytes; None if no allocator ran."""
     checkpoint_bytes: int
-    """Host memory of one rank that checkpoints fill."""
+    """Host memory that the activation checkpoints of one rank take."""
     holdings: list[Holding]
-    """What was alive at the peak, largest first."""
+    """Allocations that were alive at the peak, largest first."""
     search: SearchResult | None
-    """Where the cell asks for it."""
+    """Result of the search; None if the cell does not request one."""
     timeline: Timeline | None
-    """Where the cell asks for it."""
+    """None if the cell does not request it."""
 
     @property
     def fits(self) -> bool:
-        """Whether the step fits; a part of one has no limits to exceed."""
+        """Whether the step fits. A part of a step has no limits to exceed."""
         return self.prediction is None or self.prediction.fits

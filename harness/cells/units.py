@@ -1,4 +1,4 @@
-"""Numbers as people read them; the only place where base units become GiB and ms."""
+"""Formats numbers for display. The only module that converts base units to GiB and ms."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ UNITS = {
     **{f"{letter}B": 1000**power for power, letter in enumerate("KMGT", start=1)},
     **{f"{letter}iB": 1024**power for power, letter in enumerate("KMGT", start=1)},
 }
-"""Bytes of each unit that a person may write."""
+"""Unit that a user may write -> bytes."""
 
 
 def bytes_value(text: str) -> int:
@@ -27,7 +27,7 @@ def bytes_value(text: str) -> int:
 
 
 def bytes_text(value: float) -> str:
-    """Bytes in powers of 1024."""
+    """Bytes with a binary unit: KiB, MiB or GiB."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if value >= size:
             return f"{number_text(value / size)} {unit}"
@@ -42,7 +42,7 @@ def seconds_text(value: float) -> str:
 
 
 def length_text(value: int) -> str:
-    """A sequence length; K and M are 2**10 and 2**20 where they divide it."""
+    """A sequence length. K and M are 2**10 and 2**20, used where they divide the length."""
     for unit, size in (("M", 2**20), ("K", 2**10)):
         if value >= size and value % size == 0:
             return f"{value // size}{unit}"
@@ -73,7 +73,7 @@ def ratio_text(value: float) -> str:
 
 
 def metric_text(value: float, unit: str) -> str:
-    """A metric's value; bytes and seconds with their unit, a dash where there is none."""
+    """A metric's value, bytes and seconds with a unit; a dash for NaN."""
     if math.isnan(value):
         return "–"
     if unit == "B":
@@ -93,5 +93,5 @@ def number_text(value: float) -> str:
 
 
 def options_text(options: Mapping[str, Any]) -> list[str]:
-    """What a method is told beside its name: `stream`, `every 4`."""
+    """Options of a method as words, such as `stream` and `every 4`."""
     return [f"{k} {v}".removesuffix(" True").replace("_", " ") for k, v in options.items()]

@@ -1,4 +1,7 @@
-"""What a world has, for those who read cells and records. `harness.worlds` holds how each executes. Imports no torch."""
+"""Capabilities of each world, for code that reads cells and records. Imports no torch.
+
+`harness.worlds` implements how each world executes a cell.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +14,20 @@ World = Literal["cuda", "cpu", "phantom", "schedule"]
 
 
 class Traits(Frozen):
-    """What cells of a world can be asked for."""
+    """Capabilities of a world."""
 
     forecast: bool
-    """One process plays one rank of all: no values to compare, no time to measure."""
+    """One process runs a single rank. There are no values to compare and no times to measure."""
     executes: bool
-    """Steps run; otherwise a schedule is played with modelled times and bytes."""
+    """Training steps are executed. Otherwise a schedule is simulated with modelled times and bytes."""
     gpus: bool
-    """Ranks run on GPUs of this machine, which NVML watches."""
+    """Ranks run on GPUs of this machine, which are monitored through NVML."""
     allocator: bool
-    """CUDA's caching allocator counts, and has settings."""
+    """CUDA's caching allocator counts the memory and takes settings."""
 
     @property
     def phantom(self) -> bool:
-        """Whether a step runs on a device without arithmetic."""
+        """Whether steps run on phantom devices."""
         return self.forecast and self.executes
 
 

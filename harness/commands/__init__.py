@@ -1,1 +1,1 @@
-"""Commands of the command line, one file each; what is slow to import is imported on use."""
+"""Commands of the command line. Slow packages are imported where they are used."""

@@ -1,4 +1,4 @@
-"""`alst claims`, `alst compare`: published numbers beside ours, and what moved between two sets of records."""
+"""`alst claims`, `alst compare`: our numbers beside published ones, and changes between two sets of records."""
 
 from __future__ import annotations
 
@@ -33,17 +33,18 @@ def claims(
     run: Annotated[
         bool,
         typer.Option(
-            "--run", help="First run what has no record of this code: up to minutes a cell."
+            "--run",
+            help="First run the cells that have no record of this code; a cell takes up to minutes.",
         ),
     ] = False,
     results: Annotated[
         Path, typer.Option("--results", help="Folder of records.")
     ] = DEFAULT_RESULTS,
 ) -> int:
-    """Judge every published number by the records there are, and compare fresh ones with results/reference/.
+    """Judge every published number by our records, and compare fresh records with results/reference/.
 
-    A record of RESULTS stands before a committed one. Runs nothing without --run. Exit code 1 where a fresh
-    record of this code is worse than its committed one; 2 where there is no number to judge.
+    A record in RESULTS takes precedence over a committed one. Without --run nothing is run. Exit code 1: a fresh
+    record of this code is worse than its committed one. 2: there is no number to judge.
 
     Example: alst claims --json
     """
@@ -86,7 +87,7 @@ def claims(
 
 
 def _nothing(count: int, results: Path) -> str:
-    """Why there is no number to judge, and the way out."""
+    """Why no number can be judged, and what to do."""
     if not count:
         return (
             f"no published number to judge: no experiment in {paths.EXPERIMENTS}/ has a claim; run it in a "
@@ -99,7 +100,7 @@ def _nothing(count: int, results: Path) -> str:
 
 
 def compare(before: Folder, after: Folder) -> int:
-    """Compare two folders of records: bytes, longest lengths, outcomes. Exit code 1 if one got worse.
+    """Compare two folders of records: bytes, longest lengths, outcomes. Exit code 1 if a cell got worse.
 
     Example: alst compare results/reference results/cells
     """
@@ -124,18 +125,18 @@ def reference_records(name: str) -> dict[str, Measurement]:
 
 
 def _forecasts(experiment: Experiment) -> dict[str, Cell]:
-    """Its cells without a device, but for the twins of measured ones: `alst confirm` is for those."""
+    """Forecast cells of `experiment` without twins of measured cells, which `alst confirm` handles."""
     found = simulated_cells(experiment)
     return {key: cell for key, cell in found.items() if not is_twin(cell, experiment)}
 
 
 def simulated_cells(experiment: Experiment) -> dict[str, Cell]:
-    """The cells that need no device, by key."""
+    """The cells that need no device, by key: forecasts."""
     return {key: cell for key, cell in experiment.cells().items() if cell.traits.forecast}
 
 
 def is_twin(cell: Cell, experiment: Experiment) -> bool:
-    """Whether a phantom cell stands beside the same cell of a GPU."""
+    """Whether `cell` is a phantom cell and the experiment has the same cell on a GPU."""
     from harness.judge.twins import run_of
 
     measured = (each for each in experiment.cells().values() if each.traits.gpus)
@@ -143,7 +144,7 @@ def is_twin(cell: Cell, experiment: Experiment) -> bool:
 
 
 def bring_up_to_date(simulated: list[tuple[Experiment, dict[str, Cell]]], results: Path) -> None:
-    """Run all cells without a record of this code, as many at a time as there are cores."""
+    """Run all cells that have no record of this code, one per core at a time."""
     from harness.run.measure import measure_to
 
     jobs = [
@@ -173,11 +174,11 @@ def _print_claims(found: Iterable[Evidence]) -> None:
     found = list(found)
     grid = claim_grid(found)
     table = Table()
-    for i, heading in enumerate(grid.headings[:-1]):  # sources are in the report and in --json
+    for i, heading in enumerate(grid.headings[:-1]):  # the report and --json have the sources
         table.add_column(heading, justify="right" if 0 < i < 4 else "left", no_wrap=True)
     for each, row in zip(found, grid.rows, strict=True):
         table.add_row(*row[:-1], style=colours.get(each.verdict))
     console = Console()
-    console.width = max(console.width, 110)  # a narrower terminal wraps rather than hides
+    console.width = max(console.width, 110)  # a narrower terminal wraps lines
     console.print(table)
     console.print(claim_summary(found), highlight=False)

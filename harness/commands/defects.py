@@ -1,4 +1,4 @@
-"""`alst defects`: plant each defect in turn and see which cell of the correctness matrix catches it."""
+"""`alst defects`: plant each defect in turn and find the cell of the correctness matrix that catches it."""
 
 from __future__ import annotations
 
@@ -21,22 +21,24 @@ from harness.commands.run import DEFAULT_RESULTS, truth_cache
 from harness.judge.defects import Catch, Defect, plant, read_defects, text_of
 from harness.records import record
 from harness.records.record import Outcome
-from harness.run.measure import measure, truths
+from harness.run.measure import measure
+from harness.run.ranks import truths
 
 Trial = tuple[str, Cell, dict[str, Any] | None]
-"""Levels of a row, its cell, and what it is held against."""
+"""Levels of a row, its cell, and the truth for it."""
 
 
 def defects(
     jobs: Annotated[
-        int, typer.Option(min=1, show_default="one per core", help="Defects side by side.")
+        int,
+        typer.Option(min=1, show_default="one per core", help="Defects tested at the same time."),
     ] = len(os.sched_getaffinity(0)),
     results: Annotated[Path, typer.Option("--results", help="Folder of caches.")] = DEFAULT_RESULTS,
 ) -> int:
-    """Plant every defect of experiments/planted/defects.yaml, one at a time, and run cells until one fails.
+    """Plant each defect of experiments/planted/defects.yaml by itself, and run cells until one fails.
 
-    Cells are those that tests run (`alst matrix --part covering`), in the matrix's order. Writes which
-    cell caught which defect to experiments/planted/caught.csv. Exit code 0: all were caught; 1: one was not.
+    The cells are those that tests run (`alst matrix --part covering`), in the order of the matrix. The cell that
+    caught each defect is written to experiments/planted/caught.csv. Exit code 0: all were caught; 1: one was not.
 
     Example: alst defects
     """
@@ -80,7 +82,7 @@ def _trials(cache: Path) -> list[Trial]:
 
 
 def first_catch(name: str, defect: Defect, trials: Sequence[Trial], cache: Path) -> Catch | None:
-    """The first of `trials` that fails where `defect` is planted."""
+    """The first of `trials` that fails with `defect` planted; None if all pass."""
     with tempfile.TemporaryDirectory() as folder:
         sources = plant(defect, Path(folder))
         for label, cell, truth in trials:

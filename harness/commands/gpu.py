@@ -1,4 +1,4 @@
-"""`alst devices`, `alst confirm`: what a GPU is, and what it says of phantom devices."""
+"""`alst devices`, `alst confirm`: the GPUs of this machine, and their readings beside phantom devices."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Results = Annotated[Path, typer.Option("--results", help="Folder of records.")]
 
 
 def devices() -> None:
-    """List the GPUs that a run here would use: name, UUID, memory, and the hardware row of cells for it.
+    """List the GPUs that a run here would use: hardware row of cells, name, UUID, memory.
 
-    Exit code 2 where there is none, saying why.
+    Exit code 2 and the reason if there is none.
     """
     from harness.devices.machine import row_of, some_devices
     from harness.devices.nvml import library
@@ -34,10 +34,10 @@ def confirm(
     name: Annotated[str, typer.Argument(help="An experiment with cells of a GPU and their twins.")],
     results: Results = DEFAULT_RESULTS,
 ) -> int:
-    """Set what a GPU measured beside what a phantom device reads of the same cells, phase by phase.
+    """Compare GPU readings with phantom-device readings of the same cells, phase by phase.
 
-    Runs on phantom devices what has no record of this code, which needs no GPU. Exit code 1 where allocated
-    bytes are not equal to the byte; 2 where nothing can be compared, or PyTorch's versions differ everywhere.
+    Cells without a record of this code first run on phantom devices, which needs no GPU. Exit code 1: allocated
+    bytes differ. 2: nothing can be compared, or no pair of records has one version of PyTorch.
 
     Example: alst confirm gpu_single
     """
@@ -69,7 +69,7 @@ def confirm(
     for pair, row in zip(pairs, grid.rows, strict=True):
         table.add_row(*row, style="red" if pair.missed else None)
     console = Console()
-    console.width = max(console.width, 110)  # a narrower terminal wraps rather than hides
+    console.width = max(console.width, 110)  # a narrower terminal wraps lines
     console.print(table)
     for gpu, phantom in torch_versions(found):
         console.print(

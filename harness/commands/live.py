@@ -1,4 +1,4 @@
-"""Progress on the terminal: one live line for what runs now, one line for what is done."""
+"""Progress on the terminal: a live line for the running cell, a lasting line for each finished one."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from harness.records.record import Measurement, Outcome
 
 
 class CellLine:
-    """The live line of one cell: which of how many, what it does, how long it has taken."""
+    """The live line of one cell: its number, its activity, the time it has taken."""
 
     def __init__(self, console: Console, cell: Cell, number: int, total: int) -> None:
         self.console, self.title = console, f"[{number}/{total}] {cell.label}"
         self.begin = time.monotonic()
-        # Off a terminal nothing is redrawn: the line of the finished cell is all that is printed.
+        # Without a terminal only the line of the finished cell is printed.
         self.progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
@@ -43,12 +43,12 @@ class CellLine:
         self.progress.stop()
 
     def hear(self, event: dict[str, Any]) -> None:
-        """Show what rank 0 does."""
+        """Show the activity of rank 0."""
         if event["event"] == "progress" and event["rank"] == 0:
             self.progress.update(self.task, description=f"{self.title}: {event['doing']}")
 
-    def done(self, measurement: Measurement, fresh: bool) -> None:
-        """Print the line that stays."""
+    def done(self, measurement: Measurement, *, fresh: bool) -> None:
+        """Print the line that remains."""
         took = f"{time.monotonic() - self.begin:.1f} s" if fresh else "kept"
         style = "green" if measurement.outcome is Outcome.OK else "red"
         detail = f" ({measurement.detail})" if measurement.detail else ""

@@ -1,4 +1,4 @@
-"""`alst matrix`: every cell of a correctness matrix, with what is refused and why."""
+"""`alst matrix`: runs every cell of a correctness matrix, and lists refused rows with their reasons."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from harness.commands.run import DEFAULT_RESULTS, record_path, truth_cache
 from harness.gate.verdict import judgement
 from harness.records import record
 from harness.records.record import Measurement, Outcome
-from harness.run.measure import final, measure, truths
+from harness.run.measure import final, measure
+from harness.run.ranks import truths
 
 Work = tuple[Row, Cell]
 CORRECTNESS = paths.experiment("correctness")
@@ -34,24 +35,27 @@ def matrix(
     part: Annotated[
         str,
         typer.Option(
-            metavar="I/N", help="Every Nth cell, from the Ith; 'covering': what tests run."
+            metavar="I/N",
+            help="Every Nth cell from the Ith, or 'covering': the cells that tests run.",
         ),
     ] = "1/1",
     jobs: Annotated[
-        int, typer.Option(min=1, show_default="one per core", help="Cells side by side.")
+        int, typer.Option(min=1, show_default="one per core", help="Cells run at the same time.")
     ] = len(os.sched_getaffinity(0)),
-    force: Annotated[bool, typer.Option("--force", help="Run again what has a record.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Run cells that have a record again.")
+    ] = False,
     write: Annotated[
-        bool, typer.Option("--write", help="Only write the rows anew, from the experiment.")
+        bool, typer.Option("--write", help="Run nothing; write the rows of the experiment again.")
     ] = False,
     results: Annotated[
         Path, typer.Option("--results", help="Folder of records and caches.")
     ] = DEFAULT_RESULTS,
 ) -> int:
-    """Compare every gradient and the first update of each cell with the stock model's.
+    """Compare every gradient and the first update of each cell with those of the stock model.
 
-    Records are kept: an interrupted run goes on where it was, and code that has changed is run again.
-    Exit code 0: every cell passed, and what is refused is refused; 1: one did not; 2: cannot be run.
+    Records are kept: an interrupted run resumes, and a cell runs again after the code has changed.
+    Exit code 0: every cell passed; 1: a cell failed; 2: cannot be run.
 
     Example: alst matrix --part 1/4
     """
@@ -80,16 +84,16 @@ def _write(experiment: Path) -> int:
 
 
 def made_rows(experiment: Experiment, made: Matrix) -> list[Row]:
-    """What the file beside the experiment holds: rows that run, then rows that are refused."""
+    """Rows of the file beside the experiment: rows that run, then rows that are refused."""
     return [Row(levels=levels, refused=None) for levels in made.rows()] + experiment.refusals()
 
 
 def chosen(experiment: Experiment, part: str) -> list[Work]:
-    """The cells of `part`, at least one. Raises `ValueError` if it is not one."""
+    """The cells of `part`, at least one. Raises `ValueError` if `part` is not valid."""
     work = experiment.matrix_cells()
     assert experiment.matrix is not None
     if part == "covering":
-        # Of rows that show as much, the one of fewest ranks is the quickest.
+        # Among rows that cover the same pairs, the row with the fewest ranks is the fastest.
         cheap = sorted(work, key=lambda pair: pair[1].num_processes)
         covering = experiment.matrix.covering([row.levels for row, _ in cheap])
         return [(row, cell) for row, cell in work if row.levels in covering]
@@ -113,7 +117,7 @@ def run(
     force: bool,
     results: Path,
 ) -> Iterator[tuple[Row, Measurement]]:
-    """Every cell with its record, kept or made now, as they end; a line for each that is wrong."""
+    """Yield each row with its record, kept or measured now, when it is ready. Print a line for each cell."""
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
     with (
         Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress,
@@ -147,7 +151,7 @@ def _ended(
             yield row, kept
     running: dict[Future[Measurement], Row] = {}
     waiting = iter(left)
-    # Truths are computed some at a time, beside the cells of the last ones.
+    # Truths are computed in batches, while the cells of earlier batches run.
     for some in truths([cell for _, cell in left], truth_cache(results)):
         for truth, (row, cell) in zip(some, waiting, strict=False):
             path = record_path(results, experiment, cell.key)
@@ -167,7 +171,7 @@ def _measure(path: Path, cell: Cell, cache: Path, truth: dict[str, Any] | None) 
 def _report(
     console: Console, done: list[tuple[Row, Measurement]], refused: list[Row], seconds: float
 ) -> None:
-    """How many passed, failed and were refused; per kind of failure, and the least certain pass."""
+    """Print the number of cells of each failure, and how many passed, failed and were refused."""
     counts = Counter(m.outcome for _, m in done)
     for outcome, count in sorted(counts.items()):
         if outcome is not Outcome.OK:

@@ -1,4 +1,4 @@
-"""Options of plug-ins as they are written on the command line."""
+"""Options of methods, engines and models as they are written on the command line."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 import yaml
 
 
-def parsed(pairs: list[str]) -> dict[str, Any]:
-    """Options from `key=value`, values read as YAML."""
+def parsed(pairs: list[str], flag: str = "--option") -> dict[str, Any]:
+    """Options from `key=value`, values read as YAML. Raises `ValueError` that names `flag`."""
     options = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not key or not equals:
-            raise ValueError(f"--option {pair}: write key=value, such as tile_mlp=false")
+            raise ValueError(f"{flag} {pair}: write key=value, such as tile_mlp=false")
         try:
             options[key] = yaml.safe_load(text)
         except yaml.YAMLError:
-            raise ValueError(f"--option {pair}: the value is not YAML; quote it") from None
+            raise ValueError(f"{flag} {pair}: the value is not YAML; quote it") from None
     return options

@@ -1,4 +1,4 @@
-"""`alst phantom`: a training command on CUDA devices that have memory and no arithmetic."""
+"""`alst phantom`: runs a training command on CUDA devices that have memory but no arithmetic."""
 
 from __future__ import annotations
 
@@ -15,52 +15,65 @@ from harness.phantom.session import Held, Process, Read, Result, run
 GIB = 2**30
 
 
+Command = Annotated[list[str], typer.Argument(help="The command, after `--`.")]
+Gpus = Annotated[int, typer.Option("--gpus", help="Devices; with --rank, ranks.")]
+HardwareName = Annotated[
+    str, typer.Option("--hardware", help="Row of the hardware table, or a YAML file with one.")
+]
+Rank = Annotated[
+    int | None, typer.Option("--rank", help="Run this rank of --gpus alone, without the others.")
+]
+OutsideGib = Annotated[
+    float,
+    typer.Option(
+        "--outside-gib",
+        help="GiB of each device outside PyTorch's allocator: CUDA's context, kernels, NCCL.",
+    ),
+]
+LimitS = Annotated[
+    float, typer.Option("--limit", help="Seconds after which the command is stopped.")
+]
+Sites = Annotated[
+    Path | None,
+    typer.Option(
+        "--sites",
+        help="YAML list of places in your own code that may read values that are not known.",
+    ),
+]
+HollowHost = Annotated[
+    bool,
+    typer.Option(
+        "--hollow-host",
+        help="Never write float tensors of 1 MiB or more on the host. Offload of models larger than this machine's "
+        "memory then runs; the values of these tensors are zeros.",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
 def phantom(
-    command: Annotated[list[str], typer.Argument(help="The command, after `--`.")],
-    gpus: Annotated[int, typer.Option("--gpus", help="Devices; with --rank, ranks.")] = 1,
-    hardware: Annotated[
-        str, typer.Option("--hardware", help="Row of the hardware table, or a YAML file with one.")
-    ] = "h100-80gb",
-    rank: Annotated[
-        int | None,
-        typer.Option("--rank", help="Run this rank of --gpus alone, without the others."),
-    ] = None,
-    outside_gib: Annotated[
-        float,
-        typer.Option(
-            "--outside-gib",
-            help="GiB of each device outside PyTorch's allocator: CUDA's context, kernels, NCCL.",
-        ),
-    ] = 0.0,
-    limit_s: Annotated[
-        float, typer.Option("--limit", help="Seconds after which the command is stopped.")
-    ] = 3600,
-    sites: Annotated[
-        Path | None,
-        typer.Option("--sites", help="YAML list of places of your own that read unknown values."),
-    ] = None,
-    hollow_host: Annotated[
-        bool,
-        typer.Option(
-            "--hollow-host",
-            help="Never write float tensors of 1 MiB and more on the host: offload of models larger than this "
-            "machine's memory runs, and their values are zeros.",
-        ),
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    command: Command,
+    gpus: Gpus = 1,
+    hardware: HardwareName = "h100-80gb",
+    rank: Rank = None,
+    outside_gib: OutsideGib = 0.0,
+    limit_s: LimitS = 3600,
+    sites: Sites = None,
+    hollow_host: HollowHost = False,
+    as_json: AsJson = False,
 ) -> int:
     """Say whether a training command fits, on a machine without a GPU.
 
     The command runs unmodified on PyTorch's CUDA build, over a CUDA runtime in which memory is real and
-    arithmetic is not. It says: peak memory allocated and reserved by rank, page-locked host memory, the real
-    out-of-memory error, and what is alive at the peak. It cannot say: times, losses or any other value made on
-    the device, rows of the CUDA profiler, replays of CUDA graphs.
+    arithmetic is not. It reports peak memory allocated and reserved by rank, page-locked host memory, the real
+    out-of-memory error, and what is alive at the peak. It does not report times, losses or other values made on
+    the device, rows of the CUDA profiler, or replays of CUDA graphs.
 
     Without --rank the command starts all processes itself, and their collectives have no results. With --rank
-    one process runs as that rank of --gpus; what it holds, the other ranks are taken to hold.
+    one process runs as that rank of --gpus, and all other ranks are assumed to hold the same memory.
 
-    A value that nobody knows and the program reads (16 bytes or less) makes the run no record, unless the place
-    is reviewed. Exit code 0: fits. 1: does not fit. 2: neither can be said.
+    If the program reads a value of 16 bytes or less that is not known, the verdict is `no record`, unless that place
+    in the code is reviewed. Exit code 0: fits. 1: does not fit. 2: no record, or cannot run.
 
     Examples: alst phantom -- python train.py; alst phantom --gpus 4 -- torchrun --nproc-per-node 4 train.py;
     alst phantom --gpus 64 --rank 0 -- python train.py
@@ -142,7 +155,7 @@ def held(alive: Sequence[Held]) -> list[str]:
 
 
 def reads(result: Result) -> list[str]:
-    """The unknown reads: those that spoil the run, and those that were answered."""
+    """One line for each read of an unknown value, answered or not, and what to do about them."""
     found: dict[tuple[str, int, int], Read] = {}
     for process in result.processes:
         for read in process.reads:

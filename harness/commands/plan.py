@@ -1,4 +1,4 @@
-"""`alst plan`: the settings with which a length fits, or why none does. No GPU needed."""
+"""`alst plan`: the settings with which a length fits, or the reason why none does. Needs no GPU."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def plan(
     gpus: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Accelerators, over all nodes.", show_default="the fewest that will do"
+            min=1, help="Accelerators, over all nodes.", show_default="the fewest that suffice"
         ),
     ] = None,
     host_memory: HostMemory = None,
     as_json: AsJson = False,
 ) -> int:
-    """List the legal ALST settings with which SEQLEN tokens fit, the cheapest first.
+    """List the legal ALST settings with which SEQLEN tokens fit, cheapest first.
 
-    Exit code 1 and the reason where none does.
+    Exit code 1 and the reason if none fits.
 
     Example: alst plan llama3.1-8b --seqlen 1_000_000 --hardware h100-80gb
     """

@@ -1,4 +1,4 @@
-"""`alst predict`, `alst search`: will it fit, and how long a sequence does? No GPU needed."""
+"""`alst predict`, `alst search`: whether a step fits, and the longest sequence that does. Needs no GPU."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from harness.cells.units import bytes_text, bytes_value, options_text, seconds_t
 from harness.commands.options import parsed
 
 PATIENCE_S = 5.0
-"""What takes longer shows that it is alive."""
+"""Time after which a running task shows its progress."""
 SHOWN = 30
-"""Rows of `--explain`; the rest is added up."""
+"""Rows of `--explain` that are shown."""
 WIDE = 180
 """Columns of `--explain`."""
 
@@ -40,7 +40,9 @@ HardwareName = Annotated[
 ]
 HostMemory = Annotated[
     str | None,
-    typer.Option(show_default="the hardware's", help="Of one node, such as 4TB or 1900GiB."),
+    typer.Option(
+        show_default="the hardware's", help="Host memory of one node, such as 4TB or 1900GiB."
+    ),
 ]
 Options = Annotated[
     list[str] | None,
@@ -48,14 +50,14 @@ Options = Annotated[
         "--option",
         metavar="KEY=VALUE",
         show_default="the method's own",
-        help="Any option of the method; repeatable. sp, then cp, is by default the largest legal degree.",
+        help="Any option of the method; repeatable. By default sp, then cp, is the largest legal degree.",
     ),
 ]
 OnDevice = Annotated[
     bool,
     typer.Option(
         "--on-device",
-        help="Keep parameters, gradients and optimizer states on the GPUs; by default they lie in host memory.",
+        help="Keep parameters, gradients and optimizer states on the GPUs instead of in host memory.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -71,15 +73,18 @@ def predict(
     option: Options = None,
     on_device: OnDevice = False,
     explain: Annotated[
-        bool, typer.Option("--explain", help="List what is alive at the peak, with source lines.")
+        bool,
+        typer.Option(
+            "--explain", help="List the tensors that are alive at the peak, with source lines."
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Predict memory, limits, FLOPs and step time of one training step, without a GPU.
 
-    PyTorch's own CUDA build runs the step on a phantom device, where memory is real and arithmetic is not
-    (`make phantom` fetches it): its allocator counts. What lies outside the allocator, and time, are modelled.
-    bf16, one sample per sp ranks, checkpointed layers, engine fsdp2.
+    PyTorch's own CUDA build (`make phantom` fetches it) runs the step on a phantom device, where memory is real and
+    arithmetic is not. Its allocator counts the bytes. Memory outside the allocator and time are modelled.
+    Settings: bf16, one sample per sp ranks, checkpointed layers, engine fsdp2.
 
     Example: alst predict llama3.1-8b --method alst --gpus 8 --seqlen 3_700_000 --hardware h100-80gb
     """
@@ -109,9 +114,9 @@ def search(
     on_device: OnDevice = False,
     as_json: AsJson = False,
 ) -> None:
-    """Find the longest sequence that fits, the shortest that does not, and the limit it meets.
+    """Find the longest sequence that fits, the shortest that does not, and the limit between them.
 
-    What does not fit has met the out-of-memory of PyTorch's own allocator on a phantom device.
+    A step that does not fit raised the out-of-memory error of PyTorch's allocator on a phantom device.
 
     Example: alst search llama3.1-8b --method alst --gpus 8 --hardware h100-80gb
     """
@@ -126,7 +131,7 @@ def search(
 
 
 GUESS = 1_048_576
-"""Where a search begins."""
+"""Length at which a search begins."""
 
 
 def cell_of(
@@ -139,7 +144,7 @@ def cell_of(
     option: list[str] | None = None,
     on_device: bool = False,
 ) -> Cell:
-    """The checked cell of what was asked for. Raises `ValueError` in words."""
+    """The cell of a request, checked. Raises `ValueError` for an impossible one."""
     options = parsed(option or [])
     fields = published(model)
     offered = type(load_method(Spec(name=method))).model_fields
@@ -167,14 +172,14 @@ def cell_of(
 
 
 def engine_of(method: str, *, on_device: bool) -> dict[str, Any]:
-    """The engine that shards training states over all ranks: PyTorch's, or DeepSpeed's for its own method."""
+    """The engine that shards training states over all ranks: `zero` for `deepspeed_alst`, else `fsdp2`."""
     if method == "deepspeed_alst":
         return {"name": "zero", "offload_optimizer": not on_device}
     return {"name": "fsdp2", "offload": not on_device}
 
 
 def searching(cell: Cell) -> Cell:
-    """`cell`, asking for its longest sequence, too."""
+    """`cell` with a search for its longest sequence."""
     assert cell.simulation is not None
     return cell.model_copy(
         update={"simulation": cell.simulation.model_copy(update={"search": True})}
@@ -182,7 +187,7 @@ def searching(cell: Cell) -> Cell:
 
 
 def forecast_of(cell: Cell) -> Simulated:
-    """What a phantom device says of `cell`. Raises as `on_phantom` does."""
+    """The forecast of `cell` by a phantom device. Raises as `on_phantom` does."""
     (found,) = on_phantom(
         "harness.predict.fits:execute", {"cell": cell.model_dump(mode="json")}, cell
     )
@@ -190,9 +195,9 @@ def forecast_of(cell: Cell) -> Simulated:
 
 
 def on_phantom(entry: str, payload: dict[str, Any], cell: Cell) -> list[dict[str, Any]]:
-    """What `entry` returns in a process with phantom devices; what it does is shown.
+    """The result of `entry` in a process with phantom devices; shows its progress.
 
-    Raises `ValueError` for what cannot run, `RuntimeError` for what failed.
+    Raises `ValueError` if it cannot run, `RuntimeError` if it fails.
     """
     from harness.processes import client
 
@@ -213,7 +218,7 @@ def on_phantom(entry: str, payload: dict[str, Any], cell: Cell) -> list[dict[str
 
 
 def _degree(options: dict[str, Any], name: str) -> int:
-    """The given option `name`, or 1. Raises `ValueError` for what is no number of ranks."""
+    """The option `name`, by default 1. Raises `ValueError` if it is not a number of ranks."""
     given = options.get(name, 1)
     if not isinstance(given, int) or given < 1:
         raise ValueError(f"--option {name}={given}: a number of ranks is 1 or more")
@@ -221,7 +226,7 @@ def _degree(options: dict[str, Any], name: str) -> int:
 
 
 def hush_transformers() -> None:
-    """Its advice on configurations is not about what was asked; errors still come through."""
+    """Silence the warnings of transformers about configurations; errors are still shown."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -229,7 +234,7 @@ def hush_transformers() -> None:
 
 @contextmanager
 def patience(doing: str | Callable[[], str]) -> Iterator[None]:
-    """On stderr, from `PATIENCE_S` on: what is done, and for how long on a terminal."""
+    """After `PATIENCE_S`, show the current activity on stderr, and on a terminal the time it has taken."""
     told = doing if callable(doing) else lambda: doing
     console = Console(stderr=True)
     begin = time.monotonic()
@@ -256,14 +261,15 @@ def patience(doing: str | Callable[[], str]) -> Iterator[None]:
 
 def wide_console() -> Console:
     console = Console()
-    console.width = max(console.width, 100)  # a narrower terminal wraps rather than hides
+    console.width = max(console.width, 100)  # a narrower terminal wraps lines
     return console
 
 
 def _print_prediction(console: Console, cell: Cell, p: Prediction) -> None:
     table = Table(title=_title(cell) + f", {cell.train.seqlen:,} tokens", title_justify="left")
-    for heading, justify in (("bytes of one GPU", "left"), ("", "right"), ("", "left")):
-        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    table.add_column("bytes of one GPU")
+    table.add_column(justify="right")
+    table.add_column()
     for category, nbytes in sorted(p.by_category.items(), key=lambda item: -item[1]):
         table.add_row(category, bytes_text(nbytes), "")
     table.add_section()
@@ -304,12 +310,12 @@ def _print_holdings(console: Console, held: list[Holding]) -> None:
             each.operator,
             each.location or "",
         )
-    console.width = WIDE  # cut by no terminal: lines are there to be found in the source
+    console.width = WIDE  # terminals do not cut lines, so that source locations stay whole
     console.print(table, soft_wrap=True)
 
 
 def _print_cost(console: Console, p: Prediction, cost: Cost, ranks: int) -> None:
-    """What the method itself computes and moves, and the least time that takes."""
+    """Print the FLOPs and bytes of the method itself, and the least time for them."""
     work = cost.flops * ranks
     console.print(
         f"computed: {work:.3e} FLOPs, {work / p.flops.model_causal:.2f} times what training needs; per GPU "

@@ -100,7 +100,7 @@ def _generate(write: bool) -> int:
     """Write the generated files that differ from the committed records, or name them and return 1."""
     from harness.present.generated import renew
 
-    changed = renew(write)
+    changed = renew(write=write)
     if write or not changed:
         return 0
     for path in changed:

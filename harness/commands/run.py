@@ -1,4 +1,4 @@
-"""`alst run`, `alst cell`, `alst cells`: experiments to records."""
+"""`alst run`, `alst cell`, `alst cells`: measure the cells of experiments."""
 
 from __future__ import annotations
 
@@ -21,24 +21,25 @@ from harness.run.measure import measure_to
 ExperimentPath = Annotated[
     Path, typer.Argument(help="An experiment, such as experiments/smoke.yaml.")
 ]
-Force = Annotated[bool, typer.Option("--force", help="Measure again what has a record.")]
+Force = Annotated[bool, typer.Option("--force", help="Measure cells that have a record again.")]
 Results = Annotated[Path, typer.Option("--results", help="Folder of records and caches.")]
 AllowDirty = Annotated[
     bool,
     typer.Option(
-        "--allow-dirty", help="Measure CUDA cells of a tree with uncommitted changes, and say so."
+        "--allow-dirty",
+        help="Measure CUDA cells of a tree with uncommitted changes; records say so.",
     ),
 ]
 DEFAULT_RESULTS = Path("results")
 
 
 def record_path(results: Path, experiment: Experiment, key: str) -> Path:
-    """Where the record of a cell lies."""
+    """Path of the record of a cell."""
     return results / "cells" / experiment.name / f"{key}.json"
 
 
 def truth_cache(results: Path) -> Path:
-    """Where truths of the gradient comparison are kept."""
+    """Folder of truths of the gradient comparison."""
     return results / ".cache" / "truth"
 
 
@@ -50,10 +51,9 @@ def run(
 ) -> None:
     """Measure all cells of an experiment that have no final record yet.
 
-    Every outcome is a record: out of memory, a hang, a crash, a wrong gradient. A cell that was
-    killed from outside is measured again by the next run. Under torchrun all of its ranks take part.
-    Exit code 2: a cell of world 'cuda' is not for this machine; nothing of it was written, the others
-    were measured.
+    Every outcome is a record: out of memory, a hang, a crash, a wrong gradient. The next run measures again a
+    cell that was killed from outside. Under torchrun all of its ranks take part.
+    Exit code 2: this machine cannot run some cells of world 'cuda'; they have no record, all others were measured.
 
     Example: alst run experiments/smoke.yaml
     """
@@ -62,15 +62,13 @@ def run(
     console = quiet_console()
     measured, refused = [], []
     for number, (key, cell) in enumerate(cells.items(), start=1):
+        path, cache = record_path(results, loaded, key), truth_cache(results)
         try:
-            measured.append(
-                _run_one(
-                    console, loaded, key, cell, number, len(cells), force, allow_dirty, results
-                )
-            )
+            line = CellLine(console, cell, number, len(cells))
+            measured.append(_run_one(line, path, cell, cache, force, allow_dirty))
         except ValueError as error:
             if launched(os.environ) is not None:
-                raise  # others of the launch may not refuse: they must not wait for us in vain
+                raise  # other ranks may have accepted the cell: torchrun ends them, so they do not wait
             refused.append(str(error))
     if measured:
         console.print(_summary(loaded, measured))
@@ -91,10 +89,9 @@ def cell(
     cells = loaded.cells()
     if key not in cells:
         raise ValueError(f"{experiment} has no cell '{key}'; `alst cells {experiment}` lists them")
-    number = list(cells).index(key) + 1
-    _run_one(
-        quiet_console(), loaded, key, cells[key], number, len(cells), force, allow_dirty, results
-    )
+    line = CellLine(quiet_console(), cells[key], list(cells).index(key) + 1, len(cells))
+    path, cache = record_path(results, loaded, key), truth_cache(results)
+    _run_one(line, path, cells[key], cache, force, allow_dirty)
 
 
 def cells(experiment: ExperimentPath) -> None:
@@ -104,33 +101,24 @@ def cells(experiment: ExperimentPath) -> None:
 
 
 def quiet_console() -> Console:
-    """A console; of the ranks that torchrun starts, the first alone has one that speaks."""
+    """A console that prints only on the first rank of a launch."""
     launch = launched(os.environ)
     return Console(quiet=launch is not None and launch.rank > 0)
 
 
 def _run_one(
-    console: Console,
-    experiment: Experiment,
-    key: str,
-    cell: Cell,
-    number: int,
-    total: int,
-    force: bool,
-    allow_dirty: bool,
-    results: Path,
+    line: CellLine, path: Path, cell: Cell, cache: Path, force: bool, allow_dirty: bool
 ) -> Measurement:
-    path, cache = record_path(results, experiment, key), truth_cache(results)
-    with CellLine(console, cell, number, total) as line:
+    with line:
         measurement, fresh = measure_to(
-            path, cell, cache, force, line.hear, allow_dirty=allow_dirty
+            path, cell, cache, line.hear, force=force, allow_dirty=allow_dirty
         )
-    line.done(measurement, fresh)
+    line.done(measurement, fresh=fresh)
     return measurement
 
 
 def _summary(experiment: Experiment, measured: list[Measurement]) -> Table:
-    """One row per cell; the numbers that a sweep is watched for."""
+    """One row per cell with its main numbers."""
     table = Table(title=experiment.question)
     for heading in ("cell", "outcome", "gradients", "step [s]", "peak [MiB]", "last loss"):
         table.add_column(heading, justify="left" if heading == "cell" else "right")

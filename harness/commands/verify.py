@@ -1,4 +1,4 @@
-"""`alst verify`: every gradient of a method against the stock model, whole, in fp64."""
+"""`alst verify`: compares every gradient of a method with the stock model in fp64."""
 
 from __future__ import annotations
 
@@ -21,90 +21,103 @@ from harness.commands.options import parsed
 from harness.commands.run import DEFAULT_RESULTS, truth_cache
 from harness.gate.verdict import exactness
 from harness.records.record import Measurement, Outcome, Readings
-from harness.run.measure import measure, probed
+from harness.run.measure import measure
+from harness.run.ranks import probed
 
-Engine = Literal["plain", "zero", "fsdp2"]
+Pairs = list[str] | None
+Model = Annotated[str, typer.Option(help="A published configuration, or a path to a config.json.")]
+Overrides = Annotated[
+    Pairs,
+    typer.Option(
+        metavar="KEY=VALUE",
+        show_default="none",
+        help="Any field of the model's configuration, such as num_key_value_heads=2; repeatable.",
+    ),
+]
+Method = Annotated[str, typer.Option(help="A file in alst_impl/methods/.")]
+Options = Annotated[
+    Pairs,
+    typer.Option(
+        metavar="KEY=VALUE",
+        show_default="the method's own",
+        help="Any option of the method, such as tiles=4; repeatable.",
+    ),
+]
+Engine = Annotated[
+    Literal["plain", "zero", "fsdp2"], typer.Option(help="Owner of parameters and optimizer.")
+]
+EngineOptions = Annotated[
+    Pairs,
+    typer.Option(
+        metavar="KEY=VALUE",
+        show_default="the engine's own",
+        help="Any option of the engine, such as stage=2 of zero; repeatable.",
+    ),
+]
+Sp = Annotated[int, typer.Option(min=1, help="Ranks that share one sample.")]
+Cp = Annotated[int, typer.Option(min=1, help="Places of a ring; each place has sp ranks.")]
+Pp = Annotated[int, typer.Option(min=1, help="Stages of a pipeline.")]
+Dp = Annotated[int, typer.Option(min=1, help="Data-parallel groups; each has sp x cp x pp ranks.")]
+Seqlen = Annotated[int, typer.Option(min=2, help="Tokens of one sample.")]
+Batch = Annotated[int, typer.Option(min=1, help="Samples per micro-batch.")]
+Accumulation = Annotated[
+    int, typer.Option(min=1, help="Micro-batches, each with another number of valid tokens.")
+]
+Mask = Annotated[LabelMask, typer.Option(help="Labels that carry no loss.")]
+Documents = Annotated[
+    int, typer.Option(min=1, help="Documents packed into a sample, of unequal lengths.")
+]
+Dtype = Annotated[DType, typer.Option(help="Of parameters and activations.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of weights and data.")]
+InWorld = Annotated[World, typer.Option(help="What executes it.")]
+Probes = Annotated[
+    bool,
+    typer.Option(
+        "--probes",
+        help="Also test what needs no reference: causality, leakage between documents, shards, tiles.",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+ResultsFolder = Annotated[Path, typer.Option(help="Folder whose .cache keeps truths.")]
 
 
 def verify(
-    model: Annotated[
-        str, typer.Option(help="A published configuration, or a path to a config.json.")
-    ] = "tiny-llama",
-    heads: Annotated[
-        int | None, typer.Option(min=1, show_default="the model's own", help="Query heads.")
-    ] = None,
-    kv_heads: Annotated[
-        int | None, typer.Option(min=1, show_default="the model's own", help="Key/value heads.")
-    ] = None,
-    method: Annotated[str, typer.Option(help="A file in alst_impl/methods/.")] = "alst",
-    engine: Annotated[Engine, typer.Option(help="Owner of parameters and optimizer.")] = "zero",
-    zero_stage: Annotated[
-        int | None, typer.Option(min=1, max=3, show_default="3", help="Of engine zero.")
-    ] = None,
-    sp: Annotated[int, typer.Option(min=1, help="Ranks that share one sample.")] = 1,
-    cp: Annotated[int, typer.Option(min=1, help="Places of a ring of such ranks.")] = 1,
-    pp: Annotated[int, typer.Option(min=1, help="Stages of a pipeline.")] = 1,
-    dp: Annotated[int, typer.Option(min=1, help="Groups of all these ranks.")] = 1,
-    seqlen: Annotated[int, typer.Option(min=2, help="Tokens of one sample.")] = 256,
-    batch: Annotated[int, typer.Option(min=1, help="Samples per micro-batch.")] = 1,
-    accumulation: Annotated[
-        int, typer.Option(min=1, help="Micro-batches, of unequal valid-token counts.")
-    ] = 1,
-    tiles: Annotated[
-        int | None,
-        typer.Option(min=1, show_default="the method's own", help="Tiles of everything tiled."),
-    ] = None,
-    offload: Annotated[
-        bool | None,
-        typer.Option(
-            "--offload/--no-offload",
-            show_default="the method's own",
-            help="Checkpointed layer inputs in host memory.",
-        ),
-    ] = None,
-    mask: Annotated[LabelMask, typer.Option(help="Labels that carry no loss.")] = "none",
-    documents: Annotated[
-        int, typer.Option(min=1, help="Documents packed into a sample, of unequal lengths.")
-    ] = 1,
-    probes: Annotated[
-        bool,
-        typer.Option(
-            "--probes",
-            help="Probe what needs no reference, too: causality, leakage between documents, shards, tiles.",
-        ),
-    ] = False,
-    dtype: Annotated[DType, typer.Option(help="Of parameters and activations.")] = "float32",
-    seed: Annotated[int, typer.Option(min=0, help="Of weights and data.")] = 0,
-    world: Annotated[World, typer.Option(help="What executes it.")] = "cpu",
-    option: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="KEY=VALUE", show_default="none", help="Any option of the method; repeatable."
-        ),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    results: Annotated[
-        Path, typer.Option(help="Folder whose .cache keeps truths.")
-    ] = DEFAULT_RESULTS,
+    model: Model = "tiny-llama",
+    override: Overrides = None,
+    method: Method = "alst",
+    option: Options = None,
+    engine: Engine = "zero",
+    engine_option: EngineOptions = None,
+    sp: Sp = 1,
+    cp: Cp = 1,
+    pp: Pp = 1,
+    dp: Dp = 1,
+    seqlen: Seqlen = 256,
+    batch: Batch = 1,
+    accumulation: Accumulation = 1,
+    mask: Mask = "none",
+    documents: Documents = 1,
+    dtype: Dtype = "float32",
+    seed: Seed = 0,
+    world: InWorld = "cpu",
+    probes: Probes = False,
+    as_json: AsJson = False,
+    results: ResultsFolder = DEFAULT_RESULTS,
 ) -> int:
-    """Compare every gradient of one step with the stock model run whole, in one process, in fp64.
+    """Compare every gradient of one step with the stock model, run in one process in fp64.
 
-    Exit code 0: all right; 1: a gradient is wrong, a probe fails or the method did nothing; 2: cannot be run.
+    Exit code 0: all are right; 1: a gradient is wrong, a probe fails or the method did nothing; 2: cannot be run.
 
     Example: alst verify --method alst --model tiny-llama --sp 2 --dp 2 --engine zero --json
     """
     degrees = {"dp": dp, "pp": pp, "cp": cp, "sp": sp}
-    options = {
-        **_offered(method, {axis: n for axis, n in degrees.items() if axis != "dp" and n > 1}),
-        **_offered(method, {"tiles": tiles, "offload": offload}),
-        **parsed(option or []),
-    }
+    of_method = parsed(option or [])
     cell = make_cell(
         {
             "model": model,
-            "overrides": _given({"num_attention_heads": heads, "num_key_value_heads": kv_heads}),
-            "method": {"name": method, **options},
-            "engine": _engine(engine, zero_stage),
+            "overrides": parsed(override or [], "--override"),
+            "method": {"name": method, **_offered(method, degrees), **of_method},
+            "engine": {"name": engine, **parsed(engine_option or [], "--engine-option")},
             "world_size": math.prod(degrees.values()),
             "seqlen": seqlen,
             "batch_size": batch,
@@ -114,21 +127,30 @@ def verify(
             "data": {"mask": mask, "documents": documents},
             "world": world,
             "hardware": _hardware(world),
-            "warmup": 0,
-            "steps": 0,
-            "gate": True,
-            "timed": False,
+            **ONE_COMPARED_STEP,
         }
     )
+    _check(cell, degrees, probes)
+    return _report(cell, _measure(cell, results), probes, as_json)
+
+
+ONE_COMPARED_STEP = {"warmup": 0, "steps": 0, "gate": True, "timed": False}
+
+
+def _check(cell: Cell, degrees: dict[str, int], probes: bool) -> None:
+    """Raise `ValueError` unless the method makes `degrees` of its ranks, and can be probed if asked."""
     made = load_method(cell.train.method).degrees(cell.train.world_size)
     if made != degrees:
-        ranks = cell.train.world_size
-        raise ValueError(f"method '{method}' makes {made} of {ranks} ranks, not {degrees}")
-    if probes and (TRAITS[world].gpus or degrees["cp"] * degrees["pp"] > 1):
+        name, ranks = cell.train.method.name, cell.train.world_size
+        raise ValueError(f"method '{name}' makes {made} of {ranks} ranks, not {degrees}")
+    if probes and (cell.traits.gpus or degrees["cp"] * degrees["pp"] > 1):
         raise ValueError(
-            f"--probes knows CPU ranks in dp and sp, not world '{world}' or {degrees}; leave it out"
+            f"--probes knows CPU ranks in dp and sp, not world '{cell.world}' or {degrees}; leave it out"
         )
-    measurement = _measure(cell, results)
+
+
+def _report(cell: Cell, measurement: Measurement, probes: bool, as_json: bool) -> int:
+    """Print the comparison, and the probes if asked; the exit code."""
     if measurement.readings is None or measurement.readings.gate is None:
         print(f"alst: {measurement.outcome}: {measurement.detail}", file=sys.stderr)
         return 1 if measurement.outcome is Outcome.NAN_LOSS else 2
@@ -146,7 +168,7 @@ def verify(
 
 
 def _hardware(world: World) -> str:
-    """The row of what runs the cell."""
+    """The hardware row of the device that runs the cell."""
     if not TRAITS[world].gpus:
         return "cpu"
     from harness.devices.machine import known_device
@@ -155,28 +177,17 @@ def _hardware(world: World) -> str:
     return known_device(library())[0]
 
 
-def _given(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if value is not None}
-
-
-def _engine(name: str, zero_stage: int | None) -> dict[str, Any]:
-    if name != "zero" and zero_stage is not None:
-        raise ValueError(
-            f"--zero-stage {zero_stage} is for --engine zero, not {name}; leave it out"
-        )
-    return {"name": name, **_given({"stage": zero_stage})}
-
-
-def _offered(method: str, values: dict[str, Any]) -> dict[str, Any]:
-    """The values that were given, if `method` has these options."""
+def _offered(method: str, degrees: dict[str, int]) -> dict[str, int]:
+    """Degrees above 1 as options of `method`; dp is none. Raises `ValueError` if it has no such option."""
+    wanted = {axis: n for axis, n in degrees.items() if axis != "dp" and n > 1}
     fields = sorted(type(load_method(Spec(name=method))).model_fields)
-    for key, value in _given(values).items():
-        if key not in fields:
+    for axis, n in wanted.items():
+        if axis not in fields:
             raise ValueError(
-                f"--{key} {value}: method '{method}' has no option '{key}'; "
+                f"--{axis} {n}: method '{method}' has no option '{axis}'; "
                 f"its options are: {', '.join(fields) or 'none'}"
             )
-    return _given(values)
+    return wanted
 
 
 def _measure(cell: Cell, results: Path) -> Measurement:
@@ -196,7 +207,7 @@ def _answer(cell: Cell, readings: Readings) -> dict[str, Any]:
         "worst": gate.worst.model_dump(),
         "exactness": exactness(gate, cell.train) or "exact within the dtype",
         "parameters": [parameter.model_dump() for parameter in gate.parameters],
-        # The least busy rank: one that did nothing must show.
+        # The smallest count of all ranks shows a rank that did nothing.
         "evidence": {name: min(c[name] for c in counters) for name in counters[0]},
     }
 

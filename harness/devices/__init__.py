@@ -1,1 +1,1 @@
-"""Devices of this machine: NVML, who watches them, what they hold outside an allocator."""
+"""Devices of this machine: NVML, the sampler process, memory outside PyTorch's allocator."""

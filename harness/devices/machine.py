@@ -1,6 +1,6 @@
-"""Whether this machine is the one that a cell names: its devices, its packages, its checkout.
+"""Checks that this machine can run a cell: its devices, its packages, its checkout.
 
-Every refusal is a `ValueError` before anything runs or is written. Imports no torch.
+A failed check raises `ValueError` before anything runs or is written. Imports no torch.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from harness.records.provenance import checkout
 from harness.records.readings import Device
 
 PASSED_ON = ("CUDA_", "NCCL_", "TORCH_NCCL_")
-"""Beginnings of variables that decide how ranks use devices and network; they come from whoever asks."""
+"""Prefixes of environment variables that ranks inherit from the caller. They configure devices and network."""
 ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
-"""What CUDA's caching allocator reads as it starts."""
+"""Environment variable that CUDA's caching allocator reads when it starts."""
 
 
 def rank_environment(expandable_segments: bool, ours: Mapping[str, str]) -> dict[str, str]:
-    """What CUDA ranks find in their environment before CUDA starts."""
+    """Environment variables of CUDA ranks, set before CUDA starts."""
     passed = {name: value for name, value in ours.items() if name.startswith(PASSED_ON)}
-    # NVML counts devices by their place on the bus; CUDA does if told so.
+    # NVML orders devices by PCI bus. This makes CUDA use the same order.
     order = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     return {**passed, **order, ALLOCATOR: f"expandable_segments:{expandable_segments}"}
 
 
 def require_devices(cell: Cell, launch: Launch | None, library: Any = None) -> list[Device]:
-    """The devices of this machine on which ranks of `cell` run; `library` stands in for NVML.
+    """The devices of this machine on which ranks of `cell` run. `library` replaces NVML in tests.
 
-    Raises `ValueError` unless there are enough and all are the cell's hardware.
+    Raises `ValueError` if there are too few devices or one is not the cell's hardware.
     """
     try:
         found = nvml.visible_devices(
@@ -64,7 +64,7 @@ def _too_few(cell: Cell, found: list[Device], needed: int, launch: Launch | None
 
 
 def _require(cell: Cell, device: Device) -> None:
-    """Raise `ValueError` unless `device` is of the cell's hardware row."""
+    """Raise `ValueError` unless `device` matches the cell's hardware row."""
     row = load_hardware(cell.hardware)
     if device.name in row.device_names:
         return
@@ -80,12 +80,12 @@ def _require(cell: Cell, device: Device) -> None:
 
 
 def row_of(device: Device) -> str | None:
-    """The hardware row that `device` is of, if there is one."""
+    """Name of the hardware row that matches `device`, or None."""
     return next((name for name, row in ROWS.items() if device.name in row.device_names), None)
 
 
 def some_devices(library: Any) -> list[Device]:
-    """The devices that a run here would use. Raises `ValueError` where there is none."""
+    """The devices that a run on this machine would use. Raises `ValueError` if there are none."""
     asked = os.environ.get("CUDA_VISIBLE_DEVICES")
     found = nvml.visible_devices(library, asked)
     if not found:
@@ -95,7 +95,7 @@ def some_devices(library: Any) -> list[Device]:
 
 
 def known_device(library: Any) -> tuple[str, Device]:
-    """The row of the first device that is visible, and the device. Raises `ValueError` for no known row."""
+    """Hardware row and device of the first visible device. Raises `ValueError` if no row matches."""
     found = some_devices(library)
     row = row_of(found[0])
     if row is None:
@@ -107,7 +107,9 @@ def known_device(library: Any) -> tuple[str, Device]:
 
 
 def require_clean(what: str) -> None:
-    """Raise `ValueError` unless a record of `what` made now says which code made it."""
+    """Raise `ValueError` unless the checkout is clean, so that its commit identifies the code
+    behind a record of `what`.
+    """
     found = checkout()
     if found is not None and not found.changed:
         return
@@ -122,7 +124,7 @@ def require_clean(what: str) -> None:
 
 
 def require_cuda_build(what: str) -> None:
-    """Raise `ValueError` where the installed PyTorch is one for processors alone."""
+    """Raise `ValueError` if the installed PyTorch is a CPU build."""
     installed = version("torch")
     if installed.endswith("+cpu"):
         raise ValueError(
@@ -131,6 +133,6 @@ def require_cuda_build(what: str) -> None:
 
 
 def require_attention(name: str) -> None:
-    """Raise `ValueError` where the package of attention `name` is missing."""
+    """Raise `ValueError` if the package of attention `name` is missing."""
     if name in MODULES and importlib.util.find_spec(MODULES[name].partition(".")[0]) is None:
         raise ValueError(missing(name))

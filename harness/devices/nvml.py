@@ -1,7 +1,7 @@
-"""What NVML says of the devices: which ones a run sees, and what one reads now.
+"""Devices through NVML: which ones a run sees, and their current readings.
 
-NVML is the driver's own library, and its memory is what `nvidia-smi` and the paper read. Every
-function takes the library, so that tests hand in another. Imports no torch.
+NVML is the driver's own library. `nvidia-smi` and the paper report its memory readings. Functions
+take the library as an argument, so that tests can pass a fake. Imports no torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from harness.records.readings import Device
 
 
 def library() -> Any:
-    """NVML, ready. Raises `ValueError` where there is none, saying what is missing."""
+    """NVML, initialised. Raises `ValueError` naming the missing package or driver."""
     try:
         import pynvml
     except ImportError:
@@ -32,7 +32,7 @@ def library() -> Any:
 
 
 def driver_version() -> str:
-    """Of the driver that answers."""
+    """Version of the NVIDIA driver."""
     return _text(library().nvmlSystemGetDriverVersion())
 
 
@@ -41,7 +41,7 @@ def _text(value: Any) -> str:
 
 
 def _or_none(nvml: Any, read: Callable[..., Any], *args: Any) -> Any:
-    """What `read` gives; None where this device or driver does not offer it."""
+    """Result of `read`; None if this device or driver does not support it."""
     try:
         return read(*args)
     except nvml.NVMLError:
@@ -70,7 +70,7 @@ def _describe(nvml: Any, index: int, part: int | None = None) -> Device:
 
 
 def _memory(nvml: Any, handle: Any) -> Any:
-    """What NVML says of a device's memory; None where it has none of its own."""
+    """NVML's memory information of a device; None if the device has no memory of its own."""
     try:
         return nvml.nvmlDeviceGetMemoryInfo(handle)
     except nvml.NVMLError_NotSupported:
@@ -78,7 +78,7 @@ def _memory(nvml: Any, handle: Any) -> Any:
 
 
 def _parts(nvml: Any, index: int) -> list[Device] | None:
-    """The MIG instances of a device; None where it is not split."""
+    """The MIG instances of a device; None if MIG is off."""
     handle = nvml.nvmlDeviceGetHandleByIndex(index)
     mode = _or_none(nvml, nvml.nvmlDeviceGetMigMode, handle)
     if mode is None or mode[0] != nvml.NVML_DEVICE_MIG_ENABLE:
@@ -91,19 +91,19 @@ def _parts(nvml: Any, index: int) -> list[Device] | None:
 
 
 class _Silent(Frozen):
-    """A device that is there and does not answer."""
+    """A device that NVML counts but cannot read."""
 
     uuid: str = ""
     why: str
 
 
 def visible_devices(nvml: Any, asked: str | None) -> list[Device]:
-    """The devices that CUDA offers when `CUDA_VISIBLE_DEVICES` is `asked` (None: not set), in its order.
+    """The devices that CUDA offers if `CUDA_VISIBLE_DEVICES` is `asked` (None: not set), in CUDA's order.
 
-    Devices are counted as NVML does, which is what `CUDA_DEVICE_ORDER=PCI_BUS_ID` makes CUDA do. Names
-    are whole or the beginning that tells them apart. As in CUDA, the first that names nothing ends the list,
-    and one device named twice empties it. Of a device that MIG has split, an index is its first part.
-    Raises `ValueError` for a device among them that does not answer; of others that is no matter.
+    Indices are NVML's, which CUDA also uses under `CUDA_DEVICE_ORDER=PCI_BUS_ID`. A name is a UUID
+    or a unique prefix of one. As in CUDA, the list ends at the first entry that names no device,
+    and is empty if an entry occurs twice. The index of a device with MIG selects its first
+    instance. Raises `ValueError` if a selected device does not answer.
     """
     whole: list[Device | _Silent] = []
     parts: list[Device] = []
@@ -111,7 +111,7 @@ def visible_devices(nvml: Any, asked: str | None) -> list[Device]:
         try:
             instances = _parts(nvml, index)
             parts += instances or []
-            # A split device without an instance offers nothing, and keeps its number.
+            # A device with MIG but without instances offers nothing, but keeps its index.
             whole.append(instances[0] if instances else _describe(nvml, index))
         except nvml.NVMLError as error:
             whole.append(_Silent(why=f"device {index} does not answer (NVML: {error})"))
@@ -131,10 +131,11 @@ def _count(nvml: Any) -> int:
 
 
 def named(asked: str) -> list[int] | list[str]:
-    """What a value of `CUDA_VISIBLE_DEVICES` names: indices, or `GPU-...` or `MIG-...`, as the first does.
+    """Entries of a `CUDA_VISIBLE_DEVICES` value: indices, `GPU-...` names or `MIG-...` names. The
+    first entry decides which.
 
-    What is of another kind ends the list, and so does a negative index; the same name twice empties it. An
-    index may have anything behind it.
+    The list ends at an entry of another kind and at a negative index, and is empty if an entry
+    occurs twice. Text after an index is ignored.
     """
     prefix = asked[:4]
     if prefix in ("GPU-", "MIG-"):
@@ -174,7 +175,7 @@ def _named(
 
 
 def throttle_reasons(nvml: Any, bits: int) -> list[str]:
-    """The names of `bits`, as NVML's constants have them; an idle clock is no throttling."""
+    """Names of the throttle reasons in `bits`, from NVML's constants. An idle clock is not throttling."""
     prefix, quiet = "nvmlClocksThrottleReason", ("None", "All", "GpuIdle")
     names = [n for n in dir(nvml) if n.startswith(prefix) and n.removeprefix(prefix) not in quiet]
     by_bit = {getattr(nvml, name): name.removeprefix(prefix) for name in names}
@@ -182,11 +183,11 @@ def throttle_reasons(nvml: Any, bits: int) -> list[str]:
 
 
 class Reading(Frozen):
-    """One look at a device."""
+    """One reading of a device."""
 
     used_bytes: int | None
     processes: dict[int, int | None]
-    """Process id -> its bytes, where NVML tells."""
+    """Process id -> its bytes; None if NVML does not report them."""
     sm_hz: float | None
     watts: float | None
     celsius: float | None
@@ -194,7 +195,7 @@ class Reading(Frozen):
 
 
 def read(nvml: Any, handle: Any) -> Reading:
-    """Look at a device once. A MIG instance has memory and processes alone."""
+    """Read a device once. A MIG instance only has memory and processes."""
     clock = _or_none(nvml, nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_SM)
     milliwatts = _or_none(nvml, nvml.nvmlDeviceGetPowerUsage, handle)
     celsius = _or_none(nvml, nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU)

@@ -1,6 +1,6 @@
-"""A process of its own that watches devices while a run goes on. Imports no torch.
+"""A separate process that samples devices during a run. Imports no torch.
 
-python -m harness.devices.sampler DEVICES   # sections on stdin, one a line; readings on stdout at its end
+python -m harness.devices.sampler DEVICES   # stdin: section names, one per line; stdout: readings, at the end
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from harness.devices.nvml import Reading, handle_of, library, read
 from harness.records.readings import Device, DeviceReadings, Section
 
 INTERVAL_S = 0.05
-"""Between two readings."""
+"""Time between two readings."""
 LEAVING = 40
-"""Readings that a device in use is given to become free before a run."""
+"""Maximum number of readings to wait for a device to become free before a run."""
 IDLE_BYTES = 2 * 2**30
-"""A device that reads more than this before a run is in use, whoever uses it: an idle one reads less
-than 1 GiB, which the driver keeps for itself."""
+"""A device that reads more than this before a run is in use. An idle device reads less than 1 GiB,
+which the driver reserves."""
 
 
 def _first(nvml: Any, handle: Any, pause: Callable[[float], None]) -> Reading:
-    """The reading before a run; whoever is leaving the device may take a moment to be gone."""
+    """The reading before a run. Waits a moment for exiting processes to leave the device."""
     reading = read(nvml, handle)
     for _ in range(LEAVING):
         if not reading.processes and (reading.used_bytes or 0) <= IDLE_BYTES:
@@ -41,14 +41,14 @@ def _first(nvml: Any, handle: Any, pause: Callable[[float], None]) -> Reading:
 
 
 class _Watched:
-    """What a device has read so far, folded into sections."""
+    """Readings of one device, aggregated into sections."""
 
     def __init__(self, device: Device, first: Reading) -> None:
         self.device, self.before = device, first
         self.readings: list[Reading] = []
         self.sections: list[Section] = []
         self.processes: dict[int, int] = dict.fromkeys(first.processes, 0)
-        """Process id -> most processes that were seen at once with it."""
+        """Process id -> largest number of processes that were seen together, itself included."""
 
     def add(self, reading: Reading) -> None:
         self.readings.append(reading)
@@ -57,7 +57,7 @@ class _Watched:
             self.processes[pid] = max(seen, len(reading.processes))
 
     def close(self, doing: str, seconds: float) -> None:
-        """End the section `doing`, if anything was read in it."""
+        """End section `doing`. A section without readings is dropped."""
         if self.readings:
             self.sections.append(_section(doing, seconds, self.readings))
         self.readings = []
@@ -87,10 +87,10 @@ def watch(
     clock: Callable[[], float] = time.monotonic,
     pause: Callable[[float], None] = time.sleep,
 ) -> list[DeviceReadings]:
-    """Read `devices` until `next_line` gives "".
+    """Read `devices` until `next_line` returns "".
 
-    `next_line(seconds)` waits so long and gives the next section's name, None if there is none yet, ""
-    at the end. A line `pids N ...` says which processes belong to the run.
+    `next_line(seconds)` waits up to `seconds` and returns the name of the next section, None if
+    there is none yet, "" at the end. A line `pids N ...` lists the processes of the run.
     """
     handles = [handle_of(nvml, device) for device in devices]
     watched = [_Watched(d, _first(nvml, h, pause)) for d, h in zip(devices, handles, strict=True)]
@@ -120,11 +120,11 @@ def _finished(watched: _Watched, ours: set[int]) -> DeviceReadings:
 
 
 def strangers(before: Reading, seen: dict[int, int], ours: Iterable[int]) -> list[str]:
-    """Whoever else was on a device.
+    """Messages about processes on a device that do not belong to the run.
 
-    `seen` maps each process id to the most processes that were there together with it. In a container
-    NVML may number processes as the host does; then none of `ours` is among them, and what counts is
-    that a device has one rank.
+    `seen` maps each process id to the largest number of processes seen together with it, itself
+    included. In a container NVML may report the host's process ids, so `seen` has none of `ours`.
+    Then the test is whether the device of one rank ever had several processes.
     """
     found = [f"process {pid} before the run" for pid in before.processes]
     used = before.used_bytes or 0
@@ -142,17 +142,17 @@ def strangers(before: Reading, seen: dict[int, int], ours: Iterable[int]) -> lis
 
 
 class Sampler:
-    """A process of its own that watches devices while a run goes on; nothing where there are none.
+    """Runs the sampler process during a run. Does nothing without devices.
 
-    It is handed to `harness.processes.client.submit` as part of a listener: what rank 0 reports to be doing begins
-    a section.
+    `hear` is part of the listener that `harness.processes.client.submit` takes. Each progress
+    report of rank 0 begins a section.
     """
 
     def __init__(self, devices: Sequence[Device]) -> None:
         self._devices = devices
         self._process: subprocess.Popen[str] | None = None
         self.readings: list[DeviceReadings] = []
-        """Filled in at the end."""
+        """Set when the sampler has ended."""
 
     def __enter__(self) -> Sampler:
         if self._devices:
@@ -173,11 +173,11 @@ class Sampler:
 
     @property
     def ended_early(self) -> bool:
-        """Whether there are no readings of what was to be watched."""
+        """Whether the sampler ended without readings of its devices."""
         return len(self.readings) != len(self._devices)
 
     def hear(self, event: dict[str, Any], leader: int = 0) -> None:
-        """Take an event of the run; `leader` is the rank whose doings make sections."""
+        """Handle an event of the run. Progress reports of rank `leader` begin sections."""
         if event["event"] == "started":
             self._say("pids " + " ".join(map(str, event["pids"])))
         elif event["rank"] == leader:
@@ -203,7 +203,7 @@ class Sampler:
 
 
 def lines_of(descriptor: int) -> Callable[[float], str | None]:
-    """`next_line` of `watch` over an open file or pipe that nothing else reads."""
+    """A `next_line` for `watch` that reads a file or pipe. Nothing else may read it."""
     waiting = bytearray()
 
     def next_line(seconds: float) -> str | None:
@@ -225,7 +225,7 @@ def lines_of(descriptor: int) -> Callable[[float], str | None]:
 
 
 def main(listed: str) -> None:
-    """Watch the devices in the JSON list `listed`; the first line out says that watching has begun."""
+    """Watch the devices in the JSON list `listed`. The first output line says that watching has begun."""
     nvml = library()
     devices = [Device(**raw) for raw in json.loads(listed)]
     next_line = lines_of(sys.stdin.fileno())

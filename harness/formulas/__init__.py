@@ -1,1 +1,1 @@
-"""Closed formulas: FLOPs, modelled time, pipelines played without executing them. Imports no torch."""
+"""Closed formulas: FLOPs, modelled time, simulated pipeline schedules. Imports no torch."""

@@ -1,7 +1,7 @@
-"""FLOPs of one training step by two definitions, and what a model's shape says about them.
+"""FLOPs of one training step by two definitions, and the model dimensions that they use.
 
-A multiply and an add count as two. Legend: N parameters, S tokens of a sequence, L layers,
-H query heads, D head dim, E hidden size.
+A multiply and an add count as two. Legend: N parameters, S tokens of a sequence, L layers, H query
+heads, D head dim, E hidden size.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from alst_impl.models import field
 
 
 class Shape(Frozen):
-    """What the formulas need to know of a model."""
+    """Model dimensions that the formulas use."""
 
     num_parameters: int
-    """All of them, tied ones once."""
+    """All parameters, tied ones counted once."""
     num_lookup_parameters: int
-    """Of the input embedding, which is read and not multiplied; 0 if the head shares it."""
+    """Parameters of the input embedding, a lookup without a matrix product; 0 if the head shares it."""
     num_layers: int
     hidden_size: int
     num_heads: int
@@ -42,7 +42,7 @@ def shape_of(fields: dict[str, Any], num_parameters: int) -> Shape:
 def paper_formula(shape: Shape, seqlen: int) -> float:
     """FLOPs of one sequence as the paper counts them: 2 c N S + 4 c L E S^2 with c = 4.
 
-    c is forward, recomputed forward and a backward of two; attention is not halved for causality.
+    c counts forward, recomputed forward, and backward twice. Attention is not halved for causality.
     Source: arctic_training/metrics.py at 9d33fd2 in snowflakedb/ArcticTraining.
     """
     passes = 4
@@ -51,10 +51,10 @@ def paper_formula(shape: Shape, seqlen: int) -> float:
 
 
 def model_causal(shape: Shape, seqlen: int) -> float:
-    """FLOPs that training on one sequence needs: no recomputation, no masked attention score.
+    """FLOPs that training on one sequence requires, without recomputation and without masked scores.
 
-    6 (N - lookup) S + 12 L H D S (S + 1) / 2: three passes of two matrix products over the pairs of
-    a query and a key that it sees.
+    6 (N - lookup) S + 12 L H D S (S + 1) / 2: three passes. Attention has two matrix products over
+    the visible query-key pairs.
     """
     return float(linear_forward(shape, seqlen) * 3 + attention_forward(shape, seqlen) * 3)
 

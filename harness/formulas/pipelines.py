@@ -1,8 +1,9 @@
-"""Pipelines over slices at published sizes, stages of tensor-parallel ranks among them: their schedule, played. Imports no torch.
+"""Simulated schedules of pipelines over sequence slices, at published sizes. Imports no torch.
 
-The order of units is the one that `alst_impl.ops.pipeline.executor` runs. What a unit takes and holds is modelled:
-FLOPs over two rates, and published bytes per token. Stages may be tensor-parallel, which no method here
-is: work and bytes of a stage are then split evenly. Models are GPTs (model_type gpt_neox).
+The order of units is that of `alst_impl.ops.pipeline.executor`. Time and memory of a unit are
+modelled: FLOPs over two rates, and published bytes per token. A stage may be tensor-parallel,
+unlike in any method of `alst_impl`; its work and bytes are then divided evenly. Models are GPTs
+(model_type gpt_neox).
 """
 
 from __future__ import annotations
@@ -20,30 +21,33 @@ from harness.cells.prediction import Flops, Prediction
 from harness.formulas import flops, roofline
 
 ACTIVATION_BYTES = 34
-"""Of one layer, per token and hidden unit, bf16, nothing recomputed but scores that are never stored:
-arXiv:2205.05198, sections 4.1 and 5. Tensor parallelism with sequence parallelism splits all of them."""
+"""Activation bytes of one layer per token and hidden unit, in bf16. Attention scores are not stored
+but recomputed; nothing else is recomputed (arXiv:2205.05198, sections 4.1 and 5). Tensor
+parallelism with sequence parallelism divides all of them."""
 WEIGHT_BYTES = 6
-"""Per parameter of a stage: bf16 weight and fp32 gradient (Megatron-LM)."""
+"""Bytes per parameter of a stage: bf16 weight and fp32 gradient (Megatron-LM)."""
 OPTIMIZER_BYTES = 12
-"""Per parameter: fp32 master weight and two moments, split over data-parallel ranks (the distributed
-optimizer of Megatron-LM)."""
+"""Bytes per parameter: fp32 master weight and two moments, sharded over data-parallel ranks
+(Megatron-LM's distributed optimizer)."""
 ATTENTION_BACKWARD = 2.5
-"""Times a forward: FlashAttention's five products for two."""
+"""Backward time over forward time of attention: FlashAttention has five matrix products in backward
+and two in forward."""
 LINEAR_BACKWARD = 2.0
-"""Times a forward, without recomputation."""
+"""Backward time over forward time of matrix products, without recomputation."""
 SPEED = 1.5526
-"""Times the rates of `harness.formulas.roofline`, scaled to the hardware's peak: Megatron-LM's on A100, fitted."""
+"""Fitted factor on the rates of `harness.formulas.roofline` after scaling them to the hardware's
+peak: Megatron-LM on A100."""
 FITTED_ON = "seq1f1b-7b-32k-8-1f1b"
-"""The claim whose throughput gives `SPEED`; no evidence."""
+"""The claim whose throughput `SPEED` was fitted on. It is not evidence."""
 
 
 class Staged(Frozen):
-    """One run of a pipeline, as far as its schedule depends on it."""
+    """Inputs of a pipeline's schedule."""
 
     shape: flops.Shape
     vocab_size: int
     borders: list[int]
-    """Of slices: 0, ..., S."""
+    """Borders of slices: 0, ..., S."""
     micro_batches: int
     pp: int
     tp: int
@@ -52,16 +56,16 @@ class Staged(Frozen):
 
     @property
     def parts(self) -> int:
-        """Slices of a sequence."""
+        """Number of slices of a sequence."""
         return len(self.borders) - 1
 
     def layers(self, stage: int) -> int:
-        """Of a stage."""
+        """Number of layers of a stage."""
         return len(layers_of(stage, self.pp, self.shape.num_layers))
 
     @property
     def layer_parameters(self) -> int:
-        """Of one layer."""
+        """Parameters of one layer."""
         ends = 2 * self.shape.num_lookup_parameters
         return (self.shape.num_parameters - ends) // self.shape.num_layers
 
@@ -83,7 +87,7 @@ def parameters_of(fields: dict[str, Any]) -> int:
 
 
 def staged(train: TrainConfig, tp: int, hardware: str) -> Staged:
-    """The pipeline of a run of method seq1f1b whose stages are `tp` ranks each."""
+    """The pipeline of a run of method seq1f1b with `tp` ranks per stage."""
     method = load_method(train.method)
     if not isinstance(method, Seq1F1B):
         raise ValueError(
@@ -109,7 +113,7 @@ def staged(train: TrainConfig, tp: int, hardware: str) -> Staged:
 
 
 def played(s: Staged) -> list[list[Span]]:
-    """Every unit of every stage in time."""
+    """The units of every stage with their start and end times."""
     forward = [
         [_seconds(s, stage, start, stop) for start, stop in pairwise(s.borders)]
         for stage in range(s.pp)
@@ -125,14 +129,14 @@ def played(s: Staged) -> list[list[Span]]:
 
 
 def waiting(train: TrainConfig) -> float:
-    """Part of a step in which stages wait, were all slices and stages equal; 0 without a pipeline."""
+    """Bubble fraction of a step with equal slices and stages; 0 without a pipeline."""
     pp = load_method(train.method).degrees(train.world_size)["pp"]
     parts = getattr(load_method(train.method), "slices", 1)
     return bubble(play(orders(pp, train.accumulation, parts), lambda _, unit: 1.0 + unit.backward))
 
 
 def _seconds(s: Staged, stage: int, start: int, stop: int) -> tuple[float, float]:
-    """Forward of tokens `start` to `stop` through a stage: (matrix products, attention)."""
+    """Forward time of tokens `start` to `stop` through a stage: (matrix products, attention)."""
     shape, layers = s.shape, s.layers(stage)
     linear = 2 * s.layer_parameters * layers * (stop - start)
     if stage == s.pp - 1:
@@ -147,7 +151,7 @@ def _seconds(s: Staged, stage: int, start: int, stop: int) -> tuple[float, float
 
 
 def held(s: Staged) -> dict[str, int]:
-    """Bytes of the rank that holds the most, by category. Logits of the last stage are left out."""
+    """Bytes of the rank with the highest memory use, by category. Logits of the last stage are left out."""
     lengths = [float(stop - start) for start, stop in pairwise(s.borders)]
     per_token = ACTIVATION_BYTES * s.shape.hidden_size / s.tp
     activations = max(

@@ -1,1 +1,1 @@
-"""Every gradient of a run against the stock model in fp64."""
+"""Comparison of every gradient of a run with the stock model in fp64."""

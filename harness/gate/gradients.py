@@ -1,4 +1,4 @@
-"""Gradients of a cell's first step beside the truth, which `truth.py` computes in a process of its own."""
+"""Compares the gradients of a cell's first step with the truth, which `truth.py` computes in another process."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ TRUTH = Path(truth.__file__)
 
 
 def corpus_of(train: TrainConfig) -> Corpus:
-    """The samples of a run; those of accumulated steps hold unequal numbers of labels."""
+    """The samples of a run. With accumulation, micro-batches have unequal numbers of labels."""
     vocab_size = published(train.model, train.overrides)["vocab_size"]
     return Corpus(train.data, train.seqlen, train.seed, vocab_size, uneven=train.accumulation > 1)
 
 
 def samples_of(train: TrainConfig, step: int) -> dict[str, Tensor]:
-    """Every sample of `step` over all ranks and micro-batches; int64 [N, S] each."""
+    """All samples of `step`, over all ranks and micro-batches: int64 [N, S] each."""
     dp = load_method(train.method).axes(train.world_size)["dp"]
     corpus = corpus_of(train)
     count = train.accumulation * dp * train.batch_size
@@ -64,20 +64,19 @@ def samples_of(train: TrainConfig, step: int) -> dict[str, Tensor]:
 
 
 class Truth(Frozen):
-    """Files of gradients that a cell is held against."""
+    """Files with the gradients that a cell is compared with."""
 
     exact: str
-    """In fp64."""
+    """Gradients in fp64."""
     rounded: str | None = None
-    """Of the same stock computation in the cell's dtype, where that alone loses much."""
+    """Gradients of the stock model in the cell's dtype, if that dtype alone loses much accuracy."""
 
 
 def prepare_truths(rank: Rank, payload: dict[str, Any]) -> list[dict[str, Any]]:
     """A `Truth` for each of `payload["trains"]`, kept in the folder `payload["cache"]`.
 
-    Truths are addressed by content: weights, samples, configuration, the script and the libraries
-    that compute them. Those who want the same one wait for the first. All that are missing are
-    computed by one process.
+    The name of a truth is a hash of weights, samples, configuration, `truth.py` and its libraries. One process
+    computes all missing truths. Processes that need the same truth wait for the first to compute it.
     """
     cache = Path(payload["cache"])
     cache.mkdir(parents=True, exist_ok=True)
@@ -87,7 +86,7 @@ def prepare_truths(rank: Rank, payload: dict[str, Any]) -> list[dict[str, Any]]:
         rank.progress("building the model for the truth")
         truths.append(_wanted(TrainConfig(**raw), cache, jobs))
     with contextlib.ExitStack() as stack:
-        for key in sorted(jobs):  # in one order everywhere: nobody waits in a circle
+        for key in sorted(jobs):  # all processes lock in this order, so none deadlocks
             lock = stack.enter_context((cache / f"{key}.lock").open("w"))
             fcntl.flock(lock, fcntl.LOCK_EX)
         missing = [job for job in jobs.values() if not job.output.exists()]
@@ -108,7 +107,7 @@ class _Job:
     lora: LoraConfig | None
 
     def saved(self, folder: Path) -> list[str]:
-        """Arguments of `truth.py`, whose input is written to `folder`."""
+        """Write the input of `truth.py` to `folder`. Returns its arguments."""
         if self.lora is None:
             self.model.save_pretrained(folder)
         else:
@@ -125,14 +124,16 @@ class _Job:
             "lora_dropout": 0.0,
         }
         (folder / truth.LORA).write_text(json.dumps(arguments))
-        # `named_parameters` names tied ones once, as a file of tensors has to.
+        # A safetensors file can hold tied parameters only once; `named_parameters` lists them once.
         weights = {name: p.detach() for name, p in self.model.named_parameters()}
         save_file(weights, folder / truth.ADAPTED)
 
 
 def _wanted(train: TrainConfig, cache: Path, jobs: dict[str, _Job]) -> Truth:
-    """What `train` is held against; the runs that make it, if they are not done yet, go to `jobs`."""
-    model = materialize(train).float()  # exact: weights are drawn in fp32 and rounded to the dtype
+    """The truth of `train`. Adds the runs that compute it to `jobs`, if it does not exist yet."""
+    model = materialize(
+        train
+    ).float()  # exact, since weights are drawn in fp32 and then rounded to the dtype
     samples = samples_of(train, 0)
     config = published(train.model, train.overrides)
     if train.lora is not None:
@@ -169,7 +170,7 @@ def _run_truth(jobs: list[list[str]]) -> None:
     arguments = [argument for job in jobs for argument in job]
     done = subprocess.run(
         [sys.executable, str(TRUTH), *arguments],
-        cwd=jobs[0][0],  # not ours: nothing of our code is on its path
+        cwd=jobs[0][0],  # keeps our code off the path of the truth
         env=environment,
         capture_output=True,
         text=True,
@@ -185,7 +186,7 @@ def _run_truth(jobs: list[list[str]]) -> None:
 
 
 def compare(ours: dict[str, Tensor], loss: float, truth: Truth, train: TrainConfig) -> Gate:
-    """Every parameter's gradient against the truth, in fp64. A gradient we lack counts as zero."""
+    """Compare every parameter's gradient with the truth, in fp64. A missing gradient of ours counts as zero."""
     expected = load_file(truth.exact)
     truth_loss = float(expected.pop("loss"))
     rounding = precision(train)
@@ -214,14 +215,14 @@ def compare(ours: dict[str, Tensor], loss: float, truth: Truth, train: TrainConf
 
 
 class Companion:
-    """The stock model in fp64, given a run's weights before each step and asked for its gradient."""
+    """The stock model in fp64. Before each step it takes the run's weights and computes its own gradient."""
 
     def __init__(self, train: TrainConfig) -> None:
         self._train = train
         self._model = materialize(train.model_copy(update={"dtype": "float64"}))
 
     def cosine(self, ours: dict[str, Tensor], weights: dict[str, Tensor], step: int) -> float:
-        """Between the whole gradient `ours` of `step` and the stock model's at the same `weights`."""
+        """Cosine between our whole gradient of `step` and the stock model's at the same `weights`."""
         held = dict(self._model.named_parameters())
         with torch.no_grad():
             for name, weight in weights.items():
@@ -242,21 +243,21 @@ def compare_update(
     train: TrainConfig,
     noise: dict[str, Tensor] | None = None,
 ) -> Gate:
-    """`gate` with the change of every parameter beside PyTorch's own optimizer on the true gradients.
+    """`gate` with the update of every parameter, compared with PyTorch's optimizer on the true gradients.
 
-    `noise` has our own gradients of parameters whose truth is nothing but rounding, which take its place.
+    `noise` has our gradients of parameters whose true gradient is only rounding error; they replace it.
     """
     ours = noise or {}
     gradients = load_file(truth.exact) | ours
     del gradients["loss"]
     expected = stock_change(before, gradients, train.optimizer)
     change = {name: after[name].double() - before[name].double() for name in after}
-    # What has no gradient is frozen, and has to stay.
+    # A parameter without a gradient is frozen and must not change.
     expected |= {name: torch.zeros_like(c) for name, c in change.items() if name not in expected}
     tolerance, rounded = UPDATE_TOLERANCES[precision(train)], _rounded(truth)
     limits = {}
     if rounded:
-        # An optimizer in that dtype rounds the weights more than once: so does the stock one.
+        # An optimizer in that dtype rounds weights more than once, in the stock run too.
         dtype: torch.dtype = getattr(torch, train.dtype)
         alone = stock_change(before, rounded | ours, train.optimizer, dtype)
         limits = _limits(expected, alone, tolerance)
@@ -275,9 +276,9 @@ def stock_change(
     o: OptimizerConfig,
     dtype: torch.dtype = torch.float64,
 ) -> dict[str, Tensor]:
-    """What clipping and one step of PyTorch's optimizer do to `weights`.
+    """The change of `weights` by clipping and one step of PyTorch's optimizer.
 
-    Computed in `dtype`; the weights that come out are rounded to the dtype of those that went in.
+    Computes in `dtype`, and rounds the new weights to the dtype of the old ones.
     """
     parameters = {
         name: torch.nn.Parameter(weights[name].to(dtype, copy=True)) for name in gradients
@@ -312,13 +313,13 @@ def _compared(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> list[Para
 def _limits(
     expected: dict[str, Tensor], alone: dict[str, Tensor], tolerance: Tolerance
 ) -> dict[str, float]:
-    """Times that each parameter may use up `tolerance`: more where the dtype alone, which gave `alone`, does."""
+    """Factor on `tolerance` for each parameter: above 1 if rounding to the dtype alone, as in `alone`, needs more."""
     compared = _compared(alone, expected)
     return {p.parameter: max(1.0, ROUNDING_ROOM * excess(p, tolerance)) for p in compared}
 
 
 def _rounded(truth: Truth) -> dict[str, Tensor]:
-    """Gradients of the stock model in the run's dtype, where they are known."""
+    """Gradients of the stock model in the run's dtype; empty if they are not known."""
     if truth.rounded is None:
         return {}
     gradients = load_file(truth.rounded)
@@ -327,7 +328,7 @@ def _rounded(truth: Truth) -> dict[str, Tensor]:
 
 
 def _compare_one(name: str, ours: Tensor | None, truth: Tensor) -> ParameterGate:
-    """The comparison in fp64; what is not finite has no norm."""
+    """Compare one gradient in fp64. A gradient that is not finite has no norm."""
     mine = torch.zeros_like(truth) if ours is None else ours.to(torch.float64)
     if mine.shape != truth.shape:
         raise RuntimeError(f"gradient of {name} is {tuple(mine.shape)}, not {tuple(truth.shape)}")

@@ -1,14 +1,16 @@
-"""The truth: gradients of a stock transformers model, run whole, in one process, in fp64.
+"""The truth: gradients of a stock transformers model, run in one process in fp64.
 
     python truth.py (MODEL_FOLDER SAMPLES.safetensors GRADIENTS.safetensors DTYPE)...
 
-DTYPE is `float64` for the truth; in another one the same program tells what that dtype alone loses.
-Stands alone on purpose: whatever it shared with the code it judges could be wrong in both. The
-folder was written by `save_pretrained`; with adapters it holds `config.json`, `lora.json` (arguments of
-peft's `LoraConfig`) and `adapted.safetensors` (all weights by name). Samples hold `input_ids`, `labels` (not shifted, -100 is
-ignored) and `position_ids`, int64 [N, S], of every micro-batch of one optimizer step on all ranks.
-Writes the gradient of each parameter, tied ones once, and `loss`: the sum of all token losses over
-the number of labels. A model whose step draws random numbers has no truth: exit code `REFUSED`, one line.
+DTYPE is `float64` for the truth. With another DTYPE the result shows the loss of accuracy of that dtype alone.
+This file shares no code with the code that it judges, because an error in shared code would not show.
+
+`save_pretrained` writes MODEL_FOLDER. With adapters it holds `config.json`, `lora.json` (arguments of peft's
+`LoraConfig`) and `adapted.safetensors` (all weights by name). SAMPLES hold `input_ids`, `labels` (not shifted, -100
+is ignored) and `position_ids`, int64 [N, S], of every micro-batch of one optimizer step on all ranks.
+
+GRADIENTS get the gradient of each parameter, tied ones once, and `loss`: the sum of all token losses divided by the
+number of labels. A model whose step draws random numbers has no truth: exit code `REFUSED` and one line on stderr.
 """
 
 from __future__ import annotations
@@ -26,26 +28,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 REFUSED = 3
-"""Exit code where there is no truth."""
+"""Exit code for a model without a truth."""
 PROBED = 4
-"""Tokens that are enough to see what a model draws."""
+"""Number of tokens that suffices to see whether a model draws random numbers."""
 ADAPTED, LORA = "adapted.safetensors", "lora.json"
 """Weights of a model with adapters, and arguments of peft's `LoraConfig`."""
 
 
 class Refused(ValueError):
-    """There is no truth for what was asked."""
+    """The model has no truth."""
 
 
 def gradients(
     folder: str, samples: dict[str, torch.Tensor], dtype: torch.dtype = torch.float64
 ) -> dict[str, torch.Tensor]:
-    """Gradients in `dtype` by parameter name, and `loss` in fp64."""
+    """Gradients in `dtype` by parameter name, and `loss` in fp64, of the model in `folder`."""
     return gradients_of(_model(folder, dtype), samples)
 
 
 def gradients_of(model: Any, samples: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same of a model that is there, in its own dtype."""
+    """As `gradients`, of a loaded model in its own dtype."""
     dtype = model.dtype
     model.train()
     drawn = refusal(model, samples["input_ids"][:1, :PROBED])
@@ -56,12 +58,12 @@ def gradients_of(model: Any, samples: dict[str, torch.Tensor]) -> dict[str, torc
     for ids, labels, positions in zip(
         samples["input_ids"], samples["labels"], samples["position_ids"], strict=True
     ):
-        # Without an attention mask, transformers finds packed documents by their positions.
+        # Without an attention mask, transformers separates packed documents by their positions.
         logits = model(
             input_ids=ids[None], position_ids=positions[None], attention_mask=None, use_cache=False
         ).logits
         assert logits.dtype == dtype
-        # Transformers forms a loss in fp32 at least.
+        # Transformers computes a loss in fp32 or wider.
         wide = logits[0, :-1].to(torch.promote_types(dtype, torch.float32))
         losses = torch.nn.functional.cross_entropy(
             wide, labels[1:], ignore_index=-100, reduction="sum"
@@ -78,23 +80,23 @@ def gradients_of(model: Any, samples: dict[str, torch.Tensor]) -> dict[str, torc
 
 
 class _Lowest(TorchDispatchMode):
-    """Random draws that decide something come out as low as they can: all is dropped, noise is at its end."""
+    """Sets random draws to their lowest value, so that dropout drops everything and noise is at its limit."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        name = func._schema.name
+        name = func.name().partition(".")[0]  # without its overload
         if name == "aten::uniform_":
             return out.fill_(args[1] if len(args) > 1 else 0.0)
         return out.zero_() if name in ("aten::rand", "aten::bernoulli_") else out
 
 
 def refusal(model: Any, ids: torch.Tensor) -> str | None:
-    """Why nothing can be held against `model`, in training; None where no random draw changes its logits.
+    """Why `model` has no truth: random draws change its logits in training. None if none does.
 
-    `ids` are int64 [1, S]. A draw alone is no reason: some models draw whether to skip a layer whose chance
-    of being skipped is 0. The generators' states are left as they were.
+    `ids` are int64 [1, S]. A draw that changes nothing is allowed: some models draw whether to skip a layer even
+    if the probability is 0. The states of the random generators are restored.
     """
     found: list[str] = []
     before: dict[Any, Any] = {}
@@ -104,7 +106,7 @@ def refusal(model: Any, ids: torch.Tensor) -> str | None:
 
     def leave(module: Any, *_: Any) -> None:
         count, states = before.pop(module)
-        if count == len(found) and not _same(states, _states()):  # no module inside has
+        if count == len(found) and not _same(states, _states()):  # no inner module was added
             found.append(f"'{names[module]}' ({type(module).__name__})")
 
     names = {module: name for name, module in model.named_modules()}
@@ -118,7 +120,7 @@ def refusal(model: Any, ids: torch.Tensor) -> str | None:
                 return None
             for hook in hooks:
                 hook.remove()
-            with _Lowest():  # type: ignore[no-untyped-call]
+            with _Lowest():
                 second = model(input_ids=ids, use_cache=False).logits
     finally:
         for hook in hooks:
@@ -143,7 +145,7 @@ def _same(a: tuple[torch.Tensor, Any], b: tuple[torch.Tensor, Any]) -> bool:
 
 
 def _way_out(config: Any) -> str:
-    """The fields that ask for random numbers, as far as their names tell."""
+    """What to change: the config fields that, by their names, ask for random numbers."""
     asking = [
         f"{key} ({value})"
         for key, value in sorted(config.to_dict().items())
@@ -156,8 +158,8 @@ def _way_out(config: Any) -> str:
 
 
 def _model(folder: str, dtype: torch.dtype) -> Any:
-    """The model in `folder`; with adapters where a configuration of peft lies beside its weights."""
-    # Grouped matrix products of experts know no fp64.
+    """The model in `folder`, with adapters if the folder has weights of adapters."""
+    # Grouped matrix products of experts do not support fp64.
     kinds = {"experts_implementation": "eager"}
     adapted = Path(folder, ADAPTED)
     if not adapted.exists():
@@ -175,7 +177,7 @@ def _model(folder: str, dtype: torch.dtype) -> Any:
 
 
 def main(folder: str, samples: str, output: str, dtype: str) -> None:
-    """Compute, and write `output` in one piece."""
+    """Compute the gradients and write `output` atomically."""
     found = gradients(folder, load_file(samples), getattr(torch, dtype))
     partial = f"{output}.{os.getpid()}"
     save_file({name: tensor.contiguous() for name, tensor in found.items()}, partial)

@@ -1,4 +1,4 @@
-"""The verdict on a gradient comparison: what is close enough, and what a wrong ratio tells.
+"""The verdict on a gradient comparison: tolerances, and explanations of failures.
 
 Imports no torch; `harness.gate.gradients` computes what is judged here.
 """
@@ -15,7 +15,7 @@ from harness.records.record import Gate, Measurement, ParameterGate, RankEvidenc
 
 
 class Tolerance(Frozen):
-    """How far a correct computation in some dtype may be from the truth in fp64."""
+    """Largest errors of a correct computation in one dtype, compared with the truth in fp64."""
 
     ratio: float
     """Largest |ratio - 1|."""
@@ -24,29 +24,30 @@ class Tolerance(Frozen):
 
 
 TOLERANCES: dict[Precision, Tolerance] = {
-    # Transformers itself computes norms and rotary positions in fp32 whatever the model's dtype.
+    # Transformers computes norms and rotary positions in fp32 for every dtype of the model.
     "float64": Tolerance(ratio=1e-6, cosine=1e-9),
     "float32": Tolerance(ratio=1e-5, cosine=1e-6),
-    # 8 bits of mantissa, accumulated over layers; a wrong factor or a lost tile is far outside.
+    # 8 bits of mantissa, with errors that accumulate over layers. A wrong factor or a lost tile is far outside.
     "bfloat16": Tolerance(ratio=5e-2, cosine=1e-2),
-    # 4 bits of mantissa in what backward computes with; forward and loss are as exact as their dtype.
-    # Four layers are off by 5e-2 of a gradient's norm at most, which is 1e-3 in cosine.
+    # 4 bits of mantissa in backward only; forward and loss are as exact as their dtype.
+    # In four layers the error is at most 5e-2 of a gradient's norm, which is 1e-3 in cosine.
     "float8_e4m3fn": Tolerance(ratio=5e-2, cosine=5e-3),
 }
 
 UPDATE_TOLERANCES: dict[Precision, Tolerance] = {
     **TOLERANCES,
-    # PyTorch's fp32 norm of half a million elements is off by 3.5e-5 on a CPU, and clipping divides by it.
+    # On a CPU, PyTorch's fp32 norm of half a million elements has an error of 3.5e-5, and clipping divides by it.
     "float32": Tolerance(ratio=1e-4, cosine=1e-6),
 }
-"""The same for the change of a parameter in one update."""
+"""Tolerances for the change of a parameter in one update."""
 
 ROUNDED: set[DType] = {"bfloat16"}
-"""Dtypes of which the stock model's own loss of accuracy is computed beside the truth."""
+"""Dtypes for which the stock model also runs in that dtype, to know its own loss of accuracy."""
 
 ROUNDING_ROOM = 2.0
-"""Where the stock model itself exceeds the tolerance of a rounded dtype, ours may exceed it this many
-times as far: tiles and shards round in other places, not worse."""
+"""If the stock model in a rounded dtype exceeds the tolerance, our error may be this many times the stock error.
+
+Tiles and shards round at other places, but not more."""
 
 EPSILON: dict[Precision, float] = {
     "float64": 2.0**-52,
@@ -58,15 +59,15 @@ EPSILON: dict[Precision, float] = {
 
 
 def precision(train: TrainConfig) -> Precision:
-    """The coarsest format that gradients of `train` depend on: the key of what is tolerated."""
+    """The coarsest format that gradients of `train` depend on. It selects the tolerance."""
     return load_method(train.method).precision(train)
 
 
 def scales(parameters: Iterable[ParameterGate]) -> dict[str, float]:
-    """Norm of the largest true gradient in the decoder layer of each parameter; of the model outside layers.
+    """For each parameter, the norm of the largest true gradient in its decoder layer, or of the model outside layers.
 
-    Rounding errors of a gradient are of the size of what is subtracted to form it, and its neighbours show
-    that size where the difference itself is zero.
+    A gradient can be a small difference of large terms, and its rounding error is proportional to the terms. The
+    gradients of the same layer show the size of these terms.
     """
     norms = {p.parameter: p.truth_norm or 0.0 for p in parameters}
     largest: dict[str, float] = {}
@@ -77,7 +78,7 @@ def scales(parameters: Iterable[ParameterGate]) -> dict[str, float]:
 
 
 def without_noise(parameters: list[ParameterGate], rounding: Precision) -> list[ParameterGate]:
-    """`parameters` without ratio and cosine where the truth is noise: both would say nothing of ours."""
+    """`parameters` without ratio and cosine if the truth is noise, where both have no meaning."""
     scale = scales(parameters)
     blank = {"ratio": None, "cosine": None}
     return [
@@ -87,16 +88,16 @@ def without_noise(parameters: list[ParameterGate], rounding: Precision) -> list[
 
 
 def _layer(name: str) -> str:
-    """The beginning of a parameter's name that its whole decoder layer shares; "" outside layers."""
+    """The prefix that all parameters of one decoder layer share; "" outside layers."""
     found = re.match(r".*?\.\d+\.", name)
     return found.group() if found else ""
 
 
 def noise_floor(parameter: ParameterGate, scale: float, rounding: Precision) -> float:
-    """Norm of an error that is rounding in a run in `rounding`, in a layer whose largest gradient has norm `scale`.
+    """Largest norm of a rounding error in format `rounding`, in a layer whose largest gradient has norm `scale`.
 
-    0 for real gradients where `rounding` is coarser than fp32: its epsilon could hide them, and what the
-    stock model loses in that dtype is known of each.
+    0 if `rounding` is coarser than fp32 and the true gradient is not noise: its epsilon could hide a real error,
+    and the stock model's own error in that dtype is known for each parameter.
     """
     if EPSILON[rounding] > EPSILON["float32"] and not is_noise(parameter, scale, rounding):
         return 0.0
@@ -104,7 +105,7 @@ def noise_floor(parameter: ParameterGate, scale: float, rounding: Precision) -> 
 
 
 def is_noise(parameter: ParameterGate, scale: float, rounding: Precision) -> bool:
-    """Whether the true gradient is zero, or so near to it that a run in `rounding`, or in fp32, shows rounding alone."""
+    """Whether the true gradient is so small that a run in `rounding`, or in fp32, shows only rounding error."""
     epsilon = min(EPSILON[rounding], EPSILON["float32"])
     return parameter.truth_norm is not None and parameter.truth_norm <= epsilon * scale
 
@@ -112,10 +113,9 @@ def is_noise(parameter: ParameterGate, scale: float, rounding: Precision) -> boo
 def used(
     parameter: ParameterGate, tolerance: Tolerance, limit: float = 1.0, floor: float = 0.0
 ) -> float:
-    """Part of what is allowed that an error uses up; above 1 fails.
+    """Used fraction of the allowed error; above 1 fails.
 
-    `limit` is how many times `tolerance` may be used up. An error of a norm below `floor` is none, however
-    large it is beside the truth.
+    `limit` is a factor on `tolerance`. An error whose norm is below `floor` passes, whatever the norm of the truth.
     """
     if parameter.error_norm is None:
         return math.inf
@@ -128,7 +128,7 @@ def used(
 
 
 def relative_error(parameter: ParameterGate) -> float:
-    """Norm of the difference to the truth over the truth's, from ratio and cosine; 0 for a zero gradient."""
+    """Norm of the error divided by the norm of the truth, from ratio and cosine; 0 for a zero gradient."""
     if parameter.ratio is None or parameter.cosine is None:
         return 0.0
     squared = 1 + parameter.ratio**2 - 2 * parameter.ratio * parameter.cosine
@@ -136,7 +136,7 @@ def relative_error(parameter: ParameterGate) -> float:
 
 
 def exactness(gate: Gate, train: TrainConfig) -> str | None:
-    """Where an option gives up exactness: through what, and the largest error; None of an exact method."""
+    """If an option gives up exactness: its format and the largest error. None for an exact method."""
     if precision(train) == train.dtype:
         return None
     worst = max(gate.parameters, key=relative_error)
@@ -147,7 +147,7 @@ def exactness(gate: Gate, train: TrainConfig) -> str | None:
 
 
 def excess(parameter: ParameterGate, tolerance: Tolerance) -> float:
-    """How many times the worse of both bounds is used up; above 1 fails. Zero for a zero gradient."""
+    """Used fraction of the bound on ratio or cosine, the larger of both; above 1 fails. 0 for a zero gradient."""
     if parameter.ratio is None or parameter.cosine is None:
         return 0.0
     return max(
@@ -156,7 +156,7 @@ def excess(parameter: ParameterGate, tolerance: Tolerance) -> float:
 
 
 def broken_promises(train: TrainConfig, evidence: list[RankEvidence]) -> list[str]:
-    """What the method's options promise and no counter shows, one phrase each."""
+    """Promises of the method's options that the counters do not confirm, one phrase each."""
     method = load_method(train.method)
     promised = method.promises(train)
     problems = []
@@ -174,7 +174,7 @@ def broken_promises(train: TrainConfig, evidence: list[RankEvidence]) -> list[st
 
 
 def known_factor(ratio: float, train: TrainConfig) -> str | None:
-    """The quantity that `ratio` equals, if it is one that wrong code multiplies or divides by."""
+    """The quantity of the run that `ratio` or its inverse equals, which points to the defect; None if there is none."""
     method = load_method(train.method)
     axes = method.degrees(train.world_size)
     tokens = train.seqlen * train.batch_size * train.accumulation * axes["dp"]
@@ -198,7 +198,7 @@ def known_factor(ratio: float, train: TrainConfig) -> str | None:
 
 
 def _labels(train: TrainConfig, axes: dict[str, int]) -> dict[str, float]:
-    """Labels of a step and of a rank, where nothing but each sample's last position is ignored."""
+    """Numbers of labels of a step and of a rank, if only the last position of each sample is ignored."""
     if train.data.mask != "none" or train.data.documents > 1 or train.accumulation > 1:
         return {}
     labels = (train.seqlen - 1) * train.batch_size * axes["dp"]
@@ -206,7 +206,7 @@ def _labels(train: TrainConfig, axes: dict[str, int]) -> dict[str, float]:
 
 
 def explain_failure(gate: Gate, train: TrainConfig) -> str:
-    """One line: the worst parameter, and what its ratio looks like."""
+    """One line: the worst parameter, and the factor that its ratio equals."""
     worst, of = gate.worst, "gradient"
     if gate.wrong_update:
         worst, of = gate.wrong_update, "update"
@@ -224,7 +224,7 @@ def explain_failure(gate: Gate, train: TrainConfig) -> str:
 
 
 def _within(gate: Gate, parameter: ParameterGate, train: TrainConfig) -> str:
-    """How far from zero a gradient may be that is zero but for rounding, and is."""
+    """How far a gradient that must be zero may be from zero by rounding, and how far it is."""
     rounding = precision(train)
     floor = noise_floor(parameter, scales(gate.parameters)[parameter.parameter], rounding)
     return (
@@ -234,7 +234,7 @@ def _within(gate: Gate, parameter: ParameterGate, train: TrainConfig) -> str:
 
 
 def judgement(measurement: Measurement) -> str:
-    """One line: why a record's comparison failed, or how close the worst parameter of a pass is."""
+    """One line: why the comparison of a record failed, or the error of the worst parameter if it passed."""
     if measurement.readings is None or measurement.readings.gate is None or measurement.detail:
         return f"{measurement.outcome}: {measurement.detail}"
     gate = measurement.readings.gate

@@ -1,4 +1,4 @@
-"""Published number beside our evidence for it, and the verdict. A function of records; no torch."""
+"""Published numbers with our evidence for them and a verdict. A function of records; imports no torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from harness.records.record import Measurement, Outcome
 from harness.records.table import Results
 
 TOLERANCE = 0.10
-"""Relative error up to which a number counts as reproduced."""
+"""Largest relative error of a reproduced number."""
 
 WITHIN = (0.03, 0.05, TOLERANCE)
 """Relative errors for which numbers are counted."""
@@ -34,11 +34,11 @@ UNITS: dict[Quantity, str] = {
     "device_bytes": "GiB",
     "allocated_bytes": "GiB",
 }
-"""As the published tables have them; their GB of memory readings are GiB."""
+"""Units of the published tables. Their memory readings in GB are GiB."""
 
 
 class Verdict(StrEnum):
-    """What our evidence says of a published number."""
+    """Verdict of our evidence on a published number."""
 
     REPRODUCED = "reproduced"
     LONGER = "longer"
@@ -47,34 +47,34 @@ class Verdict(StrEnum):
 
 
 class Evidence(Frozen):
-    """One published number and ours."""
+    """One published number and our number for it."""
 
     id: str
     source: str
     published: float
     unit: str
     predicted: float | None
-    """Of a phantom device, or of a schedule that was played."""
+    """Our forecast, by a phantom device or by playing a schedule."""
     measured: float | None
-    """On the hardware of the claim."""
+    """Our measurement on the hardware of the claim."""
     error: float | None
-    """Ours over the published one, less one; measured where it was, else predicted."""
+    """Our number divided by the published one, minus one; measured if there is a measurement, else predicted."""
     used_for_fit: bool
-    """Whether constants were fitted on this number, so that it is no evidence."""
+    """Whether constants were fitted to this number. Then it is no evidence."""
     verdict: Verdict
     outcome: Outcome | None
-    """How the cell ended at its own length; None without a record."""
+    """Outcome of the cell at its own length; None without a record."""
     key: str = Field(exclude=True)
-    """Of the cell."""
+    """Key of the cell."""
     method: str = Field(exclude=True)
-    """Of the cell."""
+    """Method of the cell."""
     place: str = Field(exclude=True)
     """Table, row and column of the published number; two methods may stand beside one number."""
     quantity: Quantity = Field(exclude=True)
     limit: Limit | None = Field(exclude=True)
-    """What stops the cell's sequence from being longer."""
+    """The limit of the cell's longest sequence."""
     ruled_out: str = Field(exclude=True)
-    """Where ours misses: what was looked at, and what it is not."""
+    """If our number misses: the causes that were ruled out."""
 
     @property
     def is_ours(self) -> bool:
@@ -83,12 +83,12 @@ class Evidence(Frozen):
 
     @property
     def infeasible(self) -> bool:
-        """Whether it is a time or the bytes of a step that does not fit; a longest sequence does."""
+        """Whether this is the time or the bytes of a step that does not fit. A longest sequence always fits."""
         return self.outcome is Outcome.DOES_NOT_FIT and not self.quantity.startswith("longest")
 
     @property
     def missed(self) -> bool:
-        """Whether it is evidence and further off than `TOLERANCE`."""
+        """Whether this is evidence with an error above `TOLERANCE`."""
         return not self.used_for_fit and self.error is not None and abs(self.error) > TOLERANCE
 
 
@@ -126,7 +126,7 @@ def count(found: Iterable[Evidence]) -> Counts:
 
 
 def judge(quantity: Quantity, published: float, ours: float | None) -> Verdict:
-    """`longer` is for lengths and their ratios: a time or a memory far off either way is refuted."""
+    """The verdict. Only lengths and their ratios can be `longer`; a time or a memory that is far off is refuted."""
     if ours is None:
         return Verdict.NOT_MEASURED
     error = ours / published - 1
@@ -138,7 +138,10 @@ def judge(quantity: Quantity, published: float, ours: float | None) -> Verdict:
 def predicted(
     quantity: Quantity, m: Measurement | None, over: Measurement | None = None
 ) -> float | None:
-    """The record's prediction, in the unit of `UNITS`; None where it has none. A ratio is to that of `over`."""
+    """The prediction of record `m` in the unit of `UNITS`; None if it has none.
+
+    A ratio is the length of `m` divided by that of `over`.
+    """
     if m is None or m.simulated is None or m.simulated.prediction is None:
         return None
     if quantity == "longest_tokens":
@@ -157,14 +160,14 @@ def predicted(
 
 
 def tokens_of_step(cell: Cell) -> int:
-    """Tokens of one step over all ranks."""
+    """Number of tokens of one step over all ranks."""
     train, tp = cell.train, cell.simulation.tp if cell.simulation else 1
     samples = train.batch_size * train.accumulation
     return samples * train.seqlen * load_method(train.method).axes(train.world_size)["dp"] // tp
 
 
 def evidence(all_results: Iterable[Results]) -> list[Evidence]:
-    """Every claim of every experiment, in order."""
+    """Evidence for every claim of every experiment, in order."""
     found: list[Evidence] = []
     for results in all_results:
         measured = {c.id: results.measurements.get(key) for key, c in results.claims}

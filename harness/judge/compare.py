@@ -1,4 +1,4 @@
-"""Two sets of records of the same cells: what moved, by how much, and what grew. Imports no torch."""
+"""Changes between two sets of records of the same cells, and the tensors that grew. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from alst_impl.config import Frozen
 from harness.cells.prediction import Holding, Simulated
 from harness.cells.units import bytes_text
 from harness.records import record
+from harness.records.metrics import value_of
 from harness.records.record import Measurement
-from harness.records.table import measure
 
 BYTES_PER_TOKEN = 0.5
-"""A slope that moves by less is the same: a test notices one byte per token."""
+"""A slope that changes by less counts as equal: a test notices one byte per token."""
 PEAK_BYTES = 16_384
-"""A predicted peak that moves by less is the same: a tensor of one number takes 512 bytes."""
+"""A predicted peak that changes by less counts as equal: a tensor of one number takes 512 bytes."""
 MEASURED_PEAK = 0.01
-"""A measured peak that moves by a smaller part is the same."""
+"""A measured peak whose relative change is smaller counts as equal."""
 CULPRITS = 3
-"""Lines named for each change."""
+"""Source lines named for each change."""
 
 
 class Change(Frozen):
-    """One quantity of one cell that moved."""
+    """A change of one quantity of one cell."""
 
     key: str
     label: str
-    """The cell, for people."""
+    """Readable name of the cell."""
     quantity: str
     before: float | str
     after: float | str
     worse: bool
     culprits: list[str]
-    """What grew at the peak: bytes, operator and source line, largest first."""
+    """Tensors that grew at the peak: bytes, operator and source line, largest first."""
 
     def __str__(self) -> str:
         direction = "worse" if self.worse else "better"
@@ -46,7 +46,7 @@ def _text(value: float | str) -> str:
 
 
 def load(folder: Path) -> dict[str, Measurement]:
-    """Every record below `folder` by key. Raises `ValueError` if there is none, or a file is not one."""
+    """Every record below `folder` by key. Raises `ValueError` if there is none, or if a file is not a record."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder of records")
     records = {file.stem: record.read(file) for file in sorted(folder.rglob("*.json"))}
@@ -56,7 +56,7 @@ def load(folder: Path) -> dict[str, Measurement]:
 
 
 def changes(before: dict[str, Measurement], after: dict[str, Measurement]) -> list[Change]:
-    """What moved in the cells that both have."""
+    """Changes of the cells that both sets have."""
     shared = [key for key in before if key in after]
     return [change for key in shared for change in _of_cell(key, before[key], after[key])]
 
@@ -76,7 +76,7 @@ def _of_cell(key: str, before: Measurement, after: Measurement) -> Iterator[Chan
     if before.simulated and after.simulated:
         yield from _of_simulation(key, label, before.simulated, after.simulated)
     elif before.outcome == after.outcome:
-        old, new = measure("peak_bytes", before)[0], measure("peak_bytes", after)[0]
+        old, new = value_of("peak_bytes", before), value_of("peak_bytes", after)
         if old and new and abs(new / old - 1) > MEASURED_PEAK:
             yield Change(
                 key=key,
@@ -92,7 +92,7 @@ def _of_cell(key: str, before: Measurement, after: Measurement) -> Iterator[Chan
 def _of_simulation(key: str, label: str, before: Simulated, after: Simulated) -> Iterator[Change]:
     culprits = grown(before.holdings, after.holdings)
 
-    def change(quantity: str, old: float, new: float, worse: bool) -> Change:
+    def change(quantity: str, old: float, new: float, *, worse: bool) -> Change:
         named = culprits if worse else []
         return Change(
             key=key,
@@ -106,17 +106,17 @@ def _of_simulation(key: str, label: str, before: Simulated, after: Simulated) ->
 
     if abs(after.peak_bytes - before.peak_bytes) > PEAK_BYTES:
         worse = after.peak_bytes > before.peak_bytes
-        yield change("peak_bytes", before.peak_bytes, after.peak_bytes, worse)
+        yield change("peak_bytes", before.peak_bytes, after.peak_bytes, worse=worse)
     old, new = _slope(before), _slope(after)
     if old is not None and new is not None and abs(new - old) > BYTES_PER_TOKEN:
-        yield change("bytes_per_local_token", old, new, new > old)
+        yield change("bytes_per_local_token", old, new, worse=new > old)
     if before.search and after.search:
         was, now = before.search, after.search
         shorter = now.shortest_failing_tokens <= was.longest_tokens
         longer = was.shortest_failing_tokens <= now.longest_tokens
-        # Brackets that overlap say the same: the longest length is known to that precision.
+        # The longest length is known only to its bracket: brackets that overlap count as equal.
         if shorter or longer:
-            yield change("longest_tokens", was.longest_tokens, now.longest_tokens, shorter)
+            yield change("longest_tokens", was.longest_tokens, now.longest_tokens, worse=shorter)
 
 
 def _slope(simulated: Simulated) -> float | None:
@@ -124,7 +124,7 @@ def _slope(simulated: Simulated) -> float | None:
 
 
 def grown(before: Sequence[Holding], after: Sequence[Holding]) -> list[str]:
-    """What holds more at the peak, by operator and file; of each file the line that grew most."""
+    """Operators and files that hold more at the peak, each with the line that grew most."""
     old, new = _by_file(before), _by_file(after)
     more = {place: sum(new[place].values()) - sum(old.get(place, {}).values()) for place in new}
     worst = sorted((place for place in more if more[place] > 0), key=lambda p: -more[p])
@@ -137,7 +137,7 @@ def grown(before: Sequence[Holding], after: Sequence[Holding]) -> list[str]:
 
 
 def _by_file(holdings: Sequence[Holding]) -> dict[tuple[str, str, str], dict[str, int]]:
-    """(category, operator, file) -> line -> bytes. Lines move when a file is edited, files stay."""
+    """(category, operator, file) -> line -> bytes. Edits move lines, so places are matched by file."""
     found: dict[tuple[str, str, str], dict[str, int]] = {}
     for h in holdings:
         at = h.location or "an unknown line"

@@ -1,4 +1,4 @@
-"""Planted defects: edits of `alst_impl`, and which cell of the correctness matrix catches each.
+"""Planted defects: edits of `alst_impl`, and the cell of the correctness matrix that catches each.
 
 Imports no torch.
 """
@@ -23,7 +23,7 @@ class Edit(Frozen):
     """One replacement in a file."""
 
     old: str
-    """Stands in the file exactly once."""
+    """Text that occurs exactly once in the file."""
     new: str
 
 
@@ -31,10 +31,10 @@ class Defect(Frozen):
     """Edits of one file of `alst_impl`."""
 
     file: str
-    """Below `alst_impl/`."""
+    """Path below `alst_impl/`."""
     edits: list[Edit]
     tests: list[str] = []
-    """Tests below `tests/alst_impl/` that notice it, where no gradient shows it."""
+    """Tests below `tests/alst_impl/` that catch it, if no gradient does."""
 
 
 class Catch(Frozen):
@@ -44,13 +44,13 @@ class Catch(Frozen):
     cell: str
     """Levels of its row in the matrix."""
     outcome: str
-    """Of the cell's run."""
+    """Outcome of the cell's run."""
     detail: str
-    """What the run said."""
+    """Detail of the cell's record."""
 
 
 def read_defects(path: Path) -> dict[str, Defect]:
-    """Every defect by name, at least one. Raises `ValueError` for a file that does not say what to edit."""
+    """Every defect by name, at least one. Raises `ValueError` for a missing or malformed file."""
     path = paths.located(path)
     raw = yaml.safe_load(path.read_text()) if path.is_file() else None
     if not raw:
@@ -62,7 +62,10 @@ def read_defects(path: Path) -> dict[str, Defect]:
 
 
 def plant(defect: Defect, folder: Path) -> Path:
-    """`folder` with a copy of `alst_impl` that has the defect. Raises `ValueError` if it fits no more."""
+    """Copy `alst_impl` to `folder` and plant the defect there. Raises `ValueError` if the text to edit is gone.
+
+    Returns `folder`.
+    """
     implementation = SOURCES[0]
     shutil.copytree(
         implementation, folder / implementation.name, ignore=shutil.ignore_patterns("__pycache__")
@@ -81,7 +84,7 @@ def plant(defect: Defect, folder: Path) -> Path:
 
 
 def text_of(catches: list[Catch]) -> str:
-    """The file of `catches`."""
+    """`catches` as the text of a CSV file."""
     stream = io.StringIO()
     writer = csv.DictWriter(stream, list(Catch.model_fields), lineterminator="\n")
     writer.writeheader()
@@ -90,7 +93,7 @@ def text_of(catches: list[Catch]) -> str:
 
 
 def read_catches(path: Path) -> list[Catch]:
-    """What `text_of` wrote; nothing if there is no such file."""
+    """Read what `text_of` wrote; an empty list if the file does not exist."""
     path = paths.located(path)
     if not path.exists():
         return []

@@ -1,6 +1,6 @@
-"""Probes: what must hold of any training run, shown without a reference to compare with.
+"""Probes: properties of every correct training run, tested without a reference.
 
-Each probe runs a cell's own model, method and data on its ranks and looks at what comes out.
+Each probe runs the model, method and data of a cell on its ranks and inspects the outputs.
 Legend: B batch, S sequence, P sequence-parallel degree, V vocabulary.
 """
 
@@ -29,11 +29,11 @@ from harness.records.record import Finding
 from harness.worlds.base import load_world
 
 ROUNDING = 1e-5
-"""Part of the largest logit that is taken for rounding."""
+"""Largest change of a logit that counts as rounding, relative to the largest logit."""
 
 
 def execute(rank: Rank, payload: dict[str, Any]) -> list[dict[str, Any]]:
-    """All probes of `payload["cell"]`; the findings are those of all ranks, on each. Collective."""
+    """All probes of `payload["cell"]`. Every rank returns the same findings, which hold for all ranks. Collective."""
     cell = Cell(**payload["cell"])
     world = load_world(cell.world)
     with world.group(rank, cell) as mesh:
@@ -41,13 +41,13 @@ def execute(rank: Rank, payload: dict[str, Any]) -> list[dict[str, Any]]:
         method, runtime = start(cell.train, mesh, placement)
         probe = _Probe(cell, mesh, method, runtime)
         found = [probe.streams(), probe.shards(), probe.causality(), probe.documents()]
-        # Last: a backward leaves gradients behind.
+        # Last, because its backward leaves gradients.
         found.append(probe.tiles())
         return [finding.model_dump() for finding in found]
 
 
 class _Probe:
-    """One cell's model on this rank, and what is asked of it."""
+    """The model of one cell on this rank, with one method per probe."""
 
     def __init__(self, cell: Cell, mesh: DeviceMesh, method: Method, runtime: Runtime) -> None:
         self.train, self.mesh, self.method, self.runtime = cell.train, mesh, method, runtime
@@ -58,7 +58,7 @@ class _Probe:
         self.whole = self.corpus.batch(range(first, first + size))
 
     def streams(self) -> Finding:
-        """Ranks of one sp group hold one sample together, every dp rank another."""
+        """The ranks of one sp group hold one sample together; each dp rank has another sample."""
         shard = self.method.shard(self.whole, self.mesh)
         dp, held = self.mesh["dp"], stream_hash(self._gathered(shard.input_ids))
         found = _all([dp.get_local_rank(), held, stream_hash(self.whole.input_ids)])
@@ -69,7 +69,7 @@ class _Probe:
         return Finding(probe="token streams", passed=passed, detail=shown)
 
     def shards(self) -> Finding:
-        """The decoder sees its share of the sequence and no more."""
+        """The decoder gets only this rank's shard of the sequence."""
         seen: list[int] = []
         decoder = self._model().base_model
 
@@ -86,32 +86,34 @@ class _Probe:
         return Finding(probe="shard length", passed=lengths == {expected}, detail=detail)
 
     def causality(self) -> Finding:
-        """A changed token moves no logit before it, and its own."""
+        """A changed token changes its own logits and no earlier ones."""
         place = self.train.seqlen // 2
         moved = self._moved_by(place)
         passed = not moved[:, :place].any() and bool(moved[:, place].all())
-        return self._agreed("causality", passed, f"token {place} changed; {_span(moved)} moved")
+        return self._agreed(
+            "causality", f"token {place} changed; {_span(moved)} moved", passed=passed
+        )
 
     def documents(self) -> Finding:
-        """A changed token moves no logit of another document."""
+        """A changed token changes no logit of another document."""
         if self.whole.documents is None:
             return Finding(
                 probe="packed documents", passed=True, detail="one document: none to leak to"
             )
         lengths = self.whole.documents[0]
         first, second = lengths[0], lengths[0] + lengths[1]
-        # The first token of the second document: the last one that may not see it is its neighbour,
-        # and everything after the document sees whatever leaks forward.
+        # The first token of the second document is next to the first document, where a leak backward shows,
+        # and a leak forward shows in every token after its document.
         moved = self._moved_by(first)[:1]
         inside = moved[:, first:second]
         passed = (
             not moved[:, :first].any() and not moved[:, second:].any() and bool(inside[:, 0].all())
         )
         detail = f"documents {list(lengths)}; token {first} changed; {_span(moved)} moved"
-        return self._agreed("packed documents", passed, detail)
+        return self._agreed("packed documents", detail, passed=passed)
 
     def tiles(self) -> Finding:
-        """No logits, and no MLP activations, of more rows than a tile exist in a whole step."""
+        """In a whole step, no logits and no MLP activations have more rows than a tile."""
         options = self.method.model_dump()
         tiles = options.get("tiles")
         fields = self._model().config
@@ -133,10 +135,10 @@ class _Probe:
         largest = {name: rows.largest.get(width, 0) for name, width in watched.items()}
         passed = all(0 < count <= limit for count in largest.values())
         shown = ", ".join(f"{name} {count} rows" for name, count in largest.items())
-        return self._agreed("tiles", passed, f"at most {shown}; a tile has {limit}")
+        return self._agreed("tiles", f"at most {shown}; a tile has {limit}", passed=passed)
 
     def _model(self) -> Any:
-        """The transformers model, without its engine's wrapper."""
+        """The transformers model without the wrapper of its engine."""
         module: Any = self.runtime.module
         return getattr(module, "module", module)
 
@@ -150,13 +152,13 @@ class _Probe:
         return self._gathered(logits)[:, : self.train.seqlen]
 
     def _moved_by(self, place: int) -> Tensor:
-        """Which positions' logits a change of token `place` moves: bool [B, S]. Collective."""
+        """Positions whose logits change with token `place`: bool [B, S]. Collective."""
         ids = self.whole.input_ids.clone()
-        # 7 divides no power of two: the token is another one in every vocabulary of bytes and more.
+        # Adding 7 modulo 256 always gives another token, and every vocabulary has these 256 tokens.
         ids[:, place] = (ids[:, place] + 7) % 256
         changed = replace(self.whole, input_ids=ids)
         before, after = self._logits(self.whole), self._logits(changed)
-        # Rows of one product may be rounded in company; a leak is thousands of times as large.
+        # A change of one row can change the rounding of others in the same product; a leak is far larger.
         return (before - after).abs().amax(dim=-1) > ROUNDING * before.abs().max()
 
     def _gathered(self, shard: Tensor) -> Tensor:
@@ -166,20 +168,20 @@ class _Probe:
         dist.all_gather(parts, shard.contiguous(), group=group)
         return torch.cat(parts, dim=1)[:, : self.train.seqlen]
 
-    def _agreed(self, probe: str, passed: bool, detail: str) -> Finding:
-        """A finding that holds only if it does on every rank. Collective."""
+    def _agreed(self, probe: str, detail: str, *, passed: bool) -> Finding:
+        """A finding that passes only if it passes on every rank. Collective."""
         everywhere = all(rank == [1] for rank in _all([int(passed)]))
         return Finding(probe=probe, passed=everywhere, detail=detail)
 
 
 class _Rows(TorchDispatchMode):
-    """Notes the most rows of any matrix product with one of `widths` columns.
+    """Records the largest number of rows of matrix products with one of `widths` columns.
 
     Products of `hidden_size` rows are not counted: they are gradients of weights.
     """
 
     def __init__(self, widths: set[int], hidden_size: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        TorchDispatchMode.__init__(self)
         self._widths, self._hidden_size = widths, hidden_size
         self.largest: dict[int, int] = {}
 
@@ -197,7 +199,7 @@ class _Rows(TorchDispatchMode):
 
 
 def _all(values: list[int]) -> list[list[int]]:
-    """`values` of every rank; equally many on each. Collective."""
+    """`values` of every rank, which must have equal lengths. Collective."""
     mine = torch.tensor(values, dtype=torch.int64)
     found = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(found, mine)

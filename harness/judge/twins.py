@@ -1,43 +1,43 @@
-"""What a GPU measured beside what a phantom device read of the same cell. Imports no torch."""
+"""GPU readings beside phantom-device readings of the same cell. Imports no torch."""
 
 from __future__ import annotations
 
 from alst_impl.config import Frozen
 from harness.cells.cell import Cell
-from harness.records.metrics import nvml_bytes, reserved_bytes
+from harness.records.metrics import value_of
 from harness.records.record import Measurement, Outcome
 from harness.records.table import Results
 
 
 class Twin(Frozen):
-    """One number of one cell."""
+    """One number of one cell, measured and predicted."""
 
     cell: Cell
-    """The measured one."""
+    """The measured cell."""
     quantity: str
-    """`allocated` with its phase, `reserved` or `nvml`."""
+    """`allocated, PHASE`, `reserved` or `nvml`."""
     measured: float
     predicted: float
     judged: bool
-    """Whether both have to be equal: the same allocator was asked for the same bytes in the same order.
+    """Whether both numbers must be equal. They must if the same allocator got the same requests in the same order.
 
-    What it reserves is never judged: a block that a second stream used goes back to the cache when the
-    device has passed the place, and a phantom device has no time. NVML is modelled.
+    Reserved bytes are never judged: a block that a second stream used returns to the cache when the device has
+    reached that point, and a phantom device has no time. NVML is modelled.
     """
 
     @property
     def error(self) -> float:
-        """Predicted over measured, less one."""
+        """Predicted divided by measured, minus one."""
         return self.predicted / self.measured - 1
 
     @property
     def missed(self) -> bool:
-        """Whether numbers that have to be equal differ."""
+        """Whether the numbers differ although they must be equal."""
         return self.judged and self.predicted != self.measured
 
 
 def run_of(cell: Cell) -> str:
-    """Equal for a measured cell and its twin: the training run, its device, allocator and steps before."""
+    """Identity of the training run: equal for a measured cell and its phantom twin."""
     return " ".join(
         [
             cell.hardware,
@@ -49,7 +49,7 @@ def run_of(cell: Cell) -> str:
 
 
 def pairs(results: Results) -> list[tuple[Measurement, Measurement]]:
-    """(measured, played) records of the same cell, both whole, in the order of the measured ones."""
+    """(measured, predicted) records of the same cell, both complete, in the order of the measured records."""
     whole = [m for m in results.measurements.values() if m.readings and m.readings.memory]
     played = {run_of(m.cell): m for m in whole if m.cell.traits.phantom}
     measured = [m for m in whole if m.cell.traits.gpus and m.outcome is Outcome.OK]
@@ -57,13 +57,13 @@ def pairs(results: Results) -> list[tuple[Measurement, Measurement]]:
 
 
 def torch_versions(results: Results) -> list[tuple[str, str]]:
-    """(on the GPU, on the phantom device) of pairs that cannot be judged, each once."""
+    """(on the GPU, on the phantom device) versions of pairs that cannot be judged, each pair of versions once."""
     found = ((_torch(gpu), _torch(phantom)) for gpu, phantom in pairs(results))
     return sorted({each for each in found if each[0] != each[1]})
 
 
 def twins(results: Results) -> list[Twin]:
-    """Every number that both a GPU and a phantom device read, in the order of the cells."""
+    """Every number with a GPU reading and a phantom-device reading, in the order of the cells."""
     return [twin for pair in pairs(results) for twin in _of(*pair)]
 
 
@@ -83,8 +83,8 @@ def _of(gpu: Measurement, phantom: Measurement) -> list[Twin]:
     ]
     total = phantom.simulated.prediction if phantom.simulated else None
     shown = {
-        "reserved": (reserved_bytes.value(gpu), reserved_bytes.value(phantom)),
-        "nvml": (nvml_bytes.value(gpu), total and total.total_bytes),
+        "reserved": (value_of("reserved_bytes", gpu), value_of("reserved_bytes", phantom)),
+        "nvml": (value_of("nvml_bytes", gpu), total and total.total_bytes),
     }
     return found + [
         Twin(cell=gpu.cell, quantity=name, measured=read, predicted=guess, judged=False)
@@ -94,7 +94,7 @@ def _of(gpu: Measurement, phantom: Measurement) -> list[Twin]:
 
 
 def allocated_by_phase(m: Measurement) -> dict[str, int]:
-    """The largest over ranks; a phantom device plays the rank that holds the most."""
+    """Largest allocated bytes over ranks, by phase. A phantom device plays the rank with the highest memory use."""
     assert m.readings is not None
     ranks = [rank.cuda.allocated_bytes for rank in m.readings.memory if rank.cuda is not None]
     phases = dict.fromkeys(phase for rank in ranks for phase in rank)
@@ -102,5 +102,5 @@ def allocated_by_phase(m: Measurement) -> dict[str, int]:
 
 
 def _torch(m: Measurement) -> str:
-    """Version without the name of the build: a phantom device runs the CUDA build beside one for processors."""
+    """Version of torch without the build: a phantom device uses the CUDA build while the CPU build is installed."""
     return m.provenance.versions.get("torch", "unknown").partition("+")[0]

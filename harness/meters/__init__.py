@@ -1,1 +1,1 @@
-"""What is counted while a step runs: live bytes, work, a timeline."""
+"""Counters for a running step: live bytes, work, a timeline."""

@@ -1,8 +1,8 @@
-"""What a step computes and moves, counted operator by operator while it runs.
+"""Counts FLOPs and traffic of a step, operator by operator, while it runs.
 
-Counted are the operators that no fusion removes: matrix products, attention, copies between accelerator
-and host, collectives. What is element by element may hide in them. A multiply and an add count as two.
-Legend: B batch, H query heads, S queries, T keys, D head dim.
+Only operators that fusion cannot remove are counted: matrix products, attention, copies between
+accelerator and host, collectives. Elementwise operators can be fused into them. A multiply and an
+add count as two. Legend: B batch, H query heads, S queries, T keys, D head dim.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ ATTENTION = {
     "aten::_scaled_dot_product_flash_attention_backward": 5,
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": 5,
 }
-"""Products of a query and a key, each of D multiplications, for every pair of them that is visible."""
+"""Operator -> number of matrix products over the visible query-key pairs. Each needs D multiply-adds per pair."""
 COPIES = {aten.copy_, aten._to_copy}
 FIELDS = tuple(Cost.model_fields)
 
 
 class Meter:
-    """Adds up."""
+    """Sums up the cost of operators."""
 
     def __init__(self, host: str) -> None:
         self._host = host
@@ -41,7 +41,7 @@ class Meter:
     def observe(
         self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any
     ) -> None:
-        """`func` ran."""
+        """Add the cost of `func`, which has run."""
         packet, name = getattr(func, "overloadpacket", None), func._name.partition(".")[0]
         if packet in PRODUCTS:
             self._add("matmul_flops", flop_registry[packet](*args, **kwargs, out_val=result))
@@ -55,7 +55,7 @@ class Meter:
             self._add("link_bytes", _sent(name, args))
 
     def cost(self) -> Cost:
-        """The sum."""
+        """The total cost so far."""
         return Cost(**self._total)
 
     def _add(self, field: str, amount: float) -> None:
@@ -68,7 +68,7 @@ class Meter:
 
 
 def _pair_flops(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
-    """Of one product over all visible pairs of a query and a key."""
+    """FLOPs of one matrix product over all visible query-key pairs."""
     names = [argument.name for argument in func._schema.arguments]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     batch, heads, queries, dim = given["query"].shape
@@ -79,7 +79,7 @@ def _pair_flops(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> fl
 
 
 def _bytes(value: Any) -> int:
-    """Of all tensors in `value`."""
+    """Bytes of all tensors in `value`."""
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
     if isinstance(value, list | tuple):
@@ -88,7 +88,9 @@ def _bytes(value: Any) -> int:
 
 
 def _sent(name: str, args: Sequence[Any]) -> float:
-    """Bytes that a rank sends to others: of a collective its part of the larger side, of an all-reduce twice."""
+    """Bytes that a rank sends to others in a collective of n ranks: (n - 1) / n of the largest
+    argument, twice that for an all-reduce. A send counts in full, a receive not at all.
+    """
     operation = name.partition("::")[2].replace("_", "")
     if operation.startswith("recv"):
         return 0.0

@@ -11,18 +11,18 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 STRETCHES = 400
-"""Points kept of a timeline."""
+"""Approximate number of points in a timeline."""
 SIGNS = {"alloc": 1, "free_requested": -1}
-"""Events of PyTorch's history that change what is allocated."""
+"""Events of PyTorch's memory history that change allocated bytes, and the sign of the change."""
 
 
 def timeline(
     events: Iterable[dict[str, Any]], resting_bytes: int, begins: Sequence[tuple[str, int]]
 ) -> Timeline:
-    """The course of allocated bytes over `events`, the history's of one device, in order.
+    """Allocated bytes over `events`, the memory history of one device in order.
 
-    `begins` are the phases, each with the number of events that change what is allocated before it; what is before
-    the first of them belongs to none and is left out.
+    `begins` lists the phases, each with the number of allocation changes before it. Changes before
+    the first phase are left out.
     """
     changes = (SIGNS[e["action"]] * e["size"] for e in events if e["action"] in SIGNS)
     held = list(itertools.accumulate(changes, initial=resting_bytes))
@@ -33,7 +33,7 @@ def timeline(
 
 
 def _thinned(phases: Sequence[tuple[str, Sequence[int]]]) -> Timeline:
-    """At most about `STRETCHES` stretches of equal numbers of events, none across phases; of each the largest."""
+    """About `STRETCHES` stretches of equally many events, each within one phase, reduced to their maximum."""
     size = max(sum(len(held) for _, held in phases) // STRETCHES, 1)
     stretches = [
         (name, max(held[start : start + size]))

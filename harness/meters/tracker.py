@@ -1,9 +1,9 @@
 """Exact bytes of live tensors while a step runs.
 
-Every tensor is born in an operator call, which a dispatch mode sees, and dies with its storage,
-which a weak reference sees. So the live bytes after each operator are a count, not an estimate.
-Views add nothing; a storage is counted once, whoever wraps it. What a kernel allocates and frees
-inside one operator call is invisible here.
+Operators create tensors, and a dispatch mode sees every operator. A weak reference sees when a
+storage is freed. So the live bytes after each operator are counted, not estimated. Views add
+nothing, and a storage counts once for all tensors that share it. Memory that a kernel allocates and
+frees within one operator is not visible.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ START = "start"
 
 
 class _Death(weakref.ref[torch.UntypedStorage]):
-    """A weak reference that knows whose it was."""
+    """A weak reference that keeps the key of its storage."""
 
     __slots__ = ("key",)
     key: int
@@ -43,8 +43,8 @@ class _Live:
 class Tracker:
     """Counts the bytes of live storages inside `with tracker:`.
 
-    Tensors that exist before have to be adopted to count. Those passed to `mark_host` are host
-    memory and count apart; tensors on the meta device are nothing.
+    Tensors that already exist count only after `adopt`. Tensors passed to `mark_host` are host
+    memory and count separately. Tensors on the meta device do not count.
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class Tracker:
         self._peaks: dict[str, int] = {}
         self._host_peak = 0
 
-    # --- what a caller tells ---
+    # --- input from the caller ---
 
     def __enter__(self) -> Self:
         self._original_resize = torch.UntypedStorage.resize_
@@ -72,7 +72,7 @@ class Tracker:
         self._settle()
 
     def adopt(self, tensors: Iterable[Tensor | None], category: str) -> None:
-        """Count tensors that exist already; `category` tells a reader what they are."""
+        """Count tensors that already exist. `category` only documents the call for readers."""
         self._settle()
         self._drain()
         for tensor in tensors:
@@ -82,18 +82,18 @@ class Tracker:
         self._settle()
 
     def adopt_rest(self) -> None:
-        """Count every other tensor that this process holds: buckets and buffers of an engine."""
+        """Count all other tensors of this process, such as an engine's buckets and buffers."""
         self.adopt([o for o in gc.get_objects() if issubclass(type(o), Tensor)], "other")
 
     def phase(self, name: str) -> None:
-        """Begin phase `name`, or go on with it; what is live now counts for its peak."""
+        """Begin or resume phase `name`. Live bytes count towards its peak from now on."""
         self._settle()
         self._drain()
         self._phase = name
         self._settle()
 
     def mark_host(self, tensor: Tensor) -> None:
-        """`tensor`, fresh from its allocation, stands for host memory: move it over."""
+        """Count `tensor`, which was just allocated, as host memory."""
         self._drain()
         for part in _parts(tensor):
             storage = part.untyped_storage()
@@ -102,18 +102,18 @@ class Tracker:
             live.host = True
             self._resize(live, storage.nbytes())
 
-    # --- what it found ---
+    # --- results ---
 
     @property
     def live_bytes(self) -> int:
-        """Live now on the compute device."""
+        """Live bytes on the compute device."""
         self._settle()
         self._drain()
         return self._bytes[False]
 
     @property
     def phase_peaks(self) -> dict[str, int]:
-        """Largest sum of live bytes on the compute device by phase."""
+        """Peak of live bytes on the compute device, by phase."""
         self._settle()
         return dict(self._peaks)
 
@@ -124,11 +124,11 @@ class Tracker:
 
     @property
     def host_peak_bytes(self) -> int:
-        """Largest sum of live bytes in host memory."""
+        """Peak of live bytes in host memory."""
         self._settle()
         return self._host_peak
 
-    # --- how it counts ---
+    # --- counting ---
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run one operator and count what it made."""
@@ -161,7 +161,7 @@ class Tracker:
         live.nbytes = nbytes
 
     def _drain(self) -> None:
-        """Take the dead off the count. Deaths are queued, so a finalizer never races an operator."""
+        """Subtract freed storages. They are queued, so that a finalizer never races an operator."""
         while self._dead:
             death = self._dead.popleft()
             assert isinstance(death, _Death)
@@ -169,16 +169,16 @@ class Tracker:
             del self._live[death.key]
 
     def _settle(self) -> None:
-        """Compare the state after the last operator with the peaks.
+        """Update the peaks with the state after the last operator.
 
-        Done late, when the next operator begins: `mark_host` comes between the two.
+        Runs when the next operator begins, because `mark_host` may be called between the two.
         """
         live, host = self._bytes[False], self._bytes[True]
         self._peaks[self._phase] = max(live, self._peaks.get(self._phase, 0))
         self._host_peak = max(host, self._host_peak)
 
     def _watched_resize(self) -> Callable[[Any, int], Any]:
-        """`UntypedStorage.resize_`, which no dispatch mode sees, with the count kept."""
+        """`UntypedStorage.resize_` with counting, because no dispatch mode sees it."""
         original = self._original_resize
 
         @wraps(original)
@@ -195,7 +195,7 @@ class Tracker:
 
 
 class _Mode(TorchDispatchMode):
-    """Shows every operator to a tracker."""
+    """Passes every operator to a tracker."""
 
     def __init__(self, tracker: Tracker) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -1,1 +1,3 @@
-"""CUDA devices whose memory is real and whose arithmetic is not: unmodified programs run on PyTorch's CUDA build."""
+"""Phantom devices: CUDA devices with real memory and no arithmetic, for unmodified programs on
+PyTorch's CUDA build.
+"""

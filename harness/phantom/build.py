@@ -19,7 +19,7 @@ from harness.phantom.wheel import Wheel, headers, home
 
 RUNTIME = Path(__file__).with_name("runtime")
 CORE = ("devices.c", "values.c", "launches.c", "host.c")
-"""Sources of libphantom.so, which all others are linked with."""
+"""Sources of libphantom.so, which all other libraries link."""
 IMPLEMENTED = {
     "libcudart": "cudart.c",
     "libcuda": "cuda.c",
@@ -30,9 +30,9 @@ IMPLEMENTED = {
     "libnccl": "nccl.c",
     "libnvidia-ml": "nvml.c",
 }
-"""Library -> the source of what it answers; of the others everything refuses."""
+"""Library -> the source of its implemented functions. All other functions are refused."""
 DONE = "sonames"
-"""Names the built libraries, in the order to load them."""
+"""The file that lists the built libraries in the order to load them."""
 
 
 def compiler() -> list[str]:
@@ -46,7 +46,7 @@ def compiler() -> list[str]:
 
 
 def cache_key(wheel: Wheel) -> str:
-    """Of the PyTorch version and all that the build reads here."""
+    """Hash of the PyTorch version and of all files that the build reads."""
     digest = hashlib.sha256(f"{wheel.version} {wheel.cuda}".encode())
     here = Path(__file__).parent
     for path in sorted(
@@ -59,17 +59,17 @@ def cache_key(wheel: Wheel) -> str:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """One process at a time; the lock goes with the process that held it."""
+    """Hold an exclusive lock on `path`. The lock is released even if the process dies."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def built(wheel: Wheel) -> Path:
-    """The folder of the libraries for `wheel`, built if need be.
+    """The folder of the libraries for `wheel`, built if it does not exist.
 
-    A folder under its final name is whole: it is renamed when all is in it. Raises `ValueError` if there is
-    no compiler, no header or no room.
+    The build gets its final name when it is complete, so a folder of that name is complete. Raises
+    `ValueError` if there is no compiler, no header or no disk space.
     """
     cache = home() / "cache"
     folder = cache / cache_key(wheel)
@@ -108,7 +108,7 @@ def compile_all(wheel: Wheel, folder: Path) -> None:
     libraries = symbols.libraries(wheel.libraries)
     for library in libraries:
         link(command, folder, library)
-    # The driver is also looked for by its plain name.
+    # Programs also look for the driver by its plain name.
     (folder / "libcuda.so").symlink_to("libcuda.so.1")
     for path in (*folder.glob("*.c"), *folder.glob("*.o"), *folder.glob("*.map")):
         path.unlink()
@@ -118,7 +118,7 @@ def compile_all(wheel: Wheel, folder: Path) -> None:
 
 
 def link(command: Sequence[str], folder: Path, library: symbols.Library) -> None:
-    """Compile what stands for `library`."""
+    """Compile the stub of `library`."""
     objects: list[str] = []
     answered: set[str] = set()
     source = IMPLEMENTED.get(library.soname.split(".so")[0])
@@ -137,7 +137,7 @@ def link(command: Sequence[str], folder: Path, library: symbols.Library) -> None
 
 
 def run(command: Sequence[str]) -> None:
-    """Raises `ValueError` with the compiler's first error."""
+    """Run a compiler. Raises `ValueError` with its first error."""
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["it said nothing"]

@@ -1,4 +1,6 @@
-"""C source of the functions that a stub library does not implement: harmless ones succeed, all others refuse."""
+"""Writes C source for the functions that a stub library does not implement: harmless ones succeed,
+all others refuse.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ ERRORS = {
     "libcufile": 5001,
     "libnvidia-ml": 3,
 }
-"""What each library returns for *not supported*. One that is not listed has no such value: its functions end the process."""
+"""Library -> its return code for *not supported*. Functions of a library that is not listed abort the process."""
 TEXT = re.compile(r"Get(Error|Status|LastError)(String|Name)$")
 """Functions that return text."""
 
@@ -55,5 +57,5 @@ def stubs(soname: str, functions: Iterable[str]) -> str:
 
 
 def version_script(version: str | None) -> str:
-    """For the linker: symbols under the node `version`."""
+    """Linker script that puts all symbols under the version node `version`."""
     return f"{version} {{ global: *; }};\n" if version else ""

@@ -1,4 +1,4 @@
-"""The environment in which a program finds phantom devices, and the test that it does."""
+"""The environment that gives a program phantom devices, and the test that it works."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from harness.phantom import build
 from harness.phantom.wheel import Wheel, find, peers
 
 AGENT = Path(__file__).with_name("agent")
-"""First on the search path: its `sitecustomize` is run in every Python process of the program."""
+"""First on the Python path. Every Python process of the program runs its `sitecustomize`."""
 
 
 def device_of(hardware: str, gpus: int, outside_bytes: int) -> str:
-    """What the runtime reads of its devices: `gpus` of the row `hardware`, each with `outside_bytes` in use.
+    """Device description for the runtime: `gpus` devices of the row `hardware`, each with `outside_bytes` in use.
 
-    Raises `ValueError` for a row without CUDA devices and for numbers that do not fit.
+    Raises `ValueError` for a row without CUDA devices and for numbers out of range.
     """
     row: Hardware = load_hardware(hardware)
     if row.chip is None:
@@ -37,7 +37,7 @@ def device_of(hardware: str, gpus: int, outside_bytes: int) -> str:
 
 
 def described(row: Hardware, gpus: int, device_bytes: int) -> str:
-    """`gpus` devices like those of `row`, which has some, with `device_bytes` for the allocator of each."""
+    """Device description for the runtime: `gpus` devices of `row`, each with `device_bytes` for the allocator."""
     assert row.chip is not None
     fields = {
         "count": gpus,
@@ -54,9 +54,10 @@ def described(row: Hardware, gpus: int, device_bytes: int) -> str:
 
 
 def environment(session: Path, device: str, base: Mapping[str, str]) -> dict[str, str]:
-    """`base`, changed so that programs find phantom devices. `session` holds what its processes share.
+    """`base` with the variables that give programs phantom devices. `session` is the folder that
+    their processes share.
 
-    Builds the libraries if need be. Raises `ValueError` where they cannot be had.
+    Builds the libraries if needed. Raises `ValueError` if that fails.
     """
     return {
         **prepared(base),
@@ -67,9 +68,9 @@ def environment(session: Path, device: str, base: Mapping[str, str]) -> dict[str
 
 
 def prepared(base: Mapping[str, str], wheel: Wheel | None = None) -> dict[str, str]:
-    """`base` with the libraries loaded before anything else, built and tested if need be; no device yet.
+    """`base` with the stub libraries preloaded, built and tested if needed. Sets no device.
 
-    Raises `ValueError` where they cannot be had.
+    Raises `ValueError` if the build or the test fails.
     """
     wheel = wheel or find()
     folder = build.built(wheel)
@@ -82,7 +83,7 @@ def prepared(base: Mapping[str, str], wheel: Wheel | None = None) -> dict[str, s
 
 
 def self_test(changed: Mapping[str, str]) -> None:
-    """Raises `ValueError` with what the runtime does not keep in the environment `changed`."""
+    """Test the runtime in the environment `changed`. Raises `ValueError` with the failed checks."""
     script = str(Path(__file__).with_name("selftest.py"))
     done = subprocess.run(
         [sys.executable, script], env=dict(changed), check=False, capture_output=True, text=True
@@ -93,7 +94,7 @@ def self_test(changed: Mapping[str, str]) -> None:
 
 
 def preloaded(folder: Path, wheel: Wheel, base: Mapping[str, str]) -> dict[str, str]:
-    """`base` with the libraries in `folder`."""
+    """`base` with the libraries in `folder` preloaded."""
     names = (folder / build.DONE).read_text().split()
     search = [str(AGENT), str(wheel.folder), base.get("PYTHONPATH", ""), str(peers())]
     return {
@@ -104,7 +105,8 @@ def preloaded(folder: Path, wheel: Wheel, base: Mapping[str, str]) -> dict[str, 
         "PYTHONPATH": os.pathsep.join(filter(None, search)),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), base.get("PATH", os.defpath)]),
         "PHANTOM_LIBRARIES": str(folder),
-        # Triton looks for the driver in a folder; its launcher is compiled for each driver.
+        # Triton searches a folder for the driver. It compiles its launcher per driver, hence a
+        # cache of its own.
         "TRITON_LIBCUDA_PATH": str(folder),
         "TRITON_CACHE_DIR": base.get("TRITON_CACHE_DIR", str(folder.parent / "triton")),
     }

@@ -1,4 +1,6 @@
-"""Run on a phantom device, once for each build: what the runtime promises holds with this PyTorch. Says nothing if so."""
+"""Self-test on a phantom device, run once per build: checks that the runtime works with this
+PyTorch. Silent on success.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ import sys
 
 
 def check() -> list[str]:
-    """What does not hold."""
+    """The failed checks."""
     import torch
 
     folder = os.environ["PHANTOM_LIBRARIES"]

@@ -22,26 +22,26 @@ from alst_impl.plugin import explain
 from harness.phantom.load import device_of, environment
 
 SMALL = 16
-"""Bytes up to which an unknown value may steer a program."""
+"""Largest read, in bytes, that can decide a program's control flow."""
 
 
 class Site(Frozen):
-    """A place that reads a value of the device which nobody knows, reviewed."""
+    """A reviewed place in a program that reads an unknown device value."""
 
     file: str
-    """End of the path of the source file."""
+    """Suffix of the source file's path."""
     function: str
-    """Its name, qualified or not; `*` is any of the file."""
+    """Name of the function, qualified or not; `*` matches any function of the file."""
     line: str | None = None
-    """Part of the line that reads or of the three after it; any line of the function if not given."""
+    """Part of the reading line or of the three lines after it; None matches any line of the function."""
     answer: bool | int | float = 0
-    """What the read is answered."""
+    """Value that the read returns."""
     why: str
-    """Why the program does then what it would do on a device."""
+    """Why the program then does what it would do on a device."""
 
 
 class Read(Frozen):
-    """Unknown reads of one size at one place."""
+    """Reads of unknown values, of one size at one place."""
 
     file: str
     line: int
@@ -49,14 +49,14 @@ class Read(Frozen):
     bytes: int
     count: int
     caller: str | None
-    """The nearest line outside packages, if that is another."""
+    """The nearest calling line outside installed packages; None if that is the reading line."""
     answer: bool | int | float | None
     why: str | None
-    """None at a site that is not reviewed."""
+    """None at a place that is not reviewed."""
 
     @property
     def doubtful(self) -> bool:
-        """Whether it may have steered the program, and nobody has looked."""
+        """Whether the value may have decided control flow at a place that is not reviewed."""
         return self.why is None and self.bytes <= SMALL
 
 
@@ -81,11 +81,11 @@ class DeviceUse(Frozen):
     retries: int
     ooms: int
     alive: list[Held]
-    """At the peak, the largest first."""
+    """Allocations at the peak, largest first."""
 
 
 class OutOfMemory(Frozen):
-    """The last allocation that found no memory."""
+    """The last allocation that failed."""
 
     device: int
     asked_bytes: int
@@ -123,18 +123,18 @@ class Result(Frozen):
     hardware: str
     gpus: int
     rank: int | None
-    """The one rank that was run; None for all."""
+    """The rank that was run; None for all ranks."""
     seconds: float = Field(description="How long this took here; no time of a device.")
     processes: list[Process]
 
     @property
     def exit_code(self) -> int:
-        """0 fits, 1 does not, 2 says neither."""
+        """0: fits; 1: does not fit; 2: no verdict."""
         return {"fits": 0, "does not fit": 1}.get(self.verdict, 2)
 
 
 def reviewed_sites(more: Path | None = None) -> list[Site]:
-    """The sites that come with this package, and those in the YAML file `more`."""
+    """The sites of this package and those in the YAML file `more`."""
     found: list[Site] = []
     for path in filter(None, (more, Path(__file__).with_name("sites.yaml"))):
         if not path.is_file():
@@ -149,7 +149,7 @@ def reviewed_sites(more: Path | None = None) -> list[Site]:
 
 
 def rank_environment(rank: int, world_size: int, devices_per_node: int) -> dict[str, str]:
-    """What a launcher tells rank `rank` of `world_size`, which is alone here."""
+    """Launcher variables of rank `rank` of `world_size`, which runs alone."""
     if not 0 <= rank < world_size:
         raise ValueError(f"--rank {rank}: with --gpus {world_size} ranks are 0 to {world_size - 1}")
     local = min(devices_per_node, world_size)
@@ -167,7 +167,7 @@ def rank_environment(rank: int, world_size: int, devices_per_node: int) -> dict[
 
 @contextmanager
 def session_folder() -> Iterator[Path]:
-    """What the processes of a run share, gone after it."""
+    """Folder that the processes of a run share; removed after the run."""
     try:
         folder = Path(tempfile.mkdtemp(prefix="phantom-"))
     except OSError as error:
@@ -193,10 +193,11 @@ def run(
     base: Mapping[str, str] = os.environ,
     on_progress: Callable[[float, int], None] | None = None,
 ) -> Result:
-    """Run `command` on `gpus` devices of the row `hardware`, or as rank `rank` of `gpus` without the others.
+    """Run `command` on `gpus` devices of the row `hardware`, or only as rank `rank` of `gpus`.
 
-    With `hollow_host` large float tensors on the host are never written. `on_progress(seconds, bytes)` hears a few times a second how much memory is in use on the fullest device.
-    Raises `ValueError` if the command cannot be started.
+    With `hollow_host`, large float tensors on the host are never written. `on_progress(seconds,
+    bytes)` is called a few times a second with the memory in use on the fullest device. Raises
+    `ValueError` if the command cannot be started.
     """
     from harness.cells.hardware import load_hardware
 
@@ -229,7 +230,7 @@ def follow(
     output: int | None,
     on_progress: Callable[[float, int], None] | None,
 ) -> int | None:
-    """Exit code of `command`; None if it had to be stopped after `limit_s` seconds."""
+    """Run `command` and return its exit code; None if it was stopped after `limit_s` seconds."""
     program = shutil.which(command[0], path=surroundings["PATH"])
     if program is None:
         raise ValueError(f"command '{command[0]}' does not exist")
@@ -250,7 +251,7 @@ def follow(
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End the group of a process, whatever it has started; nothing if all has ended."""
+    """End the process group of `process`, including all its children."""
     for sent in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, sent)
@@ -277,7 +278,7 @@ def in_use(ledger: Path) -> int:
 def judge(
     ended: int | None, processes: Sequence[Process], limit_s: float
 ) -> tuple[Literal["fits", "does not fit", "no record", "cannot run"], str]:
-    """The verdict, and why."""
+    """The verdict and its reason."""
     refused = sorted({name for process in processes for name in process.refused})
     also = f"; refused: {', '.join(refused)}" if refused else ""
     doubtful = [read for process in processes for read in process.reads if read.doubtful]

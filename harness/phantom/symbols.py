@@ -1,4 +1,4 @@
-"""What PyTorch's libraries ask of NVIDIA's, read from the ELF files."""
+"""Functions that PyTorch's libraries need from NVIDIA's, read from the ELF files."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ PREFIXES = {
     "nvshmem": "libnvshmem_host.so",
     "cu": "libcuda.so",
 }
-"""Whose a function without a version node is, by the beginning of its name; the longest that fits."""
+"""Prefix of a function name -> its library, for functions without a version node. The first match counts."""
 NVIDIA = ("libcu", "libnv", "libnccl")
 LAZY = ("libcuda.so.1", "libnvidia-ml.so.1")
-"""Libraries that are opened by name when they are needed."""
+"""Libraries that programs open by name at run time."""
 
 
 class Library(Frozen):
-    """A shared library to stand for."""
+    """A shared library that needs a stub."""
 
     soname: str
     version: str | None
@@ -30,7 +30,7 @@ class Library(Frozen):
 
 
 def libraries(folder: Path) -> list[Library]:
-    """The NVIDIA libraries that the shared objects in `folder` are linked with, and what they use of each."""
+    """The NVIDIA libraries that the shared objects in `folder` link, with the functions that they use."""
     from elftools.elf.elffile import ELFFile
 
     functions: dict[str, set[str]] = {soname: set() for soname in LAZY}
@@ -76,7 +76,7 @@ def undefined(elf: Any) -> list[tuple[str, str, str]]:
 
 
 def owner_of(name: str, sonames: dict[str, set[str]]) -> str | None:
-    """The library among `sonames` that a function without a version belongs to; None if none of them."""
+    """The library among `sonames` that has a function without a version; None if no library has it."""
     for prefix, start in PREFIXES.items():
         rest = name.removeprefix(prefix)
         if name.startswith(prefix) and (rest[:1].isupper() or prefix in ("nvshmem", "cusparseLt")):
@@ -85,7 +85,7 @@ def owner_of(name: str, sonames: dict[str, set[str]]) -> str | None:
 
 
 def defined(path: Path) -> set[str]:
-    """Names of the functions that an object file defines for others."""
+    """Names of the global functions that an object file defines."""
     from elftools.elf.elffile import ELFFile
 
     with path.open("rb") as file:

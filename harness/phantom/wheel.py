@@ -1,4 +1,4 @@
-"""Where PyTorch's CUDA build and NVIDIA's headers are, and how they get there."""
+"""Finds and fetches PyTorch's CUDA build and NVIDIA's headers."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from pathlib import Path
 from alst_impl.config import Frozen
 
 SUPPORTED = (13,)
-"""Major versions of CUDA whose libraries are known here."""
+"""Supported major versions of CUDA."""
 MACHINES = ("x86_64", "aarch64")
 HEADERS = ("cuda.h", "cuda_runtime_api.h", "crt/host_defines.h")
-"""What the runtime is compiled with; the last is in a package of its own, which PyTorch does not ask for."""
+"""Headers that the runtime includes. The last is in a separate package that PyTorch does not depend on."""
 PEERS = ("liger-kernel>=0.8,<0.9", "triton>=3.7,<3.8", "arctic-training>=0.8,<0.9")
-"""What the released ALST recipes call. Without their dependencies: arctic-training asks for another transformers."""
+"""Packages that the released ALST recipes use. Installed without dependencies, because
+arctic-training requires another transformers."""
 
 
 class Wheel(Frozen):
     """An installed CUDA build of PyTorch."""
 
     folder: Path
-    """What goes first on the search path of Python."""
+    """Folder to put first on the Python path."""
     version: str
     """Such as 2.13.0+cu130."""
     cuda: str
@@ -34,24 +35,24 @@ class Wheel(Frozen):
 
     @property
     def libraries(self) -> Path:
-        """Its shared objects."""
+        """Folder of its shared objects."""
         return self.folder / "torch" / "lib"
 
     @property
     def cuda_number(self) -> int:
-        """As in CUDA's headers, without the last digit: 1300."""
+        """`CUDA_VERSION` of CUDA's headers without the last digit: 1300."""
         major, minor = map(int, self.cuda.split("."))
         return major * 100 + minor
 
 
 def home() -> Path:
-    """The folder of the CUDA build, the headers and the built libraries; `ALST_PHANTOM` names another."""
+    """The folder of the CUDA build, the headers and the built libraries. The variable `ALST_PHANTOM` sets another."""
     named = os.environ.get("ALST_PHANTOM")
     return Path(named) if named else Path(__file__).resolve().parents[2] / ".phantom"
 
 
 def wheel_in(folder: Path) -> Wheel | None:
-    """The CUDA build of PyTorch in `folder`; None where there is none. Imports nothing."""
+    """The CUDA build of PyTorch in `folder`; None if there is none. Does not import it."""
     path = folder / "torch" / "version.py"
     if not path.is_file():
         return None
@@ -88,7 +89,7 @@ def find() -> Wheel:
 
 
 def check_platform() -> None:
-    """Raises `ValueError` where phantom devices cannot work."""
+    """Raises `ValueError` on a platform without support for phantom devices."""
     if sys.platform != "linux" or platform.machine() not in MACHINES:
         raise ValueError(
             f"phantom devices need Linux on {' or '.join(MACHINES)}, this is {sys.platform} on "
@@ -109,7 +110,7 @@ def headers(wheel: Wheel) -> Path:
 
 
 def peers() -> Path:
-    """The folder of packages that other people's stacks need besides."""
+    """The folder of the packages `PEERS`."""
     return home() / "peers"
 
 
@@ -120,7 +121,9 @@ def fetch_peers() -> None:
 
 
 def fetch() -> None:
-    """Install the CUDA build of this environment's PyTorch version and its headers below `home()`, what is missing of them."""
+    """Install what is missing below `home()`: the CUDA build of this environment's PyTorch version,
+    and its headers.
+    """
     check_platform()
     own = environment_folder()
     wheel = wheel_in(home() / "torch") or (wheel_in(own) if own else None)
@@ -145,7 +148,9 @@ def fetch() -> None:
 
 
 def install(folder: Path, *requirements: str) -> None:
-    """Install into `folder` beside it first, so that a broken download leaves nothing behind that looks whole."""
+    """Install `requirements` into a temporary folder, then rename it to `folder`. A failed download
+    leaves no `folder`.
+    """
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     command = [
         sys.executable,
@@ -157,7 +162,7 @@ def install(folder: Path, *requirements: str) -> None:
         "--target",
         str(partial),
     ]
-    # Constraints are for the environment, which this does not touch; a file of none replaces them.
+    # Constraints apply to the environment, which this does not change. An empty file disables them.
     environment = {**os.environ, "PIP_CONSTRAINT": os.devnull}
     done = subprocess.run(
         [*command, *requirements], env=environment, check=False, stderr=subprocess.PIPE, text=True

@@ -1,1 +1,1 @@
-"""What fits: steps tried on phantom devices, searches, plans."""
+"""Forecasts of what fits: trial steps on phantom devices, searches, plans."""

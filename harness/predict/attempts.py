@@ -1,4 +1,4 @@
-"""A step of a cell on a phantom device, tried: what it holds, or that it met the allocator's out-of-memory."""
+"""A trial step of a cell on a phantom device: its memory use, or the allocator's out-of-memory error."""
 
 from __future__ import annotations
 
@@ -22,42 +22,42 @@ from harness.worlds.phantom import Phantom
 
 GIB = 2**30
 ROOMY_BYTES = 4000 * GIB
-"""A device on which a step that does not fit shows what it would take."""
+"""Memory of a device that is large enough to show how much a step needs that does not fit."""
 
 
 class Step(Frozen):
-    """A step that ran to its end."""
+    """A step that completed."""
 
     readings: RankReadings
     cost: Cost | None
-    """Counted where it was asked for."""
+    """Counted work; None if it was not requested."""
     holdings: list[Holding]
-    """What is alive at the peak, largest first, where it was asked for."""
+    """Allocations alive at the peak, largest first; empty if they were not requested."""
     pageable_bytes: int
-    """Host memory of one rank that is not page-locked: samples, and an optimizer's shards and states there."""
+    """Pageable host memory of one rank: samples, and the optimizer's offloaded shards and states."""
     timeline: Timeline | None
-    """Where the cell asks for it."""
+    """None if the cell does not request it."""
 
     @property
     def memory(self) -> RankMemory:
-        """Of the tracked step."""
+        """Memory of the tracked step."""
         assert self.readings.memory is not None
         return self.readings.memory
 
     @property
     def allocated_bytes(self) -> int:
-        """The most that the allocator handed out."""
+        """Peak of allocated bytes."""
         return self.memory.peak_bytes
 
     @property
     def reserved_bytes(self) -> int:
-        """The most that it held."""
+        """Peak of reserved bytes."""
         assert self.memory.cuda is not None
         return max(self.memory.cuda.reserved_bytes.values())
 
 
 class Exceeded(Frozen):
-    """A step that ended in the allocator's out-of-memory."""
+    """A step that ended in the allocator's out-of-memory error."""
 
     detail: str
 
@@ -65,7 +65,7 @@ class Exceeded(Frozen):
 def attempt(
     rank: Rank, cell: Cell, device_bytes: int, *, counted: bool = False, explained: bool = False
 ) -> Step | Exceeded:
-    """A step of `cell` in this process, which has not used a device yet, on one of `device_bytes`."""
+    """Run a step of `cell` on a phantom device of `device_bytes`. This process must not have used a device before."""
     os.environ["PHANTOM_DEVICE"] = described(load_hardware(cell.hardware), 1, device_bytes)
     found = []
     for played in _played(cell):
@@ -88,7 +88,7 @@ def attempt(
 
 
 def roomy(rank: Rank, cell: Cell, *, counted: bool = False, explained: bool = False) -> Step:
-    """`attempt` on a device of `ROOMY_BYTES`. Raises `ValueError` for a step that takes even more."""
+    """`attempt` on a device of `ROOMY_BYTES`. Raises `ValueError` if the step needs even more."""
     found = attempt(rank, cell, ROOMY_BYTES, counted=counted, explained=explained)
     if isinstance(found, Exceeded):
         raise ValueError(
@@ -99,35 +99,39 @@ def roomy(rank: Rank, cell: Cell, *, counted: bool = False, explained: bool = Fa
 
 
 def _played(cell: Cell) -> list[int]:
-    """The ranks one of which holds the most: of a pipeline the first stage holds most slices, the last the loss."""
+    """Candidates for the rank with the highest memory use. In a pipeline, the first stage has the
+    most slices and the last has the loss.
+    """
     method, size = load_method(cell.train.method), cell.train.world_size
     stages = method.degrees(size)["pp"]
     return [0, size - size // stages] if stages > 1 else [method.heaviest_rank(size)]
 
 
 def capacity_bytes(cell: Cell) -> int:
-    """What the allocator of one rank of `cell` may hold: the device's memory less what lies outside."""
+    """Memory for the allocator of one rank of `cell`: the device's usable memory less the memory
+    outside the allocator.
+    """
     chip = load_hardware(cell.hardware).chip
     assert chip is not None
     return chip.usable_bytes - outside_bytes(cell.train)
 
 
 def host_bytes(cell: Cell, step: Step) -> int:
-    """Host memory of a node's ranks."""
+    """Host memory of all ranks of a node."""
     ranks = min(cell.train.world_size, load_hardware(cell.hardware).devices_per_node)
     assert step.memory.cuda is not None
     return ranks * ((step.memory.cuda.pinned_bytes or 0) + step.pageable_bytes)
 
 
 def host_memory_bytes(cell: Cell) -> float:
-    """Of one node."""
+    """Host memory of one node; infinity if it is unknown."""
     assert cell.simulation is not None
     row = load_hardware(cell.hardware)
     return cell.simulation.host_memory_bytes or row.host_memory_bytes or math.inf
 
 
 def require_thinkable(cell: Cell) -> None:
-    """Raise `ValueError` where the tokens' ids alone are more than a device holds: nothing has to run to see it."""
+    """Raise `ValueError`, before anything runs, if the token ids alone exceed a device's memory."""
     ids = 8 * cell.train.batch_size * cell.train.seqlen // sequence_parallel(cell.train)
     capacity = capacity_bytes(cell)
     if ids > capacity:

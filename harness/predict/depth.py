@@ -1,4 +1,4 @@
-"""The layers of a model: how many, whether they are alike, and the same model with fewer."""
+"""Layers of a model: their number, whether they are alike, and the same model with fewer of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from alst_impl.models import build, published
 def at_depth(config: TrainConfig, num_layers: int) -> TrainConfig:
     """The same run of a model with `num_layers` layers."""
     fields = published(config.model, config.overrides)
-    # Lists with an entry per layer are cut along.
+    # Lists with one entry per layer are truncated, too.
     cut = {
         key: value[:num_layers]
         for key, value in fields.items()
@@ -28,10 +28,10 @@ def at_depth(config: TrainConfig, num_layers: int) -> TrainConfig:
 
 @dataclass(frozen=True)
 class Structure:
-    """What a model is made of."""
+    """Number of parameters and uniformity of layers of a model."""
 
     num_parameters: int
-    """All of them, tied ones once."""
+    """All parameters, tied ones counted once."""
     layers_alike: bool
     """Whether every decoder layer holds modules and parameters of the same types and shapes."""
 
@@ -51,7 +51,7 @@ def structure(config: TrainConfig) -> Structure:
 
 
 _STRUCTURES: dict[str, Structure] = {}
-"""By configuration: a search asks for the same one at every length."""
+"""Cache by configuration. A search needs the same structure at every length."""
 
 
 def _kind(layer: nn.Module) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""What fits: a step of a cell on a phantom device, its work, what one more token costs, and how long it may be."""
+"""Forecast of a cell: a step on a phantom device, its work, the memory of one more token, the longest sequence."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ from harness.records.sources import fingerprint
 from harness.worlds.base import RankReadings
 
 HOLDINGS = 40
-"""Rows kept of what is alive at the peak."""
+"""Maximum number of holdings in a record."""
 
 
 def execute(rank: Rank, payload: dict[str, Any]) -> dict[str, Any]:
     """`forecast` of `payload["cell"]` as plain data."""
-    # The search path of who asks does not lead to what phantom processes have besides.
+    # The caller's search path lacks the folders that only phantom processes have.
     ours = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     sys.path += [folder for folder in ours if folder not in sys.path]
     cell = Cell(**payload["cell"])
@@ -68,34 +68,34 @@ def execute(rank: Rank, payload: dict[str, Any]) -> dict[str, Any]:
 
 
 class Forecast(Frozen):
-    """What was found of a cell."""
+    """Result of a forecast."""
 
     simulated: Simulated
     readings: RankReadings
-    """Of the tracked step, on a device on which it fits."""
+    """Readings of the tracked step, on a device on which it fits."""
 
 
 class Around(Frozen):
-    """What is found of a cell beside a step of its own length."""
+    """Results of the runs of a cell besides the step at its own length."""
 
     cost: Cost
     slope: float
-    """Of allocated bytes over the tokens of one rank."""
+    """Increase of allocated bytes per token of one rank."""
     uses: dict[int, Use]
-    """By length: near the longest, where the cell asks for it."""
+    """Length -> memory use. Includes lengths near the longest if the cell requests a search."""
 
 
 def forecast(rank: Rank, cell: Cell) -> Forecast:
-    """A step of `cell`, what one more token costs, and the longest sequence where the cell asks for it.
+    """Run a step of `cell`, measure the memory of one more token, and search for the longest sequence if requested.
 
-    Raises `ValueError` for a length whose tokens alone are more than a device holds.
+    Raises `ValueError` if the token ids alone exceed a device's memory.
     """
     assert cell.simulation is not None
     require_thinkable(cell)
     if cell.simulation.part != "step":
         return _part(rank, cell)
     rank.progress("running a step on a phantom device")
-    # Side by side: the whole step takes about as long as all that needs few layers.
+    # Concurrent, because the full step takes about as long as all runs with few layers.
     calls: list[Callable[[], Step | Around]] = [
         partial(roomy, rank, cell, explained=True),
         partial(_around, rank, cell),
@@ -114,7 +114,7 @@ def forecast(rank: Rank, cell: Cell) -> Forecast:
 
 
 def bare(rank: Rank, cell: Cell) -> Prediction:
-    """What a step of `cell` holds and whether it fits: without its work, its slope and what is alive at its peak."""
+    """Memory use of a step of `cell` and whether it fits, without its work, its slope and its holdings."""
     require_thinkable(cell)
     (step,) = apart([partial(roomy, rank, cell)])
     step, fits = _on_its_device(rank, cell, step)
@@ -122,7 +122,7 @@ def bare(rank: Rank, cell: Cell) -> Prediction:
 
 
 def _around(rank: Rank, cell: Cell) -> Around:
-    """Work, slope and uses of `cell`, one step after the other."""
+    """Work, slope and memory uses of `cell`, from steps that run one after the other."""
     assert cell.simulation is not None
     cost, more = counted(rank, cell), longer(cell)
     uses = {of.train.seqlen: use_on_roomy(rank, of) for of in (cell, more)}
@@ -134,7 +134,10 @@ def _around(rank: Rank, cell: Cell) -> Around:
 
 
 def _on_its_device(rank: Rank, cell: Cell, step: Step) -> tuple[Step, bool]:
-    """What `step`, which ran on a roomy device, is on one of the cell's size, and whether it fits there."""
+    """`step`, run on a roomy device, as it is on a device of the cell's size, and whether it fits there.
+
+    It runs again only if reserved bytes exceed the capacity and allocated bytes do not.
+    """
     capacity = capacity_bytes(cell)
     if step.reserved_bytes <= capacity or step.allocated_bytes > capacity:
         return step, step.allocated_bytes <= capacity
@@ -146,14 +149,14 @@ def _on_its_device(rank: Rank, cell: Cell, step: Step) -> tuple[Step, bool]:
 
 
 def _part(rank: Rank, cell: Cell) -> Forecast:
-    """A part of a step of `cell`; it has no limits to exceed."""
+    """Forecast of a part of a step. A part has no limits to exceed."""
     rank.progress("running it on a phantom device")
     (step,) = apart([partial(roomy, rank, cell, explained=True)])
     return Forecast(simulated=_seen(step, None, None), readings=step.readings)
 
 
 def counted(rank: Rank, cell: Cell) -> Cost:
-    """What a step of `cell` computes and moves: a straight line in the layers where they are alike, from two depths."""
+    """Counted work of a step of `cell`. If layers are alike, it is extrapolated linearly from two depths."""
     period, layers = period_of(cell), num_layers(cell)
     straight = structure(cell.train).layers_alike and layers % period == 0 and layers > 2 * period
     depths = (period, 2 * period) if straight else (layers,)
@@ -170,7 +173,7 @@ def counted(rank: Rank, cell: Cell) -> Cost:
 
 
 def longer(cell: Cell) -> Cell:
-    """The same run with sequences two per cent longer, by at least a token on every rank."""
+    """The same run with sequences two per cent longer, by at least one token per rank."""
     ranks = sequence_parallel(cell.train)
     return at_length(cell, cell.train.seqlen + max(cell.train.seqlen // ranks // 50, 1) * ranks)
 
@@ -178,7 +181,7 @@ def longer(cell: Cell) -> Cell:
 def _prediction(
     cell: Cell, step: Step, cost: Cost | None, fits: bool, slope: float | None
 ) -> Prediction:
-    """What follows from a step."""
+    """The prediction from a completed step."""
     config, row = cell.train, load_hardware(cell.hardware)
     total = step.reserved_bytes + outside_bytes(config)
     host = host_bytes(cell, step)
@@ -205,7 +208,7 @@ def _prediction(
 
 
 def _seen(step: Step, prediction: Prediction | None, search: SearchResult | None) -> Simulated:
-    """The record's part of a step."""
+    """The part of a step that goes into the record."""
     assert step.memory.cuda is not None
     return Simulated(
         code=fingerprint(),
@@ -228,7 +231,7 @@ def _by_category(holdings: list[Holding]) -> dict[str, int]:
 
 
 def _sequences(config: TrainConfig) -> int:
-    """Of one step, over all ranks."""
+    """Sequences of one step, over all ranks."""
     replicas = load_method(config.method).axes(config.world_size)["dp"]
     return config.batch_size * config.accumulation * replicas
 
@@ -248,7 +251,9 @@ def _flops(cell: Cell, step: Step) -> Flops:
 
 
 def _seconds(cell: Cell, step: Step, cost: Cost | None) -> float:
-    """Modelled, of a whole step: by the passes of the published runs where the method makes them, else as counted."""
+    """Modelled time of a step: from the passes of the published runs if the method makes them, else
+    from its counted work.
+    """
     config, row = cell.train, load_hardware(cell.hardware)
     if cost is None or (load_method(config.method).recomputes_layers and config.checkpoint):
         one = roofline.seconds(_shape(cell, step), config.seqlen, row)

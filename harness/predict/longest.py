@@ -1,7 +1,7 @@
-"""The longest sequence that fits, found by the real out-of-memory of PyTorch's allocator.
+"""Searches for the longest sequence that fits, with the real out-of-memory error of PyTorch's allocator.
 
-Every verdict is of a step with all layers. Where to look first is said by models of few layers, where layers are
-alike and many: allocated bytes are a straight line in them.
+Every verdict is of a step with all layers. If layers are many and alike, models with few layers
+give the first guess, because allocated bytes are linear in the number of layers.
 """
 
 from __future__ import annotations
@@ -32,28 +32,29 @@ from harness.processes.apart import apart
 from harness.processes.jobs import Rank
 
 STEP = 256
-"""Lengths are searched in multiples of this many tokens per rank (the recipes' own advice)."""
+"""Lengths are searched in multiples of this many tokens per rank, as the recipes advise."""
 PRECISION = 0.015
 """Relative width of the bracket at which a search ends."""
 FULL = 0.975
-"""Share of what the allocator may hold that a step allocates at most: blocks are rounded, and gaps are left."""
+"""Assumed share of the allocator's capacity that a step can allocate. Rounded blocks and
+fragmentation take the rest."""
 SMALL = (2, 4)
-"""Depths that stand for all where layers are alike, in periods of the method."""
+"""Depths, in periods of the method, of the two models to extrapolate from."""
 DEEP = 8
-"""Periods from which on they do."""
+"""Minimum depth, in periods, of a model that is extrapolated."""
 LOOKS = 2
-"""Lengths that are looked at on few layers."""
+"""Number of lengths that are tried with few layers."""
 
 
 class Use(NamedTuple):
-    """Bytes of one device and of one node's host memory: of a step, or what there is."""
+    """Bytes of one device and of one node's host memory, either used by a step or available."""
 
     device: float
     host: float
 
 
 def use_on_roomy(rank: Rank, cell: Cell) -> Use:
-    """What a step uses that may not fit: from few layers where these stand for all, else whole."""
+    """Memory use of a step that may not fit: extrapolated from few layers if possible, else from the full model."""
     if not _is_deep(cell):
         (step,) = apart([partial(roomy, rank, cell)])
         return use_of(cell, step)
@@ -63,7 +64,9 @@ def use_on_roomy(rank: Rank, cell: Cell) -> Use:
 
 
 def near_longest(rank: Rank, cell: Cell, known: dict[int, Use]) -> dict[int, Use]:
-    """`known` uses by length, and those of lengths near the longest, found on few layers where these stand for all."""
+    """`known` uses by length, plus extrapolated uses at lengths near the longest. Unchanged if
+    extrapolation is not possible.
+    """
     unit, found = STEP * sequence_parallel(cell.train), dict(known)
     for _ in range(LOOKS if _is_deep(cell) else 0):
         seqlen = max(int(_crossing(cell, found) / unit), 1) * unit
@@ -72,20 +75,20 @@ def near_longest(rank: Rank, cell: Cell, known: dict[int, Use]) -> dict[int, Use
 
 
 def _is_deep(cell: Cell) -> bool:
-    """Whether small depths stand for all."""
+    """Whether memory use can be extrapolated from few layers."""
     pipelined = load_method(cell.train.method).degrees(cell.train.world_size)["pp"] > 1
     deep = num_layers(cell) >= DEEP * period_of(cell) and num_layers(cell) % period_of(cell) == 0
     return deep and not pipelined and structure(cell.train).layers_alike
 
 
 def depths(cell: Cell) -> tuple[int, int]:
-    """Layers of the two models that stand for the whole."""
+    """Number of layers of the two models to extrapolate from."""
     near, far = SMALL
     return near * period_of(cell), far * period_of(cell)
 
 
 def stretched(cell: Cell, near: Step, far: Step) -> Use:
-    """What a step of all layers uses, from steps of few."""
+    """Memory use of a step with all layers, extrapolated from two steps with few."""
     few, more = depths(cell)
     times = (num_layers(cell) - few) / (more - few)
     uses = (use_of(cell, step) for step in (near, far))
@@ -93,17 +96,17 @@ def stretched(cell: Cell, near: Step, far: Step) -> Use:
 
 
 def use_of(cell: Cell, step: Step) -> Use:
-    """What `step` uses."""
+    """Memory use of `step`."""
     return Use(device=step.allocated_bytes, host=host_bytes(cell, step))
 
 
 def memory_limit(cell: Cell) -> Limit:
-    """What stops a sequence that is too long for a device."""
+    """The limit of a sequence that is too long for a device."""
     return "heads" if _heads_are_spent(cell.train) else "gpu_memory"
 
 
 def exceeded(cell: Cell, tried: Step | Exceeded) -> Limit | None:
-    """What a step on the cell's own device has too much of; None of one that fits."""
+    """The limit that a step on the cell's own device exceeds; None if it fits."""
     if isinstance(tried, Exceeded):
         return memory_limit(cell)
     return "host_memory" if host_bytes(cell, tried) > host_memory_bytes(cell) else None
@@ -112,8 +115,8 @@ def exceeded(cell: Cell, tried: Step | Exceeded) -> Limit | None:
 def longest(rank: Rank, cell: Cell, own: Limit | None, known: dict[int, Use]) -> SearchResult:
     """The longest sequence of `cell`, in multiples of `STEP` tokens per rank.
 
-    A step of the cell's own length has too much of `own`. Straight lines through what is `known` say where to look,
-    on both sides at a time.
+    `own` is the limit that the cell's own length exceeds; None if it fits. The guess is a linear
+    extrapolation of the `known` uses. Each round tries a length on either side of the guess.
     """
     unit, uses, length = STEP * sequence_parallel(cell.train), dict(known), cell.train.seqlen
     low, high = (length // unit, None) if own is None else (0, -(-length // unit))
@@ -144,13 +147,15 @@ def longest(rank: Rank, cell: Cell, own: Limit | None, known: dict[int, Use]) ->
 
 
 def _next_tries(low: int, high: int | None, guess: int, stride: int) -> list[int]:
-    """One or two numbers to try: around `guess`, else where they cut the range from `low`, which fits, to `high`, which does not.
+    """One or two lengths to try, in units: around `guess`, or at the thirds of the bracket if
+    `guess` is too close to its ends.
 
-    Where nothing failed yet they lie further beyond `low` from time to time, by `stride`.
+    `low` fits and `high` does not; `high` is None until a length has failed. Until then the tries
+    move further beyond `low` as `stride` grows.
     """
     half = max(1, int(PRECISION * guess * 0.45))
     if high is None:
-        # A line through short lengths may miss by much, and each try is a whole step.
+        # An extrapolation from short lengths may be far off, and each try is a full step.
         around = min(max(guess, low + (stride - 1) * half), 16 * max(low, 64))
         return sorted({max(around - half, low + 1), max(around + half * stride, low + 2)})
     if guess + half >= high or guess - half <= low:
@@ -160,7 +165,7 @@ def _next_tries(low: int, high: int | None, guess: int, stride: int) -> list[int
 
 
 def _crossing(cell: Cell, known: dict[int, Use]) -> float:
-    """Tokens at which straight lines through the two longest known uses meet the first limit."""
+    """Tokens at which the first limit is met, by lines through the two longest known uses."""
     limits = Use(device=FULL * capacity_bytes(cell), host=host_memory_bytes(cell))
     (x, near), (far, there) = sorted(known.items())[-2:]
     meets = [
@@ -171,18 +176,18 @@ def _crossing(cell: Cell, known: dict[int, Use]) -> float:
 
 
 def num_layers(cell: Cell) -> int:
-    """Of the whole model."""
+    """Number of layers of the full model."""
     return field(published(cell.train.model, cell.train.overrides), "num_hidden_layers")
 
 
 def period_of(cell: Cell) -> int:
-    """Layers after which a step repeats itself, on every stage."""
+    """Number of layers after which a step repeats itself, on every stage."""
     method = load_method(cell.train.method)
     return method.period() * method.degrees(cell.train.world_size)["pp"]
 
 
 def _heads_are_spent(config: TrainConfig) -> bool:
-    """Whether ranks are left that cannot share a sample because the heads do not split over more."""
+    """Whether sp is at its maximum although more ranks exist, because the heads do not split further."""
     method = load_method(config.method)
     fields = type(method).model_fields
     if "sp" not in fields or "cp" in fields:  # a ring takes any number of ranks

@@ -1,4 +1,4 @@
-"""Parts of a step on their own: forward and backward of one MLP, or of head and loss."""
+"""Parts of a step: forward and backward of only one MLP, or of only head and loss."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def run_part(rank: Rank, cell: Cell, world: World) -> RankReadings:
-    """Forward and backward of the part of a step that `cell` asks for, with its parameters and no others. Collective."""
+    """Run forward and backward of the part that `cell` names, with only its parameters in memory. Collective."""
     assert cell.simulation is not None
     train = at_depth(cell.train, 1)
     with world.group(rank, cell) as mesh:
@@ -87,7 +87,7 @@ def _mlp(mlp: nn.Module, hidden: Tensor, placement: Placement) -> Callable[[], o
 
 
 def _leave(model: nn.Module, kept: Iterable[nn.Parameter]) -> None:
-    """Give back the memory of all parameters of `model` but `kept`."""
+    """Free all parameters of `model` except `kept`."""
     stay = {id(p) for p in kept}
     for p in model.parameters():
         if id(p) not in stay:
@@ -95,7 +95,7 @@ def _leave(model: nn.Module, kept: Iterable[nn.Parameter]) -> None:
 
 
 def _give_hidden_states(model: Any, hidden: Tensor) -> None:
-    """Have the body of `model` return `hidden`, so that only head and loss run."""
+    """Make the body of `model` return `hidden`, so that only head and loss run."""
 
     def body(*args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
         return BaseModelOutputWithPast(last_hidden_state=hidden)

@@ -1,7 +1,7 @@
-"""Will it fit, and how: the legal settings of ALST for a length on a machine, cheapest first.
+"""Plans configurations of ALST that fit a length on a machine, cheapest first.
 
-Settings form a ladder: each rung frees device memory and costs something. On every rung the smallest
-sequence-parallel degree that fits is looked for, since a larger one only adds communication.
+Options form a ladder: each rung frees device memory at some cost. On every rung the planner looks
+for the smallest sequence-parallel degree that fits, since a larger one only adds communication.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from harness.predict.fits import bare
 from harness.processes.jobs import Rank
 
 GPUS = (1, 2, 4, 8, 16, 32, 64)
-"""Numbers tried where none is asked for: the smallest that fits is the cheapest."""
+"""Numbers of GPUs that are tried if none is given. The smallest that fits is the cheapest."""
 
 
 LADDER = (
@@ -28,7 +28,7 @@ LADDER = (
     Rung(tiling=True, offload=True, offload_states=False),
     Rung(tiling=True, offload=True, offload_states=True),
 )
-"""Cheapest first."""
+"""Rungs, cheapest first."""
 
 
 def execute(rank: Rank, payload: dict[str, Any]) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def execute(rank: Rank, payload: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_plan(rank: Rank, cell: Cell, gpus: int | None) -> Plan:
-    """Settings for `cell` (its method, engine and number of ranks are replaced) that fit on its hardware."""
+    """Configurations of `cell` that fit on its hardware. Its method, engine and number of ranks are replaced."""
     closest: Option | None = None
     for count in (gpus,) if gpus else GPUS:
         tried = [option for found in _rungs(rank, cell, count) for option in found]
@@ -50,7 +50,7 @@ def make_plan(rank: Rank, cell: Cell, gpus: int | None) -> Plan:
 
 
 def _cost(option: Option) -> tuple[float, int, int]:
-    """Time per sample, then what a rung costs, then communication."""
+    """Sort key: time per sample, then the rung, then communication."""
     seconds = option.prediction.step_seconds_modelled / option.dp
     return seconds, LADDER.index(option.rung), option.sp
 
@@ -60,7 +60,9 @@ def _excess(option: Option) -> int:
 
 
 def _rungs(rank: Rank, cell: Cell, gpus: int) -> Iterator[list[Option]]:
-    """What was tried on each rung, until the first rung that fits with the smallest degree."""
+    """One option per rung: the smallest degree that fits, else the largest degree. Ends after a
+    rung on which the smallest of all degrees fits.
+    """
     train = cell.train
     heads: int = field(published(train.model, train.overrides), "num_attention_heads")
     degrees = [sp for sp in divisors(gpus) if heads % sp == 0]
@@ -83,7 +85,7 @@ def _rungs(rank: Rank, cell: Cell, gpus: int) -> Iterator[list[Option]]:
                 "world_size": gpus,
             }
         )
-        # A first step leaves optimizer states behind.
+        # The first step creates the optimizer states, unless they are on the host.
         warmup = 0 if rung.offload_states else 1
         of = cell.model_copy(update={"train": run, "warmup": warmup})
         return Option(gpus=gpus, sp=sp, dp=gpus // sp, rung=rung, prediction=bare(rank, of))

@@ -274,6 +274,7 @@ def point(
     label: str = "",
     side: int = 1,
     ink: str | None = None,
+    *,
     fits: bool = True,
 ) -> None:
     """One point with the mark of `kind`, and words right of it, or left of it with `side` -1.

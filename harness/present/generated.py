@@ -25,7 +25,7 @@ HEADLINE = paths.REFERENCE / "longest.png"
 """Published lengths beside ours."""
 
 
-def renew(write: bool) -> list[Path]:
+def renew(*, write: bool) -> list[Path]:
     """The generated files that are not what the committed records say; `write` makes them so.
 
     Raises `ValueError` without a README or without committed records.

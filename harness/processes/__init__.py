@@ -1,1 +1,1 @@
-"""Who runs where: the fork server, its jobs and ranks, launchers."""
+"""Processes: the fork server, its jobs and ranks, and launchers."""

@@ -1,4 +1,4 @@
-"""Calls in processes of their own, so that each finds what this process is: without a device, without memory in use."""
+"""Calls in forks of this process. Each starts without a device and without memory in use, if this process does."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ FORK = multiprocessing.get_context("fork")
 
 
 def apart(calls: Sequence[Callable[[], Result]]) -> list[Result]:
-    """What each of `calls` returns in a fork of this process, side by side; the first exception is raised here.
+    """The result of each of `calls`, run concurrently in forks of this process.
 
-    Raises `RuntimeError` where a fork ends without a word.
+    Raises the first exception of a call, or `RuntimeError` if a fork ends without a result.
     """
     pipes, processes = [], []
     for call in calls:
         reader, writer = FORK.Pipe(duplex=False)
         process = FORK.Process(target=_body, args=(call, writer, os.getpid()))
         process.start()
-        writer.close()  # before the next fork, or a death would go unheard
+        writer.close()  # before the next fork, else the pipe stays open when this fork dies
         pipes.append(reader)
         processes.append(process)
     heard = [_hear(pipe) for pipe in pipes]
@@ -40,7 +40,7 @@ def _hear(pipe: Connection) -> tuple[Exception | None, Any]:
     try:
         heard: tuple[Exception | None, Any] = pipe.recv()
     except EOFError:
-        return RuntimeError("a forked process ended without a word"), None
+        return RuntimeError("a forked process ended without a result"), None
     return heard
 
 
@@ -48,5 +48,5 @@ def _body(call: Callable[[], Result], pipe: Connection, parent: int) -> None:
     die_with_parent(parent)
     try:
         pipe.send((None, call()))
-    except Exception as error:  # noqa: BLE001  it is raised in the parent
+    except Exception as error:  # noqa: BLE001  The parent raises it.
         pipe.send((error, None))

@@ -1,4 +1,4 @@
-"""Asks the fork server for work; starts it when there is none. Imports no torch."""
+"""The client of the fork server, which it starts if none runs. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from harness.processes.jobs import Accelerator, Ending, Job, fingerprint, runtim
 
 ATTEMPTS = 3
 SOCKET_PATH_BYTES = 103
-"""What the smallest system takes."""
+"""Longest path of a socket on all systems."""
 PER_JOB = (
     "CUDA_VISIBLE_DEVICES",
     "CUDA_DEVICE_ORDER",
@@ -28,7 +28,7 @@ PER_JOB = (
     "TORCHELASTIC_",
     "PHANTOM_",
 )
-"""Beginnings of variables that a server must not hand on: it serves clients with others."""
+"""Prefixes of environment variables that a server does not keep, because its clients set different values."""
 
 Listener = Callable[[dict[str, Any]], None]
 
@@ -37,8 +37,8 @@ class ServerError(RuntimeError):
     """The fork server does not start."""
 
 
-def _ignore(_: dict[str, Any]) -> None:
-    pass
+def ignore(_: dict[str, Any]) -> None:
+    """The listener that hears nothing."""
 
 
 def submit(
@@ -46,18 +46,18 @@ def submit(
     payload: dict[str, Any],
     world_size: int,
     timeout_s: float,
-    listener: Listener = _ignore,
+    listener: Listener = ignore,
     *,
     accelerator: Accelerator = "cpu",
     **more: Any,
 ) -> Ending:
     """Run `entry` ("module:function") on `world_size` forked ranks and wait for the end.
 
-    `more` are fields of `Job`: environment and sources of the ranks, and which of them are forked here.
+    `more` are other fields of `Job`, such as the environment of the ranks.
 
-    `listener` hears `{"event": "started", "pids": [...]}` and
-    `{"event": "progress", "rank": r, "doing": text}`. An exception here, Ctrl-C included, and the
-    death of this process end all ranks.
+    `listener` is called with `{"event": "started", "pids": [...]}` and
+    `{"event": "progress", "rank": r, "doing": text}`. All ranks end if this call raises an exception,
+    Ctrl-C included, or if this process dies.
     """
     job = Job(
         entry=entry,
@@ -84,7 +84,7 @@ def submit(
                 listener(event)
         if started:
             return Ending(how="lost", message="the process that watched the ranks was ended")
-        # A server that was about to leave closed the queue we stood in: ask its successor.
+        # The server was shutting down and closed its queue: ask its successor.
     return Ending(how="lost", message=f"no fork server would stay; see {runtime_folder()}/*.log")
 
 
@@ -102,7 +102,7 @@ def _socket_path(accelerator: Accelerator) -> Path:
 
 
 def _connect(accelerator: Accelerator) -> socket.socket:
-    """A connection to the server of this code version."""
+    """A connection to the server of this code version, which is started if none runs."""
     path = _socket_path(accelerator)
     with (runtime_folder() / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -124,22 +124,22 @@ def _open(path: Path) -> socket.socket:
 
 
 def server_environment(accelerator: Accelerator) -> dict[str, str]:
-    """Of a new server: ours, less what each job decides for its own ranks."""
+    """Environment of a new server: ours without the variables that each job sets for its ranks."""
     ours = {k: v for k, v in os.environ.items() if not k.startswith(PER_JOB)}
     ours["DS_ACCELERATOR"] = "cpu" if accelerator == "cpu" else "cuda"
     if accelerator == "phantom":
         from harness.phantom.load import device_of, prepared
 
-        # What asks for devices during imports finds one; ranks name their own.
+        # Packages that look for a device during import find this one; each rank gets its own.
         ours = {**prepared(ours), "PHANTOM_DEVICE": device_of("h100-80gb", 1, 0)}
     if accelerator != "cpu":
-        # PyTorch else asks CUDA whether it is there, and who has asked cannot fork ranks that use it.
+        # Otherwise PyTorch initialises CUDA to look for devices, and forks of that process cannot use CUDA.
         ours["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     return ours
 
 
 def _start(path: Path, accelerator: Accelerator) -> None:
-    """Start a server that outlives us and has nothing of our terminal; it listens on return."""
+    """Start a server that outlives this process, detached from its terminal. It listens on return."""
     root = str(Path(__file__).parents[2])
     environment = server_environment(accelerator)
     search = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))

@@ -1,4 +1,4 @@
-"""Jobs: what a client asks of the fork server, what it hears back, and where the two meet."""
+"""Jobs of the fork server, their endings, and the folder of its sockets."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from alst_impl.config import Frozen
 from harness.cells.paths import SOURCES
 
 Accelerator = Literal["cpu", "cuda", "phantom"]
-"""What ranks compute on. A fork server serves one: DeepSpeed chooses as it is imported, and phantom devices
-have a PyTorch of their own."""
+"""What ranks compute on. A fork server serves one accelerator: DeepSpeed selects it at import, and phantom
+devices need another build of PyTorch."""
 
 CONSEQUENCES = (
     "Connection closed by peer",
@@ -29,7 +29,7 @@ CONSEQUENCES = (
     "remote process exited",
     "NCCL communicator was aborted",
 )
-"""In the messages of ranks whose peer has died."""
+"""Text in error messages of ranks whose peer has died."""
 
 
 class Job(Frozen):
@@ -38,74 +38,74 @@ class Job(Frozen):
     entry: str
     """`module:function`, called on each rank as `function(rank, payload)`; returns JSON data."""
     payload: dict[str, Any]
-    """JSON data that every rank gets."""
+    """JSON data for every rank."""
     world_size: int
-    """Ranks."""
+    """Number of ranks."""
     timeout_s: float
-    """Wall time after which all ranks are ended."""
+    """Wall time after which all ranks are killed."""
     folder: str
     """Working directory of the ranks."""
     path: list[str]
     """Module search path of the ranks."""
     sources: str | None = None
-    """Folder of another `alst_impl`, which the ranks import in place of ours."""
+    """Folder of another `alst_impl`, which the ranks import instead of ours."""
     environment: dict[str, str] = {}
-    """Set in every rank before it does anything."""
+    """Environment variables of every rank."""
     ranks: list[int] | None = None
-    """Those that are forked here, where other jobs fork the others; None is all of them."""
+    """Ranks that this job forks, if other jobs fork the rest; None for all ranks."""
     first_local: int = 0
-    """Number on this machine of the first rank that is forked here."""
+    """Local rank, on this machine, of the first rank that this job forks."""
     meeting: str | None = None
-    """`host:port` of the store where ranks of several jobs meet; None where one job forks all."""
+    """`host:port` of the store that ranks of several jobs share; None if one job forks all ranks."""
 
 
 class Ending(Frozen):
-    """How a job ended. Where a rank failed, the one that failed first."""
+    """How a job ended. If ranks failed, this describes the first failure."""
 
     how: Literal["finished", "error", "signal", "timeout", "lost"]
-    """`signal`: a rank was ended from outside or crashed; `lost`: the server itself went away."""
+    """`signal`: a signal ended a rank. `lost`: the server ended before the job did."""
     results: list[Any] = []
-    """Of every rank, when finished."""
+    """Result of every rank, if the job finished."""
     rank: int | None = None
     """The rank that failed."""
     error: str | None = None
-    """Class of the exception, or name of the signal."""
+    """Class of the exception or name of the signal."""
     message: str | None = None
-    """What the exception said, or the last line the rank wrote."""
+    """Message of the exception, or the last line that the rank wrote."""
     trace: str | None = None
     """Traceback of the exception."""
     during: str | None = None
-    """What the failed rank had last reported to be doing."""
+    """Last activity that the failed rank reported."""
     out_of_memory: bool = False
-    """The kernel's out-of-memory killer ended a process of this machine or container meanwhile."""
+    """Whether the kernel's out-of-memory killer ended a process on this machine, or in this container, meanwhile."""
 
 
 @dataclass(frozen=True)
 class Rank:
-    """What a rank's function knows of the job it is part of."""
+    """One rank, as its function sees it."""
 
     index: int
     """0 to `world_size` - 1."""
     world_size: int
-    """Ranks of the job."""
+    """Number of ranks of the job."""
     scratch: Path
-    """An empty folder shared by the ranks, gone after the job."""
+    """An empty folder that the ranks share; it is removed after the job."""
     progress: Callable[[str], None]
-    """Reports what the rank does now."""
+    """Reports the current activity of the rank."""
     local: int = 0
-    """Number among the ranks of this machine: that of its device."""
+    """Local rank on this machine; the index of its device."""
     meeting: str | None = None
-    """`host:port` of the store where the ranks of all machines meet; None where `scratch` is shared."""
+    """`host:port` of the store that the ranks of all machines share; None if all ranks share `scratch`."""
 
 
 def innocence(failure: Ending) -> tuple[bool, bool]:
-    """Sorts causes before consequences; the order of arrival settles the rest."""
+    """Sort key of failures: causes before consequences. Equal keys keep their order of arrival."""
     consequence = any(text in (failure.message or "") for text in CONSEQUENCES)
     return failure.error == "SIGABRT" or consequence, failure.how != "signal"
 
 
 def runtime_folder() -> Path:
-    """The private folder of sockets and scratch files. Raises `ValueError` if it is not ours alone."""
+    """The private folder of sockets and scratch files. Raises `ValueError` if other users can open it."""
     folder = Path(tempfile.gettempdir()) / f"alst-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     status = folder.lstat()
@@ -117,7 +117,7 @@ def runtime_folder() -> Path:
 
 
 def fingerprint(accelerator: Accelerator = "cpu") -> str:
-    """Changes with our code, the interpreter and its packages: a server of another is stale."""
+    """Hash of our code, the interpreter and its packages. A server with another fingerprint is stale."""
     served = f"{sys.executable} {sys.version} {accelerator}"
     if accelerator == "phantom":
         served += f" {os.environ.get('ALST_PHANTOM')}"
@@ -126,14 +126,14 @@ def fingerprint(accelerator: Accelerator = "cpu") -> str:
     kinds = (".py", ".json", ".yaml", ".c", ".h")
     files = [p for root in SOURCES for p in root.rglob("*") if p.suffix in kinds]
     for path in (packages, *sorted(files)):
-        with contextlib.suppress(FileNotFoundError):  # an editor replaces files as we look
+        with contextlib.suppress(FileNotFoundError):  # an editor may replace a file meanwhile
             status = path.stat()
             digest.update(f"{path} {status.st_mtime_ns} {status.st_size}\n".encode())
     return digest.hexdigest()[:16]
 
 
 def end_session(session: int) -> None:
-    """Kill every process of `session`, and wait for nobody."""
+    """Kill every process of `session` without waiting for it."""
     import psutil
 
     for pid in psutil.pids():
@@ -143,7 +143,7 @@ def end_session(session: int) -> None:
 
 
 def oom_kills() -> int:
-    """Processes that the kernel has ended for want of memory, in this container or on this machine."""
+    """Number of processes that the kernel's out-of-memory killer has ended, in this container or machine."""
     for file, key in (("/sys/fs/cgroup/memory.events", "oom_kill"), ("/proc/vmstat", "oom_kill")):
         with contextlib.suppress(OSError):
             for line in Path(file).read_text().splitlines():

@@ -1,7 +1,7 @@
-"""Ranks that `torchrun` started: who they are, and how they agree on one record.
+"""Ranks that `torchrun` started, and how they agree on one record.
 
-Under a launcher every rank has an `alst` of its own, which forks that one rank, watches it and tells
-the others how it ended: an out-of-memory on one node still becomes a record on the first.
+Under a launcher each rank is an `alst` process. It forks one rank, watches it, and tells the others how the rank
+ended. So an out-of-memory on any node becomes a record on the first node.
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 SETTLE_S = 60
-"""How long after its own time limit a rank may take to tell how it ended."""
+"""Time after its own limit that a rank has to report how it ended."""
 
 
 class Launch(Frozen):
-    """What `torchrun` tells one rank."""
+    """The place of one rank in a launch, as `torchrun` gives it."""
 
     rank: int = Field(ge=0)
     world_size: int = Field(ge=1)
     local_rank: int = Field(ge=0)
     local_world_size: int = Field(ge=1)
     address: str
-    """Host of the launcher's store."""
+    """Host of the launcher's store; `port` is its port."""
     port: int
 
     @property
     def num_nodes(self) -> int:
-        """Machines, each with as many ranks."""
+        """Number of machines; all have the same number of ranks."""
         return self.world_size // self.local_world_size
 
     @property
     def meeting(self) -> str:
-        """The store's `host:port`."""
+        """`host:port` of the store."""
         return f"{self.address}:{self.port}"
 
     def check(self, cell: Cell) -> None:
-        """Raise `ValueError` unless these are the ranks of `cell`, on as many nodes as its hardware says."""
+        """Raise `ValueError` unless `cell` has this number of ranks, and its hardware this number of nodes."""
         wanted, nodes = cell.num_processes, num_nodes(cell)
         asked = f"{self.num_nodes} nodes x {self.local_world_size} ranks = {self.world_size}"
         if self.world_size != wanted:
@@ -64,9 +64,9 @@ class Launch(Frozen):
 
 
 def launched(environment: Mapping[str, str]) -> Launch | None:
-    """The launch that `environment` tells of; None where nothing but this process was started.
+    """The launch that `environment` describes; None if no launcher started this process.
 
-    Raises `ValueError` for one that is not torchrun's.
+    Raises `ValueError` for a launcher other than torchrun.
     """
     if "TORCHELASTIC_RUN_ID" not in environment:
         return None
@@ -86,7 +86,7 @@ def launched(environment: Mapping[str, str]) -> Launch | None:
 
 
 def store_at(meeting: str, prefix: str) -> Store:
-    """The launcher's store, under a prefix of our own."""
+    """The launcher's store, with a prefix for our keys."""
     from torch.distributed import PrefixStore, TCPStore
 
     host, _, port = meeting.rpartition(":")
@@ -94,43 +94,44 @@ def store_at(meeting: str, prefix: str) -> Store:
 
 
 class Meeting:
-    """The `alst` processes of one launch, at one cell."""
+    """Messages between the `alst` processes of one launch about one cell."""
 
     def __init__(self, launch: Launch, cell: Cell, store: Store | None = None) -> None:
         self._launch, self._patience_s = launch, 2 * cell.timeout_s + SETTLE_S
         self._store = store or store_at(launch.meeting, f"records/{cell.key}")
 
     def say(self, what: str, value: str) -> None:
-        """Tell all others `value`."""
+        """Publish `value` as `what`."""
         self._store.set(what, value)
 
     def hear(self, what: str) -> str:
-        """What somebody says of `what`, once somebody does."""
+        """The value of `what`; waits until a process publishes it."""
         self._store.wait([what], dt.timedelta(seconds=self._patience_s))
         return self._store.get(what).decode()
 
     def hear_all(self, what: str) -> list[str]:
-        """What every rank says of `what`, in order."""
+        """The values of `what` of all ranks, in order of rank."""
         return [self.hear(f"{what} {rank}") for rank in range(self._launch.world_size)]
 
 
 def combined(endings: Sequence[Ending]) -> Ending:
-    """The ending of the whole run: what every rank returned, or the failure that caused the others."""
+    """The ending of the whole run: the results of all ranks, or the failure that caused the others."""
     failed = [ending for ending in endings if ending.how != "finished"]
     if not failed:
         return Ending(how="finished", results=[r for ending in endings for r in ending.results])
-    # Whoever waited for a rank that failed ran out of time, or was told that it is gone.
+    # A rank that waited for a failed one ended with `timeout` or `lost`: it is not the cause.
     return min(failed, key=lambda e: (e.how in ("timeout", "lost"), innocence(e)))
 
 
 PORT = 29_500
-"""Where the first node's torchrun listens."""
+"""Port of torchrun on the first node."""
 
 
 def command(cell: Cell, python: str) -> str:
-    """The shell words that stand for `alst` where `cell` runs: on one machine itself, which forks all ranks.
+    """The shell command that runs `alst` for `cell`.
 
-    On several it is torchrun on each, started by SLURM inside the job's allocation.
+    On one machine it is `alst`, which forks all ranks. On several machines SLURM starts torchrun on each, inside
+    the job's allocation.
     """
     nodes = num_nodes(cell)
     if nodes == 1:
@@ -144,14 +145,14 @@ def command(cell: Cell, python: str) -> str:
 
 
 def num_nodes(cell: Cell) -> int:
-    """Machines that `cell` runs on: GPUs come in nodes of their hardware, other ranks share one."""
+    """Number of machines for `cell`: GPUs come in nodes of their hardware; all other ranks share one machine."""
     if not cell.traits.gpus:
         return 1
     return -(-cell.num_processes // load_hardware(cell.hardware).devices_per_node)
 
 
 def job_fields(launch: Launch | None) -> dict[str, Any]:
-    """What `harness.processes.client.submit` has to know of the ranks that this process forks."""
+    """Fields of `Job` for the ranks that this process forks."""
     if launch is None:
         return {}
     return {

@@ -1,7 +1,7 @@
-"""Everything slow to import, imported once and inherited by forked processes.
+"""Imports all slow packages once, so that forked processes inherit them.
 
-Importing this module prepares the process for forking ranks on a CPU machine: one thread, and
-DeepSpeed held back from compiling operators that gloo does not need.
+Importing this module prepares the process for forking ranks on a CPU machine: it uses one thread, and DeepSpeed
+does not compile operators that gloo does not need.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import os
 import sys
 from pathlib import Path
 
-# Read by OpenMP and DeepSpeed as they load, so they are set before the imports below.
+# OpenMP and DeepSpeed read these variables at import, so they are set before the imports below.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
-# DeepSpeed's default is shared by all environments of a user, which rebuild each other's operators.
+# All environments of a user share DeepSpeed's default folder and rebuild each other's operators in it.
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
 import torch
 import torch.distributed.fsdp
@@ -34,10 +34,10 @@ with contextlib.suppress(ImportError):  # an extra
     import deepspeed.ops
     import deepspeed.runtime.zero.muon.muon_optimizer
 
-    # Compiling it takes a minute or more; without it DeepSpeed's collectives go through gloo.
+    # Compiling this operator takes a minute or more; without it DeepSpeed's collectives use gloo.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 torch.set_num_threads(1)
-# Half a million objects of imported modules: a forked rank need not search them for garbage, which
-# takes DeepSpeed's start a second.
+# Imported modules hold half a million objects. Freezing them keeps the garbage collector of a forked rank from
+# scanning them, which costs a second when DeepSpeed starts.
 gc.collect()
 gc.freeze()

@@ -1,10 +1,11 @@
-"""The fork server: imports everything slow once, then forks ranks in a tenth of a second.
+"""The fork server: imports all slow packages once, then forks ranks in a tenth of a second.
 
-`python -m harness.processes.server ACCELERATOR SOCKET` serves one code version and leaves when idle, when its socket is
-removed or when the code changes. It has a single thread, so its forks are safe. Process tree of a
-job: server -> supervisor (leads a session of its own) -> one process per rank. Whoever dies takes
-everything below along: the kernel ends a child whose parent is gone, a supervisor ends its ranks,
-and the server ends what is left of a dead supervisor's session.
+`python -m harness.processes.server ACCELERATOR SOCKET` serves one code version. It exits when it is idle, when its
+socket is removed or when the code changes. It has a single thread, so its forks are safe.
+
+Process tree of a job: server -> supervisor (leader of a new session) -> one process per rank. If a process dies,
+all processes below it end: the kernel kills a child whose parent is gone, a supervisor kills its ranks, and the
+server kills the remaining processes of a dead supervisor's session.
 """
 
 from __future__ import annotations
@@ -46,23 +47,23 @@ from harness.processes.tied import die_with_parent
 IDLE_S = 60
 POLL_S = 1.0
 SETTLE_S = 0.5
-"""How long after a first failure others are heard, to tell the cause from its consequences."""
+"""Time to wait for more failures after the first one, to tell the cause from its consequences."""
 FAREWELL_S = 10
-"""How long ranks may take to leave after their results are in."""
+"""Time for ranks to exit after they have sent their results."""
 
 TELLING = ("what():", "Watchdog caught", "CUDA error", "CUDA out of memory", "std::bad_alloc")
-"""In what C++ writes before it aborts; a stack trace follows it."""
+"""Text in the message that C++ code writes before it aborts; a stack trace follows the message."""
 
 FORK = multiprocessing.get_context("fork")
 
 
 def _rank(job: Job, index: int, scratch: Path, pipe: Connection, supervisor: int) -> None:
-    """Body of one rank: calls the job's function, sends its result or its error."""
-    os.setpgid(0, 0)  # whatever the rank starts ends with it
+    """Body of one rank: calls the job's function and sends its result or its error."""
+    os.setpgid(0, 0)  # processes that the rank starts end with it
     die_with_parent(supervisor)
     here = ranks_here(job)
     local = job.first_local + here.index(index)
-    # What any launcher tells its ranks; DeepSpeed reads it.
+    # Every launcher sets these variables, and DeepSpeed reads them.
     places = {"RANK": index, "LOCAL_RANK": local, "WORLD_SIZE": job.world_size}
     os.environ.update({name: str(value) for name, value in places.items()})
     os.environ.update(job.environment)
@@ -88,7 +89,7 @@ def ranks_here(job: Job) -> list[int]:
 
 
 def _one_line(error: BaseException) -> str:
-    """What the error says; one without words, such as an assertion, is told by its place."""
+    """First line of the error's message; the place in the code if it has none, as an assertion may."""
     text = str(error).strip()
     if text:
         return text.splitlines()[0]
@@ -97,7 +98,7 @@ def _one_line(error: BaseException) -> str:
 
 
 class Supervisor:
-    """Runs one job to its end, whatever that is."""
+    """Runs one job until it ends, fails or is cancelled."""
 
     def __init__(self, job: Job, client: socket.socket, scratch: Path) -> None:
         self.job = job
@@ -110,7 +111,7 @@ class Supervisor:
         self.failures: list[Ending] = []
 
     def run(self) -> Ending | None:
-        """The job's ending; None if the client has left."""
+        """The job's ending; None if the client has disconnected."""
         kills = oom_kills()
         deadline = time.monotonic() + self.job.timeout_s
         try:
@@ -120,7 +121,7 @@ class Supervisor:
                     break
                 ready = wait([*self.pipes, self.client], timeout=deadline - time.monotonic())
                 if self.client in ready:
-                    return None  # it never says a second word: readable means closed
+                    return None  # a client sends one message, so readable means closed
                 for pipe in ready:
                     assert isinstance(pipe, Connection)
                     self._hear(pipe)
@@ -150,7 +151,7 @@ class Supervisor:
                 target=_rank, args=(self.job, index, self.scratch, writer, os.getpid())
             )
             process.start()
-            writer.close()  # before the next fork, or a rank's death would go unheard
+            writer.close()  # before the next fork, else the pipe stays open when this rank dies
             self.processes[index] = process
             self.pipes[reader] = index
         _tell(
@@ -159,7 +160,7 @@ class Supervisor:
         )
 
     def _hear(self, pipe: Connection) -> None:
-        """Take one message of a rank, or note its death."""
+        """Receive one message of a rank, or record its death."""
         index = self.pipes[pipe]
         try:
             kind, value = pipe.recv()
@@ -214,13 +215,13 @@ class Supervisor:
 
 
 def _forget(*packages: str) -> None:
-    """Have `packages` imported anew by who needs them: from where they are found now."""
+    """Forget the imports of `packages`, so that they are imported again from the current search path."""
     for name in [name for name in sys.modules if name.partition(".")[0] in packages]:
         del sys.modules[name]
 
 
 def last_words(log: str) -> str | None:
-    """The line that tells most of how a process died: the last of those that do, else the last."""
+    """The last line of `log` that explains the death of its process; the last line if none does."""
     lines = [line.strip() for line in log.split("\n") if line.strip()]
     telling = [line for line in lines if any(sign in line for sign in TELLING)]
     chosen = telling or lines
@@ -233,7 +234,7 @@ def _tell(client: socket.socket, event: dict[str, Any]) -> None:
 
 
 def _supervise(client: socket.socket) -> None:
-    """Body of a supervisor process: one job, from its line on `client` to its ending there."""
+    """Body of a supervisor process: reads one job from `client`, runs it and sends its ending."""
     os.setsid()
     line = client.makefile("rb").readline()
     if not line:
@@ -275,8 +276,8 @@ def _reap(supervisors: set[int]) -> None:
 
 
 def _preload(accelerator: Accelerator) -> Ending | None:
-    """Import everything; what went wrong, if it did."""
-    gc.disable()  # what is imported stays: looking for garbage takes a tenth of the time
+    """Import all slow packages. Returns the error as an ending, or None."""
+    gc.disable()  # imported objects stay alive; searching them for garbage takes a tenth of the import time
     try:
         importlib.import_module("harness.processes.preload")
         importlib.import_module("harness.worlds.base")
@@ -290,7 +291,7 @@ def _preload(accelerator: Accelerator) -> Ending | None:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what servers and supervisors that were killed have left in `folder`."""
+    """Remove the files that killed servers and supervisors left in `folder`."""
     for scratch in folder.glob("job-*"):
         if not psutil.pid_exists(int(scratch.name.removeprefix("job-"))):
             shutil.rmtree(scratch, ignore_errors=True)
@@ -304,13 +305,13 @@ def _sweep(folder: Path) -> None:
 
 
 def serve(path: Path, accelerator: Accelerator) -> None:
-    """Serve jobs on a new socket at `path` until there is no reason to."""
+    """Serve jobs on a new socket at `path` until the server is idle or its code is obsolete."""
     _sweep(path.parent)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(str(path))
     listener.listen(64)
     if os.fork():
-        os._exit(0)  # tells the client that it can connect; clients queue while we import
+        os._exit(0)  # tells the client that it can connect; clients queue during the imports
     inode = path.stat().st_ino
     problem = _preload(accelerator)
     supervisors: set[int] = set()
@@ -337,7 +338,7 @@ def serve(path: Path, accelerator: Accelerator) -> None:
         if obsolete and not supervisors:
             break
     if not gone:
-        path.unlink()  # later clients start a server of their own, queued ones see us close
+        path.unlink()  # later clients start a new server; queued clients see this one close
         path.with_suffix(".log").unlink(missing_ok=True)
 
 

@@ -1,7 +1,7 @@
-"""`python -m harness.processes.tied PARENT COMMAND ...` becomes COMMAND, which ends when process PARENT is gone.
+"""`python -m harness.processes.tied PARENT COMMAND ...` runs COMMAND, which ends when process PARENT ends.
 
-So nothing of a workflow that was killed goes on, and `unlock` can tell that nothing does. Starts in
-milliseconds: imports nothing but the standard library.
+So no process of a killed workflow survives, and `unlock` can rely on it. Imports only the standard library, to
+start within milliseconds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(parent: int) -> None:
-    """Have the kernel end this process, whatever it becomes, when `parent`, which forked it, is gone."""
+    """Ask the kernel to kill this process when `parent`, which forked it, ends. This survives `exec`."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
@@ -27,16 +27,18 @@ def die_with_parent(parent: int) -> None:
 def unlock(folder: Path) -> None:
     """Remove the locks that killed runs left in Snakemake's `folder`, unless a run is alive.
 
-    Until this process ends it counts as such a run: Snakemake's own locks tell those that are alive apart.
+    This process counts as a live run until it ends. Snakemake's own locks keep live runs apart.
     """
     folder.mkdir(exist_ok=True)
-    alive = os.open(folder / "alive", os.O_CREAT | os.O_RDWR, 0o644)  # open until we end
+    alive = os.open(
+        folder / "alive", os.O_CREAT | os.O_RDWR, 0o644
+    )  # stays open until this process ends
     try:
         fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for lock in (folder / "locks").glob("*.lock"):
             lock.unlink()
     except BlockingIOError:
-        pass  # a run is alive
+        pass  # another run is alive
     fcntl.flock(alive, fcntl.LOCK_SH)
 
 

@@ -1,1 +1,1 @@
-"""What runs leave behind: records, published numbers, and tables of both. Imports no torch."""
+"""Records, published numbers, and tables of both. Imports no torch."""

@@ -28,21 +28,21 @@ LIBRARIES = (
 )
 ROOT = Path(__file__).parents[2]
 CODE = ("alst_impl", "harness", "experiments")
-"""Folders below `ROOT` in which a file that git does not know may decide a result."""
+"""Folders below `ROOT` in which an untracked file can affect a result."""
 
 
 class Checkout(NamedTuple):
-    """The commit that the code is of, and where it is not."""
+    """The commit of the code, and the files that differ from it."""
 
     commit: str
     changed: list[str]
-    """Files that differ from the commit, and files of `CODE` that it does not hold and git does not ignore."""
+    """Files that differ from the commit, and untracked files in `CODE` that git does not ignore."""
 
 
 def provenance(
     wall_s: float, device: str | None = None, driver: str | None = None, nodes: int = 1
 ) -> Provenance:
-    """Of a run that ends now after `wall_s` seconds; on the processor where no `device` is named."""
+    """Provenance of a run that ends now after `wall_s` seconds. Without `device` it ran on the processor."""
     found = checkout()
     return Provenance(
         commit=found.commit if found else None,
@@ -66,14 +66,14 @@ def _versions() -> dict[str, str]:
         try:
             found[library] = version(library)
         except PackageNotFoundError:
-            continue  # optional, and not here
+            continue  # optional and not installed
     return found
 
 
 def checkout(root: Path = ROOT) -> Checkout | None:
-    """The checkout at `root`; None where there is no commit that holds this file."""
+    """The checkout at `root`; None if it has no commit that contains this file."""
     commit = _git(root, "rev-parse", "HEAD")
-    # An installed package may lie in the checkout of something else.
+    # An installed package may lie inside the checkout of another project.
     own = _git(root, "ls-files", "--", str(Path(__file__).relative_to(ROOT)))
     changed = _git(root, "diff", "--name-only", "HEAD")
     unknown = _git(root, "ls-files", "--others", "--exclude-standard", "--", *CODE)
@@ -83,7 +83,7 @@ def checkout(root: Path = ROOT) -> Checkout | None:
 
 
 def _git(root: Path, *arguments: str) -> list[str] | None:
-    """The lines that git says, or None where it refuses or there is none."""
+    """The output lines of git; None if git fails or is not installed."""
     command = ["git", "-C", str(root), "-c", "core.quotePath=false", *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -94,7 +94,7 @@ def _git(root: Path, *arguments: str) -> list[str] | None:
 
 @cache
 def _processor() -> str:
-    """The processor's own name."""
+    """The processor's name, as it reports it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

@@ -12,11 +12,11 @@ from harness.cells import paths
 
 
 class Published(Frozen):
-    """One number and where it stands."""
+    """One published number and its source."""
 
     value: float
     source: str
-    """Document and place in it."""
+    """Document, and the place in it."""
 
 
 def _rows(table: str) -> list[dict[str, str]]:
@@ -35,7 +35,7 @@ def _read(path: Path) -> list[dict[str, str]]:
 
 
 class Record(Frozen):
-    """The longest sequence that a system is published with."""
+    """The longest published sequence of a system."""
 
     system: str
     hardware: str
@@ -45,7 +45,7 @@ class Record(Frozen):
 
 
 def records() -> list[Record]:
-    """Published lengths of exact dense attention with Llama-8B shapes."""
+    """Published lengths with exact dense attention and Llama-8B shapes."""
     return [
         Record(
             system=row["system"],
@@ -59,9 +59,9 @@ def records() -> list[Record]:
 
 
 def look_up(table: str, row: dict[str, Any], column: str) -> Published:
-    """The number in `column` of the one row of `table` that has all values of `row`.
+    """The number in `column` of the row of `table` that has all values of `row`.
 
-    Raises `ValueError` where there is no such row, several, or no number.
+    Raises `ValueError` unless exactly one such row exists and holds a number.
     """
     rows = _rows(table)
     unknown = sorted({*row, column} - set(rows[0]))

@@ -1,4 +1,4 @@
-"""What devices read over a run: data of records. Imports no torch."""
+"""Readings of devices over a run, as records keep them. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,29 +6,29 @@ from alst_impl.config import Frozen
 
 
 class Device(Frozen):
-    """One device that a run can see, or the part of one that MIG made."""
+    """One device that a run can see, or one MIG instance of it."""
 
     index: int
-    """NVML's number of the device; of a part, that of the whole."""
+    """NVML's index of the device; an instance has the index of its device."""
     uuid: str
     name: str
     memory_bytes: int | None
-    """None where NVML does not tell, as of devices that share the host's memory."""
+    """None if NVML does not report it, as for devices that share the host's memory."""
     part: int | None = None
-    """Number of the MIG instance; None is a whole device."""
+    """Index of the MIG instance; None for a whole device."""
 
 
 class Section(Frozen):
-    """Extremes of all readings while a run did one thing; None where the device does not say."""
+    """Extremes of all readings during one activity of a run; None if the device does not report a value."""
 
     doing: str
-    """What rank 0 did, as it reports."""
+    """The activity, as rank 0 reports it."""
     seconds: float
     readings: int
     used_bytes: int | None
-    """Largest memory in use on the device, by whomever."""
+    """Largest memory in use on the device, by all processes."""
     process_bytes: int | None
-    """Largest sum over the processes that NVML lists; None where it did not tell of one of them."""
+    """Largest sum over the processes that NVML lists; None if it does not report one of them."""
     sm_hz: list[float] | None
     """Lowest and highest clock of the multiprocessors."""
     watts: float | None
@@ -36,16 +36,16 @@ class Section(Frozen):
     celsius: float | None
     """Highest temperature."""
     throttled: list[str]
-    """Reasons for clocks below the highest, by NVML's names, each seen at least once."""
+    """Reasons for reduced clocks that were seen at least once, by NVML's names."""
 
 
 class DeviceReadings(Frozen):
-    """What a device read over one run."""
+    """Readings of one device over one run."""
 
     device: Device
     before_bytes: int | None
-    """In use before the run started."""
+    """Memory in use before the run started."""
     sections: list[Section]
-    """In order of time; the same thing done again is another section."""
+    """In order of time; a repeated activity is a new section."""
     strangers: list[str]
-    """Processes that do not belong to the run, or what shows that there are some."""
+    """Processes that do not belong to the run, or evidence that such processes exist."""

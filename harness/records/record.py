@@ -1,4 +1,4 @@
-"""What a run leaves behind: raw readings, the outcome and where they come from. Imports no torch."""
+"""Records: raw readings of a run, its outcome, its provenance. Imports no torch."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from harness.records.readings import DeviceReadings
 
 
 class Outcome(StrEnum):
-    """How a cell ended. A closed set: whatever happens is one of these."""
+    """How a cell ended. A closed set: every run ends as one of these."""
 
     OK = "ok"
     DOES_NOT_FIT = "does_not_fit"
-    """Predicted to its end, and more than the machine has."""
+    """The predicted step ran to its end, but needs more memory than the machine has."""
     GPU_OOM = "gpu_oom"
     HOST_OOM = "host_oom"
     ILLEGAL_ACCESS = "illegal_access"
@@ -37,52 +37,54 @@ class Outcome(StrEnum):
 
 
 class ParameterGate(Frozen):
-    """One parameter's gradient beside the truth; ratio and cosine are null where the true gradient is zero,
-    or nothing but rounding.
+    """One parameter's gradient compared with the truth.
+
+    Ratio and cosine are None if the true gradient is zero or only rounding error.
     """
 
     parameter: str
     """Name in the Hugging Face model."""
     ratio: float | None
-    """Norm of ours over norm of the truth."""
+    """Norm of our gradient divided by the norm of the true one."""
     cosine: float | None
     """Cosine of the angle between them."""
     norm: float | None = None
-    """Of ours; None where it is not finite. This and what follows is None in records from before it was
-    kept."""
+    """Norm of our gradient; None if it is not finite. Old records lack the norms, which are then None."""
     truth_norm: float | None = None
-    """Of the truth."""
+    """Norm of the true gradient."""
     error_norm: float | None = None
-    """Of their difference; None where ours is not finite."""
+    """Norm of the difference; None if our gradient is not finite."""
 
     @property
     def noise(self) -> bool:
-        """Whether the true gradient is zero, or nothing but rounding, and ours is finite."""
+        """Whether the true gradient is zero or only rounding error, and ours is finite."""
         return self.ratio is None and self.error_norm is not None
 
 
 class Gate(Frozen):
-    """Every gradient of one step against stock transformers, whole, in one process, in fp64."""
+    """Every gradient of one step compared with the stock transformers model in one process, in fp64."""
 
     passed: bool
-    """All parameters within tolerance, and the method did what it claims."""
+    """All parameters are within tolerance, and the method did what it claims."""
     loss: float
-    """Ours."""
+    """Our loss."""
     truth_loss: float
-    """The stock model's."""
+    """Loss of the stock model."""
     worst: ParameterGate
-    """The parameter furthest beyond either bound."""
+    """The parameter that uses up most of its tolerance."""
     parameters: list[ParameterGate]
-    """All of them."""
+    """All parameters."""
     updates: list[ParameterGate] = []
-    """The change of every parameter in that step beside PyTorch's own optimizer on the true gradients;
-    empty where it was not compared."""
+    """Change of every parameter in that step, compared with PyTorch's optimizer on the true gradients.
+
+    Empty if updates were not compared.
+    """
     wrong_update: ParameterGate | None = None
-    """The one of them furthest beyond either bound, where gradients are right and it is not."""
+    """The update that exceeds its tolerance most, if all gradients are right and an update is wrong."""
 
 
 class Finding(Frozen):
-    """What one probe saw."""
+    """Result of one probe."""
 
     probe: str
     passed: bool
@@ -102,41 +104,45 @@ class RankEvidence(Frozen):
 
 
 class CudaMemory(Frozen):
-    """What CUDA and PyTorch's allocators say of one rank, by phase of one tracked step."""
+    """Readings of CUDA and of PyTorch's allocators on one rank, by phase of one tracked step."""
 
     allocated_bytes: dict[str, int]
     """`max_memory_allocated`: live tensors and kernel scratch."""
     reserved_bytes: dict[str, int]
-    """`max_memory_reserved`: what the caching allocator holds."""
+    """`max_memory_reserved`: memory that the caching allocator holds."""
     device_bytes: dict[str, int]
-    """In use on the device at the end of the phase, by whomever, as CUDA says."""
+    """Memory in use on the device at the end of the phase, by all processes, as CUDA reports it."""
     pinned_bytes: int | None
-    """Largest pinned host memory in use, each block rounded as the allocator does; None where this
-    PyTorch does not say."""
+    """Largest pinned host memory in use, with each block rounded as the allocator does.
+
+    None if this PyTorch does not report it.
+    """
     retries: int
-    """Times that the allocator gave all cached memory back and asked again, over the whole run."""
+    """Number of times the allocator freed its cache and retried, over the whole run."""
     allocator: dict[str, str]
-    """Settings of the allocator, as it says itself."""
+    """Settings of the allocator, as it reports them."""
 
 
 class RankMemory(Frozen):
     """Bytes of live tensors of one rank over one tracked step."""
 
     peak_bytes: int
-    """Largest sum of live storages on the compute device; on CUDA's devices kernel scratch is part of it,
-    as PyTorch's allocator counts both."""
+    """Largest sum of live storages on the compute device.
+
+    On CUDA devices it includes kernel scratch, because PyTorch's allocator counts both.
+    """
     host_peak_bytes: int
     """Largest sum of live storages that hold offloaded data."""
     phase_peak_bytes: dict[str, int]
     """`peak_bytes` by phase: forward, backward, update."""
     resting_bytes: int
-    """Live on the compute device after the step: parameters, optimizer, what an engine keeps."""
+    """Live bytes on the compute device after the step: parameters, optimizer states, buffers of the engine."""
     rss_bytes: int
     """Largest resident set of the process, from the operating system."""
     attention: list[str] = []
-    """Operators of core attention that ran, backward too: what was used, whatever was asked for."""
+    """Operators of core attention that ran in forward and backward, whatever the configuration asked for."""
     cuda: CudaMemory | None = None
-    """In world `cuda`."""
+    """In world `cuda` only."""
 
 
 class Readings(Frozen):
@@ -153,63 +159,65 @@ class Readings(Frozen):
     evidence: list[RankEvidence]
     """Per rank, of the tracked step."""
     cosine: list[float] = []
-    """Between the whole gradient of each step and the stock model's with the same weights, where the cell
-    asked for it; the tracked step is left out."""
+    """Cosine between the whole gradient of each step and the stock model's at the same weights.
+
+    Empty unless the cell asks for it. The tracked step is not included.
+    """
     gate: Gate | None
-    """The gradient comparison, where the cell asked for one."""
+    """The gradient comparison, if the cell asks for one."""
     num_parameters: int | None = None
-    """Of the model, tied ones once; None in records from before it was read."""
+    """Parameters of the model; tied ones count once. None in old records."""
     devices: list[DeviceReadings] = []
-    """What NVML read of every device, in world `cuda`."""
+    """NVML readings of every device, in world `cuda` only."""
 
 
 class Provenance(Frozen):
     """Where a record comes from."""
 
     commit: str | None
-    """Git commit of the code, where it is a checkout."""
+    """Git commit of the code; None outside a checkout."""
     dirty: bool | None
-    """Whether the checkout had uncommitted changes, or code that git does not know."""
+    """Whether the checkout had uncommitted changes or untracked code."""
     device: str
-    """Processor or accelerator, as it names itself."""
+    """Name of the processor or accelerator, as it reports it."""
     cores: int
     """Processor cores available."""
     python: str
     """Interpreter version."""
     versions: dict[str, str]
-    """Versions of the libraries that decide a result."""
+    """Versions of the libraries that affect a result."""
     utc: str
     """When the run ended, ISO 8601."""
     wall_s: float
-    """Wall time of the whole cell."""
+    """Wall time of the whole cell, in seconds."""
     code: str | None = None
     """Fingerprint of the code that trained and compared."""
     driver: str | None = None
-    """Of the accelerator."""
+    """Driver version of the accelerator."""
     nodes: int = 1
-    """Machines."""
+    """Number of machines."""
 
 
 class Measurement(Frozen):
-    """One record: a cell, how it ended, what was read."""
+    """One record: a cell, its outcome, its readings."""
 
     schema_version: Literal[1] = 1
-    """Of this file's format."""
+    """Version of this file format."""
     cell: Cell
     outcome: Outcome
     detail: str | None = None
     """One line: the error, the signal, the step it came at."""
     readings: Readings | None
-    """None where nothing could be read."""
+    """None if nothing could be read."""
     simulated: Simulated | None = None
-    """Of a cell in world `phantom`, beside its readings, and in world `schedule`, in place of them."""
+    """Forecast of a cell: beside readings in world `phantom`, instead of readings in world `schedule`."""
     provenance: Provenance
 
 
 def settled(m: Measurement) -> Measurement:
-    """`m` with the outcome that its own numbers decide: a predicted step may be more than the machine has.
+    """`m` with outcome `does_not_fit` if its predicted step needs more memory than the machine has.
 
-    The numbers own that fact, whatever outcome was written beside them.
+    The predicted bytes decide this outcome, not the outcome stored in the file.
     """
     excess = m.simulated and _excess(m.simulated)
     if m.outcome is not Outcome.OK or not excess:
@@ -218,7 +226,7 @@ def settled(m: Measurement) -> Measurement:
 
 
 def _excess(simulated: Simulated) -> str | None:
-    """What a predicted step has too much of, in words; None of one that fits."""
+    """The limit that a predicted step exceeds, in words; None if it fits."""
     p = simulated.prediction
     if p is None or p.fits:
         return None
@@ -231,7 +239,7 @@ def _excess(simulated: Simulated) -> str | None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write atomically: a reader sees the old file or the new one, never half of one."""
+    """Write atomically: a reader sees the old file or the new file, never a part of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -250,7 +258,7 @@ def write(path: Path, measurement: Measurement) -> None:
 
 
 def read(path: Path) -> Measurement:
-    """Read one record, `settled`. Raises `ValueError` naming the file if it is not one."""
+    """Read one record and settle its outcome. Raises `ValueError` naming the file if it is not a record."""
     try:
         return settled(Measurement.model_validate_json(path.read_text()))
     except ValidationError as error:

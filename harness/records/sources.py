@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
+from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -46,5 +48,26 @@ def _hash(files: list[Path]) -> str:
     libraries = f"torch {version('torch')}, transformers {version('transformers')}"
     digest = hashlib.sha256(libraries.encode())
     for path in files:
-        digest.update(path.name.encode() + path.read_bytes())
+        content = path.read_bytes()
+        if path.suffix == ".py":
+            content = without_words(content.decode()).encode()
+        digest.update(path.name.encode() + content)
     return digest.hexdigest()[:16]
+
+
+def without_words(source: str) -> str:
+    """Python code without docstrings, blank lines and lines of comment, which decide nothing."""
+    lines, nodes = source.splitlines(), list(ast.walk(ast.parse(source)))
+    texts = [node for node in nodes if isinstance(node, ast.Constant)]
+    docstrings = [
+        n.value for n in nodes if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)
+    ]
+    comments = {n for n, line in enumerate(lines, 1) if line.lstrip().startswith("#")}
+    words = comments - _rows(texts) | _rows(docstrings)
+    kept = (line.rstrip() for n, line in enumerate(lines, 1) if n not in words)
+    return "\n".join(filter(None, kept))
+
+
+def _rows(nodes: Iterable[ast.expr]) -> set[int]:
+    """Numbers of the lines on which `nodes` stand."""
+    return {row for n in nodes for row in range(n.lineno, (n.end_lineno or n.lineno) + 1)}

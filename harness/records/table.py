@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -13,53 +12,53 @@ from typing import Any
 import pandas as pd
 
 from alst_impl.methods.base import AXES, load_method
-from alst_impl.plugin import names
 from harness.cells import paths
 from harness.cells.cell import Cell
 from harness.cells.experiment import Claim, Experiment, load_experiment
 from harness.cells.grid import Row
 from harness.records import record
+from harness.records.metrics import METRICS
 from harness.records.record import Measurement, Provenance
 
 NOT_MEASURED, NOT_SIMULATED = "not measured", "not simulated"
-"""Outcome of a cell without a record, by what would have made it."""
+"""Outcome of a measured or a predicted cell that has no record."""
 
 NOT_COMPARED = "not compared"
 """Gate of a record without a gradient comparison."""
 
 WHERE = ["model", "world_size", *AXES, "seqlen"]
-"""Columns that place a cell; the rest of what differs between cells is in `series`."""
+"""Columns that place a cell; all other differences between cells are in `series`."""
 
 
 SAME = ["model", "world_size", "seqlen", "setting"]
-"""What two cells must have in common for their methods to be compared."""
+"""Columns that two cells must share for their methods to be compared."""
 
 
 @dataclass(frozen=True)
 class Results:
-    """The cells of one experiment and the records there are of them."""
+    """The cells of one experiment and their records."""
 
     name: str
     question: str
     source: str
     figures: list[str]
-    """Files in `harness/present/figures/` to draw."""
+    """Names of figures to draw."""
     cells: dict[str, Cell]
     """All cells by key."""
     measurements: dict[str, Measurement]
-    """By key; a cell that is not here was not measured."""
+    """By key; a cell that is missing here was not measured."""
     claims: list[tuple[str, Claim]] = field(default_factory=list)
-    """Keys of cells and the published numbers that they stand for."""
+    """Keys of cells, each with a published number that it reproduces."""
     refused: list[Row] = field(default_factory=list)
-    """Rows of a matrix that are not cells, with the reasons."""
+    """Rows of a matrix that are refused, with the reasons."""
 
     def provenances(self) -> list[Provenance]:
-        """Of every record, oldest first."""
+        """The provenance of every record, oldest first."""
         return sorted((m.provenance for m in self.measurements.values()), key=lambda p: p.utc)
 
 
 def measured_part(results: Results) -> Results:
-    """`results` without forecasts, where it has others: these have steps, gates and peers."""
+    """`results` without forecasts if it has measured cells: only those have steps, gates and peers."""
     cells = {key: cell for key, cell in results.cells.items() if not cell.traits.forecast}
     if not cells or len(cells) == len(results.cells):
         return results
@@ -68,7 +67,7 @@ def measured_part(results: Results) -> Results:
 
 
 def fresh(path: Path, folder: Path | None = None) -> Results:
-    """Results of the experiment in `path` with the records in `folder`, by default what a run left.
+    """Results of the experiment in `path` with the records in `folder`, by default those of the last runs.
 
     Raises `ValueError` for a malformed experiment or record.
     """
@@ -118,17 +117,17 @@ def _results(
 
 
 def gate_state(m: Measurement | None) -> str:
-    """`passed` or `failed`, or `not compared` where there is no gradient comparison."""
+    """`passed` or `failed`, or `not compared` if the record has no gradient comparison."""
     if m is None or m.readings is None or m.readings.gate is None:
         return NOT_COMPARED
     return "passed" if m.readings.gate.passed else "failed"
 
 
 def gates(results: Results, named: dict[str, str]) -> dict[str, str]:
-    """`gate_state` of each cell; one without a comparison answers to those of the same series.
+    """`gate_state` of each cell. A cell without a comparison gets the state of its series.
 
-    A length too great to be run whole in fp64 stands on the same model, method and ranks compared
-    at other lengths: `passed at 4,096`, or `failed at ...` if one of them failed.
+    A sequence that is too long for the fp64 truth relies on comparisons of the same model, method and
+    ranks at other lengths: `passed at 4,096`, or `failed at ...` if one of them failed.
     """
     kinds: dict[tuple[str, int, str], dict[str, str]] = {}
     for key, cell in results.cells.items():
@@ -148,8 +147,9 @@ def _gate(results: Results, key: str, states: dict[str, str]) -> str:
 
 
 def _gate_at_small_scale(results: Results, cell: Cell) -> str:
-    """A model too large to be run whole in fp64 stands on the same method, engine and kernels on the same
-    hardware with a small one.
+    """State of a cell whose model is too large for the fp64 truth.
+
+    It relies on a comparison of a small model with the same method, engine, kernels and hardware.
     """
     if not cell.traits.gpus:
         return NOT_COMPARED
@@ -167,7 +167,7 @@ def _at_any_scale(cell: Cell) -> str:
 
 
 def _options(cell: Cell) -> dict[str, Any]:
-    """What may tell apart two cells of one method at the same place."""
+    """Fields that can differ between two cells of one method at the same place."""
     t = cell.train
     method = {k: v for k, v in t.method.options.items() if k not in AXES}
     engine = {f"{t.engine.name}.{k}": v for k, v in t.engine.options.items()}
@@ -207,7 +207,7 @@ def series_in_order(results: Results) -> list[str]:
 
 
 def setting(cell: Cell) -> str:
-    """Equal for cells that differ in the method, and in whether it is compared or timed, only."""
+    """Equal for cells that differ only in the method and in whether they are compared or timed."""
     no_setting = {"gate", "timed", "timeout_s", "train"}
     outer = cell.model_dump_json(exclude=no_setting)
     inner = cell.train.model_dump_json(exclude={"method"})
@@ -236,32 +236,20 @@ def _description(cell: Cell) -> dict[str, Any]:
 
 
 def outcome_of(cell: Cell, m: Measurement | None) -> str:
-    """How `cell` ended, or that there is no record of it."""
+    """The outcome of `cell`, or that it has no record."""
     if m is not None:
         return m.outcome.value
     return NOT_SIMULATED if cell.traits.forecast else NOT_MEASURED
 
 
 def counted_outcomes(results: Results) -> str:
-    """How many cells were measured or simulated, and how many ended in each way."""
+    """The number of cells that were measured or simulated, and the number of each outcome."""
     kinds = {cell.traits.forecast for cell in results.cells.values()}
     done = " or ".join({False: "measured", True: "simulated"}[kind] for kind in sorted(kinds))
     outcomes = Counter(m.outcome.value for m in results.measurements.values())
     counted = ", ".join(f"{n} {outcome}" for outcome, n in outcomes.most_common())
     progress = f"{len(results.measurements)} of {len(results.cells)} cells {done}"
     return f"{progress}: {counted}" if counted else progress
-
-
-def metrics() -> list[str]:
-    """The metrics there are: files of `harness/records/metrics/`."""
-    return names("harness.records.metrics")
-
-
-def measure(metric: str, m: Measurement) -> tuple[float | None, str]:
-    """Value, None where the record has none, and unit of `metric`."""
-    module = importlib.import_module(f"harness.records.metrics.{metric}")
-    value: float | None = module.value(m)
-    return value, module.UNIT
 
 
 def tidy(results: Results) -> pd.DataFrame:
@@ -285,9 +273,8 @@ def tidy(results: Results) -> pd.DataFrame:
         if m is None:
             rows.append({**about, "metric": None, "unit": None, "value": None})
             continue
-        for metric in metrics():
-            value, unit = measure(metric, m)
-            rows.append({**about, "metric": metric, "unit": unit, "value": value})
+        for name, metric in METRICS.items():
+            rows.append({**about, "metric": name, "unit": metric.unit, "value": metric.value(m)})
     return pd.DataFrame(rows).astype({"value": "float64"})
 
 
@@ -296,7 +283,7 @@ def wide(table: pd.DataFrame) -> pd.DataFrame:
     about = table.drop(columns=["metric", "unit", "value"]).drop_duplicates("key")
     measured = table.dropna(subset=["metric"])
     values = measured.pivot_table(index="key", columns="metric", values="value", aggfunc="first")
-    values = values.reindex(columns=metrics())
+    values = values.reindex(columns=list(METRICS))
     return about.merge(values.reset_index(), on="key", how="left").sort_values(
         [*WHERE, "series"], ignore_index=True
     )
@@ -321,10 +308,10 @@ def repeated_duels(results: Results, peer: str) -> pd.DataFrame:
 
 
 def duels(cells: pd.DataFrame, ours: str, peer: str) -> pd.DataFrame:
-    """Pairs of rows of a `wide` table: method `ours` beside `peer`, all else in `SAME` equal.
+    """Pairs of rows of a `wide` table: method `ours` and method `peer`, equal in the columns `SAME`.
 
-    Columns have suffixes `_ours` and `_peer`. `peak_ratio` and `time_ratio` are ours over theirs;
-    time is per token, so that methods with other numbers of samples per step compare.
+    Columns have suffixes `_ours` and `_peer`. `peak_ratio` and `time_ratio` are ours divided by the peer's.
+    Time is per token, so methods with different numbers of samples per step can be compared.
     """
     return _pairs(cells[cells["method"] == ours], cells[cells["method"] == peer])
 
@@ -338,9 +325,7 @@ def _pairs(left: pd.DataFrame, right: pd.DataFrame) -> pd.DataFrame:
 
 def units() -> dict[str, str]:
     """Unit of each metric."""
-    return {
-        name: importlib.import_module(f"harness.records.metrics.{name}").UNIT for name in metrics()
-    }
+    return {name: metric.unit for name, metric in METRICS.items()}
 
 
 def source_line(results: Results) -> str:
@@ -362,7 +347,7 @@ def source_line(results: Results) -> str:
 
 
 def commit_name(p: Provenance) -> str:
-    """Short commit, with a word where the tree differed from it."""
+    """Short commit, and a note if the tree had uncommitted changes."""
     return (p.commit or "none")[:9] + (" + uncommitted changes" if p.dirty else "")
 
 

@@ -1,1 +1,1 @@
-"""A cell becomes a record, whatever happens."""
+"""A cell becomes a record, however its run ends."""

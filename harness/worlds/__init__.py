@@ -1,1 +1,1 @@
-"""The only files that know how a run is executed."""
+"""Worlds execute cells. Only these files know how a run is executed."""

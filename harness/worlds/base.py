@@ -34,55 +34,55 @@ class World(ABC):
     """How a cell is executed: which process group, which tensors, which clock, which meter."""
 
     device: torch.device
-    """Where a rank computes."""
+    """The device on which a rank computes."""
     has_time = True
-    """Whether steps take the time that they would; where they do not, none is timed."""
+    """Whether steps take real time. Otherwise none is timed."""
     has_values = True
-    """Whether tensors hold what was computed; where they do not, no value is read."""
+    """Whether tensors have computed values. Otherwise none is read."""
 
     @abstractmethod
     def group(self, rank: Rank, cell: Cell) -> AbstractContextManager[DeviceMesh]:
-        """The ranks, joined, as the mesh of the cell's method. Collective."""
+        """Join the process group and yield the mesh of the cell's method. Collective."""
 
     @abstractmethod
     def clock(self) -> float:
-        """Seconds, read when all work issued so far is done."""
+        """Seconds, read after all issued work is done."""
 
     @abstractmethod
     def track(self, step: Callable[[], object], runtime: Runtime) -> RankMemory:
-        """Run `step`, watching what lives."""
+        """Run `step` and measure its memory."""
 
     def initializer(self, cell: Cell) -> Initializer | None:
-        """What draws the weights; None is the one that all worlds share."""
+        """Initializer of the weights; None for the default, which all worlds share."""
         return None
 
     def stand(self, runtime: Runtime) -> None:
-        """The model stands: give back what building it left behind."""
+        """Called after the model is built, to free memory that building it left behind."""
 
     def corpus(self, config: TrainConfig) -> Corpus:
-        """Where samples come from."""
+        """Source of the samples."""
         return corpus_of(config)
 
     def skips_update(self) -> bool:
-        """Whether a step ends without its update."""
+        """Whether steps skip the optimizer's update."""
         return False
 
     def on_host(self, tensor: Tensor) -> None:
-        """`tensor` is about to hold offloaded data."""
+        """Called before `tensor` gets offloaded data."""
 
     def on_phase(self, name: str) -> None:
-        """`forward`, `backward` or `update` begins."""
+        """Called when `forward`, `backward` or `update` begins."""
 
     def on_layer(self) -> None:
-        """A pass through a decoder layer begins, of a method that does not call its attention module."""
+        """Called when a pass through a decoder layer begins, by methods that do not call its attention module."""
 
 
 class NanLoss(ArithmeticError):
-    """A loss is not finite."""
+    """A loss or a gradient norm is not finite."""
 
 
 class RankReadings(Frozen):
-    """What one rank read."""
+    """Readings of one rank."""
 
     step_s: list[float]
     """Wall time of each timed step."""
@@ -91,15 +91,15 @@ class RankReadings(Frozen):
     grad_norm: list[float]
     """Global gradient norm of every step."""
     memory: RankMemory | None
-    """Of the tracked step."""
+    """Memory of the tracked step."""
     evidence: RankEvidence
-    """Of the last step."""
+    """Evidence of the last step."""
     cosine: list[float]
-    """Of every step but the tracked one, on rank 0, where the cell asked for it."""
+    """Cosines of every step but the tracked one, on rank 0; empty if the cell does not request them."""
     gate: Gate | None
-    """On rank 0, where the cell asked for it."""
+    """Gradient comparison on rank 0; None if the cell does not request it."""
     num_parameters: int
-    """Of the model that this rank knows, tied ones once."""
+    """Parameters of the model on this rank, tied ones counted once."""
 
 
 def load_world(name: str) -> World:
@@ -111,7 +111,7 @@ def load_world(name: str) -> World:
 
 
 def execute(rank: Rank, payload: dict[str, Any]) -> dict[str, Any]:
-    """Run `payload["cell"]` on this rank; `payload["truth"]` what it is held against. Collective."""
+    """Run `payload["cell"]` on this rank. `payload["truth"]` is the reference of its gradients. Collective."""
     cell = Cell(**payload["cell"])
     world = load_world(cell.world)
     truth = None if payload["truth"] is None else Truth(**payload["truth"])
@@ -151,7 +151,7 @@ class _Run:
         self.companion = Companion(cell.train) if followed else None
 
     def readings(self) -> RankReadings:
-        """Run everything."""
+        """Run all steps."""
         cell = self.cell
         gate = self._gate() if cell.gate else None
         for i in range(cell.warmup):
@@ -170,7 +170,7 @@ class _Run:
         )
 
     def _batches(self, doing: str) -> list[Any]:
-        """This rank's shards of the next step."""
+        """This rank's shards of the next step's micro-batches."""
         self.rank.progress(doing)
         vars(self.placement.evidence).update(vars(Evidence()))
         batches = micro_batches(
@@ -189,7 +189,7 @@ class _Run:
         self.grad_norm.append(norm)
 
     def _gate(self) -> Gate | None:
-        """Compare all gradients of the first step, then let the step go on to its update."""
+        """Compare all gradients of the first step, then finish the step with its update."""
         batches = self._batches("comparing gradients")
         loss = accumulate_gradients(self.method, self.runtime, batches)
         if not math.isfinite(float(loss)):
@@ -200,7 +200,8 @@ class _Run:
         if self.rank.index == 0:
             assert self.truth is not None
             gate = compare(gradients, float(loss), self.truth, self.cell.train)
-            # AdamW makes a whole update of the least gradient: rounding has to be followed as it is.
+            # AdamW makes a full-size update even of a tiny gradient, so the reference update uses
+            # our rounding noise.
             noise = {
                 p.parameter: gradients[p.parameter].clone()
                 for p in gate.parameters
@@ -216,13 +217,13 @@ class _Run:
         return gate
 
     def _parameters(self) -> dict[str, Tensor]:
-        """Copies of all parameters, where the cell compares their change. Collective."""
+        """Copies of all parameters; empty if the cell does not compare the update. Collective."""
         if not self.cell.update:
             return {}
         return {name: p.clone() for name, p in self.runtime.state_dict().items()}
 
     def _follow(self, gradients: dict[str, Tensor]) -> None:
-        """Compare the step's gradients with the stock model's, if the cell asked for it. Collective."""
+        """Compare the step's gradients with the stock model's if the cell requests it. Collective."""
         if not self.cell.followed:
             return
         weights = self.runtime.state_dict()
@@ -266,23 +267,23 @@ class _Run:
 
 
 def num_parameters(module: nn.Module) -> int:
-    """Elements of all parameters, tied ones once, whole ones where an engine has sharded them."""
-    # ZeRO-3 keeps the true number beside an empty tensor; a DTensor counts as the whole.
+    """Number of parameters. Tied ones count once, sharded ones with their full size."""
+    # ZeRO-3 keeps the full size in `ds_numel`. A DTensor reports its full size.
     return sum(int(getattr(p, "ds_numel", p.numel())) for p in module.parameters())
 
 
 def attention_operators(operators: Iterable[str]) -> list[str]:
-    """Those of `operators` that are core attention, sorted."""
+    """The core attention operators among `operators`, sorted."""
     return sorted(name for name in operators if "attention" in name or "attn" in name)
 
 
 def store_of(rank: Rank, cell: Cell) -> dist.Store:
-    """Where the ranks of `cell` find each other."""
+    """The store through which the ranks of `cell` find each other."""
     if rank.meeting is not None:
         return store_at(rank.meeting, f"ranks/{cell.key}")
     return dist.FileStore(str(rank.scratch / "store"), rank.world_size)
 
 
 def rss_bytes() -> int:
-    """Largest resident set of this process so far."""
+    """Peak resident set size of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -37,7 +37,7 @@ class Cpu(World):
             store=store_of(rank, cell),
             rank=rank.index,
             world_size=rank.world_size,
-            # Before the cell's own limit, so that ranks that wait for each other say so.
+            # Shorter than the cell's own limit, so that ranks that wait for each other report it.
             timeout=dt.timedelta(seconds=cell.timeout_s / 2),
         )
         try:
@@ -79,5 +79,5 @@ class Cpu(World):
 
 
 def world() -> World:
-    """What `harness.worlds.base.load_world` loads."""
+    """Entry point for `harness.worlds.base.load_world`."""
     return Cpu()

@@ -1,7 +1,8 @@
-"""Real processes on NVIDIA GPUs: NCCL, one device a rank, what PyTorch's allocators count.
+"""Real processes on NVIDIA GPUs: NCCL, one device per rank, memory from PyTorch's allocators.
 
-With `alst_impl.ops.memory.offload` and world `phantom` all that names `torch.cuda`. Importing it touches no device: the
-fork server does so, and a process that has touched one cannot fork ranks that use it.
+In the training step only this module, world `phantom` and `alst_impl.ops.memory.offload` use
+`torch.cuda`. The fork server imports this module, and a process with CUDA initialised cannot fork
+ranks that use it. So importing it does not initialise CUDA.
 """
 
 from __future__ import annotations
@@ -32,62 +33,66 @@ from harness.worlds.base import World, attention_operators, rss_bytes, store_of
 
 
 def require_forkable() -> None:
-    """Raise `RuntimeError` if this process has touched a device, so that its children cannot."""
+    """Raise `RuntimeError` if CUDA is initialised in this process, because forked ranks could not use it."""
     if torch.cuda.is_initialized():
         raise RuntimeError("an import has initialised CUDA, so that forked ranks cannot use it")
 
 
 class Meter:
-    """The counters of one device. Counting happens as work is issued, so none of it waits for the device."""
+    """Memory counters of one device. The allocator counts when work is issued, so reading them does
+    not wait for the device.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def synchronize(self) -> None:
-        """Wait until the device has done all work."""
+        """Wait until the device has finished all work."""
         torch.cuda.synchronize(self.device)
 
     def reset_peaks(self) -> None:
-        """Let peaks start from what is held now."""
+        """Reset peaks to the current values."""
         torch.cuda.reset_peak_memory_stats(self.device)
 
     def reset_pinned_peak(self) -> None:
-        """The same for pinned host memory."""
+        """Reset the peak of pinned host memory."""
         torch.cuda.reset_peak_host_memory_stats()
 
     def empty_cache(self) -> None:
-        """Give back to the device what is reserved and free."""
+        """Release memory that is reserved but not allocated."""
         torch.cuda.empty_cache()
 
     def allocated(self) -> int:
-        """Bytes handed out."""
+        """Bytes allocated now."""
         return torch.cuda.memory_allocated(self.device)
 
     def peak_allocated(self) -> int:
-        """Most bytes handed out since peaks were reset."""
+        """Peak of allocated bytes since the last reset."""
         return torch.cuda.max_memory_allocated(self.device)
 
     def peak_reserved(self) -> int:
-        """Most bytes held since peaks were reset."""
+        """Peak of reserved bytes since the last reset."""
         return torch.cuda.max_memory_reserved(self.device)
 
     def in_use(self) -> int:
-        """Bytes of the device that anybody uses."""
+        """Bytes of the device in use by all processes."""
         free, total = torch.cuda.mem_get_info(self.device)
         return total - free
 
     def peak_pinned(self) -> int | None:
-        """Most bytes of pinned host memory handed out since that peak was reset."""
+        """Peak of allocated pinned host bytes since the last reset of that peak; None if PyTorch
+        does not report it.
+        """
         found: int | None = torch.cuda.host_memory_stats().get("active_bytes.peak")
         return found
 
     def changes(self) -> int:
-        """How often bytes were handed out or taken back so far."""
+        """Number of allocations and frees so far."""
         stats = torch.cuda.memory_stats(self.device)
         return sum(stats.get(f"allocation.all.{kind}", 0) for kind in ("allocated", "freed"))
 
     def retries(self) -> int:
-        """Times that the cache was emptied to satisfy a request."""
+        """Number of times that the cache was emptied to satisfy an allocation."""
         found: int = torch.cuda.memory_stats(self.device).get("num_alloc_retries", 0)
         return found
 
@@ -96,13 +101,13 @@ class Meter:
         torch._C._accelerator_setAllocatorSettings(setting)
 
     def settings(self) -> dict[str, str]:
-        """Of the allocator, as it says itself."""
+        """Settings that the allocator reports."""
         found = torch.cuda.memory._snapshot().get("allocator_settings", {})
         return {name: str(value) for name, value in found.items()}
 
 
 class Phases:
-    """Peaks of each phase of a step, by phase; a phase that comes again keeps its larger peaks."""
+    """Memory peaks of a step by phase. A phase that occurs again keeps the larger peak."""
 
     def __init__(self, meter: Meter) -> None:
         self._meter = meter
@@ -112,7 +117,7 @@ class Phases:
         self.device: dict[str, int] = {}
 
     def begin(self, name: str | None) -> None:
-        """`name` begins, and what ran before has ended; None only ends it."""
+        """End the current phase and begin phase `name`; None begins none."""
         self._meter.synchronize()
         if self._name is not None:
             self._note(self.allocated, self._meter.peak_allocated())
@@ -127,7 +132,7 @@ class Phases:
 
 
 class HostBytes:
-    """Bytes of tensors that hold offloaded data, as asked for; freed ones leave."""
+    """Bytes of live tensors with offloaded data, and their peak. Counts requested sizes."""
 
     def __init__(self) -> None:
         self.live = self.peak = 0
@@ -144,7 +149,7 @@ class HostBytes:
 
 
 class OperatorNames(TorchDispatchMode):
-    """Notes the operators that run, whoever calls them."""
+    """Records the names of all operators that run."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -158,7 +163,9 @@ class OperatorNames(TorchDispatchMode):
 
 
 class DrawnOnDevice(Initializer):
-    """Weights drawn where they will lie: other values than all worlds share, in a tenth of the time."""
+    """Weights drawn on the device. Takes a tenth of the time, but the values differ from those that
+    all worlds share.
+    """
 
     def values(self, model: PreTrainedModel, path: str, module: nn.Module) -> dict[str, Tensor]:
         """As the base class, on the current device."""
@@ -183,23 +190,23 @@ class Cuda(World):
         torch.cuda.init()
         self._meter = Meter(self.device)
         ask_for_settings(self._meter, cell)
-        # Optimizer states in host memory are updated by this process.
+        # This process updates optimizer states in host memory.
         here = int(os.environ.get("LOCAL_WORLD_SIZE", rank.world_size))
         torch.set_num_threads(max(len(os.sched_getaffinity(0)) // here, 1))
-        # What lies in host memory is summed there.
+        # Tensors in host memory are reduced there.
         host_too = load_engine(cell.train.engine).updates_on_host
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if host_too else "nccl",
             store=store_of(rank, cell),
             rank=rank.index,
             world_size=rank.world_size,
-            # Before the cell's own limit, so that ranks that wait for each other say so.
+            # Shorter than the cell's own limit, so that ranks that wait for each other report it.
             timeout=dt.timedelta(seconds=cell.timeout_s / 2),
             device_id=self.device,
         )
         axes = load_method(cell.train.method).axes(cell.train.world_size)
         yield init_device_mesh("cuda", tuple(axes.values()), mesh_dim_names=tuple(axes))
-        # Not after a failure: peers that wait would never answer, and the process ends anyway.
+        # Skipped after a failure: waiting peers would never answer, and the process ends anyway.
         dist.destroy_process_group()
 
     def initializer(self, cell: Cell) -> Initializer | None:
@@ -212,7 +219,7 @@ class Cuda(World):
         self._meter.empty_cache()
 
     def clock(self) -> float:
-        # Not events of one stream: copies run on another, and a host optimizer on none.
+        # Events of one stream would miss copies on another stream and a host optimizer.
         self._meter.synchronize()
         return time.perf_counter()
 
@@ -248,7 +255,7 @@ class Cuda(World):
 
     @contextmanager
     def watching(self) -> Iterator[Callable[[], list[str]]]:
-        """While a step runs: what says afterwards which core attention ran."""
+        """Watch a running step. Yields a function that returns the core attention operators that ran."""
         names = OperatorNames()
         with names:
             yield lambda: attention_operators(names.names)
@@ -263,16 +270,16 @@ class Cuda(World):
 
 
 def weights_of(cell: Cell) -> str | None:
-    """The folder with the weights of the cell's model, where it is one."""
+    """The folder with the weights of the cell's model; None if the model has no folder."""
     from alst_impl.models import has_weights
 
     return cell.train.model if has_weights(cell.train.model) else None
 
 
 def ask_for_settings(meter: Meter, cell: Cell) -> None:
-    """Have the allocator run as the cell asks, if its environment did not reach it in time.
+    """Apply the cell's allocator setting if its environment variable was read too early.
 
-    Raises `RuntimeError` if it still says that it does not.
+    Raises `RuntimeError` if the allocator still reports another setting.
     """
     asked = str(cell.expandable_segments)
     for last in (False, True):
@@ -287,5 +294,5 @@ def ask_for_settings(meter: Meter, cell: Cell) -> None:
 
 
 def world() -> World:
-    """What `harness.worlds.base.load_world` loads."""
+    """Entry point for `harness.worlds.base.load_world`."""
     return Cuda()

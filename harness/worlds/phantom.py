@@ -1,7 +1,7 @@
-"""Phantom devices: PyTorch's CUDA build over a runtime in which memory is real and arithmetic is not.
+"""Phantom devices: PyTorch's CUDA build over a runtime with real memory and no arithmetic.
 
-One process is the rank that holds the most, in a fake process group of all ranks. It shares its code with
-world `cuda`, which it agrees with to the byte; values and times it does not have.
+One process runs the rank with the highest memory use, in a fake process group of all ranks. The
+code is shared with world `cuda`, and bytes are the same. There are no values and no times.
 """
 
 from __future__ import annotations
@@ -49,23 +49,23 @@ __all__ = ["Phantom", "UnknownValue", "require_forkable", "world"]
 
 
 STATES = {"adamw": 2, "sgd": 0}
-"""Tensors like each parameter that PyTorch's optimizers keep."""
+"""Optimizer -> number of states per parameter, each of the parameter's size."""
 
 
 EVENTS = 10_000_000
-"""Kept of a timeline: more than the allocations of any step."""
+"""Maximum number of events of a timeline, more than the allocations of any step."""
 
 
 class UnknownValue(RuntimeError):
-    """A value that no device computed may have steered the run."""
+    """A value that no device computed may have decided control flow."""
 
 
 class _Seen(BaseException):
-    """A step has shown what it was run for."""
+    """Ends a step early, after its measurement is complete."""
 
 
 class Counting(TorchDispatchMode):
-    """Has a meter observe every operator."""
+    """Passes every operator to a meter."""
 
     def __init__(self, meter: cost.Meter) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -93,7 +93,7 @@ class Unfilled(Initializer):
 
 
 class Blank:
-    """Unpacked samples of which every label counts."""
+    """Unpacked samples in which every label counts."""
 
     def __init__(self, config: TrainConfig) -> None:
         self._seqlen = config.seqlen
@@ -105,18 +105,18 @@ class Blank:
 
 
 class Marks:
-    """Places within a step, in the order they are passed: each phase and each pass through a layer."""
+    """Marks within a step, in order: each phase and each pass through a layer."""
 
     def __init__(self, meter: Meter) -> None:
         self._meter = meter
         self.count = 0
         self.highest = 0
         self.before_highest = 0
-        """The mark after which most bytes were allocated."""
+        """The last mark before the peak of allocated bytes."""
         self.on_pass: Callable[[int], None] | None = None
 
     def passed(self) -> None:
-        """Note whether the peak has risen since the last mark."""
+        """Pass a mark, and note whether the peak has risen since the last one."""
         peak = self._meter.peak_allocated()
         if peak > self.highest:
             self.highest, self.before_highest = peak, self.count - 1
@@ -126,15 +126,16 @@ class Marks:
 
 
 class Phantom(Cuda):
-    """The heaviest rank of all on a device without arithmetic."""
+    """The rank with the highest memory use, on a phantom device."""
 
     has_time = has_values = False
 
     def __init__(
         self, rank: int | None = None, *, counted: bool = False, explained: bool = False
     ) -> None:
-        """`rank` is played, by default the method's heaviest. `counted`: the tracked step counts its work;
-        `explained`: one step more, the last, tells what is alive at the peak.
+        """`rank` is the rank to run, by default the method's heaviest. `counted`: count the work of
+        the tracked step. `explained`: run one more step to find the allocations that are alive at
+        the peak.
         """
         super().__init__()
         self._played, self._counted, self._explained = rank, counted, explained
@@ -142,10 +143,10 @@ class Phantom(Cuda):
         self._begins: list[tuple[str, int]] | None = None
         self.cost: Cost | None = None
         self.timeline: Timeline | None = None
-        """Of the tracked step, where the cell asks for it."""
+        """Timeline of the tracked step; None if the cell does not request it."""
         self.holdings: list[Holding] = []
         self.pageable_bytes = 0
-        """Of host memory that is not page-locked, at the most."""
+        """Peak of pageable host memory."""
 
     @contextmanager
     def group(self, rank: Rank, cell: Cell) -> Iterator[DeviceMesh]:
@@ -155,16 +156,18 @@ class Phantom(Cuda):
         self._meter = Meter(self.device)
         ask_for_settings(self._meter, cell)
         self._reads = phantom_agent.reads.watch([site.model_dump() for site in reviewed_sites()])
-        # Weights and states on the host have no values either, and would not fit this machine.
+        # Weights and states on the host have no values either, and would exceed this machine's
+        # memory.
         phantom_agent.host.leave_large_untouched()
         method, size = load_method(cell.train.method), cell.train.world_size
         played = method.heaviest_rank(size) if self._played is None else self._played
-        # What a launcher tells that rank; DeepSpeed reads it.
+        # Launcher variables of that rank. DeepSpeed reads them.
         places = {"RANK": played, "LOCAL_RANK": 0, "WORLD_SIZE": size}
         os.environ.update({name: str(value) for name, value in places.items()})
         dist.init_process_group("fake", rank=played, world_size=size, store=FakeStore())
         axes = method.axes(size)
-        # A backward in a thread of its own drops its last references now before, now after who waits for it goes on.
+        # A backward in a separate thread drops its last references before or after the caller
+        # continues. Which comes first varies.
         with torch.autograd.set_multithreading_enabled(False):
             yield init_device_mesh("cuda", tuple(axes.values()), mesh_dim_names=tuple(axes))
         dist.destroy_process_group()
@@ -192,7 +195,7 @@ class Phantom(Cuda):
         return memory
 
     def _drawn(self, step: Callable[[], object], runtime: Runtime) -> RankMemory:
-        """`step` under the tracker, with its timeline."""
+        """Track `step` and record its timeline."""
         gc.collect()
         begin, resting = self._meter.changes(), self._meter.allocated()
         self._begins = []
@@ -227,22 +230,24 @@ class Phantom(Cuda):
         return Unfilled(cell.train.seed)
 
     def corpus(self, config: TrainConfig) -> Any:
-        """Samples without content, where content decides nothing: no kernel reads it."""
+        """Blank samples if the data is unpacked and unmasked, because no kernel reads their content."""
         plain = config.data.documents == 1 and config.data.mask == "none"
         return Blank(config) if plain else super().corpus(config)
 
     def skips_update(self) -> bool:
-        """On the host it would be real arithmetic, and uses no device memory."""
+        """Skips updates on the host, which would be real arithmetic and use no device memory."""
         return load_engine(self._cell.train.engine).updates_on_host
 
     def _alive_after(
         self, mark: int, step: Callable[[], object], runtime: Runtime
     ) -> list[Holding]:
-        """What is alive at the peak between `mark` and the next, in another step like the tracked one."""
+        """Run another step like the tracked one. Returns the allocations alive at the peak between
+        `mark` and the next mark.
+        """
         memory = torch.cuda.memory
         before: dict[str, Any] = {}
         after: dict[str, Any] = {}
-        # Shards, whose places a unit's whole parameters take while they are gathered.
+        # Addresses of shards. While a unit is gathered, its parameters have other addresses.
         known = _places(runtime)
 
         def on_pass(number: int) -> None:
@@ -271,8 +276,8 @@ class Phantom(Cuda):
         ]
 
     def _require_known(self) -> None:
-        """Raise `UnknownValue` where a value that nobody knows was read at a place that nobody reviewed, or the run
-        went on after a function without an answer.
+        """Raise `UnknownValue` if an unknown value was read at a place that is not reviewed, or the
+        run continued after a refused function.
         """
         if refused := phantom_agent.runtime.refusals():
             raise UnknownValue(f"the run went on after a refusal of {', '.join(refused)}")
@@ -286,14 +291,14 @@ class Phantom(Cuda):
 
 
 def _states_on_host(runtime: Runtime, optimizer: str) -> int:
-    """Bytes of the states that the optimizer makes of parameters in host memory in its first update."""
+    """Bytes of the states that the optimizer creates for parameters in host memory in its first update."""
     parameters = [p for group in runtime.optimizer.param_groups for p in group["params"]]
     held: list[Tensor] = [getattr(p, "_local_tensor", p) for p in parameters]
     return STATES[optimizer] * sum(t.nbytes for t in held if t.device.type == "cpu")
 
 
 def _places(runtime: Runtime) -> dict[int, str]:
-    """Category by address, of what a step finds and leaves."""
+    """Address -> category of parameters, gradients and optimizer states."""
     found: dict[int, str] = {}
     for p in runtime.module.parameters():
         for tensor, category in ((p, "parameters"), (p.grad, "gradients")):
@@ -311,7 +316,7 @@ def _places(runtime: Runtime) -> dict[int, str]:
 def _grouped(
     held: dict[int, tuple[int, list[Any]]], places: dict[int, str]
 ) -> dict[tuple[str, str, str | None], list[int]]:
-    """Sizes of what is held, by category, function and line."""
+    """Sizes of allocations by category, function and line, largest group first."""
     found: dict[tuple[str, str, str | None], list[int]] = {}
     for address, (size, frames) in held.items():
         category = places.get(address, "activations")
@@ -322,7 +327,7 @@ def _grouped(
 
 
 def _short(places: str) -> str:
-    """Files by their place in the checkout or among the packages, wherever those lie."""
+    """File paths relative to the checkout or to the folder of installed packages."""
     for module in (torch, transformers, alst_impl):
         folder = Path(module.__file__ or "").parents[1]
         places = places.replace(f"{folder}/", "")
@@ -330,5 +335,5 @@ def _short(places: str) -> str:
 
 
 def world() -> World:
-    """What `harness.worlds.base.load_world` loads."""
+    """Entry point for `harness.worlds.base.load_world`."""
     return Phantom()

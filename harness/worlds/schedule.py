@@ -1,4 +1,6 @@
-"""The schedule of a pipeline, played with modelled times and bytes: no tensor is made. Imports no torch."""
+"""World `schedule`: simulates a pipeline's schedule with modelled times and bytes, without tensors.
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from harness.records.sources import fingerprint
 
 
 def execute(rank: Rank, payload: dict[str, Any]) -> dict[str, Any]:
-    """Play the schedule of `payload["cell"]`."""
+    """Simulate the schedule of `payload["cell"]`."""
     cell = Cell(**payload["cell"])
     assert cell.simulation is not None
     rank.progress("playing its schedule")

@@ -1,4 +1,4 @@
-"""The attention seam against attention with an explicit mask."""
+"""The attention interface against attention with an explicit mask."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def qkv(seqlen: int, batch: int = 2, heads: int = 4, kv_heads: int = 2) -> list[
 
 
 def masked(tensors: list[Tensor], window: int | None, documents: Documents) -> Tensor:
-    """Textbook attention: scores, an S x S mask, softmax."""
+    """Textbook attention with scores, an S x S mask and softmax."""
     query, key, value = tensors
     copies = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(copies, dim=1) for x in (key, value))
@@ -47,7 +47,7 @@ DOCUMENTS = ((5, 1, 11), (17,))
 @pytest.mark.parametrize("documents", [None, DOCUMENTS, ((1,) * 17, (8, 9))])
 @pytest.mark.parametrize("window", [None, 1, 2, 4, 5, 16, 17, 18])
 def test_attention_equals_the_explicit_mask(window: int | None, documents: Documents) -> None:
-    """Output and gradients, with windows that divide the length, do not, or exceed it."""
+    """Output and gradients are equal, for windows that divide the length, do not, or exceed it."""
     results = []
     for fn in (
         lambda x: attend(*x, scale=0.7, window=window, documents=documents),
@@ -62,7 +62,7 @@ def test_attention_equals_the_explicit_mask(window: int | None, documents: Docum
 
 
 def flash_attn(monkeypatch: pytest.MonkeyPatch, module: str, returns_statistics: bool) -> list[str]:
-    """Stand-ins for a flash-attn package, with its layouts; the calls that were made."""
+    """Fake functions of a flash-attn package, in its layouts. Returns the calls that they receive."""
     calls: list[str] = []
 
     def one(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -99,7 +99,9 @@ def flash_attn(monkeypatch: pytest.MonkeyPatch, module: str, returns_statistics:
 def test_a_kernel_of_a_package_is_called_in_its_layout(
     monkeypatch: pytest.MonkeyPatch, name: str, documents: Documents, statistics: bool
 ) -> None:
-    """Sequence before heads, grouped queries as they are; packed documents in one call by offsets."""
+    """The sequence dim comes before heads and kv heads are not repeated. Packed documents take one
+    call with offsets.
+    """
     calls = flash_attn(monkeypatch, MODULES[name], statistics)
     tensors = [x.detach() for x in qkv(17)]
     out = attend(*tensors, scale=0.7, documents=documents, backend=name)
@@ -111,14 +113,14 @@ def test_a_kernel_of_a_package_is_called_in_its_layout(
 def test_a_missing_package_is_an_error_that_names_it(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """No other kernel stands in."""
+    """No other kernel replaces it."""
     monkeypatch.setitem(sys.modules, MODULES[name], None)
     with pytest.raises(ValueError, match=f"attention '{name}' needs .* not installed"):
         attend(*qkv(17), scale=0.7, backend=name)
 
 
 def test_a_named_kernel_runs_or_fails() -> None:
-    """The flash kernel of the CPU by its name; a kernel that only CUDA has fails, and is not replaced."""
+    """The CPU's flash kernel runs by its name. A kernel that only CUDA has fails and is not replaced."""
     tensors = [x.float() for x in qkv(17)]
     named, chosen = (attend(*tensors, scale=0.7, backend=b) for b in ("sdpa_flash", "sdpa"))
     assert torch.equal(named, chosen)
@@ -127,14 +129,14 @@ def test_a_named_kernel_runs_or_fails() -> None:
 
 
 def test_every_name_of_the_configuration_is_a_backend() -> None:
-    """And those that take packed documents are some of them."""
+    """Every kernel for packed documents is a backend, too."""
     assert set(get_args(Attention)) <= BACKENDS.keys()
     assert VARLEN.keys() <= BACKENDS.keys()
 
 
 @pytest.mark.parametrize("position", [7, 8, 9, 15, 16])
 def test_a_window_ends_where_it_says_at_the_edges_of_blocks(position: int) -> None:
-    """With a window of 8, a token is seen by itself and the seven after it, and by no other."""
+    """With a window of 8, a token is visible to itself and to the next seven tokens only."""
     query, key, value = (x.detach() for x in qkv(32))
     before = attend(query, key, value, scale=1, window=8)
     changed = value.clone()
@@ -144,7 +146,7 @@ def test_a_window_ends_where_it_says_at_the_edges_of_blocks(position: int) -> No
 
 
 def test_nothing_leaks_between_packed_documents() -> None:
-    """A changed token of document 1 moves nothing in document 2."""
+    """A changed token of document 1 changes no output of document 2."""
     query, key, value = (x.detach() for x in qkv(17))
     documents = ((6, 11), (6, 11))
     before = attend(query, key, value, scale=1, documents=documents)
@@ -157,7 +159,7 @@ def test_nothing_leaks_between_packed_documents() -> None:
 
 @pytest.mark.parametrize("window", [None, 4])
 def test_nothing_looks_ahead(window: int | None) -> None:
-    """A changed token moves nothing before it."""
+    """A changed token changes no output before it."""
     query, key, value = (x.detach() for x in qkv(17))
     before = attend(query, key, value, scale=1, window=window)
     for x in (query, key, value):

@@ -1,4 +1,4 @@
-"""Samples depend on (seed, id) alone, and sharding loses nothing."""
+"""Samples depend on (seed, id) only, and sharding loses nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def corpus(seqlen: int = 64, seed: int = 0, *, vocab_size: int = 256, **data: object) -> Corpus:
-    """The default corpus unless told otherwise."""
+    """The default corpus, with optional changes."""
     return Corpus(DataConfig(**data), seqlen, seed, vocab_size)
 
 
@@ -33,7 +33,7 @@ def equal(a: Batch, b: Batch) -> bool:
 
 
 def test_a_sample_is_a_function_of_seed_and_id() -> None:
-    """Not of the order, the batch, or the object it was asked from."""
+    """Order, batch and corpus object do not matter."""
     first = corpus()
     assert equal(first.batch([3]), corpus().batch([3]))
     pair = first.batch([7, 3])
@@ -43,7 +43,7 @@ def test_a_sample_is_a_function_of_seed_and_id() -> None:
 
 
 def test_samples_are_real_text() -> None:
-    """Bytes of Python sources."""
+    """The default corpus has the bytes of Python sources."""
     ids, labels, positions, lengths = corpus(512).sample(0)
     assert bytes(ids.tolist()).isascii() or len(set(ids.tolist())) > 20
     assert torch.equal(labels[1:], ids[1:])
@@ -52,7 +52,7 @@ def test_samples_are_real_text() -> None:
 
 
 def test_labels_are_shifted_once() -> None:
-    """Position i is to predict token i + 1; the last has nothing to predict."""
+    """Position i predicts token i + 1, and the last position predicts nothing."""
     batch = corpus(16).batch([0, 1])
     assert torch.equal(batch.shift_labels[:, :-1], batch.input_ids[:, 1:])
     assert (batch.shift_labels[:, -1] == IGNORE_INDEX).all()
@@ -62,7 +62,7 @@ def test_labels_are_shifted_once() -> None:
 @pytest.mark.parametrize("extra", [-1, 0, 1])
 @pytest.mark.parametrize("mask", sorted(LABEL_MASKS))
 def test_shards_hold_every_token_and_label_exactly_once(mask: str, extra: int, sp: int) -> None:
-    """At lengths beside a multiple of sp; the padding carries no label and continues the positions."""
+    """At lengths around a multiple of sp, padding has no label and continues the positions."""
     length = 12 * sp + extra
     whole = corpus(length, mask=mask).batch([0, 1])
     shards = [shard_sequence(whole, sp, index) for index in range(sp)]
@@ -93,7 +93,7 @@ def test_the_only_label_on_a_shard_border_survives(sp: int) -> None:
 
 @pytest.mark.parametrize("sp", [2, 4])
 def test_labels_at_the_border_are_those_of_the_next_shards_first_token(sp: int) -> None:
-    """From corpus to shard: whoever shifted after sharding would lose this label."""
+    """From corpus to shard: shifting labels after sharding would lose this label."""
     source = corpus(8 * sp)
     ids = source.sample(0)[0]
     whole = source.batch([0])
@@ -113,27 +113,27 @@ def test_labels_at_the_border_are_those_of_the_next_shards_first_token(sp: int) 
         ("all", []),
     ],
 )
-def test_a_mask_ignores_what_it_says(mask: str, valid: list[int]) -> None:
-    """Over positions of the shifted labels, at length 20."""
+def test_each_mask_ignores_the_right_labels(mask: str, valid: list[int]) -> None:
+    """The valid positions of the shifted labels at length 20 are as listed."""
     labels = corpus(20, mask=mask).batch([0]).shift_labels[0]
     assert (labels != IGNORE_INDEX).nonzero().flatten().tolist() == valid
 
 
 def test_the_imbalance_is_one_to_a_hundred() -> None:
-    """One label in a hundred in the first half, every one in the second."""
+    """In the first half one label in a hundred is valid, in the second half every label."""
     valid = corpus(2000, mask="imbalance").batch([0]).shift_labels[0] != IGNORE_INDEX
     assert int(valid[:1000].sum()) == 10
     assert int(valid[1000:].sum()) == 999
 
 
 def test_accumulated_samples_hold_unequal_numbers_of_labels() -> None:
-    """So that a mean of means differs from the mean."""
+    """Otherwise a mean of means would equal the mean."""
     source = Corpus(DataConfig(), 100, 0, 256, uneven=True)
     assert [int(source.batch([i]).num_valid()) for i in range(4)] == [99, 9, 49, 99]
 
 
 def test_packed_documents_restart_their_positions() -> None:
-    """And the last token of one does not predict the first of the next."""
+    """The last token of a document does not predict the first token of the next."""
     source = corpus(40, documents=3)
     batch = source.batch([0, 1])
     assert batch.documents is not None
@@ -149,7 +149,7 @@ def test_packed_documents_restart_their_positions() -> None:
 
 
 def test_padding_of_a_packed_sample_is_a_document_of_its_own() -> None:
-    """Nothing real shares a document with it."""
+    """No real token is in the document of the padding."""
     whole = corpus(10, documents=2).batch([0])
     shard = shard_sequence(whole, 4, 3)
     assert whole.documents is not None
@@ -158,7 +158,7 @@ def test_padding_of_a_packed_sample_is_a_document_of_its_own() -> None:
 
 
 def test_one_document_needs_no_list() -> None:
-    """An unpacked batch takes the fused causal kernel."""
+    """An unpacked batch has no list of documents, so it takes the fused causal kernel."""
     assert corpus(8).batch([0]).documents is None
 
 
@@ -174,7 +174,7 @@ def test_files_and_folders_are_corpora(tmp_path: Path) -> None:
 
 
 def test_a_missing_or_empty_corpus_is_refused(tmp_path: Path) -> None:
-    """By its name, with the way out."""
+    """The error names it and gives a fix."""
     with pytest.raises(ValueError, match=r"nowhere' does not exist; use 'python-stdlib' or"):
         corpus(corpus=str(tmp_path / "nowhere")).sample(0)
     with pytest.raises(ValueError, match="holds no text"):
@@ -182,13 +182,13 @@ def test_a_missing_or_empty_corpus_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_token_outside_the_vocabulary_is_refused() -> None:
-    """It would index past the embedding."""
+    """It would index past the end of the embedding."""
     with pytest.raises(ValueError, match="outside the model's vocabulary of 100"):
         corpus(4000, vocab_size=100).sample(0)
 
 
 def first_batch(rank: int, world_size: int) -> tuple[int, int, Batch]:
-    """Body of a rank: its dp rank, its sp rank, and its first micro-batch before sharding and after."""
+    """Body of a rank: its dp rank, its sp rank, and its first micro-batch before and after sharding."""
     config = config_of(method={"name": "alst", "sp": 2}, world_size=world_size, batch_size=2)
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "sp"))
     source = Corpus(config.data, config.seqlen, config.seed, 256)

@@ -1,4 +1,4 @@
-"""What DeepSpeed's own ALST classes compute, measured."""
+"""Measured gradients and losses of DeepSpeed's own ALST classes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def trained(ranks: Ranks, stage: int) -> tuple[Run, Truth]:
-    """One step of the peer at sp 2, and the truth."""
+    """One step of `deepspeed_alst` at sp 2, and the reference gradients."""
     config = config_of(
         method={"name": "deepspeed_alst", "sp": 2, "tiles": 2},
         engine={"name": "zero", "stage": stage},
@@ -39,7 +39,7 @@ def trained(ranks: Ranks, stage: int) -> tuple[Run, Truth]:
 
 
 def test_the_peer_is_exact_under_zero3(ranks: Ranks) -> None:
-    """Called as its tutorial does, at sp 2."""
+    """The call is that of DeepSpeed's tutorial, at sp 2."""
     run, truth = trained(ranks, 3)
     assert_same_gradients(run.gradients, truth.gradients)
     assert run.losses[0] == pytest.approx(truth.losses[0], rel=1e-5)
@@ -50,7 +50,7 @@ def test_the_peer_is_exact_under_zero3(ranks: Ranks) -> None:
 def test_the_peers_gradients_are_sp_times_too_long_under_zero1_and_zero2(
     ranks: Ranks, stage: int
 ) -> None:
-    """Measured with DeepSpeed 0.19.8: fails when a later release mends it."""
+    """Measured with DeepSpeed 0.19.8. This test fails once a later release fixes it."""
     run, truth = trained(ranks, stage)
     for name, expected in truth.gradients.items():
         ratio, cosine = ratio_and_cosine(run.gradients[name], expected)
@@ -60,7 +60,7 @@ def test_the_peers_gradients_are_sp_times_too_long_under_zero1_and_zero2(
 
 
 def test_the_peer_accumulates(ranks: Ranks) -> None:
-    """Two equal micro-batches: DeepSpeed is told where the step ends, and the update happens."""
+    """With two equal micro-batches, DeepSpeed is told where the step ends, and the update happens."""
     config = config_of(
         method={"name": "deepspeed_alst", "sp": 2, "tiles": 2},
         engine={"name": "zero", "stage": 3},
@@ -75,7 +75,9 @@ def test_the_peer_accumulates(ranks: Ranks) -> None:
 
 @pytest.mark.parametrize("sp", [1, 2])
 def test_the_peers_fused_loss_loses_the_division_for_the_head(ranks: Ranks, sp: int) -> None:
-    """Measured with DeepSpeed 0.19.8: the head's gradient is that of the sum, all others of the mean."""
+    """Measured with DeepSpeed 0.19.8: the head's gradient is that of the sum, all other gradients
+    are those of the mean.
+    """
     options = {"sp": sp, "tiles": 2, "tiled_by": "TiledFusedLogitsLoss"}
     config = config_of(
         method={"name": "deepspeed_alst", **options},
@@ -101,20 +103,18 @@ def test_the_peers_fused_loss_loses_the_division_for_the_head(ranks: Ranks, sp: 
         ({"offload": True}, {"checkpoint": False}, "checkpoint is false; set offload: false"),
     ],
 )
-def test_switches_that_exclude_each_other_are_refused(
+def test_mutually_exclusive_options_are_refused(
     options: dict[str, object], settings: dict[str, object], said: str
 ) -> None:
-    """When the run is checked."""
+    """The check of the run refuses them."""
     config = config_of(method={"name": "deepspeed_alst", **options}, engine="zero", **settings)
     with pytest.raises(ValueError, match=said):
         step.check(config)
 
 
 @pytest.mark.parametrize("option", ["liger", "offload"])
-def test_switches_for_gpus_are_refused_on_a_host(
-    option: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where the packages are missing, they are named before."""
+def test_gpu_options_are_refused_on_a_cpu(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message names the option. Missing packages are replaced here, because their check comes first."""
     spec = Spec(name="deepspeed_alst", options={"tile_loss": False, option: True})
     config = config_of(method=spec, engine="zero")
     model, _ = build(config)
@@ -140,7 +140,7 @@ def test_switches_for_gpus_are_refused_on_a_host(
 def test_a_missing_peer_is_named(
     option: str, missing: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the command that installs it."""
+    """The error has the command that installs it."""
     monkeypatch.setitem(sys.modules, missing, None)
     spec = Spec(name="deepspeed_alst", options={"tile_loss": False, option: True})
     with pytest.raises(ValueError, match=said):

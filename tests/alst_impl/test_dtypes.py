@@ -57,11 +57,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "head_dim": 16,
     },
 }
-"""Families whose routers stay in fp32: fields besides `SIZES`."""
+"""Model families whose routers stay in fp32 -> their fields besides `SIZES`."""
 
 
 def bf16_run(folder: Path, model_type: str, engine: dict[str, Any]) -> TrainConfig:
-    """Two ranks share a sample; parameters are in bf16 but for those that the model keeps in fp32."""
+    """A run of two ranks that share a sample. Parameters are in bf16, except those that the model keeps in fp32."""
     path = folder / f"{model_type}.json"
     path.write_text(json.dumps({"model_type": model_type, **SIZES, **FAMILIES[model_type]}))
     return config_of(
@@ -70,12 +70,12 @@ def bf16_run(folder: Path, model_type: str, engine: dict[str, Any]) -> TrainConf
         method={"name": "alst", "sp": 2, "tiles": 3},
         engine=engine,
         world_size=2,
-        seed=2,  # rounding to bf16 sends no token to another expert than in fp64
+        seed=2,  # with this seed, bf16 and fp64 route every token to the same expert
     )
 
 
 def assert_trains(ranks: Ranks, config: TrainConfig) -> None:
-    """Gradients pass the gate, and every parameter comes out in the dtype that the model gave it."""
+    """Gradients pass the gate, and every parameter keeps the dtype that the model gave it."""
     run = ranks(2)(run_steps, config)[0]
     tolerance = TOLERANCES["bfloat16"]
     truth = truth_of(config).gradients
@@ -90,7 +90,7 @@ def assert_trains(ranks: Ranks, config: TrainConfig) -> None:
 def test_routers_in_fp32_train_beside_bf16(
     ranks: Ranks, tmp_path: Path, engine: dict[str, Any], model_type: str
 ) -> None:
-    """FSDP2 and ZeRO-3 shard the parameters of each dtype."""
+    """FSDP2 and ZeRO-3 shard the parameters of both dtypes."""
     assert_trains(ranks, bf16_run(tmp_path, model_type, engine))
 
 
@@ -107,15 +107,15 @@ def test_routers_in_fp32_train_beside_bf16(
 def test_other_engines_keep_routers_in_fp32(
     ranks: Ranks, tmp_path: Path, engine: dict[str, Any]
 ) -> None:
-    """No engine casts what a model keeps in fp32."""
+    """No engine casts parameters that the model keeps in fp32."""
     assert_trains(ranks, bf16_run(tmp_path, "deepseek_v3", engine))
 
 
 @pytest.mark.parametrize("engine", [{"name": "fsdp2"}, {"name": "zero"}], ids=["fsdp2", "zero3"])
-def test_a_run_of_two_dtypes_goes_on_where_it_was_saved(
+def test_a_run_of_two_dtypes_resumes_from_its_checkpoint(
     ranks: Ranks, tmp_path: Path, engine: dict[str, Any]
 ) -> None:
-    """Optimizer states of both are in the checkpoint: four steps, or two and two, to the bit."""
+    """The checkpoint has the optimizer states of both dtypes: four steps equal two plus two, to the bit."""
     config, saved = bf16_run(tmp_path, "deepseek_v3", engine), tmp_path / "saved"
     (losses, whole), _ = ranks(2)(train, config, range(4))
     ranks(2)(train, config, range(2), None, saved)
@@ -125,7 +125,7 @@ def test_a_run_of_two_dtypes_goes_on_where_it_was_saved(
 
 
 def start(rank: int, world_size: int, config: TrainConfig) -> str:
-    """Body of a rank: the refusal of a run's start."""
+    """Body of a rank: the message that refuses the run's start."""
     mesh = init_device_mesh("cpu", (1, world_size), mesh_dim_names=("dp", "sp"))
     with pytest.raises(ValueError, match=r".") as refusal:
         step.start(config, mesh, Placement(torch.device("cpu")))
@@ -133,25 +133,25 @@ def start(rank: int, world_size: int, config: TrainConfig) -> str:
 
 
 def test_offloaded_parameters_of_two_dtypes_are_refused(ranks: Ranks, tmp_path: Path) -> None:
-    """DeepSpeed would put all of them in one dtype without a word."""
+    """DeepSpeed would silently cast all of them to one dtype."""
     engine = {"name": "zero", "offload_param": True}
     (line, _) = ranks(2)(start, bf16_run(tmp_path, "deepseek_v3", engine))
     assert "set offload_param: false" in line
 
 
 def start_hooked(rank: int, world_size: int, kind: str) -> str:
-    """Body of a rank: a method whose `apply` registers a hook of `kind` on a parameter."""
+    """Body of a rank: the refusal of a method whose `apply` registers a hook of `kind` on a parameter."""
 
     def apply(self: Baseline, model: Any, *_: Any) -> None:
         getattr(model.lm_head.weight, kind)(lambda *_: None)
 
-    Baseline.apply = apply  # type: ignore[method-assign]  # in this process, which ends
+    pytest.MonkeyPatch().setattr(Baseline, "apply", apply)  # in this process, which ends
     return start(rank, world_size, config_of())
 
 
 @pytest.mark.parametrize("kind", ["register_hook", "register_post_accumulate_grad_hook"])
 def test_hooks_on_parameters_are_refused(ranks: Ranks, kind: str) -> None:
-    """They would be on meta tensors and never fire: method, parameter and a way out are named."""
+    """Such hooks would be on meta tensors and never fire. The error names method, parameter and a fix."""
     (line,) = ranks(1)(start_hooked, kind)
     assert "method 'baseline' registers a hook on parameter 'lm_head.weight'" in line
     assert "register_full_backward_hook" in line

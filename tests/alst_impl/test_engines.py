@@ -63,7 +63,7 @@ def test_every_model_under_zero3_and_sp4_has_the_gradients_of_the_stock_model(
 def test_alst_at_sp2_has_the_gradients_of_the_stock_model(
     ranks: Ranks, settings: dict[str, Any]
 ) -> None:
-    """Whatever labels are ignored, documents packed, parts switched off."""
+    """Equal gradients with ignored labels, packed documents, and features turned off."""
     method = {"name": "alst", "sp": 2, **settings.get("method", {})}
     config = config_of(**{**settings, "method": method, "world_size": 2})
     run = ranks(2)(run_steps, config)[0]
@@ -74,7 +74,7 @@ def test_alst_at_sp2_has_the_gradients_of_the_stock_model(
 
 @pytest.mark.parametrize("engine", ["zero", "fsdp2", "plain"])
 def test_gradients_are_not_clipped_unless_asked(ranks: Ranks, engine: str) -> None:
-    """DeepSpeed clips at 1.0 by default."""
+    """DeepSpeed clips at 1.0 by default; our engines do not."""
     config = config_of(
         engine=engine,
         world_size=2,
@@ -95,14 +95,14 @@ def test_gradients_are_not_clipped_unless_asked(ranks: Ranks, engine: str) -> No
     ids=["zero3-offloaded", "zero3-no-reduce-scatter", "zero2-offloaded"],
 )
 def test_options_of_zero_change_no_gradient(ranks: Ranks, engine: dict[str, Any]) -> None:
-    """Where states live and how gradients travel is not what they are."""
+    """The place of states and the dtype of communication change no gradient."""
     config = config_of(method={"name": "alst", "sp": 2}, engine=engine, world_size=2)
     run = ranks(2)(run_steps, config)[0]
     assert_same_gradients(run.gradients, truth_of(config).gradients)
 
 
 def test_bf16_under_alst_loses_no_more_than_bf16_alone(ranks: Ranks) -> None:
-    """Tiling and sharding add little to the rounding that plain training has."""
+    """Tiling and sharding add little to the rounding error of plain bf16 training."""
     plain = config_of(dtype="bfloat16", seqlen=128)
     alst = config_of(
         dtype="bfloat16",
@@ -119,7 +119,7 @@ def test_bf16_under_alst_loses_no_more_than_bf16_alone(ranks: Ranks) -> None:
 
 
 def test_the_same_run_twice_gives_the_same_losses_to_the_bit(ranks: Ranks) -> None:
-    """Nothing depends on time, order or chance."""
+    """A run depends on nothing but its configuration."""
     config = config_of(method={"name": "alst", "sp": 2}, world_size=2)
     first, second = (ranks(2)(run_steps, config, 2)[0] for _ in range(2))
     assert first.losses == second.losses
@@ -164,13 +164,15 @@ def test_the_same_run_twice_gives_the_same_losses_to_the_bit(ranks: Ranks) -> No
 def test_an_impossible_request_is_refused_with_the_way_out(
     settings: dict[str, Any], message: str
 ) -> None:
-    """Before anything runs, naming values and rule."""
+    """The error comes before anything runs and names the values, the rule and a fix."""
     with pytest.raises(ValueError, match=message):
         step.check(config_of(**settings))
 
 
 def test_shards_on_the_host_train_as_the_stock_model_does(ranks: Ranks) -> None:
-    """Clipped updates of fsdp2 with parameters, gradients and states in host memory, under sequence parallelism."""
+    """fsdp2 makes the stock model's clipped updates with parameters, gradients and states in host
+    memory, under sequence parallelism.
+    """
     config = config_of(
         method={"name": "alst", "sp": 2},
         engine={"name": "fsdp2", "offload": True},

@@ -1,4 +1,4 @@
-"""Evaluation under sequence parallelism: the stock model's loss, and training goes on as if it had not been."""
+"""Evaluation under sequence parallelism gives the stock model's loss and does not affect training."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def evaluated(rank: int, world_size: int, config: TrainConfig) -> tuple[float, float, int]:
-    """Losses of an evaluation and of the training step after it, and how many gradients the first left."""
+    """Loss of an evaluation, loss of the next training step, and number of gradients that the evaluation left."""
     axes = load_method(config.method).axes(world_size)
     mesh = init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
     placement = Placement(torch.device("cpu"))
@@ -40,7 +40,7 @@ def evaluated(rank: int, world_size: int, config: TrainConfig) -> tuple[float, f
 def test_evaluation_at_sp2_is_the_stock_models_loss(
     ranks: Ranks, engine: dict[str, Any], method: dict[str, Any]
 ) -> None:
-    """On a length that sp does not divide, with unequal numbers of labels; no gradient is left."""
+    """Equal for a length that sp does not divide and unequal numbers of labels. No gradient is left."""
     config = config_of(
         method={**method, "sp": 2}, engine=engine, world_size=2, data={"mask": "prefix"}
     )
@@ -54,16 +54,16 @@ def test_evaluation_at_sp2_is_the_stock_models_loss(
     assert left == 0
 
 
-def test_slices_are_forgotten_where_an_evaluation_takes_sequences_whole(ranks: Ranks) -> None:
-    """The training step after it attends to its own keys alone."""
+def test_an_evaluation_leaves_no_slices_behind(ranks: Ranks) -> None:
+    """The next training step attends to its own keys only."""
     config = config_of(method={"name": "seq1f1b", "slices": 3})
     loss, trained, left = ranks(1)(evaluated, config)[0]
     assert trained == pytest.approx(loss, rel=1e-6)
     assert left == 0
 
 
-def test_the_tiled_loss_forms_no_gradient_where_none_is_asked_for() -> None:
-    """Under no_grad a tile's function runs with gradients off, and the loss is the same."""
+def test_the_tiled_loss_forms_no_gradient_under_no_grad() -> None:
+    """Under no_grad the function of a tile runs with gradients off, and the loss is the same."""
     hidden, labels = torch.randn(1, 7, 4), torch.arange(7)[None] % 3
     weight = torch.nn.Parameter(torch.randn(3, 4))
     seen = []

@@ -28,7 +28,7 @@ def build(name: str = "tiny-llama") -> PreTrainedModel:
 
 
 def wrap(model: PreTrainedModel, tiles: int = 3) -> Evidence:
-    """Everything that ALST does to a model, without ranks."""
+    """Apply everything that ALST does to a model, without ranks."""
     evidence = Evidence()
     hf.use_attention(model, UlyssesAttention(None, "sdpa", evidence))
     mlps, norms = hf.token_wise_modules(model)
@@ -48,7 +48,7 @@ def logits_of(model: PreTrainedModel) -> Tensor:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_wrapped_model_without_labels_returns_the_stock_logits(name: str) -> None:
-    """Generation and evaluation go on as before."""
+    """Generation and evaluation still work."""
     model = build(name)
     stock = logits_of(model)
     evidence = wrap(model)
@@ -57,7 +57,7 @@ def test_a_wrapped_model_without_labels_returns_the_stock_logits(name: str) -> N
 
 
 def test_a_second_model_of_the_same_configuration_object_stays_as_it_was() -> None:
-    """Its logits are the same to the bit, its attention is transformers' own, its modules are untiled."""
+    """Its logits are the same to the bit, its attention is transformers' own, and its modules are not tiled."""
     config = LlamaConfig(
         vocab_size=260,
         hidden_size=32,
@@ -80,7 +80,7 @@ def test_a_second_model_of_the_same_configuration_object_stays_as_it_was() -> No
 
 @pytest.mark.parametrize("name", MODELS)
 def test_attention_gets_no_mask(name: str) -> None:
-    """No S x S tensor is ever built, in forward or backward, nor for a sliding window."""
+    """No S x S tensor is built in forward or backward, even with a sliding window."""
     model = build(name)
     evidence = Evidence()
     seen: list[tuple[Any, Any]] = []
@@ -109,7 +109,7 @@ def test_attention_gets_no_mask(name: str) -> None:
 
 
 def test_an_attention_mask_is_refused() -> None:
-    """A padding mask would be dropped silently otherwise."""
+    """Otherwise a padding mask would be dropped silently."""
     model = build()
     wrap(model)
     hook = hf.attention_modules(model)[0].register_forward_pre_hook(
@@ -122,7 +122,7 @@ def test_an_attention_mask_is_refused() -> None:
 
 
 def test_a_padding_mask_given_to_the_model_is_refused() -> None:
-    """It holds zeros that attention would not honour."""
+    """It has zeros that attention would ignore."""
     model = build()
     wrap(model)
     mask = torch.ones_like(IDS)
@@ -133,7 +133,7 @@ def test_a_padding_mask_given_to_the_model_is_refused() -> None:
 
 @pytest.mark.parametrize("name", ["s_aux", "softcap", "position_bias"])
 def test_attention_that_sharding_would_change_is_refused(name: str) -> None:
-    """Sinks, soft caps and biases belong to heads or positions of the whole."""
+    """Sinks, soft caps and biases belong to heads or positions of the full model."""
     model = build()
     wrap(model)
     with pytest.raises(ValueError, match=f"'{name}' is not supported"):
@@ -153,7 +153,7 @@ def test_attention_that_sharding_would_change_is_refused(name: str) -> None:
 def test_token_wise_modules_are_found_by_structure(
     name: str, num_mlps: int, num_norms: int
 ) -> None:
-    """One MLP a layer, the norms around it, those of queries and keys, and the last one."""
+    """Every layer has one MLP, the norms around it and norms of queries and keys; the model has a final norm."""
     model = build(name)
     mlps, norms = hf.token_wise_modules(model)
     assert (len(mlps), len(norms)) == (num_mlps, num_norms)
@@ -201,7 +201,7 @@ def test_a_model_that_lacks_a_part_is_refused_by_name(
 
 
 def test_tiles_are_counted_as_they_run() -> None:
-    """Two MLPs and five norms of three tiles, and three of the loss; more tiles than rows are rows."""
+    """Two MLPs, five norms and the loss have three tiles each. There are never more tiles than rows."""
     for asked, used in ((3, 3), (50, 11)):
         model = build()
         evidence = wrap(model, asked)

@@ -1,4 +1,4 @@
-"""Layers in tiles and head groups train exactly as stock transformers do, and hold what they promise."""
+"""Layerwise training is exact, and its memory is as promised."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ QWEN2 = {
 
 
 def model_file(folder: Path, fields: dict[str, Any]) -> str:
-    """A configuration that is not among the published ones."""
+    """The file of an unpublished configuration."""
     path = folder / f"{fields['model_type']}.json"
     path.write_text(json.dumps(fields))
     return str(path)
@@ -107,7 +107,7 @@ def assert_equal_to_stock(
 
 @pytest.mark.parametrize(("sp", "engine"), [(1, "plain"), (2, "fsdp2"), (4, "plain")])
 def test_every_gradient_is_the_stock_models(ranks: Ranks, sp: int, engine: str) -> None:
-    """For 8, 4, 2 and 1 kv heads of 8, at a length that nothing divides."""
+    """Equal for 8, 4, 2 and 1 kv heads of 8 heads, at an indivisible length."""
     settings = [
         {"engine": engine, "seqlen": 67, "overrides": {"num_key_value_heads": kv}}
         for kv in (8, 4, 2, 1)
@@ -119,7 +119,7 @@ def test_every_gradient_is_the_stock_models(ranks: Ranks, sp: int, engine: str) 
 
 @contextlib.contextmanager
 def alone() -> Iterator[DeviceMesh]:
-    """A group of this process."""
+    """A group of one process."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield init_device_mesh("cpu", (1, 1), mesh_dim_names=("dp", "sp"))
@@ -141,7 +141,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 def test_options_change_no_gradient(ranks: Ranks) -> None:
-    """Groups, tiles, what is kept and where it waits; two samples at a time."""
+    """Head groups, tiles, saved tensors and their place change no gradient, with two samples per batch."""
     assert_equal_to_stock(ranks, [{"seqlen": 131, "batch_size": 2}], OPTIONS)
 
 
@@ -153,15 +153,15 @@ EVERY: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("engine", ["fsdp2", {"name": "zero", "stage": 3}], ids=str)
-def test_inputs_that_are_made_again_change_no_gradient(ranks: Ranks, engine: Any) -> None:
-    """Of five layers, in segments that divide them and that do not, over two ranks and two micro-batches."""
+def test_recomputed_layer_inputs_change_no_gradient(ranks: Ranks, engine: Any) -> None:
+    """Tested with five layers, segments that do and do not divide them, two ranks and two micro-batches."""
     setting = {"seqlen": 131, "accumulation": 2, "overrides": {"num_hidden_layers": 5}}
     if engine == "fsdp2":
         assert_equal_to_stock(
             ranks, [{**setting, "engine": engine}], [{**each, "sp": 2} for each in EVERY]
         )
         return
-    # DeepSpeed has no fp64: the same bits as with all inputs kept.
+    # DeepSpeed has no fp64, so its run must equal the one with all inputs kept, to the bit.
     runs = [
         config_of(
             **setting,
@@ -181,8 +181,10 @@ def test_inputs_that_are_made_again_change_no_gradient(ranks: Ranks, engine: Any
 
 @pytest.mark.phantom
 @pytest.mark.skipif(bool(missing()), reason=missing() or "all there")
-def test_host_holds_the_first_inputs_of_segments_and_the_rest_of_one() -> None:
-    """Of 9 layers in segments of 3: three inputs, and in backward those of one segment, which cost the device nothing."""
+def test_host_memory_of_recomputed_layer_inputs() -> None:
+    """9 layers in segments of 3 keep three inputs, and in backward the other two of one segment.
+    The device holds no more than before.
+    """
 
     def memory(**method: Any) -> RankMemory:
         of = cell(
@@ -200,15 +202,15 @@ def test_host_holds_the_first_inputs_of_segments_and_the_rest_of_one() -> None:
     assert before.host_peak_bytes - after.host_peak_bytes == (9 - (3 + 2)) * inputs
     train = cell(method="layerwise", seqlen=8_192, overrides={"num_hidden_layers": 9}).train
     two = structure(train).num_parameters - structure(at_depth(train, 7)).num_parameters
-    # The weights of two layers in bf16 stay gathered until backward has been through them.
+    # The bf16 weights of two layers stay gathered until backward has passed them.
     assert after.peak_bytes <= before.peak_bytes + 2 * two
 
 
 @pytest.mark.parametrize(("sp", "stream"), [(1, False), (2, True)])
-def test_inputs_in_eight_bits_bend_gradients_within_their_tolerance(
+def test_8_bit_layer_inputs_change_gradients_within_tolerance(
     ranks: Ranks, sp: int, stream: bool
 ) -> None:
-    """Four layers are off by 5 % of a gradient's norm at most, and not by nothing."""
+    """Gradients of four layers have a relative error of at most 5 %, but not zero."""
     method = {"name": "layerwise", "rows": 50, "eight_bits": True, "stream": stream}
     ours = config_of(
         seqlen=131, dtype="float64", method={**method, "sp": sp}, world_size=sp, overrides=DEEP
@@ -226,8 +228,10 @@ def test_inputs_in_eight_bits_bend_gradients_within_their_tolerance(
     assert 1e-3 < max(errors.values()) < 6e-2
 
 
-def test_eight_bits_hold_every_value_to_a_sixteenth() -> None:
-    """Of itself, over 14 powers of two below the largest of its row; rows of zeros stay zeros."""
+def test_8_bit_values_have_a_relative_error_of_a_sixteenth() -> None:
+    """Values within 14 powers of two of their row's largest have a relative error of at most 1/16.
+    Rows of zeros stay zeros.
+    """
     torch.manual_seed(0)
     rows = torch.randn(50, 64, dtype=torch.float64) * 10.0 ** torch.arange(-25, 25)[:, None]
     rows[7] = 0
@@ -241,14 +245,16 @@ def test_eight_bits_hold_every_value_to_a_sixteenth() -> None:
 
 @pytest.mark.parametrize("sp", [1, 2])
 def test_families_of_models(ranks: Ranks, tmp_path: Path, sp: int) -> None:
-    """QK norms, biases, tied weights, sliding windows, fused projections, partial rotary embeddings."""
+    """Gradients are exact with QK norms, biases, tied weights, sliding windows, fused projections
+    and partial rotary embeddings.
+    """
     models = ["tiny-qwen3", "tiny-mistral", *(model_file(tmp_path, f) for f in (PHI3, QWEN2))]
     settings = [{"model": model, "seqlen": 131} for model in models]
     assert_equal_to_stock(ranks, settings, [{"sp": sp, "rows": 50}])
 
 
 def test_packed_documents_do_not_see_each_other(ranks: Ranks) -> None:
-    """Within windows and without, over ranks."""
+    """Tested with and without windows, over several ranks."""
     settings = [
         {"model": model, "seqlen": 260, "data": {"documents": 3}}
         for model in ("tiny-llama", "tiny-mistral")
@@ -269,7 +275,7 @@ def test_attention_by_operator_equals_attention_by_autograd(
     documents: tuple[tuple[int, ...], ...] | None,
     block: int | None,
 ) -> None:
-    """Output and the three gradients."""
+    """Output and the three gradients are equal."""
     torch.manual_seed(0)
     heads = (4, num_kv_heads, num_kv_heads)
     tensors = [torch.randn(2, h, 23, 8, dtype=torch.float64, requires_grad=True) for h in heads]
@@ -291,7 +297,7 @@ def test_attention_by_operator_equals_attention_by_autograd(
 def test_groups_hold_every_head_once_beside_its_own_kv_head(
     num_kv_heads: int, degree: int, num_groups: int
 ) -> None:
-    """On every rank, in whatever number of groups."""
+    """On every rank, for any number of groups."""
     if 8 // degree % num_groups:
         with pytest.raises(ValueError, match=r"use groups in \["):
             HeadGroups.of(8, num_kv_heads, degree, num_groups)
@@ -311,7 +317,7 @@ def test_groups_hold_every_head_once_beside_its_own_kv_head(
 
 
 def test_the_hook_of_each_parameter_fires_once_and_one_pass_begins_in_each_direction() -> None:
-    """Engines reduce a gradient when its hook fires; the simulated world counts passes."""
+    """Engines reduce a gradient when its hook fires. World `phantom` counts the passes."""
     passes: list[None] = []
     placement = Placement(torch.device("cpu"), on_layer=lambda: passes.append(None))
     config = config_of(method={"name": "layerwise", "rows": 20}, dtype="float32")
@@ -346,7 +352,7 @@ def test_the_hook_of_each_parameter_fires_once_and_one_pass_begins_in_each_direc
 def test_an_unknown_part_is_refused_by_name(
     tmp_path: Path, fields: dict[str, Any], part: str
 ) -> None:
-    """One line says which part of which class it is."""
+    """The error names the part and its class."""
     config = config_of(model=model_file(tmp_path, fields), method={"name": "layerwise"})
     refused = pytest.raises(ValueError, match="does not know a part of")
     with alone() as mesh, refused as caught:
@@ -355,8 +361,8 @@ def test_an_unknown_part_is_refused_by_name(
     assert "\n" not in str(caught.value)
 
 
-def test_dropout_is_refused_wherever_it_is() -> None:
-    """Backward computes parts of a layer in another order, and would draw other numbers for them."""
+def test_dropout_is_refused_at_any_depth() -> None:
+    """Backward recomputes parts of a layer in another order, so it would draw other random numbers."""
     model, _ = build(config_of())
     layer: Any = hf.decoder_layers(model)[0]
     decoder.read(layer)
@@ -366,7 +372,7 @@ def test_dropout_is_refused_wherever_it_is() -> None:
 
 
 def test_autocast_is_refused() -> None:
-    """What waits for backward is in the model's dtype."""
+    """Tensors that are kept for backward have the model's dtype."""
     config = config_of(method={"name": "layerwise"})
     with alone() as mesh, torch.autocast("cpu", dtype=torch.bfloat16):
         method, runtime = step.start(config, mesh, Placement(torch.device("cpu")))
@@ -394,10 +400,10 @@ def test_autocast_is_refused() -> None:
         ({"sp": 3}, {"world_size": 3}, "num_attention_heads"),
     ],
 )
-def test_impossible_settings_are_refused_when_a_sweep_is_read(
+def test_impossible_settings_are_refused(
     options: dict[str, Any], more: dict[str, Any], message: str
 ) -> None:
-    """With the values, the rule and the way out."""
+    """The error names the values, the rule and a fix."""
     config = config_of(method={"name": "layerwise", **options}, **more)
     with pytest.raises(ValueError, match=message):
         load_method(config.method).check(config)
@@ -417,7 +423,7 @@ def test_impossible_settings_are_refused_when_a_sweep_is_read(
     ],
 )
 def test_bytes_per_token_of_an_8b_llama(method: dict[str, Any], limit: int) -> None:
-    """At the peak: ALST takes 101 KiB on eight."""
+    """Peak bytes per token stay below the limit. ALST takes 101 KiB on eight GPUs."""
     sp = method["sp"]
     of = cell(
         model="llama3.1-8b",

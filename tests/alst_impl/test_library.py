@@ -1,4 +1,4 @@
-"""ALST in somebody's own training loop, as its documentation shows it."""
+"""ALST in a user's training loop, as the documentation shows it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
-    """An AdamW whose large eps keeps updates in proportion to gradients."""
+    """An AdamW with a large eps, which keeps updates proportional to gradients."""
     return torch.optim.AdamW(model.parameters(), lr=0.1, eps=1e-2)
 
 
@@ -34,13 +34,13 @@ def documented_loop() -> str:
 
 
 def test_the_readme_shows_the_loop_that_is_tested() -> None:
-    """README and module documentation hold the same lines."""
+    """README and module docstring have the same lines."""
     readme = Path(library.__file__).parents[1] / "README.md"
     assert documented_loop().strip() in readme.read_text()
 
 
 def train(rank: int, world_size: int, folder: str) -> dict[str, Tensor]:
-    """Body of a rank: the documented loop, word by word. Returns the trained parameters."""
+    """Body of a rank: runs the documented loop literally. Returns the trained parameters."""
     model = stock_model()
     names: dict[str, Any] = {
         "init_device_mesh": init_device_mesh,
@@ -106,7 +106,7 @@ EXTRAS = (
 
 
 def train_without_extras(rank: int, world_size: int, folder: str) -> list[str]:
-    """Body of a rank: `train` where no module of an extra can be imported."""
+    """Body of a rank: `train` in a process that cannot import modules of an extra."""
     for name in list(sys.modules):
         if name.partition(".")[0] in (*EXTRAS, "alst_impl"):
             del sys.modules[name]
@@ -117,12 +117,12 @@ def train_without_extras(rank: int, world_size: int, folder: str) -> list[str]:
 
 
 def test_the_documented_loop_needs_no_extra(ranks: Ranks, tmp_path: Path) -> None:
-    """It runs, saves included, where DeepSpeed and what the harness uses are not installed."""
+    """It runs and saves without DeepSpeed and without the packages that only the harness uses."""
     assert ranks(2)(train_without_extras, str(tmp_path)) == [[], []]
 
 
 def refuse(rank: int, world_size: int) -> None:
-    """Body of a rank: what cannot be exact is refused."""
+    """Body of a rank: inputs that cannot be exact are refused."""
     mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("dp", "sp"))
     ids = torch.zeros(1, 6, dtype=torch.long)
     model = stock_model()
@@ -137,6 +137,6 @@ def refuse(rank: int, world_size: int) -> None:
         library.enable(wrong, mesh)
 
 
-def test_what_cannot_be_exact_is_refused(ranks: Ranks) -> None:
-    """Restarting positions, a padding mask, attention dropout."""
+def test_inexact_settings_are_refused(ranks: Ranks) -> None:
+    """Restarting positions, a padding mask and attention dropout are refused."""
     ranks(1)(refuse)

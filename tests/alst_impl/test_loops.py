@@ -1,4 +1,4 @@
-"""An enabled model in the loops that people have: exact, or refused in one line."""
+"""An enabled model in common training loops: exact, or refused with a one-line error."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import os
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import peft
 import pytest
@@ -35,18 +35,18 @@ def enabled(sp: int, model: Any = None, **options: Any) -> tuple[Any, LongSequen
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    """An optimizer that moves what has a gradient."""
+    """An optimizer over all parameters with a gradient."""
     return torch.optim.SGD(model.parameters(), lr=0.1)
 
 
 def whole(gradient: Any) -> Tensor:
-    """A gradient that `fully_shard` may have cut."""
+    """The full gradient, even if `fully_shard` has sharded it."""
     tensor: Tensor = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
     return tensor
 
 
 def gradients_of(model: nn.Module) -> dict[str, Tensor]:
-    """Whole gradients by name."""
+    """Full gradients by name."""
     return {n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -78,7 +78,7 @@ def zero(model: Any, stage: int, accumulation: int = 1) -> Any:
 
 
 def under_engines(rank: int, world_size: int) -> None:
-    """Body of a rank: one sample on two ranks under every engine, two micro-batches a step."""
+    """Body of a rank: one sample on two ranks under every engine, two micro-batches per step."""
     from deepspeed.utils import safe_get_full_grad
 
     data, truth = batches(), stock_gradients(stock_model(), batches())
@@ -113,7 +113,7 @@ def under_engines(rank: int, world_size: int) -> None:
 
 
 def test_gradients_are_the_stock_models_under_every_engine(ranks: Ranks) -> None:
-    """Bare, DDP, fully_shard and ZeRO 1 to 3 around an enabled model: not 1/world of the truth."""
+    """The model alone and under DDP, fully_shard and ZeRO 1 to 3 has the true gradients, not 1/world of them."""
     ranks(2)(under_engines)
 
 
@@ -134,7 +134,7 @@ def sharded_over_some(rank: int, world_size: int) -> None:
 
 
 def test_engines_that_do_not_average_over_all_ranks_are_refused(ranks: Ranks) -> None:
-    """`fully_shard` over dp alone, or told to sum."""
+    """`fully_shard` over dp only and `fully_shard` with sums are refused."""
     ranks(2)(sharded_over_some)
 
 
@@ -142,13 +142,13 @@ def test_engines_that_do_not_average_over_all_ranks_are_refused(ranks: Ranks) ->
 
 
 def accumulate(rank: int, world_size: int) -> None:
-    """Body of a rank: micro-batches whose counts are not those of their step."""
+    """Body of a rank: micro-batches with counts that are not their step's count."""
     data = batches()
 
     def micro_step(alst: LongSequence, model: Any, batch: dict[str, Tensor], **count: Any) -> None:
         model(**alst.shard(**batch, **count)).loss.backward()
 
-    # Each micro-batch a mean of its own, under whatever holds the gradients.
+    # Each micro-batch has its own mean, under any wrapper that holds the gradients.
     for wrap in (lambda m: m, DistributedDataParallel, lambda m: shard_layers(m) or m):
         model, alst = enabled(2)
         called = wrap(model)
@@ -161,7 +161,7 @@ def accumulate(rank: int, world_size: int) -> None:
     engine.step()
     with pytest.raises(ValueError, match="accumulated gradients need one count"):
         alst.shard(**data[1])
-    # DeepSpeed divides on top of the count, unless it is told not to.
+    # DeepSpeed divides again after the count, unless it is told not to.
     model, alst = enabled(2, stock_model(torch.float32))
     engine = zero(model, 2, 2)
     count = alst.count(batch["labels"] for batch in data)
@@ -171,14 +171,14 @@ def accumulate(rank: int, world_size: int) -> None:
             engine.step()
     with pytest.raises(ValueError, match="scale_wrt_gas=False"):
         engine.step()
-    # A step whose gradients were dropped is no part of the next one.
+    # A step with dropped gradients does not count towards the next one.
     model, alst = enabled(2)
     micro_step(alst, model, data[0])
     model.zero_grad()
     micro_step(alst, model, data[1])
     alst.average_gradients()
     sgd(model).step()
-    # Counted twice, as the sum over ranks of what each of them holds; and divided on top.
+    # The count is doubled, as if summed over the two ranks. Then the loss is divided again.
     model, alst = enabled(2)
     for batch in data:
         micro_step(alst, model, batch, num_items=2 * count)
@@ -198,19 +198,19 @@ def accumulate(rank: int, world_size: int) -> None:
 
 
 def test_labels_of_a_step_are_counted(ranks: Ranks) -> None:
-    """Micro-batches of unequal label counts: one count for the whole step, or a refusal before the update."""
+    """Micro-batches with unequal numbers of labels need one count for the step. Otherwise the update is refused."""
     ranks(2)(accumulate)
 
 
 LAUNCHER = {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-"""What accelerate asks for, although the ranks have met already."""
+"""Variables that accelerate requires, although the group already exists."""
 
 
 # -- data -----------------------------------------------------------------------------------------
 
 
 def wrong_data(rank: int, world_size: int) -> None:
-    """Body of a rank: what ranks of one sample are given in common loops."""
+    """Body of a rank: wrong inputs that common loops give to the ranks of one sample."""
     from accelerate import Accelerator
 
     os.environ.update(LAUNCHER)
@@ -228,7 +228,7 @@ def wrong_data(rank: int, world_size: int) -> None:
     loader = Accelerator(cpu=True).prepare(torch.utils.data.DataLoader(samples))
     with pytest.raises(ValueError, match="got different samples"):
         alst.shard(**next(iter(loader)))
-    # A step whose gradients stay apart shows in the parameters.
+    # Gradients that were not averaged make the parameters differ between ranks.
     model(**alst.shard(**data[0])).loss.backward()
     sgd(model).step()
     model.zero_grad()
@@ -237,7 +237,9 @@ def wrong_data(rank: int, world_size: int) -> None:
 
 
 def test_ranks_of_one_sample_agree_on_it(ranks: Ranks) -> None:
-    """Different samples or labels, a loader that splits them, a call without `shard`, a missing average."""
+    """Different samples or labels, a loader that splits samples, a call without `shard` and a
+    missing average are refused.
+    """
     ranks(2)(wrong_data)
 
 
@@ -286,7 +288,7 @@ def in_trainer(rank: int, world_size: int, folder: str) -> None:
 
     class SameSamples(Sharding):
         def get_train_dataloader(self) -> Any:
-            return torch.utils.data.DataLoader(data, batch_size=2)  # type: ignore[arg-type]
+            return torch.utils.data.DataLoader(cast("Any", data), batch_size=2)
 
     with pytest.raises(ValueError, match="accumulated gradients need one count"):
         trainer(SameSamples, model, 2).train()
@@ -315,15 +317,17 @@ def in_trainer(rank: int, world_size: int, folder: str) -> None:
 
 
 def test_transformers_trainer_is_exact_or_refused(ranks: Ranks, tmp_path: Path) -> None:
-    """As it is, with a shard of its own samples, accumulating without a count: refused. Told all: exact."""
+    """Refused: the plain Trainer, one that shards its own samples, one that accumulates without a
+    count. Exact: one with all settings.
+    """
     ranks(2)(in_trainer, str(tmp_path))
 
 
-# -- the model afterwards -------------------------------------------------------------------------
+# -- changes after enable -------------------------------------------------------------------------
 
 
 def generates(rank: int, world_size: int) -> None:
-    """Body of a rank: generation of an enabled model."""
+    """Body of a rank: generation with an enabled model."""
     prompt = batches()[0]["input_ids"][:1, :7]
     expected = stock_model().eval().generate(prompt, max_new_tokens=8, do_sample=False)
     model, alst = enabled(world_size)
@@ -345,12 +349,14 @@ def generates(rank: int, world_size: int) -> None:
 
 @pytest.mark.parametrize("sp", [1, 2])
 def test_generation_is_the_stock_models_or_refused(ranks: Ranks, sp: int) -> None:
-    """Within `disabled` tokens are the stock model's, with padding too; without it, one line."""
+    """Inside `disabled`, tokens are the stock model's, also with padding. Outside, generation is
+    refused with one line.
+    """
     ranks(sp)(generates)
 
 
 def tenfold(logits: Tensor, labels: Tensor, vocab_size: int, **kwargs: Any) -> Tensor:
-    """A loss function of a user: ten times the usual one."""
+    """A user's loss function: ten times the usual loss."""
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     return 10 * ForCausalLMLoss(logits, labels, vocab_size, **kwargs)
@@ -369,7 +375,7 @@ def set_loss(model: Any) -> None:
 
 
 def adapters(*targets: str, saved: tuple[str, ...] = ()) -> peft.LoraConfig:
-    """Adapters of `q_proj` and `targets` that do not start at zero, the same every time."""
+    """Adapters of `q_proj` and `targets` with fixed initial values that are not zero."""
     torch.manual_seed(3)
     return peft.LoraConfig(
         r=2,
@@ -380,23 +386,23 @@ def adapters(*targets: str, saved: tuple[str, ...] = ()) -> peft.LoraConfig:
 
 
 def adapt_head(model: Any) -> None:
-    """LoRA on the head, too."""
+    """Also put LoRA on the head."""
     peft.get_peft_model(model, adapters("lm_head"))
 
 
 def save_head(model: Any) -> None:
-    """A whole trained head beside LoRA, as for new tokens."""
+    """Also train the full head beside LoRA, as for new tokens."""
     peft.get_peft_model(model, adapters(saved=("lm_head",)))
 
 
 def resize(model: Any) -> None:
-    """Three more tokens."""
+    """Add three tokens to the vocabulary."""
     torch.manual_seed(4)
     model.resize_token_embeddings(53)
 
 
 def adapted_model() -> Any:
-    """A model inside peft's wrapper."""
+    """A model in peft's wrapper."""
     model = stock_model()
     return peft.get_peft_model(model, adapters())
 
@@ -405,7 +411,7 @@ CHANGES: list[Callable[[Any], None]] = [set_loss, adapt_head, save_head, resize]
 
 
 def changed_afterwards(rank: int, world_size: int) -> None:
-    """Body of a rank: head and loss are replaced after `enable`."""
+    """Body of a rank: head and loss function are replaced after `enable`."""
     data = batches()[:1]
     for change in CHANGES:
         expected = stock_model()
@@ -433,7 +439,9 @@ def changed_afterwards(rank: int, world_size: int) -> None:
 
 
 def test_a_head_or_loss_replaced_after_enable_is_the_one_that_trains(ranks: Ranks) -> None:
-    """Loss function, LoRA on the head, a saved head, resized embeddings; a mean of its own is refused."""
+    """Another loss function, LoRA on the head, a saved head and resized embeddings train. A loss
+    that ignores the count is refused.
+    """
     ranks(2)(changed_afterwards)
 
 
@@ -454,12 +462,12 @@ def copied(rank: int, world_size: int) -> None:
 
 
 def test_a_copy_computes_with_its_own_weights(ranks: Ranks) -> None:
-    """`copy.deepcopy` of an enabled model, for an average or a reference."""
+    """Tests `copy.deepcopy` of an enabled model, as for averaged or reference weights."""
     ranks(2)(copied)
 
 
 def unused(rank: int, world_size: int) -> None:
-    """Body of a rank: a parameter outside the loss."""
+    """Body of a rank: a parameter that the loss does not use."""
     model, alst = enabled(2)
     model.extra = nn.Parameter(torch.ones(2, dtype=torch.float64))
     model(**alst.shard(**batches()[0])).loss.backward()
@@ -473,5 +481,5 @@ def unused(rank: int, world_size: int) -> None:
 
 
 def test_a_parameter_without_gradient_is_named(ranks: Ranks) -> None:
-    """It keeps having none, and a warning says so."""
+    """Its gradient stays None, and a warning names it."""
     ranks(2)(unused)

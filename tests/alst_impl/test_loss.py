@@ -32,7 +32,9 @@ def token_loss(head: nn.Module, hidden: Tensor, labels: Tensor, count: Tensor) -
 
 
 def data(valid: list[int] | None = None, length: int = 9) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states, labels of which those at `valid` count (all by default), and their number."""
+    """Hidden states, labels (valid only at positions `valid`, by default everywhere), and the
+    number of valid labels.
+    """
     torch.manual_seed(2)
     hidden = torch.randn(2, length, HIDDEN, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(VOCAB, (2, length))
@@ -43,7 +45,7 @@ def data(valid: list[int] | None = None, length: int = 9) -> tuple[Tensor, Tenso
 
 
 def gradients(loss: Tensor, hidden: Tensor, head: nn.Module) -> list[Tensor]:
-    """Of hidden states and head, under a loss of which `loss` is a part."""
+    """Gradients of hidden states and head, for a total loss that includes `loss`."""
     head.zero_grad()
     hidden.grad = None
     (loss * 3.5).backward()
@@ -58,7 +60,7 @@ def gradients(loss: Tensor, hidden: Tensor, head: nn.Module) -> list[Tensor]:
 def test_tiled_loss_equals_the_whole_under_any_upstream_gradient(
     num_tiles: int, valid: list[int] | None
 ) -> None:
-    """Also with tiles that hold unequal numbers of labels, or none."""
+    """Also if tiles have unequal numbers of labels, or none."""
     head = Head()
     hidden, labels, count = data(valid)
     fn = functools.partial(token_loss, head)
@@ -73,7 +75,7 @@ def test_tiled_loss_equals_the_whole_under_any_upstream_gradient(
 
 
 def test_ignored_labels_alone_give_zero_and_not_nan() -> None:
-    """A rank without a label contributes exactly nothing."""
+    """A rank without labels contributes exactly zero."""
     head = Head()
     hidden, labels, count = data([])
     loss = tiled_loss(functools.partial(token_loss, head), hidden, labels, count, 4)
@@ -82,7 +84,7 @@ def test_ignored_labels_alone_give_zero_and_not_nan() -> None:
 
 
 def test_a_second_backward_raises() -> None:
-    """Its gradients are formed once, in forward, and are gone after the first backward."""
+    """The gradients are formed once, in forward, and are freed by the first backward."""
     head = Head()
     hidden, labels, count = data()
     loss = tiled_loss(functools.partial(token_loss, head), hidden, labels, count, 2)
@@ -115,7 +117,7 @@ def test_without_gradients_only_the_loss_is_computed() -> None:
 def test_a_models_own_loss_is_tiled_exactly(
     model: str, overrides: dict[str, object], num_tiles: int
 ) -> None:
-    """Head, soft-cap and tied weights: loss and every gradient equal those of the stock model."""
+    """With head, soft cap and tied weights, loss and every gradient equal those of the stock model."""
     config = config_of(model=model, overrides=overrides, dtype="float64")
     ids = torch.randint(260, (2, 13), generator=torch.Generator().manual_seed(1))
     labels = ids.clone()
@@ -149,7 +151,7 @@ def test_a_models_own_loss_is_tiled_exactly(
 
 
 def test_the_soft_cap_is_part_of_the_tiled_loss() -> None:
-    """A cap that matters gives another loss than none."""
+    """A cap in the range of the logits changes the loss."""
 
     def loss(cap: float | None) -> float:
         config = config_of(

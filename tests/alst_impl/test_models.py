@@ -34,7 +34,7 @@ PARAMETERS = {
     "tiny-qwen3": 901_824,
     "tiny-qwen3-moe": 1_017_536,
 }
-"""As published, or counted by hand from the configuration."""
+"""Number of parameters, as published or counted by hand from the configuration."""
 
 
 def on_meta(name: str) -> PreTrainedModel:
@@ -44,7 +44,7 @@ def on_meta(name: str) -> PreTrainedModel:
 
 @pytest.mark.parametrize("name", models.names())
 def test_every_configuration_builds_without_memory(name: str) -> None:
-    """On the meta device, so that 70B take none."""
+    """On the meta device, even 70B parameters take no memory."""
     parameters = list(on_meta(name).parameters())
     assert parameters
     assert all(p.is_meta for p in parameters)
@@ -52,13 +52,13 @@ def test_every_configuration_builds_without_memory(name: str) -> None:
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_a_published_configuration_has_its_number_of_parameters(name: str) -> None:
-    """To the last one, tied ones once."""
+    """The number is exact; tied parameters count once."""
     assert sum(p.numel() for p in on_meta(name).parameters()) == PARAMETERS[name]
 
 
 @pytest.mark.parametrize("name", [name for name in PARAMETERS if name.startswith("tiny-")])
 def test_tiny_models_have_two_layers_and_eight_heads(name: str) -> None:
-    """Defects of stacking and of head sharding show only then."""
+    """Defects in stacked layers and in head sharding only show with these."""
     fields = models.published(name)
     assert fields["num_hidden_layers"] >= 2
     assert fields["num_attention_heads"] == 8
@@ -72,7 +72,7 @@ def weights(**settings: object) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", [name for name in models.names() if name.startswith("tiny-")])
 def test_weights_are_a_function_of_the_seed(name: str) -> None:
-    """Twice the same to the bit; another seed gives others; no matrix is left at a constant."""
+    """The same seed gives the same bits, another seed gives others, and no matrix is constant."""
     first, again, other = weights(model=name), weights(model=name), weights(model=name, seed=1)
     assert all(torch.equal(first[key], again[key]) for key in first)
     matrices = [key for key in first if first[key].dim() > 1]
@@ -81,7 +81,7 @@ def test_weights_are_a_function_of_the_seed(name: str) -> None:
 
 
 def test_making_weights_leaves_the_global_generator_alone() -> None:
-    """A library does not reseed its caller."""
+    """A library must not reseed its caller."""
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -90,7 +90,7 @@ def test_making_weights_leaves_the_global_generator_alone() -> None:
 
 
 def test_all_dtypes_start_from_one_model() -> None:
-    """Weights are drawn in fp32 and rounded or widened."""
+    """Weights are drawn in fp32 and then cast."""
     single = weights()
     for dtype in ("float64", "bfloat16"):
         other = weights(dtype=dtype)
@@ -98,13 +98,13 @@ def test_all_dtypes_start_from_one_model() -> None:
 
 
 def test_tied_weights_stay_tied() -> None:
-    """One parameter with two names."""
+    """They are one parameter with two names."""
     model = models.materialize(config_of(model="tiny-gemma3"))
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 def initial_state(rank: int, world_size: int, config: TrainConfig) -> dict[str, Tensor] | None:
-    """Body of a rank: whole parameters before any step."""
+    """Body of a rank: full parameters before any step."""
     mesh = init_device_mesh("cpu", (world_size, 1), mesh_dim_names=("dp", "sp"))
     _, runtime = step.start(config, mesh, Placement(torch.device("cpu")))
     state = {name: value.clone() for name, value in runtime.state_dict().items()}
@@ -119,7 +119,7 @@ def assert_starts_from(state: dict[str, Tensor], expected: dict[str, Tensor]) ->
 
 @pytest.mark.parametrize("engine", ["plain", "fsdp2", "zero"])
 def test_initial_weights_are_the_same_under_every_engine(ranks: Ranks, engine: str) -> None:
-    """However parameters are sharded; tied weights included."""
+    """Equal for any sharding, also with tied weights."""
     config = config_of(model="tiny-gemma3", engine=engine, world_size=2)
     state = ranks(2)(initial_state, config)[0]
     assert_starts_from(state, weights(model="tiny-gemma3"))
@@ -129,7 +129,7 @@ def test_initial_weights_are_the_same_under_every_engine(ranks: Ranks, engine: s
 def test_a_folder_with_weights_is_trained_from_them(
     ranks: Ranks, engine: str, tmp_path: Path
 ) -> None:
-    """As `save_pretrained` writes it."""
+    """The folder is as `save_pretrained` writes it."""
     saved = models.materialize(config_of(seed=7))
     saved.save_pretrained(tmp_path / "model")
     config = config_of(model=str(tmp_path / "model"), engine=engine, world_size=2)
@@ -138,7 +138,7 @@ def test_a_folder_with_weights_is_trained_from_them(
 
 
 def test_a_path_to_a_configuration_is_a_model(tmp_path: Path) -> None:
-    """The file, or its folder; without weights they are drawn as for a published one."""
+    """The path is a file or its folder. Without weights in the folder they are drawn as for a published model."""
     published = Path(models.__file__).parent / "tiny-llama.json"
     path = tmp_path / "config.json"
     path.write_text(published.read_text())
@@ -149,7 +149,7 @@ def test_a_path_to_a_configuration_is_a_model(tmp_path: Path) -> None:
 
 
 def test_an_unknown_model_is_refused_with_the_known_ones() -> None:
-    """A typo costs one look."""
+    """The error lists the known models."""
     with pytest.raises(
         ValueError, match=r"unknown model 'lama'; use one of .*llama3.1-70b, .*tiny-qwen3"
     ):
@@ -157,14 +157,14 @@ def test_an_unknown_model_is_refused_with_the_known_ones() -> None:
 
 
 def test_an_unknown_override_is_refused_with_the_known_ones() -> None:
-    """It would do nothing, silently."""
+    """Otherwise it would silently have no effect."""
     with pytest.raises(ValueError, match=r"override 'layers' is not a field .* num_hidden_layers"):
         models.published("tiny-llama", {"layers": 3})
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", "no json"])
 def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str) -> None:
-    """By its path."""
+    """The error names the path."""
     path = tmp_path / "config.json"
     path.write_text(text)
     with pytest.raises(ValueError, match="is not a model configuration"):
@@ -181,8 +181,10 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str) -
         ({"model_type": "gpt_oss"}, "attention sinks"),
     ],
 )
-def test_what_sharding_would_change_has_a_name(fields: dict[str, object], reason: str) -> None:
-    """So that a method can refuse it in words."""
+def test_features_that_sharding_would_change_are_named(
+    fields: dict[str, object], reason: str
+) -> None:
+    """A method can name the feature in its error."""
     found = models.unsupported({"model_type": "llama", **fields})
     assert found is not None
     assert reason in found
@@ -211,14 +213,16 @@ UNFUSED = [
 
 
 def steps_of(rank: int, world_size: int, configs: list[TrainConfig]) -> list[Run | None]:
-    """Body of a rank: one step of each."""
+    """Body of a rank: one step of each run."""
     return [run_steps(rank, world_size, config) for config in configs]
 
 
-def test_what_sharding_refuses_trains_by_the_way_out_that_it_names(
+def test_models_refused_for_sharding_train_with_the_suggested_method(
     ranks: Ranks, tmp_path: Path
 ) -> None:
-    """Models that transformers has no fused attention for, by its plain one."""
+    """Models without fused attention in transformers are refused, and they train with the method
+    that the error names.
+    """
     configs = []
     for fields in UNFUSED:
         path = tmp_path / f"{fields['model_type']}.json"
@@ -248,7 +252,7 @@ DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
 def test_rotary_scaling_by_the_longest_position_is_found(
     fields: dict[str, object], scaling: str | None
 ) -> None:
-    """By either name of the field, in old spellings, for one kind of layer."""
+    """It is found under both names of the field, in old spellings, and for one kind of layer."""
     assert models.rotary_by_longest(fields) == scaling
 
 
@@ -266,10 +270,10 @@ def test_rotary_scaling_by_the_longest_position_is_found(
         ({"name": "mst"}, None),
     ],
 )
-def test_rotary_scaling_by_the_longest_position_is_refused_where_a_rank_sees_a_part(
+def test_rotary_scaling_by_the_longest_position_is_refused_on_cut_sequences(
     method: dict[str, object], way_out: str | None
 ) -> None:
-    """In one line with the way out; whole sequences are never refused."""
+    """The error is one line with a fix. Methods that keep sequences whole are not refused."""
     settings = config_of(method=method, world_size=2, overrides={"rope_parameters": DYNAMIC})
     if way_out is None:
         step.check(settings)
@@ -279,7 +283,7 @@ def test_rotary_scaling_by_the_longest_position_is_refused_where_a_rank_sees_a_p
 
 
 def test_published_models_can_be_sharded() -> None:
-    """None of them asks for what is refused."""
+    """No published model has an unsupported feature."""
     assert [models.unsupported(models.published(name)) for name in models.names()] == [None] * len(
         models.names()
     )

@@ -1,4 +1,4 @@
-"""Mini-sequences train exactly as the whole, at lengths that nothing divides; the original's way does not."""
+"""Mini-sequences train exactly, even at indivisible lengths. The original implementation does not."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def trained(rank: int, world_size: int, configs: list[TrainConfig]) -> list[Any]
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_loss_and_gradients_are_those_of_the_unsplit_model(ranks: Ranks, dtype: str) -> None:
-    """More mini-sequences than tokens, one token left over, one missing; and by the paper's rules."""
+    """Equal with more mini-sequences than tokens, one token over, one token short, and the paper's numbers."""
     configs = [
         config_of(method={"name": "mst", **options}, seqlen=seqlen, dtype=dtype, **more)
         for seqlen, options, more in (
@@ -51,7 +51,7 @@ def test_loss_and_gradients_are_those_of_the_unsplit_model(ranks: Ranks, dtype: 
 
 
 def test_numbers_of_mini_sequences_follow_the_paper(ranks: Ranks) -> None:
-    """`hidden_size` tokens for an MLP, vocabulary over `hidden_size` mini-sequences for the head."""
+    """An MLP takes `hidden_size` tokens at a time. The head takes vocabulary over `hidden_size` mini-sequences."""
     config = config_of(
         method="mst", seqlen=300, checkpoint=False
     )  # hidden size 128, vocabulary 260
@@ -61,18 +61,18 @@ def test_numbers_of_mini_sequences_follow_the_paper(ranks: Ranks) -> None:
     )  # two layers of ceil(300 / 128), a head of ceil(260 / 128)
 
 
-def test_attention_is_the_one_that_was_named(ranks: Ranks) -> None:
-    """Its name is what says which kernel a record is of."""
+def test_the_named_attention_runs(ranks: Ranks) -> None:
+    """The name in a record has to be that of the kernel that ran."""
     named = config_of(method="mst", model="tiny-mistral", seqlen=200, attention="sdpa_flash")
     with pytest.raises(AssertionError, match="'sdpa_flash' is not called with a window"):
         ranks(1)(trained, [named])
 
 
-# -- the original's way ---------------------------------------------------------------------------
+# -- the original implementation ------------------------------------------------------------------
 
 
 class _OriginalHead(torch.autograd.Function):
-    """Writes the weight's gradient itself, and hands it to autograd, which adds it once more."""
+    """Writes the weight's gradient itself and also returns it to autograd, which adds it again."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class _OriginalHead(torch.autograd.Function):
 
 
 def original(config: TrainConfig, num_mini_sequences: int) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients with a head in mini-sequences of `length // num_mini_sequences` tokens."""
+    """Loss and gradients of the original head, with mini-sequences of `length // num_mini_sequences` tokens."""
     model = models.materialize(config).train()
     batch = corpus_of(config).batch([0])
     hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
@@ -111,22 +111,21 @@ def original(config: TrainConfig, num_mini_sequences: int) -> tuple[float, dict[
 
 
 def test_the_originals_dropped_tokens_are_caught() -> None:
-    """67 tokens in 8 mini-sequences of 8 leave out three, two of whose labels still count in the mean.
-
-    Measured: loss 5.353 instead of 5.518, gradients 0.96 to 1.00 times as long.
+    """8 mini-sequences of 8 tokens drop three of 67 tokens. Two of their labels still count in the
+    mean. Measured: loss 5.353 instead of 5.518, gradients 0.96 to 1.00 times as long.
     """
     config = config_of(seqlen=67, dtype="float64")
     truth = truth_of(config)
     loss, gradients = original(config, 8)
     assert loss / truth.losses[0] == pytest.approx(64 / 66, rel=0.01)
-    del gradients["lm_head.weight"]  # wrong for the other reason, too
+    del gradients["lm_head.weight"]  # also wrong because of the doubled head
     expected = {name: g for name, g in truth.gradients.items() if name != "lm_head.weight"}
     with pytest.raises(AssertionError, match=r"ratio 0\.9"):
         assert_same_gradients(gradients, expected)
 
 
 def test_the_originals_doubled_head_is_caught() -> None:
-    """At a length that divides, the loss is right, and all gradients but one: that one is twice as large."""
+    """At a divisible length the loss and all gradients but the head's are right. The head's is twice as large."""
     config = config_of(seqlen=64, dtype="float64")
     truth = truth_of(config)
     loss, gradients = original(config, 8)

@@ -1,4 +1,4 @@
-"""Checkpointed layers whose inputs wait on the host."""
+"""Checkpointed layers with inputs offloaded to the host."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from alst_impl.placement import Evidence, Placement
 
 
 def placed() -> tuple[Placement, list[Tensor]]:
-    """A placement, and the list of what it is told to be on the host."""
+    """A placement, and the list of tensors that it is told to count as host memory."""
     on_host: list[Tensor] = []
     return Placement(torch.device("cpu"), on_host=on_host.append, evidence=Evidence()), on_host
 
@@ -31,7 +31,7 @@ def layers() -> nn.ModuleList:
 def gradients(
     stack: nn.ModuleList, x: Tensor, offload: HostOffload | None, plain: bool
 ) -> list[Tensor]:
-    """Output, input gradient (if any) and parameter gradients, layers checkpointed unless `plain`."""
+    """Output, input gradient (if any) and parameter gradients. Layers are checkpointed unless `plain`."""
     stack.zero_grad()
     x = x.detach().clone().requires_grad_(x.requires_grad)
     value = x
@@ -48,7 +48,7 @@ def gradients(
 def test_checkpointed_layers_have_the_gradients_of_plain_ones(
     offloaded: bool, frozen_input: bool
 ) -> None:
-    """To the bit, also behind frozen embeddings, also in the second step."""
+    """Equal to the bit, also behind frozen embeddings and in the second step."""
     stack = layers()
     x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=not frozen_input)
     offload = HostOffload(placed()[0]) if offloaded else None
@@ -60,7 +60,7 @@ def test_checkpointed_layers_have_the_gradients_of_plain_ones(
 
 
 def test_every_layer_input_goes_to_the_host_and_is_counted() -> None:
-    """Three inputs of 2 x 3 x 5 doubles: told one by one, counted in bytes."""
+    """Three inputs of 2 x 3 x 5 doubles are reported one by one and counted in bytes."""
     placement, on_host = placed()
     gradients(
         layers(), torch.ones(2, 3, 5, dtype=torch.float64), HostOffload(placement), plain=False
@@ -70,7 +70,7 @@ def test_every_layer_input_goes_to_the_host_and_is_counted() -> None:
 
 
 def test_the_device_copy_of_a_layer_input_is_free_until_backward() -> None:
-    """Nothing but the host's copy survives the forward."""
+    """Only the host copy exists after forward."""
     layer, offload = layers()[0], HostOffload(placed()[0])
     x = torch.ones(1, 3, 5, dtype=torch.float64).requires_grad_()
     inner = x * 2
@@ -83,7 +83,7 @@ def test_the_device_copy_of_a_layer_input_is_free_until_backward() -> None:
 
 
 class Spy(torch.autograd.Function):
-    """The identity, whose backward asks whether the recomputed output of its layer still lives."""
+    """An identity whose backward checks whether the recomputed output of its layer is still alive."""
 
     alive: list[bool]
 
@@ -101,7 +101,7 @@ class Spy(torch.autograd.Function):
 
 
 def spied(run: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]) -> list[bool]:
-    """Whether the recomputed output lives while backward runs through its layer."""
+    """Whether the recomputed output is alive while backward runs through its layer."""
     outputs: list[weakref.ref[object]] = []
     seen: list[bool] = []
 
@@ -118,19 +118,19 @@ def spied(run: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]) -> list[b
 
 @pytest.mark.parametrize("offloaded", [False, True])
 def test_the_recomputed_output_is_freed_before_the_layers_backward(offloaded: bool) -> None:
-    """Backward needs the graph, not the value."""
+    """Backward needs only the graph, not the output."""
     offload = HostOffload(placed()[0]) if offloaded else None
     assert spied(lambda layer, x: checkpoint(layer, x, offload)) == [False]
 
 
 def test_the_spy_sees_that_pytorchs_own_checkpoint_holds_the_output() -> None:
-    """The test above could not fail otherwise."""
+    """Otherwise the test above could not fail."""
     stock = partial(torch.utils.checkpoint.checkpoint, use_reentrant=True)
     assert spied(stock) == [True]
 
 
-def test_without_gradients_nothing_is_required_of_the_input() -> None:
-    """Evaluation passes through, and nothing waits on the host for a backward that never comes."""
+def test_evaluation_offloads_nothing() -> None:
+    """Without gradients nothing is offloaded, because no backward follows."""
     layer, (placement, on_host) = layers()[0], placed()
     x = torch.ones(1, 3, 5, dtype=torch.float64)
     with torch.no_grad():
@@ -139,8 +139,8 @@ def test_without_gradients_nothing_is_required_of_the_input() -> None:
 
 
 @pytest.mark.parametrize("tile_mib", [7, 32, 50, 80, 100, 300])
-def test_pieces_of_tiles_fill_what_pinned_memory_takes(tile_mib: int) -> None:
-    """A power of two for each: less than a seventh is lost, of many tiles."""
+def test_tiles_fill_their_pinned_buffers(tile_mib: int) -> None:
+    """Pinned buffers are rounded up to powers of two. With many tiles at most 15 % is lost."""
     placement, on_host = placed()
     with FakeTensorMode():
         HostTiles(HostOffload(placement), 1_000, 1, tile_mib * 2**20, torch.int8)

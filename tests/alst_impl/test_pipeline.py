@@ -1,4 +1,4 @@
-"""Stages over slices train exactly as the stock model does, and hold what the schedule says."""
+"""Pipelines over slices train exactly, and their memory follows the schedule."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from conftest import Ranks
 
 LAYERS = {"num_hidden_layers": 5}
-"""Four stages of one, one, one and two."""
+"""Four stages have one, one, one and two layers."""
 
 
 def piped(pp: int, dp: int = 1, **settings: Any) -> TrainConfig:
-    """A run of `pp` stages in fp64 that four micro-batches of unequal labels go through."""
+    """A run of `pp` stages in fp64, with four micro-batches of unequal numbers of labels."""
     options = {k: settings.pop(k) for k in ("slices", "split", "tile_loss") if k in settings}
     overrides = {**LAYERS, **settings.pop("overrides", {})}
     return config_of(
@@ -69,7 +69,7 @@ def assert_equal_to_stock(ranks: Ranks, configs: list[TrainConfig]) -> None:
     ],
 )
 def test_every_gradient_is_the_stock_models(ranks: Ranks, pp: int, dp: int, engine: str) -> None:
-    """With 1 to 4 slices of equal work or length, 4 to 8 micro-batches, checkpointed or not."""
+    """Equal with 1 to 4 slices of equal work or length, 4 to 8 micro-batches, with and without checkpoints."""
     variants: list[dict[str, Any]] = [
         {"slices": 1},
         {"slices": 2, "split": "length"},
@@ -93,14 +93,14 @@ def test_every_gradient_is_the_stock_models(ranks: Ranks, pp: int, dp: int, engi
     ],
 )
 def test_families_of_models(ranks: Ranks, settings: dict[str, Any]) -> None:
-    """Two stages, three slices."""
+    """Gradients are exact with two stages and three slices."""
     config = piped(2, **{"slices": 3, "accumulation": 2, **settings})
     assert_equal_to_stock(ranks, [config])
 
 
 @pytest.mark.parametrize("engine", ["plain", "fsdp2"])
 def test_clipping_is_by_the_norm_of_all_stages(ranks: Ranks, engine: str) -> None:
-    """Two clipped updates and their norms are those of one process."""
+    """Two clipped updates and their norms equal those of one process."""
     optimizer = OptimizerConfig(learning_rate=0.1, eps=1.0, max_grad_norm=0.5)
     config = piped(2, engine=engine, optimizer=optimizer, dtype="float32")
     run = ranks(2)(run_steps, config, 2)[0]
@@ -109,7 +109,7 @@ def test_clipping_is_by_the_norm_of_all_stages(ranks: Ranks, engine: str) -> Non
 
 
 def test_stages_are_runs_of_layers_of_nearly_equal_length() -> None:
-    """Together all layers, in order."""
+    """Together they are all layers, in order."""
     for num_layers in range(1, 12):
         for pp in range(1, num_layers + 1):
             kept = [layers_of(stage, pp, num_layers) for stage in range(pp)]
@@ -135,10 +135,8 @@ def test_stages_are_runs_of_layers_of_nearly_equal_length() -> None:
         ({"pp": 2, "overrides": {"attention_dropout": 0.1}}, "attention dropout .* cannot cut"),
     ],
 )
-def test_impossible_settings_are_refused_when_a_sweep_is_read(
-    settings: dict[str, Any], message: str
-) -> None:
-    """In one line, with the values, the rule and the way out."""
+def test_impossible_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    """The error is one line with the values, the rule and a fix."""
     with pytest.raises(ValueError, match=message) as caught:
         step.check(piped(**settings))
     assert "\n" not in str(caught.value)

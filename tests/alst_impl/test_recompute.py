@@ -1,4 +1,4 @@
-"""What runs again in backward is what ran in forward: random numbers, autocast, the offloading checkpoint."""
+"""Recomputation repeats forward: random numbers, autocast, the offloading checkpoint."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 
 
 class Noisy(nn.Module):
-    """A layer that draws before and after its weights."""
+    """A layer that draws random numbers before and after its weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Noisy(nn.Module):
 
 
 def in_tiles(fn: Callable[[Tensor], Tensor], x: Tensor, num_tiles: int) -> Tensor:
-    """`fn` over tiles, by autograd alone."""
+    """`fn` over tiles, with plain autograd."""
     return torch.cat([fn(x[:, a:b]) for a, b in tile_bounds(x.shape[1], num_tiles)], dim=1)
 
 
@@ -61,7 +61,7 @@ TILED: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
 
 
 def noisy_gradients(run: Callable[..., Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-    """Output and gradients of two layers that `run` runs, all from one seed; and what is drawn next."""
+    """Output and gradients of two layers that `run` runs, and the next random number, all from one seed."""
     torch.manual_seed(1)
     layers = nn.ModuleList([Noisy(), Noisy()])
     x = torch.randn(2, 7, 6, dtype=torch.float64, requires_grad=True)
@@ -75,7 +75,7 @@ def noisy_gradients(run: Callable[..., Tensor]) -> tuple[dict[str, Tensor], Tens
 
 @pytest.mark.parametrize("name", TILED)
 def test_dropout_draws_the_same_again_and_nothing_more(name: str) -> None:
-    """Every gradient is autograd's own for the same seed, and so is whatever is drawn afterwards."""
+    """Every gradient is autograd's for the same seed, and so are later random numbers."""
     ours, plain = TILED[name]
     (found, after), (expected, after_plain) = noisy_gradients(ours), noisy_gradients(plain)
     for key, gradient in expected.items():
@@ -83,8 +83,8 @@ def test_dropout_draws_the_same_again_and_nothing_more(name: str) -> None:
     assert torch.equal(after, after_plain)
 
 
-def test_nothing_is_kept_where_nothing_random_ran() -> None:
-    """A repetition leaves the generators alone, also among fake tensors."""
+def test_no_generator_state_is_kept_without_random_operators() -> None:
+    """Recomputation then leaves the generators unchanged, also with fake tensors."""
     with FakeTensorMode(), FirstRun(CPU) as first:
         torch.nn.functional.dropout(torch.ones(5))
     assert first.again()._states is None
@@ -112,7 +112,7 @@ def phi3(dropout: float) -> Phi3ForCausalLM:
 
 
 def adapted() -> Phi3ForCausalLM:
-    """The same with dropout in adapters, too."""
+    """The same model with adapters, which have dropout, too."""
     import peft
 
     model = phi3(0.3)
@@ -124,7 +124,7 @@ def adapted() -> Phi3ForCausalLM:
 
 
 def gradients_of(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """Of every trained parameter, for one seed."""
+    """Gradients of every trained parameter, for one seed."""
     torch.manual_seed(7)
     model(**inputs).loss.backward()
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -134,7 +134,7 @@ def gradients_of(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Te
 def test_a_checkpointed_model_with_dropout_has_the_gradients_of_the_stock_one(
     build: Callable[[], PreTrainedModel],
 ) -> None:
-    """For the same seed, in layers and in adapters, with inputs of layers on the host."""
+    """Equal for the same seed, in layers and in adapters, with offloaded layer inputs."""
     inputs = {"input_ids": IDS, "labels": IDS, "use_cache": False}
     model = build()
     hf.checkpoint_layers(model, HostOffload(Placement(CPU)))
@@ -142,7 +142,7 @@ def test_a_checkpointed_model_with_dropout_has_the_gradients_of_the_stock_one(
 
 
 def sharded_gradients(rank: int, world_size: int) -> list[dict[str, Tensor]]:
-    """Body of a rank: gradients with checkpoints and offload, and without."""
+    """Body of a rank: gradients with and without checkpoints and offload."""
     mesh = init_device_mesh("cpu", (1, world_size), mesh_dim_names=("dp", "sp"))
     found = []
     for on in (True, False):
@@ -155,13 +155,15 @@ def sharded_gradients(rank: int, world_size: int) -> list[dict[str, Tensor]]:
 
 
 def test_checkpoints_change_no_gradient_of_a_sharded_model_with_dropout(ranks: Ranks) -> None:
-    """At sp 2, where every rank draws for its own tokens."""
+    """At sp 2 every rank draws random numbers for its own tokens."""
     for ours, plain in ranks(2)(sharded_gradients):
         assert_same_gradients(ours, plain, 1e-10, 1e-10)
 
 
 def refuse(rank: int, world_size: int) -> None:
-    """Body of a rank: frequencies that follow the longest position, by parts and whole."""
+    """Body of a rank: a model whose rotary frequencies follow the longest position, on sharded and
+    on whole sequences.
+    """
     model = phi3(0)
     model.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     parts = init_device_mesh("cpu", (1, world_size), mesh_dim_names=("dp", "sp"))
@@ -170,8 +172,8 @@ def refuse(rank: int, world_size: int) -> None:
     library.enable(model, init_device_mesh("cpu", (world_size, 1), mesh_dim_names=("dp", "sp")))
 
 
-def test_rotary_scaling_by_the_longest_position_is_refused_at_sp_2_alone(ranks: Ranks) -> None:
-    """By the library as by the suite."""
+def test_rotary_scaling_by_the_longest_position_is_refused_only_at_sp_2(ranks: Ranks) -> None:
+    """The library refuses it as the suite does."""
     ranks(2)(refuse)
 
 
@@ -179,7 +181,7 @@ def test_rotary_scaling_by_the_longest_position_is_refused_at_sp_2_alone(ranks: 
 
 
 def wrapped(tiles: int) -> Phi3ForCausalLM:
-    """A small Phi-3 in fp32 with everything that ALST does to one."""
+    """A small Phi-3 in fp32 with all changes that ALST makes."""
     model, evidence = phi3(0).float(), Evidence()
     mlps, norms = hf.token_wise_modules(model)
     for module in mlps + norms:
@@ -190,7 +192,7 @@ def wrapped(tiles: int) -> Phi3ForCausalLM:
 
 
 def autocast_gradients(model: PreTrainedModel, *, inside: bool) -> dict[str, Tensor]:
-    """Gradients under bf16 autocast; backward runs inside it or, as PyTorch asks, after it."""
+    """Gradients under bf16 autocast. Backward runs inside it or, as PyTorch recommends, after it."""
     inputs = {"input_ids": IDS, "shift_labels": IDS, "labels": IDS, "use_cache": False}
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = model(**inputs, num_items_in_batch=torch.tensor(12)).loss
@@ -202,8 +204,10 @@ def autocast_gradients(model: PreTrainedModel, *, inside: bool) -> dict[str, Ten
 
 
 @pytest.mark.parametrize("inside", [False, True])
-def test_autocast_of_forward_is_that_of_recomputation(inside: bool) -> None:
-    """In one tile every gradient is the stock model's; in several none is further from the truth."""
+def test_recomputation_runs_under_the_autocast_of_forward(inside: bool) -> None:
+    """With one tile every gradient is the stock model's. With several tiles the error is at most
+    1.2 times that of the stock model.
+    """
     stock = autocast_gradients(phi3(0).float(), inside=inside)
     whole = autocast_gradients(wrapped(1), inside=inside)
     assert_same_gradients(whole, {name: g.double() for name, g in stock.items()})
@@ -218,7 +222,7 @@ def test_autocast_of_forward_is_that_of_recomputation(inside: bool) -> None:
 def test_recomputation_has_the_dtype_of_the_first_run(
     run: Callable[..., Tensor], first: bool
 ) -> None:
-    """Whether forward alone ran under autocast, or backward alone."""
+    """Tested with autocast around only forward and around only backward."""
     linear, seen = nn.Linear(6, 6), set()
 
     def fn(x: Tensor) -> Tensor:
@@ -240,7 +244,7 @@ def test_recomputation_has_the_dtype_of_the_first_run(
 
 
 def test_a_loss_that_leaves_autocast_has_its_gradients_in_its_own_dtype() -> None:
-    """As a model does whose head computes in fp32."""
+    """A model with an fp32 head does this."""
     head, labels, count = nn.Linear(6, 9), torch.tensor([[1, 4, 8, 2]]), torch.tensor(4)
 
     def loss(hidden: Tensor, labels: Tensor, count: Tensor) -> Tensor:
@@ -262,14 +266,14 @@ def test_a_loss_that_leaves_autocast_has_its_gradients_in_its_own_dtype() -> Non
 
 
 def offloaded_bytes(model: PreTrainedModel, placement: Placement) -> int:
-    """What one forward pass with gradients brings to the host."""
+    """Bytes that one forward pass with gradients offloads to the host."""
     before = placement.evidence.offloaded_bytes
     model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
     return placement.evidence.offloaded_bytes - before
 
 
 def test_checkpointing_that_is_turned_on_again_still_offloads() -> None:
-    """As Trainer does, by either name of transformers; turned off it is off, turned on it is ours."""
+    """Trainer turns it on by either method of transformers. Turned off it is off; turned on again it offloads."""
     model, placement = phi3(0), Placement(CPU)
     hf.checkpoint_layers(model, HostOffload(placement))
     expected = 2 * IDS.numel() * 32 * 8

@@ -1,4 +1,4 @@
-"""A run goes on where another one was saved, at another degree of sequence parallelism."""
+"""A run resumes from a checkpoint, at another degree of sequence parallelism."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from conftest import Ranks
 
 BEFORE, AFTER = range(3), range(3, 6)
-"""Steps around the checkpoint: AdamW's moments count only from the second step on."""
+"""Steps before and after the checkpoint. AdamW's moments only matter from the second step."""
 
 
 def config_at(sp: int, world_size: int, engine: dict[str, Any]) -> TrainConfig:
-    """Two samples per step, whoever computes them."""
+    """Two samples per step, at any sp and world_size."""
     return config_of(
         method={"name": "alst", "sp": sp, "tiles": 3},
         engine=engine,
@@ -34,10 +34,10 @@ def config_at(sp: int, world_size: int, engine: dict[str, Any]) -> TrainConfig:
     [{"name": "zero", "stage": 3}, {"name": "zero", "stage": 2}, {"name": "fsdp2"}],
     ids=["zero3", "zero2", "fsdp2"],
 )
-def test_what_sp1_saved_goes_on_at_sp2_and_sp4(
+def test_a_checkpoint_of_sp1_resumes_at_sp2_and_sp4(
     ranks: Ranks, tmp_path: Path, engine: dict[str, Any]
 ) -> None:
-    """The next losses are those of the run that was not interrupted, and so are its parameters."""
+    """The next losses and the parameters equal those of the uninterrupted run."""
     folder = tmp_path / "checkpoint"
     before = config_at(1, 2, engine)
     ranks(2)(train, before, BEFORE, None, folder)
@@ -51,7 +51,7 @@ def test_what_sp1_saved_goes_on_at_sp2_and_sp4(
 
 @pytest.mark.parametrize("engine", ["zero", "fsdp2"])
 def test_a_resumed_run_is_the_uninterrupted_one(ranks: Ranks, tmp_path: Path, engine: str) -> None:
-    """Saved and gone on at sp 2: losses of all steps as if nothing had happened."""
+    """Saved and resumed at sp 2, all losses equal those of the uninterrupted run."""
     folder = tmp_path / "checkpoint"
     config = config_at(2, 2, {"name": engine})
     first, _ = ranks(2)(train, config, BEFORE, None, folder)[0]
@@ -59,12 +59,14 @@ def test_a_resumed_run_is_the_uninterrupted_one(ranks: Ranks, tmp_path: Path, en
     fresh, _ = ranks(2)(train, config, AFTER)[0]
     whole, _ = ranks(2)(train, config, range(AFTER.stop))[0]
     assert first + second == pytest.approx(whole, rel=1e-6)
-    assert fresh != pytest.approx(second, rel=1e-3)  # so what was loaded made a difference
+    assert fresh != pytest.approx(second, rel=1e-3)  # so the loaded state matters
 
 
 @pytest.mark.parametrize("engine", ["fsdp2", "plain"])
-def test_what_two_stages_saved_goes_on_in_one(ranks: Ranks, tmp_path: Path, engine: str) -> None:
-    """A checkpoint holds all layers under their names, whoever had them."""
+def test_a_checkpoint_of_two_stages_resumes_in_one(
+    ranks: Ranks, tmp_path: Path, engine: str
+) -> None:
+    """A checkpoint has all layers under their names, from every stage."""
     folder = tmp_path / "checkpoint"
     whole = config_at(1, 1, {"name": engine})
     staged = whole.model_copy(

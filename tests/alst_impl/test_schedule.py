@@ -1,4 +1,4 @@
-"""Schedules of slices: no deadlock, the published number of live units, bubbles as derived."""
+"""Schedules of slices have no deadlock, the published number of live units, and the derived bubbles."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def seconds(_: int, unit: Unit) -> float:
 def test_every_unit_runs_once_on_every_stage_in_an_order_without_deadlock(
     stages: int, micro_batches: int, parts: int
 ) -> None:
-    """Neighbours agree on the order of what they send each other, so messages need no names."""
+    """Neighbours send and receive in the same order, so messages need no names."""
     made = orders(stages, micro_batches, parts)
     everything = {
         Unit(backward, m, i)
@@ -50,7 +50,7 @@ def test_every_unit_runs_once_on_every_stage_in_an_order_without_deadlock(
 
 @pytest.mark.parametrize(("stages", "micro_batches", "parts"), GRID)
 def test_live_units_are_as_published(stages: int, micro_batches: int, parts: int) -> None:
-    """P - stage - 1 + k slices of 1/k micro-batch each, where there are as many."""
+    """P - stage - 1 + k slices of 1/k micro-batch each, limited by the number of slices."""
     for stage, order in enumerate(orders(stages, micro_batches, parts)):
         live = peak_live(order, [1.0] * parts)
         assert live == min(stages - stage - 1 + parts, micro_batches * parts)
@@ -60,7 +60,7 @@ def test_live_units_are_as_published(stages: int, micro_batches: int, parts: int
 def test_the_bubble_shrinks_with_the_number_of_slices(
     stages: int, micro_batches: int, parts: int
 ) -> None:
-    """(P - 1)(F + B) / k, F and B of a whole micro-batch, where slices take equal time."""
+    """The bubble is (P - 1)(F + B) / k, with F and B of a full micro-batch, if slices take equal time."""
     played = play(orders(stages, micro_batches, parts), lambda s, u: seconds(s, u) / parts)
     wait = (stages - 1) * 3 / parts
     assert makespan(played) == pytest.approx(3 * micro_batches + wait)
@@ -68,7 +68,7 @@ def test_the_bubble_shrinks_with_the_number_of_slices(
 
 
 def test_one_slice_is_1f1b() -> None:
-    """Stage 0 of three: two forwards to warm up, then in turns."""
+    """Stage 0 of three runs two warm-up forwards, then alternates forward and backward."""
     order = seq1f1b(3, 4, 1, 0)
     text = [f"{'B' if unit.backward else 'F'}{unit.micro_batch}" for unit in order]
     assert text == ["F0", "F1", "F2", "B0", "F3", "B1", "B2", "B3"]
@@ -82,14 +82,14 @@ def test_slices_of_the_last_stage_go_back_from_the_end() -> None:
 
 
 def test_a_deadlock_is_named() -> None:
-    """Backward of the first slice before that of the second, which has gradients for its keys."""
+    """The first slice's backward is before the second's, but needs gradients of its keys from it."""
     wrong = [Unit(False, 0, 0), Unit(False, 0, 1), Unit(True, 0, 0), Unit(True, 0, 1)]
     with pytest.raises(ValueError, match="stage 0 at backward of slice 0 of micro-batch 0"):
         play([wrong], seconds)
 
 
 def test_too_little_warm_up_is_a_deadlock() -> None:
-    """A micro-batch cannot go back before its last slice went ahead."""
+    """A micro-batch cannot start backward before the forward of its last slice."""
     order = seq1f1b(1, 1, 2, 0)
     assert order[1:3] == [Unit(False, 0, 1), Unit(True, 0, 1)]
     order[1:3] = reversed(order[1:3])
@@ -98,9 +98,8 @@ def test_too_little_warm_up_is_a_deadlock() -> None:
 
 
 def messages(order: list[Unit], stage: int, stages: int) -> list[tuple[str, int, int]]:
-    """What a stage does on its links, in order: (send or receive, link, number on the link).
-
-    Link 2 p leads from stage p to p + 1, link 2 p + 1 back.
+    """Messages of a stage on its links, in order: (send or receive, link, number on the link). Link
+    2 p leads from stage p to p + 1, link 2 p + 1 back.
     """
     done: list[tuple[str, int, int]] = []
     for unit in order:
@@ -115,7 +114,7 @@ def messages(order: list[Unit], stage: int, stages: int) -> list[tuple[str, int,
 
 @pytest.mark.parametrize(("stages", "micro_batches", "parts"), GRID)
 def test_one_message_on_the_way_is_enough(stages: int, micro_batches: int, parts: int) -> None:
-    """No deadlock although a stage waits with the next message until the one before is received."""
+    """There is no deadlock even if a stage waits with a message until its previous one is received."""
     made = orders(stages, micro_batches, parts)
     left = [messages(order, stage, stages) for stage, order in enumerate(made)]
     done: set[tuple[str, int, int]] = set()
@@ -134,8 +133,8 @@ def test_one_message_on_the_way_is_enough(stages: int, micro_batches: int, parts
 
 
 def test_unequal_slices_cost_time() -> None:
-    """Slices of equal length wait for the last one, whose attention is the longest."""
-    work = [1.0, 3.0]  # of slices of equal length under attention alone
+    """Slices of equal length wait for the last slice, whose attention is the largest."""
+    work = [1.0, 3.0]  # two slices of equal length, only attention
 
     def uneven(_: int, unit: Unit) -> float:
         return work[unit.part] * (2 if unit.backward else 1)
@@ -148,7 +147,7 @@ def test_unequal_slices_cost_time() -> None:
 
 
 def test_a_transfer_takes_time() -> None:
-    """Forward and backward, between two stages."""
+    """It adds to forward and to backward between two stages."""
     made = orders(2, 1, 1)
     assert makespan(play(made, seconds, 0.25)) == makespan(play(made, seconds)) + 0.5
 
@@ -163,7 +162,7 @@ def test_a_transfer_takes_time() -> None:
 def test_slices_cover_the_sequence(
     seqlen: int, parts: int, per_token: float, per_pair: float
 ) -> None:
-    """In order, none empty."""
+    """Slices are in order, and none is empty."""
     if not per_token and not per_pair:
         return
     for borders in (
@@ -175,7 +174,7 @@ def test_slices_cover_the_sequence(
 
 
 def test_slices_of_equal_work() -> None:
-    """Each holds a quarter of linear work and visible pairs, to a token's worth."""
+    """Each has a quarter of the FLOPs, up to the work of one token."""
     seqlen, per_token, per_pair = 32_768, 4e5, 16.0
 
     def work(end: int) -> float:
@@ -187,6 +186,6 @@ def test_slices_of_equal_work() -> None:
 
 
 def test_without_attention_equal_work_is_equal_length() -> None:
-    """And with nothing else, the first half of the work is the first 1 / sqrt(2) of the tokens."""
+    """With attention only, half of the work is in the first 1 / sqrt(2) of the tokens."""
     assert equal_flops(1024, 4, 1.0, 0.0) == equal_lengths(1024, 4)
     assert equal_flops(10_000, 2, 0.0, 1.0)[1] == 7071

@@ -1,4 +1,4 @@
-"""Attention slice by slice equals attention over the whole sequence, gradients included."""
+"""Attention over slices equals attention over the full sequence, including gradients."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def upstream() -> Tensor:
 def test_slices_give_the_output_and_the_gradients_of_the_whole(
     num_kv_heads: int, documents: Documents
 ) -> None:
-    """Whatever documents begin and end in them."""
+    """Also with documents that begin and end inside slices."""
     whole = tensors(num_kv_heads)
     expected = attend(*whole, scale=SCALE, documents=documents)
     truth = torch.autograd.grad(expected, whole, upstream())
@@ -57,7 +57,7 @@ def test_slices_give_the_output_and_the_gradients_of_the_whole(
 
 
 def test_parts_merge_in_fp32() -> None:
-    """In bf16 the error of slices is that of bf16 itself."""
+    """The bf16 error with slices is that of bf16 itself."""
     exact = tensors(2)
     rounded = [x.detach().bfloat16() for x in exact]
     truth = attend(*(x.double() for x in rounded), scale=SCALE)
@@ -98,19 +98,19 @@ def run_plain(layer: Layer, x: Tensor) -> Tensor:
 
 
 def run_stock(layer: Layer, x: Tensor) -> Tensor:
-    """Recomputed by PyTorch's checkpointing, whose graph is that of the first forward."""
+    """Recomputed by PyTorch's checkpointing, which keeps the graph of the first forward."""
     out: Tensor = stock_checkpoint(layer, x, use_reentrant=False)
     return out
 
 
 def run_ours(layer: Layer, x: Tensor) -> Tensor:
-    """Recomputed by ours, which runs the first forward without a graph."""
+    """Recomputed by our checkpointing, which runs the first forward without a graph."""
     return checkpoint(layer, x)
 
 
 @pytest.mark.parametrize("run", [run_plain, run_stock, run_ours])
 def test_gradients_of_keys_come_back_from_later_slices(run: Any) -> None:
-    """In the order of a pipeline, over two micro-batches, whether or not forward runs again."""
+    """In pipeline order over two micro-batches, with and without recomputation."""
     parts = len(BORDERS) - 1
     current = Current(parts)
     layer = Layer(SliceAttention(current, "sdpa"))
@@ -146,7 +146,7 @@ def _grad(x: Tensor) -> Tensor:
 
 
 def test_a_short_window_is_refused() -> None:
-    """With the way out."""
+    """The error gives a fix."""
     current = Current(2, part=0)
     attention = SliceAttention(current, "sdpa")
     q, k, v = tensors(2)

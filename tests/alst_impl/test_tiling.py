@@ -1,4 +1,4 @@
-"""Tiling changes nothing but memory."""
+"""Tiling changes memory and no result."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from alst_impl.ops.memory.tiling import parameters_of, tile_bounds, tiled
 
 
 class Mlp(nn.Module):
-    """A gated MLP, the usual customer."""
+    """A gated MLP, the usual tiled module."""
 
     def __init__(self, dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
@@ -27,13 +27,13 @@ class Mlp(nn.Module):
 
 
 def rows(batch: int, count: int) -> Tensor:
-    """Some hidden states [B, S, 6] that want a gradient."""
+    """Hidden states [B, S, 6] that require a gradient."""
     torch.manual_seed(2)
     return torch.randn(batch, count, 6, dtype=torch.float64, requires_grad=True)
 
 
 def results(fn: Callable[[Tensor], Tensor], x: Tensor, module: nn.Module) -> list[Tensor]:
-    """Output, then the gradients of input and parameters under an uneven loss."""
+    """Output, then the gradients of input and parameters under a nonuniform loss."""
     x = x.detach().clone().requires_grad_(x.requires_grad)
     module.zero_grad()
     out = fn(x)
@@ -47,7 +47,7 @@ def results(fn: Callable[[Tensor], Tensor], x: Tensor, module: nn.Module) -> lis
 @pytest.mark.parametrize("num_tiles", [1, 2, 3, 4, 7, 16])
 @pytest.mark.parametrize("count", [1, 3, 7, 9, 16])
 def test_tiled_equals_the_whole(count: int, num_tiles: int, batch: int) -> None:
-    """Output and every gradient, for any number of rows and tiles, also more tiles than rows."""
+    """Output and every gradient are equal for any number of rows and tiles, also with more tiles than rows."""
     mlp, x = Mlp(), rows(batch, count)
     expected = results(mlp, x, mlp)
     found = results(lambda value: tiled(mlp, value, num_tiles), x, mlp)
@@ -58,7 +58,7 @@ def test_tiled_equals_the_whole(count: int, num_tiles: int, batch: int) -> None:
 
 @pytest.mark.parametrize("num_tiles", [1, 2, 5, 9])
 def test_two_layers_on_top_of_each_other_are_exact(num_tiles: int) -> None:
-    """The second layer's input gradient reaches the parameters of the first."""
+    """The second layer's input gradient reaches the first layer's parameters."""
     layers, x = nn.ModuleList([Mlp(), nn.LayerNorm(6, dtype=torch.float64), Mlp()]), rows(1, 7)
 
     def run(wrap: Callable[[nn.Module, Tensor], Tensor]) -> list[Tensor]:
@@ -78,7 +78,7 @@ def test_two_layers_on_top_of_each_other_are_exact(num_tiles: int) -> None:
 
 
 def test_tile_bounds_cover_every_row_once() -> None:
-    """No row is missing, none comes twice, no tile is empty, none too many."""
+    """No row is missing or repeated, no tile is empty, and there are no extra tiles."""
     for count in range(1, 20):
         for num_tiles in range(1, 25):
             bounds = tile_bounds(count, num_tiles)
@@ -95,7 +95,7 @@ def test_no_tiles_are_refused() -> None:
 
 
 def test_frozen_parameters_get_no_gradient_and_the_others_their_own() -> None:
-    """As in a model whose adapters alone are trained."""
+    """As in a model where only adapters are trained."""
     mlp, x = Mlp(), rows(2, 5)
     for parameter in (*mlp.gate.parameters(), mlp.down.weight):
         parameter.requires_grad_(False)
@@ -107,7 +107,7 @@ def test_frozen_parameters_get_no_gradient_and_the_others_their_own() -> None:
 
 
 def test_an_input_without_gradient_still_trains_the_parameters() -> None:
-    """As behind frozen embeddings."""
+    """As with frozen embeddings."""
     mlp, x = Mlp(), rows(1, 5).detach()
     expected = results(mlp, x, mlp)
     found = results(lambda value: tiled(mlp, value, 2), x, mlp)
@@ -116,7 +116,7 @@ def test_an_input_without_gradient_still_trains_the_parameters() -> None:
 
 
 def test_parameters_are_discovered_wherever_a_function_keeps_them() -> None:
-    """In a module, behind a bound method, in a partial, in a closure."""
+    """In a module, a bound method, a partial or a closure."""
     mlp = Mlp()
 
     def closure(x: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ def test_parameters_are_discovered_wherever_a_function_keeps_them() -> None:
 
 
 def test_a_shared_parameter_is_discovered_once() -> None:
-    """Tied weights would otherwise get their gradient twice."""
+    """Otherwise tied weights would get their gradient twice."""
     mlp = Mlp()
     mlp.up.weight = mlp.gate.weight
     assert len(parameters_of(mlp)) == 4
@@ -144,7 +144,7 @@ def test_a_shared_parameter_is_discovered_once() -> None:
 
 
 class Routed(nn.Module):
-    """Two experts; the sign of a token's first feature decides."""
+    """Two experts. The sign of a token's first feature selects one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -161,9 +161,9 @@ class Routed(nn.Module):
 
 
 def test_a_parameter_that_some_tiles_do_not_touch_gets_the_gradient_of_the_others() -> None:
-    """An expert that sees no token of a tile adds nothing there."""
+    """An expert without tokens in a tile gets no gradient from it."""
     routed, x = Routed(), rows(1, 8).detach()
-    x[:, :4, 0], x[:, 4:, 0] = 1, -1  # each expert serves one half
+    x[:, :4, 0], x[:, 4:, 0] = 1, -1  # each expert gets one half
     x.requires_grad_()
     for num_tiles in (2, 4, 8):
         found = results(lambda value, n=num_tiles: tiled(routed, value, n), x, routed)
@@ -172,7 +172,7 @@ def test_a_parameter_that_some_tiles_do_not_touch_gets_the_gradient_of_the_other
 
 
 def test_the_error_of_bf16_weight_gradients_does_not_grow_with_the_number_of_tiles() -> None:
-    """Tiles add up in fp32: 256 of them cost no more than rounding the sum once."""
+    """Tiles are summed in fp32, so 256 tiles cost no more than rounding the sum once."""
     torch.manual_seed(4)
     linear = nn.Linear(32, 32, bias=False, dtype=torch.bfloat16)
     x = torch.randn(1, 1024, 32, dtype=torch.bfloat16) + 0.5
@@ -190,7 +190,7 @@ def test_the_error_of_bf16_weight_gradients_does_not_grow_with_the_number_of_til
 
 
 def test_the_hook_of_each_parameter_fires_once() -> None:
-    """Engines reduce a gradient when its hook fires; a second firing is an error or a wrong gradient."""
+    """Engines reduce a gradient when its hook fires. A second call is an error or a wrong gradient."""
     mlp = Mlp()
     fired: list[str] = []
     for name, parameter in mlp.named_parameters():
@@ -200,7 +200,7 @@ def test_the_hook_of_each_parameter_fires_once() -> None:
 
 
 def test_only_the_input_is_saved_for_backward() -> None:
-    """Whatever the function computes inside is freed after forward."""
+    """Tensors that the function computes are freed after forward."""
     mlp, x = Mlp(), rows(1, 9)
     saved: list[Tensor] = []
 

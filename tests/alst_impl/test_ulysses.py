@@ -1,4 +1,4 @@
-"""The exchange of sequence and heads, and attention through it, on real ranks."""
+"""The exchange between sequence and head shards, and attention through it, on real ranks."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ BATCH, HEADS, SEQLEN, DIM = 2, 8, 12, 4
 
 
 def whole(heads: int, seed: int) -> Tensor:
-    """The same [B, heads, S, D] on every rank."""
+    """A tensor [B, heads, S, D], equal on every rank."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(BATCH, heads, SEQLEN, DIM, generator=generator, dtype=torch.float64)
 
 
 def of_sequence(x: Tensor, rank: int, degree: int) -> Tensor:
-    """This rank's slice of the sequence, ready for gradients."""
+    """This rank's slice of the sequence, with gradients enabled."""
     return x.chunk(degree, dim=2)[rank].detach().clone().requires_grad_()
 
 
@@ -45,11 +45,11 @@ def exchange_there_and_back(rank: int, degree: int) -> None:
     assert torch.equal(by_heads, x.chunk(degree, dim=1)[rank])
     back = heads_to_sequence(by_heads, group)
     assert torch.equal(back, local)
-    # d/dx of (x by heads) * upstream is upstream, by sequence.
+    # The gradient of (x sharded by heads) * upstream is upstream, sharded by sequence.
     (by_heads * upstream.chunk(degree, dim=1)[rank]).sum().backward()
     assert local.grad is not None
     assert torch.equal(local.grad, upstream.chunk(degree, dim=2)[rank])
-    # And the other way round.
+    # The same in the other direction.
     mine = x.chunk(degree, dim=1)[rank].detach().clone().requires_grad_()
     (heads_to_sequence(mine, group) * upstream.chunk(degree, dim=2)[rank]).sum().backward()
     assert mine.grad is not None
@@ -60,14 +60,14 @@ def exchange_there_and_back(rank: int, degree: int) -> None:
 def test_the_exchange_and_its_gradient_move_every_element_to_its_place(
     ranks: Ranks, degree: int
 ) -> None:
-    """Forward and backward, in both directions, to the bit."""
+    """Forward and backward are exact to the bit in both directions."""
     ranks(degree)(exchange_there_and_back)
 
 
 def attention_over_ranks(
     rank: int, degree: int, settings: list[tuple[int, int | None, bool]]
 ) -> None:
-    """Body of a rank: output and gradients of each setting equal those of attention over it all."""
+    """Body of a rank: output and gradients of each setting equal those of attention over the full sequence."""
     for num_kv_heads, window, packed in settings:
         documents = ((5, 7), (12,)) if packed else None
         tensors = [whole(HEADS, 1), whole(num_kv_heads, 2), whole(num_kv_heads, 3)]
@@ -96,7 +96,7 @@ def attention_over_ranks(
 def test_attention_over_ranks_equals_attention_over_the_whole_sequence(
     ranks: Ranks, degree: int
 ) -> None:
-    """For 8, 4, 2 and 1 kv heads, with a window and packed documents that straddle the ranks."""
+    """For 8, 4, 2 and 1 kv heads, with a window and with packed documents across ranks."""
     kinds = [(kv, None, False) for kv in (8, 4, 2, 1)] + [
         (2, 4, False),
         (4, None, True),
@@ -106,7 +106,7 @@ def test_attention_over_ranks_equals_attention_over_the_whole_sequence(
 
 
 def test_without_a_group_attention_is_plain() -> None:
-    """At sp 1 nothing is exchanged."""
+    """At sp 1 there is no exchange."""
     evidence = Evidence()
     q, k, v = whole(HEADS, 1), whole(2, 2), whole(2, 3)
     out = UlyssesAttention(None, "sdpa", evidence)(q, k, v, scale=0.5, window=None, documents=None)
@@ -125,10 +125,8 @@ def test_without_a_group_attention_is_plain() -> None:
         (6, 4, [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]),
     ],
 )
-def test_copies_of_a_kv_head_stand_beside_it(
-    num_kv_heads: int, degree: int, expected: list[int]
-) -> None:
-    """So that each rank's query heads meet the kv head they belong to."""
+def test_copies_of_a_kv_head_follow_it(num_kv_heads: int, degree: int, expected: list[int]) -> None:
+    """Each rank's query heads get the kv head that they belong to."""
     x = torch.arange(num_kv_heads, dtype=torch.float64).view(1, -1, 1, 1).expand(2, -1, 3, 4)
     copies = replicate_kv_heads(x, degree)
     assert copies[0, :, 0, 0].tolist() == expected
@@ -136,7 +134,7 @@ def test_copies_of_a_kv_head_stand_beside_it(
 
 
 def test_the_gradient_of_a_replicated_head_is_the_sum_over_its_copies() -> None:
-    """Each copy serves other queries."""
+    """Each copy serves different query heads."""
     x = torch.ones(1, 2, 3, 1, dtype=torch.float64, requires_grad=True)
     weights = torch.tensor([1.0, 10.0, 100.0, 1000.0]).view(1, 4, 1, 1)
     (replicate_kv_heads(x, 4) * weights).sum().backward()

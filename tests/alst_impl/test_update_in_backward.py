@@ -1,4 +1,4 @@
-"""Engine plain with updates in backward: the usual update, without gradients that pile up."""
+"""Engine plain with updates in backward makes the usual update without accumulating gradients."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ def started(world_size: int, config: TrainConfig) -> tuple[Method, Runtime, list
 
 
 class Seen(NamedTuple):
-    """What two steps show."""
+    """Results of two steps."""
 
     results: list[tuple[float, float]]
-    """Loss and gradient norm."""
+    """Loss and gradient norm of each step."""
     final: dict[str, Tensor]
-    """Parameters after them."""
+    """Parameters after both steps."""
     alive: list[int]
-    """Gradients that exist when an optimizer begins to step."""
+    """Number of gradients that exist when an optimizer step begins."""
     num_trained: int
-    """Parameters that are trained."""
+    """Number of trained parameters."""
 
 
 def alone(world_size: int, config: TrainConfig) -> Seen:
@@ -117,7 +117,7 @@ def both(rank: int, world_size: int, config: TrainConfig) -> tuple[Seen, Seen]:
 def test_updates_in_backward_are_the_usual_ones_to_the_bit(
     ranks: Ranks, world_size: int, settings: dict[str, Any]
 ) -> None:
-    """Losses, norms and parameters of two steps, one gradient alive at a time."""
+    """Losses, norms and parameters of two steps are equal, with one gradient alive at a time."""
     optimizer = {"learning_rate": 0.1, "weight_decay": 0.1}
     optimizer.update(settings.get("optimizer", {}))
     config = config_of(
@@ -131,8 +131,10 @@ def test_updates_in_backward_are_the_usual_ones_to_the_bit(
     assert ours.alive == [1] * (2 * ours.num_trained)
 
 
-def test_a_checkpoint_goes_on_with_either_update(ranks: Ranks, tmp_path: Path) -> None:
-    """Saved with updates in backward, loaded with them and without: the same three steps, by the settings saved."""
+def test_a_checkpoint_resumes_with_either_update(ranks: Ranks, tmp_path: Path) -> None:
+    """A checkpoint saved with updates in backward gives the same three steps with and without them,
+    under the saved settings.
+    """
     folder = tmp_path / "checkpoint"
     usual = config_of(engine="plain")
     ours = config_of(engine=IN_BACKWARD)
@@ -146,7 +148,9 @@ def test_a_checkpoint_goes_on_with_either_update(ranks: Ranks, tmp_path: Path) -
 
 
 def what_is_refused(rank: int, world_size: int) -> list[str]:
-    """Messages of: gradients, a step without an update, two backwards, a weight of two checkpointed layers."""
+    """Errors of four cases: reading gradients, a step without an update, two backwards, a weight
+    shared by two checkpointed layers.
+    """
     refused = []
     config = config_of(engine=IN_BACKWARD, method="alst")
     method, runtime, (batches, _) = started(world_size, config)
@@ -165,8 +169,8 @@ def what_is_refused(rank: int, world_size: int) -> list[str]:
     return refused
 
 
-def test_what_cannot_be_exact_is_refused_where_it_shows(ranks: Ranks) -> None:
-    """One line with the way out, before anything is silently wrong."""
+def test_inexact_steps_are_refused(ranks: Ranks) -> None:
+    """The error is one line with a fix."""
     messages = ranks(1)(what_is_refused)[0]
     expected = ["gradients are gone", "without an update", "of 2 backward", "in several passes"]
     for message, part in zip(messages, expected, strict=True):
@@ -174,7 +178,7 @@ def test_what_cannot_be_exact_is_refused_where_it_shows(ranks: Ranks) -> None:
 
 
 def step_with_an_unused_parameter(rank: int, world_size: int, config: TrainConfig) -> str:
-    """A step in which the final norm's weight is unused; the message of its refusal, if any."""
+    """A step with an unused final norm weight. Returns the message if it is refused."""
     method, runtime, (batches, _) = started(world_size, config)
     assert isinstance(runtime.module, PreTrainedModel)
     (norm,) = hf.final_norms(runtime.module)
@@ -184,12 +188,12 @@ def step_with_an_unused_parameter(rank: int, world_size: int, config: TrainConfi
         step.train_step(method, runtime, batches)
     except ValueError as error:
         return str(error)
-    assert torch.equal(norm.weight, before * 0.99)  # decay, as of a gradient of zero
+    assert torch.equal(norm.weight, before * 0.99)  # weight decay, as with a zero gradient
     return ""
 
 
 def test_an_unused_parameter_is_updated_alone_and_refused_among_ranks(ranks: Ranks) -> None:
-    """On one rank its gradient is zero; ranks that use different parameters would mix gradients up."""
+    """On one rank its gradient is zero. With several ranks, gradients of different parameters would be mixed up."""
     config = config_of(
         engine=IN_BACKWARD, optimizer=OptimizerConfig(learning_rate=0.1, weight_decay=0.1)
     )
@@ -212,7 +216,7 @@ def test_an_unused_parameter_is_updated_alone_and_refused_among_ranks(ranks: Ran
 def test_a_configuration_that_needs_all_gradients_is_refused(
     settings: dict[str, Any], message: str
 ) -> None:
-    """Before anything runs, with the way out."""
+    """The error comes before anything runs and gives a fix."""
     base = {"model": "tiny-llama", "method": "baseline", "engine": IN_BACKWARD, "seqlen": 64}
     assert make_cell({**base, "gate": False}).train.engine.options["update_in_backward"]
     with pytest.raises(ValueError, match=message):

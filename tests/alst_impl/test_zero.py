@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def gradients_of_zero3(rank: int, world_size: int) -> dict[str, Tensor]:
-    """Body of a rank: a user's own ZeRO-3, which partitions the model before ALST is put into it."""
+    """Body of a rank: a user's own ZeRO-3, which partitions the model before `enable`."""
     import deepspeed
     from deepspeed.utils import safe_get_full_grad
 
@@ -44,7 +44,7 @@ def gradients_of_zero3(rank: int, world_size: int) -> dict[str, Tensor]:
 
 
 def test_zero3_around_an_enabled_model_has_the_gradients_of_the_stock_model(ranks: Ranks) -> None:
-    """What runs in tiles is gathered as a whole, also where parameters were partitioned first."""
+    """Tiled modules are gathered as a unit, also if parameters were partitioned first."""
     ours = ranks(2)(gradients_of_zero3)[0]
     assert_same_gradients(ours, truth_of(config_of()).gradients)
 
@@ -61,6 +61,6 @@ def test_zero3_around_an_enabled_model_has_the_gradients_of_the_stock_model(rank
 def test_buckets_follow_the_model_unless_asked_for(
     options: dict[str, Any], num_parameters: int, sizes: tuple[int, int]
 ) -> None:
-    """A large model has DeepSpeed's own; those would be most of the memory of a small one."""
+    """A large model gets DeepSpeed's own sizes, which would be most of a small model's memory."""
     settings = Zero(**options)._settings(config_of(), False, num_parameters)["zero_optimization"]
     assert (settings["reduce_bucket_size"], settings["stage3_prefetch_bucket_size"]) == sizes

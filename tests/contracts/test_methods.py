@@ -1,4 +1,4 @@
-"""Every method under every engine trains exactly as stock transformers do, because its file exists."""
+"""Every method under every engine trains exactly as stock transformers. New files are tested automatically."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     from conftest import Ranks
 
 MEASURED = {"deepspeed_alst"}
-"""Peers: what they compute is measured (tests/alst_impl/test_deepspeed_alst.py), not promised."""
+"""Peers. Their results are measured (tests/alst_impl/test_deepspeed_alst.py), not guaranteed."""
 VARIANTS: dict[str, list[dict[str, Any]]] = {"zero": [{"stage": stage} for stage in (2, 3)]}
-"""Options under which an engine is another engine; stage 1 differs from 2 in when gradients are reduced."""
+"""Options that make an engine a different one. ZeRO stages 1 and 2 differ in when gradients are reduced."""
 OPTIONS = {"sp": 2, "cp": 2, "pp": 2, "tiles": 3}
-"""Given to methods that have such a field."""
+"""Options for methods that have such a field."""
 REFUSED = {("seq1f1b", "zero")}
-"""Methods and engines that do not go together."""
+"""Pairs of method and engine that are incompatible."""
 
 
 def methods() -> list[Method]:
-    """Every method that trains on real tensors and promises the gradients of the baseline."""
+    """Every method that trains on real tensors and guarantees the gradients of the baseline."""
     found = [
         load_method(Spec(name=name)) for name in names("alst_impl.methods") if name not in MEASURED
     ]
@@ -34,7 +34,7 @@ def methods() -> list[Method]:
 
 
 def cells() -> list[Any]:
-    """Two data-parallel groups, accumulation of unequal micro-batches, a mask, an awkward length."""
+    """Runs with two data-parallel groups, accumulation of unequal micro-batches, a mask and an awkward length."""
     found = []
     for method in methods():
         fields = type(method).model_fields
@@ -50,7 +50,8 @@ def cells() -> list[Any]:
                     world_size=2 * math.prod(options.get(axis, 1) for axis in ("sp", "cp", "pp")),
                     accumulation=2,
                     data={"mask": "prefix"},
-                    # A large eps keeps the update in proportion to the gradient: Adam forgives scale.
+                    # A large eps keeps the update proportional to the gradient. Adam would hide a
+                    # wrong scale.
                     optimizer=OptimizerConfig(learning_rate=0.1, eps=1.0, max_grad_norm=0.5),
                 )
                 label = "-".join([name, engine, *(f"{k}{v}" for k, v in variant.items())])
@@ -62,20 +63,20 @@ def cells() -> list[Any]:
 def test_a_method_trains_as_the_stock_model_does(ranks: Ranks, config: TrainConfig) -> None:
     """Gradients, losses, gradient norms and two clipped updates equal those of one process in fp64."""
     run = ranks(config.world_size)(run_steps, config, 2)[0]
-    assert run.grad_norms[0] > 0.5  # so clipping did something
+    assert run.grad_norms[0] > 0.5  # so clipping has an effect
     assert_trains_as(run, truth_of(config, 2))
 
 
 @pytest.mark.parametrize(("method", "engine"), REFUSED)
-def test_what_does_not_go_together_is_refused(method: str, engine: str) -> None:
-    """Before anything runs, with the way out."""
+def test_incompatible_methods_and_engines_are_refused(method: str, engine: str) -> None:
+    """The error comes before anything runs and gives a fix."""
     with pytest.raises(ValueError, match=f"engine '{engine}' .*; use engine"):
         load_method(Spec(name=method)).check(config_of(method=method, engine=engine))
 
 
 @pytest.mark.parametrize("name", names("alst_impl.methods"))
 def test_a_method_names_ranks_of_a_mesh_with_dp_and_sp(name: str) -> None:
-    """Data and sharding rely on both axes."""
+    """Data and sharding need both axes."""
     method = load_method(Spec(name=name))
     axes = method.axes(4)
     assert {"dp", "sp"} <= axes.keys()
@@ -87,7 +88,7 @@ def test_a_method_names_ranks_of_a_mesh_with_dp_and_sp(name: str) -> None:
 
 @pytest.mark.parametrize("kind", ["alst_impl.methods", "alst_impl.engines"])
 def test_plug_ins_are_found_by_file_name(kind: str) -> None:
-    """No registry has to be kept."""
+    """There is no registry."""
     found = names(kind)
     assert "base" not in found
     assert {"baseline", "alst"} <= set(found) or {"plain", "zero", "fsdp2"} <= set(found)

@@ -1,4 +1,4 @@
-"""Committed records keep their names while cells gain fields."""
+"""Committed records keep their names when cells gain fields."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ RECORDS = sorted((ROOT / "results" / "reference").glob("*/*/*.json"))
 
 @pytest.mark.parametrize("folder", sorted({path.parent for path in RECORDS}), ids=lambda p: p.name)
 def test_a_committed_record_still_has_the_key_of_its_cell(folder: Path) -> None:
-    """A new field that says nothing in an old cell is not part of its key."""
+    """A new field at its default is not part of an old cell's key."""
     for path in folder.glob("*.json"):
         assert record.read(path).cell.key == path.stem

@@ -1,4 +1,4 @@
-"""A simulated step that is more than the machine has is a result of its own, never a success."""
+"""A simulated step that exceeds the machine is a separate outcome, never a success."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ sweeps:
 
 
 def over(of: Measurement) -> Measurement:
-    """The record of a cell whose step holds more than the device, as it was written before: `ok`."""
+    """The record of a cell whose step exceeds the device, with the old outcome `ok`."""
     assert of.simulated is not None
     assert of.simulated.prediction is not None
     more = {"fits": False, "limit": "gpu_memory", "total_bytes": 90 * GIB}
@@ -48,7 +48,7 @@ def over(of: Measurement) -> Measurement:
 
 @pytest.fixture
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Results:
-    """One simulated cell that does not fit, of the one claimed number, read from its record."""
+    """One simulated cell that does not fit, with one claimed number, read from its record."""
     monkeypatch.chdir(tmp_path)
     record.write_text(paths.experiment("told"), YAML)
     record.write_text(
@@ -59,8 +59,8 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Results:
     return fresh(paths.experiment("told"))
 
 
-def test_an_infeasible_step_is_told_as_one(results: Results) -> None:
-    """Whatever its record says: in the table, the report, and beside a published number."""
+def test_an_infeasible_step_is_shown_as_infeasible(results: Results) -> None:
+    """The table, the report and the published number show it, whatever its record says."""
     (m,) = results.measurements.values()
     assert (m.outcome, m.detail) == (Outcome.DOES_NOT_FIT, "more than the GPU's memory: 90 GiB")
     assert set(tidy(results)["outcome"]) == {"does_not_fit"}
@@ -77,7 +77,7 @@ def test_an_infeasible_step_is_told_as_one(results: Results) -> None:
 
 
 def test_every_outcome_has_a_colour() -> None:
-    """One is a success, all others are not."""
+    """Exactly one outcome is a success."""
     assert {outcome.value for outcome in Outcome} <= GOOD | BAD
     assert GOOD & set(Outcome) == {"ok"}
 
@@ -85,13 +85,13 @@ def test_every_outcome_has_a_colour() -> None:
 def test_summary_counts_simulated_cells(
     results: Results, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By outcome, and as simulated."""
+    """It counts them by outcome, and as simulated."""
     present.summary(["told"])
     assert "told: 1 of 1 cells simulated: 1 does_not_fit." in capsys.readouterr().out
 
 
-def test_a_cell_that_comes_to_exceed_the_device_got_worse() -> None:
-    """And one that comes to fit got better; what grew is named in the same breath."""
+def test_a_cell_that_no_longer_fits_got_worse() -> None:
+    """A cell that newly fits got better. The same line names what grew."""
     of = cell("alst", 1, world="phantom", engine="fsdp2", hardware="h100-80gb")
     small, large = simulated(of), settled(over(simulated(of, peak=2 * GIB)))
     worse = changes({"key": small}, {"key": large})
@@ -101,7 +101,7 @@ def test_a_cell_that_comes_to_exceed_the_device_got_worse() -> None:
 
 
 def test_a_step_that_does_not_fit_is_crossed_out() -> None:
-    """In figures of simulated cells, with an entry in the legend; others have neither."""
+    """Figures of simulated cells cross it out and explain the mark in the legend. Other figures have neither."""
     of = cell("alst", 1, world="phantom", engine="fsdp2", hardware="h100-80gb")
 
     def crosses(m: Measurement) -> tuple[int, int]:
@@ -117,7 +117,7 @@ def test_a_step_that_does_not_fit_is_crossed_out() -> None:
 
 
 def test_simulated_cells_are_never_drawn_as_measured() -> None:
-    """A figure of lengths that an experiment of simulated cells asks for has predicted marks."""
+    """A figure of lengths for an experiment with simulated cells has the marks of predictions."""
     of = cell("alst", 1, world="phantom", engine="fsdp2", hardware="h100-80gb")
     results = Results("n", "q", "s", ["peak_memory"], {of.key: of}, {of.key: simulated(of)})
     (entry,) = draw("peak_memory", results).legends[0].get_lines()

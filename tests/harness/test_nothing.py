@@ -1,4 +1,4 @@
-"""A verdict over nothing does not pass: exit code 2 and a line, whatever the command."""
+"""A verdict without records does not pass: every command prints one line and exits with code 2."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PLANTED = "one: {file: step.py, edits: [{old: a, new: b}], tests: [test_step.py]
 def refusal(
     arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> str:
-    """The one line with which `alst` refuses with exit code 2."""
+    """The line with which `alst` exits with code 2."""
     monkeypatch.setattr(sys, "argv", ["alst", *arguments.split()])
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
@@ -39,7 +39,7 @@ def refusal(
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with nothing in it, and nothing else to be found."""
+    """An empty working directory, with no experiments shipped with the code."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("CI", raising=False)
     return tmp_path
@@ -67,7 +67,7 @@ def test_outside_a_checkout_no_verdict_passes(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A job that starts in the wrong folder fails."""
+    """A job in the wrong folder fails."""
     assert refusal(arguments, monkeypatch, capsys)
     assert not any(folder.iterdir())
 
@@ -93,7 +93,7 @@ def test_a_checkout_without_records_passes_no_verdict(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Numbers that were published are not ours, and an empty folder holds none."""
+    """Published numbers do not count as ours, and an empty folder has none."""
     record.write_text(paths.experiment("told"), CLAIMED)
     record.write_text(paths.experiment("none"), "question: q\nsource: s\n")
     if arguments.startswith("claims"):

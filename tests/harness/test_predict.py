@@ -21,7 +21,7 @@ from harness.devices.outside import OUTSIDE_READINGS
 pytestmark = NEEDED
 GIB, MIB = 2**30, 2**20
 OUTSIDE_BYTES = int(sum(a - b for a, b in OUTSIDE_READINGS.values()) / len(OUTSIDE_READINGS) * GIB)
-"""What a rank among others holds outside the allocator."""
+"""Memory outside the allocator of one of several ranks."""
 PREDICTED = [
     "allocated_bytes",
     "reserved_bytes",
@@ -40,7 +40,7 @@ PREDICTED = [
 
 
 def small(room: int, host: int = GIB) -> Hardware:
-    """An H100 that leaves about `room` bytes to the allocator, in a node of 8 with `host` bytes."""
+    """An H100 with about `room` bytes for the allocator, in a node of 8 with `host` bytes."""
     h100 = load_hardware("h100-80gb")
     assert h100.chip is not None
     return h100.model_copy(
@@ -54,14 +54,14 @@ def small(room: int, host: int = GIB) -> Hardware:
 
 
 def written(folder: Path, hardware: Hardware) -> str:
-    """A file with that row."""
+    """A file with the row `hardware`."""
     path = folder / "mine.yaml"
     path.write_text(hardware.model_dump_json())
     return str(path)
 
 
 def of(hardware: str = "h100-80gb", seqlen: int = 4_096, gpus: int = 2, **settings: Any) -> Cell:
-    """tiny-llama on `gpus` GPUs, states in host memory."""
+    """A cell with tiny-llama on `gpus` GPUs, with states in host memory."""
     return cell(
         **{
             "method": {"name": "alst", "sp": gpus},
@@ -75,7 +75,7 @@ def of(hardware: str = "h100-80gb", seqlen: int = 4_096, gpus: int = 2, **settin
 
 
 def longest(asked: Cell) -> SearchResult:
-    """Of a cell that searches."""
+    """The search result of a cell."""
     simulated = measured(asked).simulated
     assert simulated is not None
     assert simulated.search is not None
@@ -96,7 +96,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | None:
 
 
 def test_the_numbers_add_up() -> None:
-    """Categories to allocated, up to the rounding of blocks; allocated and overhead to total."""
+    """Categories sum to allocated bytes up to block rounding. Allocated and overhead sum to the total."""
     p = predicted(of())
     assert 0.99 * p.allocated_bytes <= sum(p.by_category.values()) <= p.allocated_bytes
     assert p.allocated_bytes + p.overhead_bytes == p.total_bytes
@@ -104,8 +104,8 @@ def test_the_numbers_add_up() -> None:
     assert p.bytes_per_local_token > 0
 
 
-def test_small_depths_say_what_one_more_token_costs() -> None:
-    """Of 16 layers, of which two and four are run, and of as many that run whole: the same to the byte."""
+def test_few_layers_give_the_bytes_per_token() -> None:
+    """For 16 layers, the slope from runs with two and four layers equals the slope from full runs."""
     deep = {"overrides": {"num_hidden_layers": 16}, "seqlen": 16_384}
     slope = predicted(of(**deep)).bytes_per_local_token
     near, far = (predicted(of(**{**deep, "seqlen": n})).allocated_bytes for n in (16_384, 16_710))
@@ -114,7 +114,7 @@ def test_small_depths_say_what_one_more_token_costs() -> None:
 
 
 def test_search_ends_on_the_limit(tmp_path: Path) -> None:
-    """The longest length fits, the shortest failing one does not, and both name the same limit."""
+    """The longest length fits, the shortest failing one does not, and search and prediction name the same limit."""
     wide = {"model": "llama3.1-8b", "overrides": {"num_hidden_layers": 1}}
     hardware = written(tmp_path, small(60 * GIB, host=16 * GIB))
     found = longest(of(hardware, seqlen=200_000, simulation={"search": True}, **wide))
@@ -127,14 +127,16 @@ def test_search_ends_on_the_limit(tmp_path: Path) -> None:
 
 
 def test_nothing_fits(tmp_path: Path) -> None:
-    """A GPU without room for the parameters has a longest sequence of 0 tokens."""
+    """If parameters do not fit, the longest sequence is 0 tokens."""
     hardware = written(tmp_path, small(4 * MIB))
     found = longest(of(hardware, simulation={"search": True}))
     assert (found.longest_tokens, found.limit) == (0, "gpu_memory")
 
 
 def test_heads_bound_the_ranks_of_a_sample(tmp_path: Path) -> None:
-    """Where heads keep ranks from sharing a sample, they are the limit; a smaller sp is a choice, a ring has no heads."""
+    """The limit is `heads` only if heads keep more ranks from sharing a sample. A smaller sp is a
+    choice, and a ring does not split heads.
+    """
     heads = published("tiny-llama")["num_attention_heads"]
     hardware = written(tmp_path, small(4 * MIB))
     for method, limit in (
@@ -146,7 +148,7 @@ def test_heads_bound_the_ranks_of_a_sample(tmp_path: Path) -> None:
 
 
 def test_pinned_checkpoints_take_powers_of_two() -> None:
-    """Host memory counts what PyTorch's pinned allocator takes; nothing else grows on the host with length but ids."""
+    """Host memory counts the pinned allocator's rounding. Only token ids grow beside it with length."""
     near, far = (predicted(of(seqlen=n, gpus=1)).host_bytes for n in (6_000, 40_000))
     layers, hidden = (published("tiny-llama")[k] for k in ("num_hidden_layers", "hidden_size"))
     short, long = (1 << (n * hidden * 2 - 1).bit_length() for n in (6_000, 40_000))
@@ -160,7 +162,7 @@ def test_pinned_checkpoints_take_powers_of_two() -> None:
 def test_predict_prints_the_agreed_keys(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One JSON object; `--explain` adds what is alive, with function, bytes and line."""
+    """Prints one JSON object. `--explain` adds the allocations at the peak, with function, bytes and line."""
     arguments = ["predict", "tiny-llama", "--gpus", "2", "--seqlen", "4_096", "--json", "--explain"]
     assert not run(monkeypatch, *arguments)
     answer = json.loads(capsys.readouterr().out)
@@ -176,7 +178,7 @@ def test_predict_prints_the_agreed_keys(
 def test_predict_reads_well(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Bytes by category, host bytes, the verdict with its limit, both FLOPs and the time."""
+    """Prints bytes by category, host bytes, the verdict with its limit, both FLOPs and the time."""
     arguments = [
         "predict",
         "tiny-llama",
@@ -210,7 +212,7 @@ def test_predict_reads_well(
 def test_search_prints_the_agreed_keys(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """One JSON object; the hardware is a row that a user wrote."""
+    """Prints one JSON object. The hardware is a user's row."""
     hardware = written(tmp_path, small(60 * GIB, host=10**13))
     model = tmp_path / "wide.json"
     model.write_text(json.dumps({**published("llama3.1-8b"), "num_hidden_layers": 1}))
@@ -261,7 +263,7 @@ def test_bad_input_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """What cannot be is exit code 2, one helpful line on stderr, and nothing written."""
+    """Impossible input gives exit code 2 and one helpful line on stderr, and nothing is written."""
     llama = published("tiny-llama")
     files = {
         "broken.yaml": "name: [",
@@ -305,14 +307,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 128,
     },
 }
-"""Model types with configurations that no file here has: fields besides `SIZES`."""
+"""Model types without a file in this repository -> fields besides `SIZES`."""
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "gemma2": ({"head_dim": 32}, "soft-capped attention logits"),
     "falcon": ({}, "has no module that uses transformers' attention interface"),
     "opt": ({}, "cannot be tiled along the sequence"),
     "gpt2": ({}, "has no 'num_attention_heads'"),
 }
-"""Those that cannot be predicted, and the structure that is to blame."""
+"""Model types that cannot be predicted -> the structure that prevents it."""
 SIZES = {
     "hidden_size": 256,
     "intermediate_size": 512,
@@ -324,7 +326,7 @@ SIZES = {
 
 
 def family(folder: Path, model_type: str, fields: dict[str, Any]) -> str:
-    """A config.json as transformers writes it."""
+    """A config.json in the format of transformers."""
     from transformers import AutoConfig
 
     sizes = SIZES if model_type != "gpt2" else {}
@@ -339,20 +341,20 @@ def test_any_config_json(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Families without a file in this repository are predicted from their config.json."""
+    """Model families without a file in this repository are predicted from their config.json."""
     path = family(tmp_path, model_type, FAMILIES[model_type])
     assert not run(monkeypatch, "predict", path, "--gpus", "4", "--seqlen", "8192", "--json")
     assert json.loads(capsys.readouterr().out)["fits"]
 
 
 @pytest.mark.parametrize("model_type", REFUSED)
-def test_what_stands_in_the_way_is_named(
+def test_unsupported_structures_are_named(
     model_type: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A structure that is missing or not supported is one line and exit code 2."""
+    """A missing or unsupported structure gives one line and exit code 2."""
     fields, words = REFUSED[model_type]
     path = family(tmp_path, model_type, fields)
     capsys.readouterr()
@@ -364,7 +366,7 @@ def test_what_stands_in_the_way_is_named(
 def test_help_has_an_example(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Both commands explain themselves."""
+    """The help of both commands has an example."""
     monkeypatch.setenv("COLUMNS", "200")
     for command in ("predict", "search"):
         assert not run(monkeypatch, command, "--help")
@@ -372,7 +374,7 @@ def test_help_has_an_example(
 
 
 def test_every_limit_has_its_meaning() -> None:
-    """What a search or a prediction may name."""
+    """Every limit that a search or prediction may name has a text."""
     assert LIMITS.keys() == set(get_args(Limit))
 
 
@@ -380,12 +382,12 @@ def test_every_limit_has_its_meaning() -> None:
     ("text", "nbytes"), [("4TB", 4 * 10**12), ("1.5 GiB", 3 * 2**29), ("80_000", 80_000)]
 )
 def test_sizes_as_people_write_them(text: str, nbytes: int) -> None:
-    """Powers of 1000 and of 1024 have units of their own."""
+    """Units differ for powers of 1000 and of 1024."""
     assert bytes_value(text) == nbytes
 
 
 def test_hardware_of_a_user_is_a_row(tmp_path: Path) -> None:
-    """A YAML file with the fields of a row."""
+    """A YAML file with the fields of a row is accepted."""
     path = tmp_path / "mine.yaml"
     path.write_text(small(MIB).model_dump_json())
     assert load_hardware(str(path)) == small(MIB)

@@ -1,4 +1,4 @@
-"""The commands that turn records into what a reader sees, in a checkout of their own."""
+"""The commands that turn records into tables, figures and the report, in a separate checkout."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MEASURED = paths.REFERENCE / "measured.md"
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An experiment of two cells, both measured."""
+    """A checkout with an experiment of two measured cells."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("CI", raising=False)
     record.write_text(paths.experiment("two"), YAML)
@@ -44,7 +44,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_table_figures_and_report_appear(checkout: Path) -> None:
-    """Each command writes where the README says."""
+    """Each command writes to the path that the README names."""
     present.table("two")
     present.figures("two")
     assert present.report(["two"]) == 0
@@ -56,7 +56,7 @@ def test_table_figures_and_report_appear(checkout: Path) -> None:
 def test_summary_says_where_the_report_is(
     checkout: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The last line of `make` can be opened."""
+    """The last line of `make` is the path of the report."""
     present.summary(["two"])
     shown = capsys.readouterr().out
     assert (checkout / paths.REPORT).as_uri() in shown
@@ -113,7 +113,7 @@ def test_a_stale_figure_fails_the_check(checkout: Path, capsys: pytest.CaptureFi
 
 
 def test_reference_refuses_records_of_a_dirty_tree(checkout: Path) -> None:
-    """Uncommitted code is no reference, unless asked for."""
+    """Records of uncommitted code are refused, unless allowed."""
     m = measurement(cell("alst"))
     unclean = m.model_copy(update={"provenance": m.provenance.model_copy(update={"dirty": True})})
     record.write(paths.cells("two") / f"{m.cell.key}.json", unclean)
@@ -124,7 +124,7 @@ def test_reference_refuses_records_of_a_dirty_tree(checkout: Path) -> None:
 
 
 def test_reference_refuses_holes(checkout: Path) -> None:
-    """A reference has every cell."""
+    """A reference needs a record of every cell."""
     next(paths.cells("two").glob("*alst*")).unlink()
     with pytest.raises(ValueError, match="no record of"):
         present.reference("two")

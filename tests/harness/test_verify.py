@@ -1,4 +1,4 @@
-"""`alst verify`, and the truth it compares with."""
+"""`alst verify`, and its reference gradients."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def run_verify(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 def test_right_method_passes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The whole way: truth in its own process, ranks, comparison; JSON as documented, exit code 0."""
+    """The full path: truth in a separate process, ranks, comparison, JSON as documented, exit code 0."""
     arguments = [
         "--sp",
         "2",
@@ -43,8 +43,8 @@ def test_right_method_passes(
         "plain",
         "--seqlen",
         "65",
-        "--kv-heads",
-        "2",
+        "--override",
+        "num_key_value_heads=2",
         "--json",
         "--results",
     ]
@@ -74,7 +74,7 @@ def test_right_method_passes(
 
 @pytest.mark.parametrize("passed", [True, False])
 def test_exit_code_tells_the_verdict(passed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wrong gradient is exit code 1."""
+    """A wrong gradient gives exit code 1."""
 
     def measured(cell: Cell, results: Path) -> Measurement:
         return measurement(cell, passed=passed)
@@ -93,13 +93,14 @@ def test_exit_code_tells_the_verdict(passed: bool, monkeypatch: pytest.MonkeyPat
         ("--method alst --pp 2", ["alst", "no option 'pp'"]),
         ("--method seq1f1b --pp 3 --engine plain", ["pp (3)", "2 layers", "use pp up to 2"]),
         ("--method seq1f1b --pp 2 --engine zero", ["engine 'zero'", "'plain' or 'fsdp2'"]),
-        ("--engine plain --zero-stage 2", ["--zero-stage 2", "plain"]),
+        ("--engine plain --engine-option stage=2", ["'plain'", "stage = 2"]),
+        ("--engine-option stage", ["--engine-option stage", "key=value"]),
         ("--dtype float64", ["float64", "plain"]),
         ("--mask no-such", ["--mask", "no-such", "border"]),
         ("--sp 0", ["--sp", "0"]),
         ("--option nothing", ["nothing", "key=value"]),
         ("--option nope=1", ["nope", "tile_mlp"]),
-        ("--heads 3 --model gpt2", ["gpt2"]),
+        ("--override num_attention_heads=3 --model gpt2", ["gpt2"]),
         ("--method ring --cp 2 --probes", ["--probes", "'cp': 2", "leave it out"]),
         ("--no-such-option", ["--no-such-option"]),
     ],
@@ -111,7 +112,7 @@ def test_impossible_request_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """What cannot be run is exit code 2, one helpful line on stderr, and nothing written."""
+    """An impossible request gives exit code 2 and one helpful line on stderr, and nothing is written."""
     monkeypatch.chdir(tmp_path)
     assert run_verify(monkeypatch, *arguments.split()) == 2
     printed = capsys.readouterr()
@@ -124,31 +125,30 @@ def test_impossible_request_is_one_line(
 def test_help_shows_every_default(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every option is documented with its default, and there is an example."""
+    """The help shows every option with its default, and an example."""
     monkeypatch.setenv("COLUMNS", "200")
     assert run_verify(monkeypatch, "--help") == 0
     text = capsys.readouterr().out
     options = [
         "model",
-        "heads",
-        "kv-heads",
+        "override",
         "method",
+        "option",
         "engine",
-        "zero-stage",
+        "engine-option",
         "sp",
         "dp",
         "seqlen",
         "batch",
         "accumulation",
-        "tiles",
-        "offload",
-        "no-offload",
         "mask",
+        "documents",
         "dtype",
         "seed",
         "world",
-        "option",
+        "probes",
         "json",
+        "results",
     ]
     assert all(f"--{name}" in text for name in options)
     assert text.count("default:") >= len(options) - 2
@@ -156,13 +156,13 @@ def test_help_shows_every_default(
 
 
 def true_gradients(folder: Path, samples: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The truth for a saved model."""
+    """The true gradients of a saved model."""
     return truth.gradients(str(folder), samples)
 
 
 @pytest.mark.parametrize("model", ["tiny-llama", "tiny-gemma3", "tiny-qwen3-moe"])
 def test_truth_keeps_packed_documents_apart(model: str, tmp_path: Path) -> None:
-    """Documents packed into one sample, told by their positions alone, do not see each other."""
+    """Documents packed into one sample do not see each other. Only their positions separate them."""
     materialize(TRAIN.model_copy(update={"model": model})).float().save_pretrained(tmp_path)
     ids = torch.randint(0, 256, (1, 30), generator=torch.Generator().manual_seed(0))
     positions = torch.cat([torch.arange(12), torch.arange(18)])[None]
@@ -187,7 +187,7 @@ def test_truth_keeps_packed_documents_apart(model: str, tmp_path: Path) -> None:
         torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_truth_shares_no_code_of_ours() -> None:
+def test_truth_imports_none_of_our_packages() -> None:
     """The script imports neither package."""
     text = Path(truth.__file__).read_text()
     imports = [line for line in text.splitlines() if line.startswith(("import ", "from "))]
@@ -197,11 +197,11 @@ def test_truth_shares_no_code_of_ours() -> None:
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 260}
 OPT = {**SIZES, "ffn_dim": 64, "word_embed_proj_dim": 32, "dropout": 0.0, "layerdrop": 0.0}
 MIXTRAL = {**SIZES, "num_key_value_heads": 2, "intermediate_size": 64, "num_local_experts": 2}
-"""Small models; both draw nothing that decides anything."""
+"""Small models. Both draw random numbers without effect."""
 
 
 def model_of(model_type: str, fields: dict[str, Any]) -> Any:
-    """A model in training, with whatever weights."""
+    """A model in training mode, with random weights."""
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields)).train()
 
@@ -218,7 +218,9 @@ def model_of(model_type: str, fields: dict[str, Any]) -> Any:
 def test_a_step_that_draws_random_numbers_has_no_truth(
     model_type: str, fields: dict[str, Any], words: list[str]
 ) -> None:
-    """Whatever draws, however rarely it decides something; the line names who, and the fields to set to 0."""
+    """Any random draw that can affect the step is refused, however rare. The message names the
+    module and the fields to set to 0.
+    """
     model, state = model_of(model_type, fields), torch.get_rng_state()
     said = truth.refusal(model, torch.arange(4)[None])
     assert said is not None
@@ -227,15 +229,15 @@ def test_a_step_that_draws_random_numbers_has_no_truth(
 
 
 @pytest.mark.parametrize(("model_type", "fields"), [("opt", OPT), ("mixtral", MIXTRAL)])
-def test_draws_that_decide_nothing_are_no_reason(model_type: str, fields: dict[str, Any]) -> None:
-    """OPT asks by chance whether to skip a layer, even where the chance is 0: the way out works."""
+def test_random_draws_without_effect_are_accepted(model_type: str, fields: dict[str, Any]) -> None:
+    """OPT draws a number to decide on skipping a layer even with probability 0, so the suggested fix works."""
     assert truth.refusal(model_of(model_type, fields), torch.arange(4)[None]) is None
 
 
 def test_a_model_that_draws_random_numbers_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its gradients are not called wrong: exit code 2 and one line, before any rank starts."""
+    """The exit code is 2, with one line before any rank starts. The gradients are not called wrong."""
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"model_type": "mixtral", **MIXTRAL, "router_jitter_noise": 0.1}))
     arguments = ["--model", str(path), "--seqlen", "8", "--engine", "plain"]

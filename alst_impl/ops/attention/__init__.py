@@ -1,1 +1,1 @@
-"""Attention cores: kernels and their backward by hand, rings, the all-to-all of Ulysses."""
+"""Core attention: kernels with explicit backward, ring attention, and the all-to-alls of Ulysses."""

@@ -1,7 +1,4 @@
-"""The one seam to core attention: causal, grouped-query, windowed or packed, never an S x S mask.
-
-Legend: B batch, S sequence, H query heads, K kv heads, D head dim.
-"""
+"""The single entry point to core attention: causal, grouped-query, windowed or packed, never an S x S mask."""
 
 from __future__ import annotations
 
@@ -21,14 +18,14 @@ Causal = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """PyTorch's fused kernels; which one runs is PyTorch's choice for the device and dtype."""
+    """PyTorch's fused attention; PyTorch chooses the kernel for the device and dtype."""
     return F.scaled_dot_product_attention(
         query, key, value, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
     )
 
 
 def _sdpa_by(kernel: SDPBackend) -> Causal:
-    """PyTorch's attention by `kernel` alone: what it cannot compute is an error, not another kernel."""
+    """PyTorch's attention with `kernel` only: inputs that it does not support are an error."""
 
     def causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         with sdpa_kernel(kernel):
@@ -38,12 +35,12 @@ def _sdpa_by(kernel: SDPBackend) -> Causal:
 
 
 Varlen = Callable[[Tensor, Tensor, Tensor, Tensor, int, float], Tensor]
-"""(query [T,H,D], key [T,K,D], value [T,K,D], int32 offsets [N+1] of documents, the longest of them,
-scale) -> [T,H,D]: causal within each document. T counts the tokens of all samples."""
+"""(query [T,H,D], key [T,K,D], value [T,K,D], int32 document offsets [N+1], longest document, scale) -> [T,H,D].
+Causal within each document. T counts the tokens of all samples."""
 
 
 def _module(name: str) -> Any:
-    """The module of `MODULES[name]`. Raises `ValueError` where it is missing: nothing stands in for it."""
+    """Import `MODULES[name]`. Raises `ValueError` if it is missing: there is no fallback."""
     try:
         return importlib.import_module(MODULES[name])
     except ImportError as error:
@@ -51,16 +48,16 @@ def _module(name: str) -> Any:
 
 
 def _output(result: Any) -> Tensor:
-    """The attention of what some versions return together with its statistics."""
+    """The attention output; some versions return it together with its statistics."""
     out: Tensor = result[0] if isinstance(result, tuple) else result
     return out
 
 
 def _flash_attn(name: str) -> Causal:
-    """The dense function of a flash-attn package; it has sequence before heads, and knows grouped queries."""
+    """The dense function of a flash-attn package. Its layout is [B, S, H, D], and it supports grouped queries."""
 
     def causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        # [B, H, S, D] -> [B, S, H, D]: views, any strides will do but those of D
+        # [B, H, S, D] -> [B, S, H, D]: views; the kernel takes any strides as long as D is contiguous
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         attention = _module(name).flash_attn_func
         return _output(attention(query, key, value, softmax_scale=scale, causal=True)).transpose(
@@ -94,7 +91,7 @@ def _flash_attn_varlen(name: str) -> Varlen:
 def _torch_varlen(
     query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int, scale: float
 ) -> Tensor:
-    """PyTorch's flash kernel over documents."""
+    """PyTorch's flash kernel over packed documents."""
     from torch.nn.attention.varlen import varlen_attn
 
     grouped: dict[str, Any] = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
@@ -120,13 +117,13 @@ BACKENDS: dict[str, Causal] = {
     "sdpa_cudnn": _sdpa_by(SDPBackend.CUDNN_ATTENTION),
     **{name: _flash_attn(name) for name in MODULES},
 }
-"""Core attention by the name that stands in a cell."""
+"""Core attention functions by the name in `TrainConfig.attention`."""
 
 VARLEN: Mapping[str, Varlen] = {
     "sdpa_flash": _torch_varlen,
     **{name: _flash_attn_varlen(name) for name in MODULES},
 }
-"""Those that take packed documents in one call; others compute one document after the other."""
+"""Backends that take packed documents in one call; the others compute one document after another."""
 
 
 def attend(
@@ -141,10 +138,10 @@ def attend(
 ) -> Tensor:
     """Causal attention over whole sequences.
 
-    query [B, H, S, D], key and value [B, K, S, D] with K dividing H; returns [B, H, S, D] in their
-    dtype. `window` counts the keys a query sees, itself included. `documents` holds each sample's
-    document lengths, adding up to S: no query sees a key of another document. Raises `ValueError` for a
-    kernel named by `backend` that would not be the one to run.
+    query [B, H, S, D], key and value [B, K, S, D] with K dividing H; returns [B, H, S, D] in their dtype.
+    `window` is the number of keys that a query sees, itself included. `documents` holds each sample's
+    document lengths, which add up to S: no query sees a key of another document. Raises `ValueError` if
+    `backend` is not installed or does not support the window.
     """
     causal = BACKENDS[backend]
     if backend != "sdpa" and window is not None and window < query.shape[2]:
@@ -189,7 +186,7 @@ def _packed(
 def _windowed(
     causal: Causal, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
 ) -> Tensor:
-    """One document, block by block of queries if the window is shorter: O(S * window) memory."""
+    """Attention within one document; with a shorter window, block by block of queries, in O(S * window) memory."""
     seqlen = query.shape[2]
     if window is None or window >= seqlen:
         return causal(query, key, value, scale)

@@ -1,6 +1,7 @@
-"""Attention that hands out its log-sum-exp, and its backward, by the name of the operator.
+"""Attention that returns its log-sum-exp, and its backward, as direct calls of PyTorch's operators.
 
-Who keeps output and statistics can run the backward later, without a graph and for some heads alone.
+Saving the output and log-sum-exp is enough to run the backward later, without an autograd graph, also for
+only some of the heads.
 Legend: B batch, S sequence, H query heads, K kv heads, D head dim.
 """
 
@@ -16,20 +17,20 @@ from torch import Tensor
 from alst_impl.ops.memory.tiling import accumulation_dtype
 
 Documents = Sequence[Sequence[int]] | None
-"""Lengths of each sample's packed documents, adding up to S; None for one document."""
+"""Lengths of each sample's packed documents, which add up to S; None for one document."""
 Rest = Sequence[Any]
-"""What a kernel's backward takes beside tensors, as its forward returned it: lengths, and a random state
-that means nothing without dropout. The same for all calls of equal shapes."""
+"""Further values that a kernel's forward returns for its backward, the same for all calls of equal shapes.
+They are lengths and a random state, which is unused without dropout."""
 Grads = tuple[Tensor, Tensor, Tensor]
-"""Of query, key and value."""
+"""Gradients of query, key and value."""
 
 
 class Operators(NamedTuple):
     """Forward and backward of one fused kernel.
 
-    `forward(query [B,H,S,D], key [B,K,T,D], value [B,K,T,D], mask [S,T] or None, causal, scale)` gives the
-    output [B,H,S,D], its log-sum-exp [B,H,S] in fp32 (or wider), and the rest. A mask says all that is
-    hidden: `causal` is for calls without one, and those with neither see every key.
+    `forward(query [B,H,S,D], key [B,K,T,D], value [B,K,T,D], mask [S,T] or None, causal, scale)` returns the
+    output [B,H,S,D], its log-sum-exp [B,H,S] in fp32 (or wider), and the `Rest`. A mask must contain all that
+    is hidden: `causal` is only for calls without a mask. With neither, queries see every key.
     """
 
     forward: Callable[
@@ -38,7 +39,7 @@ class Operators(NamedTuple):
     backward: Callable[
         [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Rest, Tensor | None, bool, float], Grads
     ]
-    """Of (gradient of the output, query, key, value, output, log-sum-exp, rest, mask, causal, scale)."""
+    """Takes (gradient of the output, query, key, value, output, log-sum-exp, rest, mask, causal, scale)."""
 
 
 def _cpu_forward(
@@ -135,7 +136,7 @@ CUDA = Operators(_cuda_forward, _cuda_backward)
 
 
 def operators(device: torch.device) -> Operators:
-    """The kernel of a device; the one seam to it."""
+    """The kernel for `device`."""
     return CUDA if device.type == "cuda" else CPU
 
 
@@ -146,15 +147,15 @@ class _Piece(NamedTuple):
     queries: slice
     keys: slice
     masked: bool
-    """Whether a window hides some of these keys beside the future ones."""
+    """Whether a window hides some of these keys, so that the piece needs a mask."""
     causal: bool
-    """Whether future ones are among them: as many keys as queries, at the same places."""
+    """Whether queries and keys are the same positions, so that the causal mask applies."""
 
 
 def _pieces(
     shape: Sequence[int], window: int | None, documents: Documents, block: int | None
 ) -> list[_Piece]:
-    """Pieces that cover every pair of a query and a key it sees: O(S * window) of them under a window."""
+    """Pieces that cover every visible (query, key) pair; with a window they cover O(S * window) pairs."""
     batch, _, seqlen, _ = shape
     if documents is None:
         return _of_document(slice(0, batch), 0, seqlen, window, block)
@@ -171,7 +172,7 @@ def _pieces(
 def _of_document(
     samples: slice, start: int, stop: int, window: int | None, block: int | None
 ) -> list[_Piece]:
-    """Pieces of one document: `window` queries at a time where the window is shorter, or in blocks."""
+    """Pieces of one document: `window` queries each if the window is shorter, else in blocks of `block` tokens."""
     if window is not None and window < stop - start:
         return [
             _Piece(
@@ -193,7 +194,7 @@ def _of_document(
 
 
 def _mask(piece: _Piece, window: int | None, query: Tensor) -> Tensor | None:
-    """0 where a query sees a key, minus infinity elsewhere; [queries, keys] in the query's dtype."""
+    """Mask [queries, keys] in the query's dtype: 0 if visible, else minus infinity. None if none is needed."""
     if not piece.masked or window is None:
         return None
     rows = torch.arange(piece.queries.start, piece.queries.stop, device=query.device)
@@ -204,11 +205,12 @@ def _mask(piece: _Piece, window: int | None, query: Tensor) -> Tensor | None:
 
 
 def merge_(out: Tensor, logsumexp: Tensor, block: Tensor, of_block: Tensor) -> None:
-    """Attention to more keys, in place: `out` [B, H, S, D], `logsumexp` [B, H, S] in fp32 (or wider).
+    """Merge attention over more keys into `out` [B, H, S, D] and `logsumexp` [B, H, S], in place.
 
-    `block` [B, H, S, D], in any dtype, and `of_block` [B, H, S] are those of the added keys.
+    Both are in fp32 (or wider). `block` [B, H, S, D], in any dtype, and `of_block` [B, H, S] are the output
+    and log-sum-exp over the added keys.
     """
-    # Both shares from their own difference: one less the other would lose the smaller one's digits.
+    # Each weight is a sigmoid of its own: 1 minus the other weight would lose digits of the smaller one.
     kept, added = (logsumexp - of_block).sigmoid_(), (of_block - logsumexp).sigmoid_()
     out.mul_(kept[..., None]).addcmul_(block, added[..., None])
     torch.logaddexp(logsumexp, of_block, out=logsumexp)
@@ -224,11 +226,11 @@ def attend_with_logsumexp(
     documents: Documents = None,
     block: int | None = None,
 ) -> tuple[Tensor, Tensor, list[Rest]]:
-    """Causal attention as `alst_impl.ops.attention.attend.attend`, and what `attend_backward` needs. No graph.
+    """Causal attention as `alst_impl.ops.attention.attend.attend`, with what `attend_backward` needs. No graph.
 
-    query [B, H, S, D], key and value [B, K, S, D] with K dividing H, any strides with D innermost.
-    Returns the output [B, H, S, D] in their dtype, its log-sum-exp [B, H, S] in fp32 (or wider), and the
-    rest by piece. With `block`, that many queries meet that many keys at a time.
+    query [B, H, S, D], key and value [B, K, S, D] with K dividing H, any strides with D contiguous. Returns
+    the output [B, H, S, D] in their dtype, its log-sum-exp [B, H, S] in fp32 (or wider), and one `Rest` per
+    piece. With `block`, it computes `block` queries against `block` keys at a time.
     """
     forward = operators(query.device).forward
     pieces = _pieces(query.shape, window, documents, block)
@@ -275,7 +277,7 @@ def attend_backward(
 ) -> Grads:
     """Gradients of query [B, H, S, D], key and value [B, K, S, D], in their dtype; no graph.
 
-    `grad` [B, H, S, D] is the output's gradient; `out`, `logsumexp` and `rests` are what forward gave for
+    `grad` [B, H, S, D] is the output's gradient; `out`, `logsumexp` and `rests` are what forward returned for
     the same `block`. Sums over blocks are in fp32 (or wider).
     """
     backward = operators(query.device).backward
@@ -285,7 +287,7 @@ def attend_backward(
     wide = accumulation_dtype(query) if block else query.dtype
     of_query = torch.zeros_like(query, dtype=wide)
     of_key, of_value = torch.zeros_like(key), torch.zeros_like(value)
-    # By keys, so that those of one block are done before the next one's begin.
+    # Sorted by keys, so one block of keys is finished before the next one begins.
     in_order = sorted(
         zip(pieces, rests, strict=True),
         key=lambda pair: (pair[0].samples.start, pair[0].keys.start),

@@ -1,15 +1,15 @@
-"""Ring attention: each rank keeps its queries while keys and values go round, and merges block by block.
+"""Ring attention: each rank keeps its queries while keys and values rotate, and merges the result per block.
 
 Source: Ring Self-Attention (arXiv:2105.13120), in blockwise form (arXiv:2310.01889) on a fused kernel.
-A block is attention of this rank's queries to one rank's keys: an output and its log-sum-exp. Blocks
-merge to the attention over all keys; backward of a block needs the merged output and log-sum-exp
-only, so blocks are computed again, and gradients of keys and values travel with them, home in the end.
+A block is attention of this rank's queries to one rank's keys: an output and its log-sum-exp. Blocks merge
+into attention over all keys. The backward of a block needs only the merged output and log-sum-exp, so blocks
+are recomputed. Gradients of keys and values travel with them, and end on the rank that they belong to.
 
-Why the error does not grow with the ring: a block is rounded to the dtype once, by its kernel. The
-output is a convex combination of blocks, formed in fp32 (or wider) and rounded once more at the end,
-so its error is at most that of the worst block and one rounding, whatever P is. Gradients are sums of
-blocks, added in fp32: each addend brings its own rounding, relative to its own size, and the sum none;
-P shows only as far as addends cancel. Sums in bf16 would round P times, relative to the whole.
+The error does not grow with the ring. The kernel rounds each block to the dtype once. The output is a convex
+combination of blocks, formed in fp32 (or wider) and rounded once more at the end, so its error is at most
+that of the worst block and one rounding, whatever P is. Gradients are sums of blocks in fp32: each addend
+brings its own rounding, relative to its own size, and the sum brings none. P matters only as far as addends
+cancel. Sums in bf16 would round P times, relative to the whole sum.
 Legend: B batch, S sequence, P ranks of the ring, s = S/P, H query heads, K kv heads, D head dim.
 """
 
@@ -31,21 +31,21 @@ Shape = tuple[int, int]
 
 
 def chunks_of(rank: int, size: int, *, zigzag: bool) -> list[int]:
-    """Chunks of the sequence that `rank` holds, in order: of P chunks, or in zigzag of 2 P.
+    """Indices of the sequence chunks that `rank` holds, in order: out of P chunks, or out of 2 P in zigzag.
 
-    In zigzag the rank with the first chunk has the last one, too: every rank has as many visible
-    pairs of a query and a key as every other, in every step.
+    In zigzag, the rank with the first chunk also has the last one. So in every step all ranks have the same
+    number of visible (query, key) pairs.
     """
     return [rank, 2 * size - 1 - rank] if zigzag else [rank]
 
 
 class Meeting(NamedTuple):
-    """Which of a rank's s queries see which of another's s keys."""
+    """Which of one rank's s queries attend to which of another rank's s keys."""
 
     queries: slice
     keys: slice
     causal: bool
-    """Each query sees the keys up to its own; otherwise all of these."""
+    """Whether each query sees only the keys up to its own position; else it sees all of these."""
 
     @property
     def shape(self) -> Shape:
@@ -54,7 +54,7 @@ class Meeting(NamedTuple):
 
 
 def meeting(rank: int, source: int, local: int, *, zigzag: bool) -> Meeting | None:
-    """What `rank` does with the keys of `source`; None where every query comes before every key."""
+    """The queries of `rank` that attend to keys of `source`; None if every query comes before every key."""
     whole, half = slice(0, local), local // 2
     if source == rank:
         return Meeting(whole, whole, causal=True)
@@ -65,15 +65,15 @@ def meeting(rank: int, source: int, local: int, *, zigzag: bool) -> Meeting | No
 
 @dataclass
 class _Passing:
-    """A tensor on its way to the next rank, and one from the rank before."""
+    """A started exchange: a tensor to the next rank, and one from the previous rank."""
 
     works: Sequence[Work]
     sent: Tensor | None
-    """Held, and to be left as it is, until the exchange is over."""
+    """Must stay alive and unchanged until the exchange is over."""
     received: Tensor
 
     def wait(self) -> Tensor:
-        """What arrived; what was sent is let go."""
+        """Wait, release the sent tensor, and return the received one."""
         for work in self.works:
             work.wait()
         self.sent = None
@@ -82,7 +82,7 @@ class _Passing:
 
 @dataclass(frozen=True)
 class RingAttention:
-    """Causal attention over a sequence that is cut over `group`: contiguous shards, or in zigzag."""
+    """Causal attention over a sequence that is sharded over `group`: contiguous shards, or in zigzag."""
 
     group: ProcessGroup
     zigzag: bool
@@ -100,8 +100,8 @@ class RingAttention:
     ) -> Tensor:
         """query [B, H, s, D], key and value [B, K, s, D] -> [B, H, s, D] in their dtype. Collective.
 
-        Raises `ValueError` for a window that ends within the sequence and for packed documents: a ring
-        knows no keys to leave out but those of the future.
+        Raises `ValueError` for packed documents and for a window shorter than the sequence: the ring supports
+        no mask but the causal one.
         """
         seqlen = query.shape[2] * self.group.size()
         if documents is not None or (window is not None and window < seqlen):
@@ -112,11 +112,11 @@ class RingAttention:
         return _Ring.apply(self, scale, query, key, value)  # type: ignore[no-any-return, no-untyped-call]
 
     def meeting(self, source: int, local: int) -> Meeting | None:
-        """What this rank does with the keys of `source`."""
+        """`meeting` of this rank's queries with the keys of `source`."""
         return meeting(self.group.rank(), source, local, zigzag=self.zigzag)
 
     def pass_on(self, x: Tensor) -> _Passing:
-        """Begin to send `x` to the next rank and to receive as much from the one before. Collective."""
+        """Start to send `x` to the next rank and to receive a tensor of its shape from the previous one. Collective."""
         size, rank = self.group.size(), self.group.rank()
         received = torch.empty_like(x)
         works = dist.batch_isend_irecv(
@@ -129,9 +129,9 @@ class RingAttention:
         return _Passing(works, x, received)
 
     def rotate(self, mine: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """(rank, its tensor) of every rank, this one first. The next is on its way while one is used.
+        """Yield (rank, its tensor) for every rank, this one first. The next tensor arrives while one is used.
 
-        Who asks for the next must have let go of the one before: there are never more than two.
+        The caller must drop each tensor before it asks for the next, so that there are never more than two.
         """
         size, rank = self.group.size(), self.group.rank()
         held, order = mine, range(size)
@@ -146,9 +146,9 @@ class RingAttention:
 def _forward(
     ring: RingAttention, query: Tensor, pair: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, dict[Shape, flash.Rest]]:
-    """Output [B,H,s,D] in the dtype of `query`, log-sum-exp [B,H,s], and the kernel's rest by shape.
+    """Output [B,H,s,D] in the dtype of `query`, log-sum-exp [B,H,s], and the kernel's `Rest` by shape.
 
-    `pair` [2,B,K,s,D] are keys and values.
+    `pair` [2,B,K,s,D] holds keys and values.
     """
     forward = flash.operators(query.device).forward
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -205,7 +205,7 @@ def _backward(
             )
             grad_query[:, :, queries] += grads[0]
         del key, value
-        # What ranks before this one found for these keys arrives with them, and goes on with them.
+        # Gradients of these keys from the previous ranks arrive here, and go on to the next rank.
         totals = torch.zeros_like(pair, dtype=wide) if passing is None else passing.wait()
         if met is not None and grads is not None:
             totals[0][:, :, met.keys] += grads[1]

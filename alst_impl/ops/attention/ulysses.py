@@ -1,4 +1,4 @@
-"""Ulysses sequence parallelism: each rank trades a slice of the sequence for a slice of the heads.
+"""Ulysses sequence parallelism: all-to-alls turn sequence shards into head shards for attention, and back.
 
 Source: DeepSpeed-Ulysses (arXiv:2309.14509), ALST (arXiv:2506.13996, section 3.2).
 Legend: B batch, S sequence, P sequence-parallel degree, H query heads, K kv heads, D head dim.
@@ -34,7 +34,7 @@ def _heads_for_sequence(x: Tensor, group: ProcessGroup) -> Tensor:
     degree = group.size()
     # [B, H, S/P, D] -> [P, S/P, B, H/P, D]: one copy, straight into send order
     send = x.view(batch, degree, heads // degree, local, dim).permute(1, 3, 0, 2, 4).contiguous()
-    # [P, S/P, B, H/P, D] = [S, B, H/P, D] -> [B, H/P, S, D]: a view, attention takes strides
+    # [P, S/P, B, H/P, D] = [S, B, H/P, D] -> [B, H/P, S, D]: a view, because attention takes any strides
     return _all_to_all(send, group).flatten(0, 1).permute(1, 2, 0, 3)
 
 
@@ -77,8 +77,8 @@ def heads_to_sequence(x: Tensor, group: ProcessGroup) -> Tensor:
 def replicate_kv_heads(x: Tensor, degree: int) -> Tensor:
     """[B, K, S, D] -> [B, K', S, D] with K' the least multiple of K that `degree` divides.
 
-    Copies stand side by side, so that contiguous slices of query heads still meet their kv head.
-    The gradient of a head is the sum over its copies.
+    Copies are adjacent, so each contiguous slice of query heads still has its kv heads. The gradient of a
+    head is the sum over its copies.
     """
     copies = math.lcm(x.shape[1], degree) // x.shape[1]
     return x if copies == 1 else x.repeat_interleave(copies, dim=1)
@@ -92,10 +92,10 @@ class UlyssesAttention:
     backend: str
     evidence: Evidence
     ring: RingAttention | None = None
-    """Attention of a rank's heads in place of `backend`, where what they see goes on over other ranks."""
+    """Replaces `backend` if keys are also sharded over a ring of ranks."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> UlyssesAttention:
-        """The same: a copied model attends over the same ranks, and a process group has no copy."""
+        """Returns itself: a copied model attends over the same ranks, and a process group cannot be copied."""
         return self
 
     def __call__(
@@ -110,7 +110,7 @@ class UlyssesAttention:
     ) -> Tensor:
         """query [B, H, S/P, D], key and value [B, K, S/P, D] -> [B, H, S/P, D]. Collective.
 
-        `window` and `documents` speak of the whole sequence, as in `attend`.
+        `window` and `documents` refer to the whole sequence, as in `attend`.
         """
         group = self.group
         core = self.ring or partial(attend, backend=self.backend)

@@ -1,4 +1,4 @@
-"""Backward of a decoder layer by hand, in the three passes that `layer` describes."""
+"""Hand-written backward of a decoder layer, in the three passes that `layer` describes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from alst_impl.ops.memory.tiling import GradientSum, parameters_of
 def backward(
     layer: GroupedAttention, x: Rows, call: Call, grad: Tensor, attended: Attended
 ) -> list[Tensor | None]:
-    """Turns `grad`, of the output [B, s, E], into that of x in place; returns the parameters'."""
+    """Overwrite `grad`, of the output [B, s, E], with the gradient of x. Returns the parameters' gradients."""
     parameters = parameters_of(layer.decoder.module)
     sums = GradientSum(parameters)
     grad_out = _after_attention(layer, x, grad, attended.out, parameters, sums)
@@ -32,7 +32,7 @@ def _after_attention(
     parameters: list[nn.Parameter],
     sums: GradientSum,
 ) -> Slots:
-    """First pass: `grad` becomes the gradient of the residual; returns that of `out`, as `out`."""
+    """First pass: overwrite `grad` with the gradient of the residual. Returns the gradient of `out`, in its shape."""
     grad_out = out.another()
     for rows in layer.tiles(x.shape[1]):
         attended = by_token(out.tile(rows)).requires_grad_()
@@ -54,7 +54,7 @@ def _after_attention(
 def _through_attention(
     layer: GroupedAttention, x: Rows, call: Call, attended: Attended, grad_out: Slots
 ) -> Slots:
-    """Second pass: dQ replaces `attended.out`; returns dK beside dV [G', P, s, B, 2 k, D]."""
+    """Second pass: overwrite `attended.out` with dQ. Returns dK and dV, concatenated: [G', P, s, B, 2 k, D]."""
     out = attended.out
     slots: Slots | None = None
     pair: Tensor | None = None
@@ -85,7 +85,7 @@ def _through_attention(
 
 
 def _summed(total: Tensor | None, key: Tensor, value: Tensor) -> Tensor:
-    """[S, B, 2 k, D]: `total` with dK and dV [B, k, S, D] of one more group that shares them."""
+    """`total` (None for zeros) [S, B, 2 k, D] plus dK and dV [B, k, S, D] of one more group with the same kv heads."""
     batch, heads, seqlen, dim = key.shape
     pair = key.new_empty(seqlen, batch, 2 * heads, dim) if total is None else total
     for part, one in zip(pair.chunk(2, dim=2), (key, value), strict=True):
@@ -100,9 +100,9 @@ def _summed(total: Tensor | None, key: Tensor, value: Tensor) -> Tensor:
 def _give_back(
     layer: GroupedAttention, pair: Tensor, kv_group: int, grad_out: Slots, slots: Slots | None
 ) -> Slots:
-    """Sends dK and dV of `kv_group` to the ranks of their tokens; returns the slots of all."""
+    """Send dK and dV of `kv_group` to the ranks of their tokens. Returns the slots of all kv groups. Collective."""
     groups = layer.groups
-    # The slots of the group's output gradients are free once all that share its heads are through.
+    # The output gradients' slots are free once all groups with these kv heads are done.
     slots = grad_out.pairs(groups.num_kv_groups, 2 * groups.kv_heads) if slots is None else slots
     layer.to_slot(pair.permute(1, 2, 0, 3), slots, kv_group)
     return slots
@@ -118,7 +118,7 @@ def _before_attention(
     parameters: list[nn.Parameter],
     sums: GradientSum,
 ) -> None:
-    """Third pass: adds to `grad`, of the residual, what comes through the projections."""
+    """Third pass: add to `grad`, of the residual, the gradient through the projections and the norm."""
     for rows in layer.tiles(x.shape[1]):
         tile = x.tile(rows).detach().requires_grad_()
         with torch.enable_grad():

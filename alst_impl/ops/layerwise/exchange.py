@@ -1,10 +1,9 @@
-"""Tokens for heads, and back, without changing a layout.
+"""All-to-alls that exchange tokens for heads, and back, without a change of layout.
 
-Data of a head group lies in *send order* [P, s, B, h, D]: the block of rank r holds this rank's tokens
-for the heads that r works on. Sent as it is, it arrives as whole sequences; the way back is the same.
+Data of a head group is in *send order* [P, s, B, h, D]: the block of rank r holds this rank's tokens for the
+heads that r works on. Sent without a copy, it arrives as whole sequences. The way back is the same.
 Source: DeepSpeed-Ulysses (arXiv:2309.14509); `alst_impl.ops.attention.ulysses` exchanges all heads at once.
-Legend: B batch, S sequence, s = S/P, P sequence-parallel degree, h heads of a group on one rank,
-D head dim.
+Legend: B batch, S sequence, s = S/P, P sequence-parallel degree, h heads of a group on one rank, D head dim.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from alst_impl.placement import Evidence
 
 
 class Arriving:
-    """Whole sequences of a rank's heads that may still be on their way."""
+    """Whole sequences of a rank's heads, possibly from an exchange that is still running."""
 
     def __init__(
         self, received: Tensor, sent: Tensor | None = None, work: Work | None = None
@@ -27,7 +26,7 @@ class Arriving:
         self._received, self._sent, self._work = received, sent, work
 
     def arrive(self) -> Tensor:
-        """[B, h, S, D], this rank's heads; what is computed next waits for it."""
+        """This rank's heads, [B, h, S, D]. Later computation waits for the exchange."""
         if self._work is not None:
             self._work.wait()
             self._sent = self._work = None
@@ -37,17 +36,17 @@ class Arriving:
 
 @dataclass(frozen=True)
 class Exchange:
-    """Trades a group's tokens for its heads over `group`; on one rank, only the view changes."""
+    """Exchanges the tokens of a head group for its heads over `group`; on one rank, only the view changes."""
 
     group: ProcessGroup | None
     evidence: Evidence
     overlap: bool = False
-    """Let what is started travel while other work goes on."""
+    """Let started exchanges overlap with other work."""
 
     def start(self, send: Tensor, into: Tensor | None = None) -> Arriving:
-        """[P, s, B, h, D] in send order, on its way to [B, h, S, D] with this rank's heads. Collective.
+        """Start the exchange: [P, s, B, h, D] in send order -> [B, h, S, D], this rank's heads. Collective.
 
-        `into` is room of the shape of `send` that nobody needs any more; what overlaps leaves it alone.
+        `into` is free memory of the shape of `send` for the result; with `overlap` it is not used.
         """
         if self.group is None:
             return Arriving(send)

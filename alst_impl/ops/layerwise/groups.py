@@ -25,20 +25,20 @@ from alst_impl.ops.memory.tiling import accumulation_dtype
 
 @dataclass(frozen=True)
 class GroupedAttention:
-    """What attention of one decoder layer needs, in forward and in backward."""
+    """Attention of one decoder layer in head groups, for forward and backward."""
 
     decoder: Decoder
     groups: HeadGroups
     exchange: Exchange
     blocks: int | None
-    """Parts of the sequence whose queries meet the keys of one part at a time; None for all at once."""
+    """Number of sequence blocks: queries of one block attend to keys of one block at a time; None is one block."""
     rows: int
     """Tokens of a tile."""
     offload: HostOffload | None
-    """Where what is kept waits for backward; None leaves it on the device."""
+    """Stores on the host what is kept for backward; None keeps it on the device."""
     stream: bool
-    """Hold the layer's input, attention's output and its gradient on the host, and fetch what is needed by
-    tile or head group; once its tiles are there, the layer's output takes the input's place."""
+    """Keep the layer's input, attention's output and its gradient on the host, and fetch them by tile or head group.
+    The layer's output overwrites its input, once that is on the host."""
 
     def attend(self, x: Rows, call: Call) -> Attended:
         """Attention of layer input x [B, s, E], one head group at a time. No graph."""
@@ -56,7 +56,7 @@ class GroupedAttention:
         return Attended(out, logsumexp, rests)
 
     def settings(self, x: Rows, call: Call) -> dict[str, Any]:
-        """What attention is told beside tensors."""
+        """Keyword arguments of the attention functions."""
         decoder, seqlen = self.decoder, x.shape[1] * self.groups.degree
         return {
             "scale": decoder.scale,
@@ -66,16 +66,16 @@ class GroupedAttention:
         }
 
     def to_slot(self, x: Tensor, slots: Slots, group: int) -> None:
-        """[B, h, S, D], this rank's heads of `group`, to the ranks of their tokens. Collective."""
+        """Send this rank's heads of `group` [B, h, S, D] to the ranks of their tokens. Collective."""
         room = slots.room(group)
         self.exchange.to_sequence(x, room)
         slots.put(group, room)
 
     def by_group(self, x: Rows, call: Call, *slots: Slots) -> Iterator[Group]:
-        """What attention takes of each head group, with whole sequences of this rank's heads.
+        """Yield attention's inputs for each head group, with whole sequences of this rank's heads.
 
-        Queries, keys and values are projected from x; `slots` [G, P, s, B, h, D] are in send order, and
-        a group's part of them is not to be read afterwards: its room is used again.
+        Queries, keys and values are projected from x. `slots` [G, P, s, B, h, D] are in send order. A group's
+        part of them must not be read afterwards, because its memory is reused.
         """
         begun = self._begun(x, call, slots)
         pair = x.like.new_empty(0)
@@ -91,7 +91,7 @@ class GroupedAttention:
             del each
 
     def _begun(self, x: Rows, call: Call, slots: Sequence[Slots]) -> Iterator[Begun]:
-        """The exchanges of each group, begun; keys and values for the first one that shares them."""
+        """Start the exchanges of each group; keys and values only with the first group that shares them."""
         groups = self.groups
         shared = groups.num_groups // groups.num_kv_groups
         for kv_group, _ in tiling.tile_bounds(groups.num_kv_groups, groups.num_kv_groups):
@@ -103,7 +103,7 @@ class GroupedAttention:
     def _begin(
         self, x: Rows, call: Call, slots: Sequence[Slots], group: int, fresh: bool, last: bool
     ) -> Begun:
-        """Begins the exchanges of `group`; what was sent is gone when it returns, unless they overlap."""
+        """Start the exchanges of `group`. Sent tensors are freed before it returns, unless exchanges overlap."""
         kv_group, arriving = self.groups.kv_group(group), []
         room: Tensor | None = None
         for slot in slots:
@@ -118,7 +118,7 @@ class GroupedAttention:
     def _project(
         self, x: Rows, call: Call, group: int, kv_group: int | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Queries of `group` [P, s, B, h, D], keys beside values of `kv_group` [P, s, B, 2 k, D]."""
+        """Queries of `group` [P, s, B, h, D]; keys and values of `kv_group`, concatenated: [P, s, B, 2 k, D]."""
         decoder, groups = self.decoder, self.groups
         batch, local, _ = x.shape
         shape = groups.degree, local, batch
@@ -148,11 +148,11 @@ class GroupedAttention:
             yield slice(start, stop)
 
     def size(self, local: int) -> int:
-        """Rows of every tile of `local` but the last."""
+        """Rows of a tile, if `local` rows are tiled; the last tile may be shorter."""
         return -(-local // -(-local // self.rows))
 
     def room(self, x: Rows) -> Slots:
-        """A contiguous slot in send order for each group."""
+        """Uninitialized slots in send order, a contiguous one for each group."""
         groups = self.groups
         batch, local, _ = x.shape
         shape = groups.num_groups, groups.degree, local, batch, groups.heads, self.decoder.query.dim
@@ -174,7 +174,7 @@ class GroupedAttention:
         return by_head.permute(3, 2, 1, 0, 4, 5)
 
     def of_qkv(self, grad_query: Tensor, grad_key_value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of a tile of slots, as `Decoder.qkv` returns the tensors themselves."""
+        """Gradients of a tile of slots, in the layout in which `Decoder.qkv` returns query, key and value."""
         query = by_token(grad_query).unflatten(-1, (-1, self.decoder.query.dim))
         # [G', P, s, B, 2 k, D] -> [B, P, G', 2 k, s, D] -> 2 x [B, P, G', k, s, D]
         pair = grad_key_value.permute(3, 1, 0, 4, 2, 5).chunk(2, dim=3)
@@ -186,7 +186,7 @@ class GroupedAttention:
 
 
 def _one_ahead(items: Iterator[Begun]) -> Iterator[Begun]:
-    """`items`, each handed on when the next one has been made."""
+    """`items`, each yielded after the next one has been made."""
     before: Begun | None = None
     for item in items:
         if before is not None:

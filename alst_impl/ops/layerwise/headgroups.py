@@ -1,4 +1,4 @@
-"""Heads in groups: which heads a rank works on, and which of them together. Imports no torch.
+"""Head groups: which heads a rank works on, and which of them at the same time. Imports no torch.
 
 Legend: P sequence-parallel degree, H query heads, K kv heads.
 """
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class HeadGroups:
-    """H query heads over `degree` ranks, each rank's share in `num_groups` groups.
+    """H query heads over `degree` ranks, with each rank's heads in `num_groups` groups.
 
-    A group holds whole kv heads with all their queries, or is one of several that share kv heads.
+    A group holds whole kv heads with all their queries, or shares its kv heads with other groups.
     """
 
     num_heads: int
@@ -25,7 +25,7 @@ class HeadGroups:
     def of(
         cls, num_heads: int, num_kv_heads: int, degree: int, num_groups: int | None
     ) -> HeadGroups:
-        """Checked. Raises `ValueError` naming the legal numbers of groups; None takes the largest."""
+        """Create and check. Raises `ValueError` with the legal numbers of groups; None takes the largest."""
         whole = math.lcm(num_kv_heads, degree)
         if num_heads % whole:
             raise ValueError(
@@ -48,22 +48,22 @@ class HeadGroups:
 
     @property
     def copies(self) -> int:
-        """How often a kv head is repeated, so that every rank has one."""
+        """Number of copies of each kv head, so that every rank has one."""
         return math.lcm(self.num_kv_heads, self.degree) // self.num_kv_heads
 
     @property
     def heads(self) -> int:
-        """Query heads of a group on one rank."""
+        """Number of query heads of a group on one rank."""
         return self.num_heads // self.degree // self.num_groups
 
     @property
     def num_kv_groups(self) -> int:
-        """Groups of kv heads; `num_groups` is a multiple."""
+        """Number of groups of kv heads; `num_groups` is a multiple of it."""
         return min(self.num_groups, self._kv_heads_of_rank)
 
     @property
     def kv_heads(self) -> int:
-        """kv heads of a kv group on one rank, copies included."""
+        """Number of kv heads of a kv group on one rank, copies included."""
         return self._kv_heads_of_rank // self.num_kv_groups
 
     @property

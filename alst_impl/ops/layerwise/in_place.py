@@ -1,4 +1,4 @@
-"""A token-wise function in the place of its input, which waits on the host."""
+"""A token-wise function that overwrites its input, with a copy of the input on the host."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ class _InPlace(torch.autograd.Function):
 
 
 def in_place(fn: TokenWise, x: Tensor, size: int, offload: HostOffload) -> Tensor:
-    """`fn(x)` in tiles of `size` rows, in the place of x, which waits on the host for backward.
+    """`fn(x)` in tiles of `size` rows, written over x. A copy of x is kept on the host for backward.
 
-    `fn` maps [B, s, E] to the same shape token by token. Backward overwrites the incoming gradient: like x,
-    the output must have one consumer. Local.
+    `fn` maps [B, s, E] to the same shape token by token. Backward overwrites the incoming gradient. So the
+    output must have a single consumer, and so must x. Local.
     """
     if not torch.is_grad_enabled():
         return fn(x)

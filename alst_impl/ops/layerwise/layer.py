@@ -1,20 +1,22 @@
 """A decoder layer in tiles around attention in head groups, with a hand-written backward of three passes.
 
-One operation of a decoder layer couples tokens; all others work token by token. So forward is:
-for each head group, project tile by tile and attend; then, tile by tile, output projection and MLP.
-Backward, from the layer's input x, the incoming gradient dY, and attention's output, kept or recomputed:
+Only attention couples tokens; all other operations work token by token. So forward projects tile by tile and
+attends, for each head group. Then it computes output projection and MLP tile by tile.
 
-1. by tile: rebuild what follows attention and go back through it. dY becomes the gradient of the
-   residual, the gradient of attention's output goes to a buffer of its own;
-2. by head group: project again and run attention's backward. dQ takes the place of the group's output,
-   dK and dV that of its gradient;
-3. by tile: go back through projections and norm into dY, which is now the gradient of x.
+Backward starts from the layer's input x, the incoming gradient dY, and attention's output, which is kept or
+recomputed:
 
-Of full length there are x, dY, and two buffers [S, H D], beside what one group needs; with `stream` there
-is dY alone, and the rest waits on the host by tile. Weight gradients add up over tiles in fp32 (or wider)
-and leave as one gradient per parameter.
-Legend: B batch, S sequence, s = S/P, P sequence-parallel degree, E hidden size, H query heads, K kv heads,
-D head dim, G head groups, h query and k kv heads of a group on one rank; send order as in `exchange`.
+1. By tile: recompute what follows attention, and run its backward. dY becomes the gradient of the residual.
+   The gradient of attention's output goes to a separate buffer.
+2. By head group: project again and run attention's backward. dQ overwrites the group's output. dK and dV
+   overwrite the gradient of that output.
+3. By tile: run the backward of projections and norm, and add it to dY, which is then the gradient of x.
+
+The full-length tensors are x, dY and two buffers [S, H D], besides what one group needs. With `stream`, only
+dY is full-length, and the rest is on the host by tile. Weight gradients are summed over tiles in fp32 (or
+wider) and returned as one gradient per parameter.
+Legend: B batch, S sequence, s = S/P, P sequence-parallel degree, E hidden size, H query heads, K kv heads, D
+head dim, G head groups, h query and k kv heads of a group on one rank; send order as in `exchange`.
 """
 
 from __future__ import annotations
@@ -39,18 +41,18 @@ class Layerwise(GroupedAttention):
     """One decoder layer, ready to run."""
 
     keep_attention: bool
-    """Keep attention's output and statistics for backward instead of computing them again."""
+    """Keep attention's output and log-sum-exp for backward instead of recomputing them."""
     eight_bits: bool
-    """Keep the layer's input rounded to eight bits: backward computes with that one."""
+    """Keep the layer's input rounded to eight bits; backward computes with the rounded values."""
     segments: Segments | None
-    """Which layer inputs are kept, where not all are; shared by all layers of the model."""
+    """Checkpoint segments, shared by all layers of the model; None keeps the input of every layer."""
     placement: Placement
 
     def __call__(self, x: Tensor, call: Call) -> Tensor:
         """x [B, s, E] -> [B, s, E]. Collective under sequence parallelism.
 
-        The output must have one consumer: backward overwrites its gradient. So must the input of a layer
-        that streams, which becomes the output. Raises `ValueError` under autocast.
+        The output must have a single consumer, because backward overwrites its gradient. With `stream`, x
+        must have a single consumer too, because the output overwrites it. Raises `ValueError` under autocast.
         """
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
@@ -64,18 +66,18 @@ class Layerwise(GroupedAttention):
         return _Layer.apply(self, call, x, *parameters)  # type: ignore[no-any-return, no-untyped-call]
 
     def keep(self, x: Tensor) -> Rows:
-        """The layer's input, to be asked for as often as needed: in tiles on the host, or as it is."""
+        """Store the layer's input, which can then be read any number of times: in tiles on the host, or as it is."""
         if self.offload is None:
             return Resident(x.detach())
         return Parked(x, self.size(x.shape[1]), self.offload, eight_bits=self.eight_bits)
 
     def join(self, x: Tensor, call: Call) -> Segment | None:
-        """The segment that the layer is part of, which keeps its input x if it is the first one there."""
+        """Add the layer to its segment, which keeps x if the layer is its first. None without segments."""
         if self.segments is None:
             return None
 
         def again(hidden: Tensor) -> Tensor:
-            # Through the module: in the backward of another layer an engine has to gather this one's weights.
+            # Calls the module, so that an engine gathers this layer's weights during another layer's backward.
             out: Tensor = self.decoder.module(
                 hidden, position_embeddings=(call.cos, call.sin), documents=call.documents
             )
@@ -84,7 +86,7 @@ class Layerwise(GroupedAttention):
         return self.segments.join(x, again, self.keep, stays=not self.stream)
 
     def forward(self, x: Tensor, call: Call, into: Tensor | None = None) -> tuple[Tensor, Attended]:
-        """The layer's output, in `into` if given, which may be x itself, and attention's."""
+        """The layer's output and attention's. `into`, if given, receives the layer's output and may be x itself."""
         self.placement.on_layer()
         attended = self.attend(Resident(x), call)
         if self.offload is not None:
@@ -106,10 +108,10 @@ class _Layer(torch.autograd.Function):
         ctx.segment = layer.join(x, call)
         in_tiles = ctx.segment is None and (layer.stream or layer.eight_bits)
         ctx.tiles = layer.keep(x) if in_tiles else None
-        # Under its own name: for autograd the output is a tensor of its own, which nobody has saved.
+        # `x.data`, so that autograd sees the output as a new tensor, which has not been saved.
         y, attended = layer.forward(x, call, into=x.data if layer.stream else None)
-        # Parameters are not saved: an engine may free and gather them again in between. They are looked
-        # up again in backward.
+        # Parameters are not saved: an engine may free and gather them again before backward. Backward looks
+        # them up again.
         kept = [x] if ctx.tiles is None and ctx.segment is None else []
         if layer.keep_attention:
             kept.append(attended.logsumexp)

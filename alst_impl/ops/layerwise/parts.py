@@ -1,4 +1,4 @@
-"""The parts of a decoder layer, and what its attention takes and leaves.
+"""The parts of a decoder layer, and the inputs and results of its attention.
 
 Legend as in `layer`.
 """
@@ -26,10 +26,10 @@ class Heads:
     num_heads: int
     dim: int
     norm: nn.Module | None = None
-    """Applied to each head by itself, before the rotary embedding."""
+    """Applied to each head separately, before the rotary embedding."""
 
     def select(self, heads: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        """Weight [len(heads) D, E] and bias of some heads; a view where they stand side by side."""
+        """Weight [len(heads) D, E] and bias of some heads; views if the heads are adjacent."""
         starts = [self.first + head * self.dim for head in heads]
         bias: Tensor | None = self.linear.bias
         return (
@@ -43,13 +43,13 @@ class Heads:
         return torch.cat([x[start : start + self.dim] for start in starts])
 
     def split(self, x: Tensor) -> Tensor:
-        """[B, s, n D] -> [B, n, s, D], each head normed."""
+        """[B, s, n D] -> [B, n, s, D], with each head normalized if there is a norm."""
         x = x.unflatten(-1, (-1, self.dim))
         return (x if self.norm is None else self.norm(x)).transpose(1, 2)
 
 
 Rotate = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(query [B,H,s,D], key [B,K,s,D], cos, sin [B,s,R]) -> both, rotated by position."""
+"""(query [B,H,s,D], key [B,K,s,D], cos, sin [B,s,R]) -> query and key, rotated by position."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Decoder:
     """The parts of a decoder layer: norm, attention, residual, norm and MLP, residual."""
 
     module: nn.Module
-    """The layer: owner of all parameters."""
+    """The layer, which owns all parameters."""
     before: TokenWise
     """Norm before attention."""
     query: Heads
@@ -69,9 +69,9 @@ class Decoder:
     feed_forward: TokenWise
     """Norm and MLP, without the residual."""
     scale: float
-    """Of the attention logits."""
+    """Scale of the attention logits."""
     window: int | None
-    """Keys that a query sees, itself included; None for all before it."""
+    """Number of keys that a query sees, itself included; None without a sliding window."""
 
     def qkv(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normed input [B, s, E] -> query [B, H, s, D], key and value [B, K, s, D]."""
@@ -87,13 +87,13 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Call:
-    """What one call of a layer is given beside its input."""
+    """Arguments of a layer's call besides its input."""
 
     cos: Tensor
-    """[1 or B, s, R], of this rank's positions."""
+    """[1 or B, s, R], at this rank's positions."""
     sin: Tensor
     documents: Documents
-    """Over the whole sequence."""
+    """Document lengths over the whole sequence."""
 
     def tile(self, rows: slice) -> tuple[Tensor, Tensor]:
         """cos and sin of some rows."""
@@ -102,32 +102,32 @@ class Call:
 
 @dataclass(frozen=True)
 class Attended:
-    """What attention's backward needs of all groups."""
+    """What attention's backward needs, for all groups."""
 
     out: Slots
     logsumexp: Tensor
     """[G, B, h, S], of this rank's heads; fp32 (or wider)."""
     rests: list[Rest]
-    """Of any group: they are of equal shapes."""
+    """The same for every group, because all have the same shapes."""
 
 
 @dataclass(frozen=True)
 class Begun:
-    """A head group whose tensors may still travel."""
+    """A head group whose exchanges have started."""
 
     group: int
     kv_group: int
     last: bool
-    """Whether it is the last one that attends to its kv group."""
+    """Whether this is the last group that attends to its kv group."""
     query: Arriving
     pair: Arriving | None
-    """Keys beside values; None where a group before it brought them."""
+    """Keys and values, concatenated; None if an earlier group has brought them."""
     slots: list[Arriving]
 
 
 @dataclass(frozen=True)
 class Group:
-    """What attention takes of a head group."""
+    """Attention's inputs for one head group."""
 
     group: int
     kv_group: int
@@ -137,10 +137,10 @@ class Group:
     """[B, k, S, D]."""
     value: Tensor
     slots: list[Tensor]
-    """As `query`, each."""
+    """Each [B, h, S, D], like `query`."""
 
 
 def by_token(slots: Tensor) -> Tensor:
     """A tile [G, P, rows, B, h, D] -> [B, rows, H D], a copy."""
-    # heads of a rank stand together: [G, P, s, B, h, D] -> [B, s, P, G, h, D]
+    # a rank's heads are adjacent: [G, P, s, B, h, D] -> [B, s, P, G, h, D]
     return slots.permute(3, 2, 1, 0, 4, 5).flatten(2).contiguous()

@@ -1,1 +1,1 @@
-"""What holds less memory: tiles, the tiled loss, recomputation, and tensors that wait on the host."""
+"""Memory savings: tiling, the tiled loss, recomputation, and offload to the host."""

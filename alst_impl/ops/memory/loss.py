@@ -1,7 +1,7 @@
 """Logits and loss tile by tile: the whole logits tensor never exists.
 
-Source: ALST (arXiv:2506.13996, section 3.1.2). The loss is a sum over tokens divided by a count
-given from outside, so tiles, ranks and micro-batches simply add up.
+Source: ALST (arXiv:2506.13996, section 3.1.2). The loss is a sum over tokens divided by a count that the
+caller gives, so tiles, ranks and micro-batches simply add up.
 Legend: B batch, S sequence, E features, V vocabulary.
 """
 
@@ -21,7 +21,7 @@ TokenLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class _TiledLoss(torch.autograd.Function):
-    """Gradients are formed in forward, where a tile's logits are at hand, and scaled in backward."""
+    """Computes gradients in forward, while a tile's logits exist, and scales them in backward."""
 
     @staticmethod
     def forward(
@@ -81,12 +81,12 @@ def tiled_loss(
     *,
     overwrite: bool = False,
 ) -> Tensor:
-    """`fn(hidden, labels, count)` in `num_tiles` pieces of the sequence, forward and backward.
+    """`fn(hidden, labels, count)` in `num_tiles` tiles of the sequence, forward and backward.
 
-    hidden [B, S, E], labels int64 [B, S], count a scalar; returns a scalar in `fn`'s dtype. Gradients
-    reach `hidden` and every parameter that `fn` can reach, once, summed in fp32 (or wider), whatever
-    gradient comes from above; none is formed where PyTorch's are off. With `overwrite`, the gradient of
-    `hidden` takes its place: nothing else may need it any more. Local.
+    hidden [B, S, E], labels int64 [B, S], count a scalar; returns a scalar in `fn`'s dtype. `hidden` and
+    every parameter that `fn` can reach get one gradient each, scaled by the incoming one. Parameter gradients
+    are summed over tiles in fp32 (or wider). No gradient is computed if PyTorch's are off. With `overwrite`,
+    the gradient of `hidden` overwrites `hidden`, so nothing else may need it any more. Local.
     """
     if not torch.is_grad_enabled():
         bounds = tile_bounds(hidden.shape[1], num_tiles)

@@ -1,7 +1,7 @@
-"""Activation checkpointing whose saved layer inputs wait on the host.
+"""Activation checkpointing with layer inputs offloaded to the host.
 
-Source: ALST (arXiv:2506.13996, section 3.3). On a device with streams, copies run beside compute and
-a small input is fetched one layer before backward needs it; elsewhere they are plain copies.
+Source: ALST (arXiv:2506.13996, section 3.3). On a device with streams, copies overlap with compute, and a
+small input is prefetched one layer before backward needs it. On other devices they are plain copies.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from alst_impl.ops.memory.recompute import FirstRun
 from alst_impl.placement import Placement
 
 PIECE_BYTES = 2**27
-"""A layer input lies on the host in pieces: PyTorch rounds each pinned allocation up to a power of
-two (ATen/core/CachingHostAllocator.h), which in one piece could cost as much again."""
+"""Size of the pieces that a layer input is stored in on the host.
+PyTorch rounds each pinned allocation up to a power of two (ATen/core/CachingHostAllocator.h), which for one
+large piece could double the memory."""
 FILLED = 0.95
-"""Share of a power of two that is filled well enough."""
+"""A piece that fills this share of a power of two is good enough."""
 PREFETCH_BYTES = 2**29
-"""Larger inputs are not fetched ahead: room for a second one is dear, and the copy a small part of
-what attention takes at such lengths."""
+"""Larger inputs are not prefetched: a second one needs much memory, and the copy is short beside attention."""
 
 
 class OnHost:
-    """One tensor on its way to the host and back."""
+    """One offloaded tensor: its host copy, and its copy on the device while it is fetched."""
 
     def __init__(self, x: Tensor) -> None:
         self.shape, self.dtype = x.shape, x.dtype
@@ -39,10 +39,10 @@ class OnHost:
 
 
 class HostOffload:
-    """Moves layer inputs between `placement.device` and `placement.host`."""
+    """Copies layer inputs between `placement.device` and `placement.host`."""
 
     def __init__(self, placement: Placement, *, overlap: bool = True) -> None:
-        """`overlap` copies beside compute, through pinned memory, and fetches ahead; else copies block."""
+        """With `overlap`, copies run beside compute, through pinned memory, and prefetch; otherwise they block."""
         self._placement = placement
         self._apart = overlap and placement.device.type != placement.host.type
         self._streams = overlap and placement.device.type == "cuda"
@@ -50,7 +50,7 @@ class HostOffload:
         self._last: OnHost | None = None
 
     def store(self, x: Tensor) -> OnHost:
-        """Begin copying `x` to the host; the caller may drop `x` at once. Backward loads in reverse."""
+        """Start copying `x` to the host; the caller may drop `x` at once. Backward loads in reverse order."""
         parked = OnHost(x)
         parked.before, self._last = self._last, parked
         parked.host = [self.room(piece.shape, piece.dtype) for piece in _pieces(x)]
@@ -64,12 +64,12 @@ class HostOffload:
         return parked
 
     def settle(self) -> None:
-        """What was to be copied may be overwritten from here on."""
+        """Later work on the current stream waits for all started copies, so it may overwrite what they copy."""
         if self._side is not None:
             torch.cuda.current_stream().wait_stream(self._side)
 
     def put(self, x: Tensor, into: Tensor) -> None:
-        """Begin copying `x` to `into`, which `room` gave; the caller may drop `x` at once."""
+        """Start copying `x` to `into`, which `room` returned; the caller may drop `x` at once."""
         x = x.contiguous()
         if self._side is None:
             self._copy([into], [x])
@@ -80,14 +80,14 @@ class HostOffload:
             x.record_stream(self._side)
 
     def get(self, host: Tensor) -> Tensor:
-        """A copy on the device of what `put` left."""
+        """Copy to the device what `put` stored in `host`."""
         self.settle()
         x = torch.empty(host.shape, dtype=host.dtype, device=self._placement.device)
         self._copy([x], [host])
         return x
 
     def room(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Host memory to `put` something into."""
+        """Allocate host memory for `put`."""
         placement = self._placement
         host = torch.empty(shape, dtype=dtype, device=placement.host, pin_memory=self._streams)
         placement.on_host(host)
@@ -99,7 +99,7 @@ class HostOffload:
             target.copy_(piece, non_blocking=self._streams)
 
     def load(self, parked: OnHost) -> Tensor:
-        """The input back on the device. A small one starts fetching what backward needs next."""
+        """Return the input on the device, and prefetch the input that backward needs next if that is small."""
         self._fetch(parked)
         x, parked.fetched = parked.fetched, None
         assert x is not None
@@ -132,13 +132,13 @@ class HostOffload:
 
 
 def _pieces(x: Tensor) -> tuple[Tensor, ...]:
-    """`x` flat, in order, in views of `PIECE_BYTES` and a rest; small ones whole, in their shape."""
+    """`x`, flattened, as views of `PIECE_BYTES` and a remainder; a small `x` whole, in its shape."""
     size = PIECE_BYTES // x.element_size()
     return (x,) if x.numel() <= size else x.contiguous().view(-1).split(size)
 
 
 class HostTiles:
-    """Rows of `width` elements on the host, `size` of them at a time, in pieces as of `HostOffload`."""
+    """Rows of `width` elements on the host, in tiles of `size` rows, allocated in pieces as in `HostOffload`."""
 
     def __init__(
         self, offload: HostOffload, rows: int, size: int, width: int, dtype: torch.dtype
@@ -152,45 +152,46 @@ class HostTiles:
         ]
 
     def put(self, start: int, x: Tensor) -> None:
-        """Begin copying `x`, which is whole rows from `start` on, within a tile; it may be dropped."""
+        """Start copying `x`, whole rows from `start` on, within a tile; the caller may drop `x` at once."""
         self._offload.put(x, self.view(start, x.shape))
 
     def get(self, start: int, shape: Sequence[int]) -> Tensor:
-        """A copy on the device of what lies from row `start` on, as `shape`."""
+        """Copy the rows from `start` on to the device, as `shape`."""
         return self._offload.get(self.view(start, shape))
 
     def view(self, start: int, shape: Sequence[int]) -> Tensor:
-        """The same, on the host itself."""
+        """The rows from `start` on, as a view of host memory."""
         piece, first = divmod(start, self._rows_of_piece)
         begin = first * self._width
         return self._pieces[piece][begin : begin + torch.Size(shape).numel()].view(shape)
 
 
 def _tiles_of_piece(nbytes: int) -> int:
-    """Tiles of `nbytes` to a piece of about `PIECE_BYTES`, or of more where that is far from a power of two."""
+    """Number of tiles of `nbytes` in a piece: about `PIECE_BYTES`, or more to fill a power of two better."""
     least = max(PIECE_BYTES // nbytes, 1)
     counts = range(least, 8 * least + 1)
 
     def filled(count: int) -> float:
         return count * nbytes / (1 << (count * nbytes - 1).bit_length())
 
-    # All counts are compared only where none fills well: of small tiles there are millions.
+    # All counts are compared only if none fills well: for small tiles there are millions of counts.
     well = next((n for n in counts if filled(n) >= FILLED), None)
     return max(counts, key=filled) if well is None else well
 
 
 class _Incoming:
-    """Takes a layer's incoming gradient out of autograd's hands.
+    """Keeps a layer's incoming gradient outside autograd, so that it is freed right after its use.
 
-    Whoever calls a backward holds its arguments until it returns, and a checkpoint's backward returns
-    when the whole layer has been through. Here the gradient waits alone, and is gone after its use.
+    The caller of a backward keeps the arguments alive until it returns. A checkpoint's backward returns only
+    after the backward of the whole layer. This object holds the only reference, and drops it at the first
+    use.
     """
 
     def __init__(self) -> None:
         self._grad: Tensor | None = None
 
     def catch(self, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        """Hook before the checkpoint's backward: keep the gradient, pass on a stand-in of its shape."""
+        """Pre-hook of the checkpoint's backward: keep the gradient, pass on a placeholder of its shape."""
         (grad,) = grads
         if grad is None:  # autograd makes zeros of it, for the checkpoint to see
             return grads
@@ -198,13 +199,13 @@ class _Incoming:
         return (grad.new_zeros(()).expand_as(grad),)
 
     def give(self, seen: Tensor) -> Tensor:
-        """The gradient; `seen` is what the checkpoint's backward was called with."""
+        """Return the gradient and drop it here; `seen` is what the checkpoint's backward was called with."""
         grad, self._grad = self._grad, None
         return seen if grad is None else grad
 
 
 class _Outgoing(torch.autograd.Function):
-    """A scalar on top of a layer's output, from which backward starts with the gradient that waits."""
+    """A scalar computed from a layer's output, whose backward passes on the gradient from `give`."""
 
     @staticmethod
     def forward(ctx: Any, give: Callable[[], Tensor], out: Tensor) -> Tensor:
@@ -256,7 +257,7 @@ class _Checkpoint(torch.autograd.Function):
 def checkpoint(
     run: Callable[[Tensor], Tensor], x: Tensor, offload: HostOffload | None = None
 ) -> Tensor:
-    """`run(x)`, recomputed in backward; `x` waits on the host if `offload` is given.
+    """`run(x)`, recomputed in backward; `x` is kept on the host if `offload` is given.
 
     `run` maps a tensor to a tensor and may use parameters: their gradients accumulate as in an ordinary
     backward. It runs again with the same random numbers and autocast. Local.

@@ -1,7 +1,7 @@
-"""What a layer works on piece by piece: on the device, or on the host with one piece on the device at a time.
+"""Tensors that a layer reads in pieces: on the device, or on the host with one piece on the device at a time.
 
 Legend: B batch, S sequence, s = S/P, P sequence-parallel degree, E hidden size, G head groups, h heads of a
-group on one rank, D head dim. Slots [G, P, s, B, h, D] hold heads, a contiguous one for each group.
+group on one rank, D head dim. Slots [G, P, s, B, h, D] hold heads; the slot of each group is contiguous.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from alst_impl.ops.memory.offload import HostOffload, HostTiles
 
 
 class Rows(Protocol):
-    """A layer's input, by tile."""
+    """A layer's input, read by tile."""
 
     @property
     def shape(self) -> torch.Size:
@@ -24,10 +24,10 @@ class Rows(Protocol):
 
     @property
     def like(self) -> Tensor:
-        """Any tensor of its dtype and device."""
+        """A tensor of the same dtype and device."""
 
     def tile(self, rows: slice) -> Tensor:
-        """Those rows [B, rows, E]."""
+        """The given rows, [B, rows, E]."""
 
     def whole(self) -> Tensor:
         """All rows on the device."""
@@ -44,12 +44,12 @@ class Resident:
         return self.like[:, rows]
 
     def whole(self) -> Tensor:
-        """They are there."""
+        """The rows themselves, without a copy."""
         return self.like
 
 
 class Parked:
-    """Tiles of `size` rows that wait on the host and come one at a time, as often as they are asked for."""
+    """Rows on the host in tiles of `size` rows, which can be fetched any number of times."""
 
     def __init__(self, x: Tensor, size: int, offload: HostOffload, *, eight_bits: bool) -> None:
         self.shape, self.like = x.shape, x.new_empty(0)
@@ -89,32 +89,35 @@ class Parked:
 
 
 class Slots(Protocol):
-    """Heads of all tokens of this rank, by group and by tile."""
+    """Heads of all tokens of this rank, accessed by group or by tile."""
 
     def group(self, group: int) -> Tensor:
-        """[P, s, B, h, D]; its room may be used again, the slot itself being written before it is read."""
+        """The heads of `group`, [P, s, B, h, D].
+
+        The caller may overwrite them, if it writes the slot again before reading it.
+        """
 
     def room(self, group: int) -> Tensor:
-        """Where to write a group, [P, s, B, h, D], to `put` it."""
+        """Memory [P, s, B, h, D] in which to write a group's heads before `put`."""
 
     def put(self, group: int, heads: Tensor) -> None:
-        """`heads`, written to `room(group)`, are the group's."""
+        """Store `heads`, which the caller wrote to `room(group)`, as the heads of `group`."""
 
     def tile(self, rows: slice) -> Tensor:
-        """[G, P, rows, B, h, D]."""
+        """The heads of the given rows, [G, P, rows, B, h, D]."""
 
     def put_tile(self, rows: slice, heads: Tensor) -> None:
-        """`heads` [G, P, rows, B, h, D], of any strides, are those rows'."""
+        """Store `heads` [G, P, rows, B, h, D], of any strides, as those of the given rows."""
 
     def another(self) -> Slots:
-        """Slots of the same shape, with nothing in them."""
+        """Uninitialized slots of the same shape."""
 
     def pairs(self, num_groups: int, heads: int) -> Slots:
-        """Slots for `num_groups` groups of `heads` heads, which may lie inside these and replace them."""
+        """Slots for `num_groups` groups of `heads` heads. They may reuse the memory of these slots."""
 
 
 class DeviceSlots:
-    """All of them in one tensor."""
+    """All slots in one tensor on the device."""
 
     def __init__(self, slots: Tensor) -> None:
         self.slots = slots
@@ -126,22 +129,22 @@ class DeviceSlots:
     room = group
 
     def put(self, group: int, heads: Tensor) -> None:
-        """Nothing to do: the room is the slot."""
+        """Nothing to do: `room` is the slot itself."""
 
     def tile(self, rows: slice) -> Tensor:
         """A view."""
         return self.slots[:, :, rows]
 
     def put_tile(self, rows: slice, heads: Tensor) -> None:
-        """Copies."""
+        """Copies into the slots."""
         self.slots[:, :, rows] = heads
 
     def another(self) -> DeviceSlots:
-        """In another tensor."""
+        """In a new tensor."""
         return DeviceSlots(torch.empty_like(self.slots))
 
     def pairs(self, num_groups: int, heads: int) -> DeviceSlots:
-        """Inside these where they are large enough."""
+        """Views of these slots if they are large enough, else in a new tensor."""
         _, degree, local, batch, _, dim = self.slots.shape
         shape = num_groups, degree, local, batch, heads, dim
         of_group = self.slots.view(num_groups, -1)
@@ -152,7 +155,7 @@ class DeviceSlots:
 
 
 class HostSlots:
-    """On the host by tile, all groups of a tile side by side, so that either is read in few copies."""
+    """Slots on the host by tile, with all groups of a tile adjacent, so a tile or a group takes few copies."""
 
     def __init__(self, shape: torch.Size, size: int, like: Tensor, offload: HostOffload) -> None:
         self._shape, self._size, self._like, self._offload = shape, size, like, offload
@@ -161,35 +164,35 @@ class HostSlots:
         self._tiles = HostTiles(offload, local, size, width, like.dtype)
 
     def group(self, group: int) -> Tensor:
-        """A copy."""
+        """A copy on the device."""
         heads = self.room(group)
         for start, stop in self._bounds():
             heads[:, start:stop] = self._offload.get(self._of(start, stop)[group])
         return heads
 
     def room(self, group: int) -> Tensor:
-        """On the device."""
+        """New memory on the device."""
         return self._like.new_empty(self._shape[1:])
 
     def put(self, group: int, heads: Tensor) -> None:
-        """Copies."""
+        """Copies to the host."""
         for start, stop in self._bounds():
             self._offload.put(heads[:, start:stop], self._of(start, stop)[group])
 
     def tile(self, rows: slice) -> Tensor:
-        """A copy."""
+        """A copy on the device."""
         return self._offload.get(self._of(rows.start, rows.stop))
 
     def put_tile(self, rows: slice, heads: Tensor) -> None:
-        """Copies."""
+        """Copies to the host."""
         self._offload.put(heads, self._of(rows.start, rows.stop))
 
     def another(self) -> HostSlots:
-        """Beside these."""
+        """In new host memory."""
         return HostSlots(self._shape, self._size, self._like, self._offload)
 
     def pairs(self, num_groups: int, heads: int) -> HostSlots:
-        """Beside these."""
+        """In new host memory."""
         _, degree, local, batch, _, dim = self._shape
         shape = torch.Size((num_groups, degree, local, batch, heads, dim))
         return HostSlots(shape, self._size, self._like, self._offload)

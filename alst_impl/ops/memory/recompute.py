@@ -1,7 +1,7 @@
-"""Running a function again as it ran first: with the random numbers and the autocast of then.
+"""Runs a function again with the random numbers and the autocast of its first run.
 
-What is computed in forward and once more in backward must be the same computation both times. What
-`torch.utils.checkpoint` restores is restored here: the states of PyTorch's generators, and autocast.
+What backward recomputes must be the same computation as in forward. Like `torch.utils.checkpoint`, this
+restores the states of PyTorch's generators, and autocast.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any
 import torch
 
 States = list[bytes]
-"""One for each of `_generators`."""
+"""One state for each generator of `_generators`."""
 
 
 class FirstRun:
-    """A block whose computation is to be repeated: `with FirstRun(device) as first: ...`, then `first.again()`."""
+    """Context of a computation to repeat: `with FirstRun(device) as first: ...`, then `first.again()`."""
 
     def __init__(self, device: torch.device) -> None:
-        """`device` computes; the CPU's generator and autocast count beside its own."""
+        """`device` computes. The CPU's generator and autocast are recorded as well."""
         self._device = device
         self._autocasts = _autocasts(device)
         self._states: States | None = None
@@ -46,7 +46,7 @@ class FirstRun:
 
 
 class Again:
-    """One repetition, in as many parts as the caller likes, in the order of the first run."""
+    """One repetition, in any number of parts, in the order of the first run."""
 
     def __init__(
         self, device: torch.device, autocasts: list[dict[str, Any]], states: States | None
@@ -55,9 +55,9 @@ class Again:
 
     @contextlib.contextmanager
     def part(self) -> Iterator[None]:
-        """The block draws the first run's next random numbers, under its autocast.
+        """Context that draws the first run's next random numbers, under its autocast.
 
-        Afterwards the generators are as if the block had not run: later draws are those without a repetition.
+        Afterwards the generators are as if the block had not run, so later draws do not depend on it.
         """
         with contextlib.ExitStack() as stack:
             for autocast in self._autocasts:
@@ -76,7 +76,7 @@ class Again:
 
 @contextlib.contextmanager
 def without_autocast(device: torch.device) -> Iterator[None]:
-    """Backward belongs outside autocast: operations have the dtypes of forward's, whatever they were."""
+    """Context without autocast, for backward: its operations use the dtypes that forward used."""
     with contextlib.ExitStack() as stack:
         for autocast in _autocasts(device):
             stack.enter_context(torch.autocast(**{**autocast, "enabled": False}))
@@ -84,7 +84,7 @@ def without_autocast(device: torch.device) -> Iterator[None]:
 
 
 def _autocasts(device: torch.device) -> list[dict[str, Any]]:
-    """Arguments of `torch.autocast` that make it what it is now, on `device` and on the CPU."""
+    """Arguments of `torch.autocast` that reproduce its current state on `device` and on the CPU."""
     return [
         {
             "device_type": kind,
@@ -98,7 +98,7 @@ def _autocasts(device: torch.device) -> list[dict[str, Any]]:
 
 
 def _generators(device: torch.device) -> list[torch.Generator]:
-    """PyTorch's own on the CPU and on `device`."""
+    """PyTorch's default generators of the CPU and of `device`."""
     if device.type in ("cpu", "meta"):
         return [torch.default_generator]
     module = torch.get_device_module(device)
@@ -106,8 +106,8 @@ def _generators(device: torch.device) -> list[torch.Generator]:
 
 
 def _states(device: torch.device) -> States:
-    # As bytes, 5 KB and 16: comparing tensors would be an operation, which a mode that sees operations
-    # (a tracker of memory) would see.
+    # As bytes (5 KB and 16 bytes): comparing tensors would be an operation, which a dispatch mode such as a
+    # memory tracker would see.
     states = [generator.get_state() for generator in _generators(device)]
     return [ctypes.string_at(state.data_ptr(), state.numel()) for state in states]
 

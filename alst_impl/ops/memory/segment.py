@@ -1,4 +1,4 @@
-"""Consecutive layers of which the first alone keeps its input: backward makes the others' again.
+"""Checkpoint segments: only the first of consecutive layers keeps its input; backward recomputes the others'.
 
 Source: Chen et al., arXiv:1604.06174: of L layers, sqrt(L) inputs are kept, for one more forward pass.
 """
@@ -12,13 +12,16 @@ from torch import Tensor
 from alst_impl.ops.memory.parked import Resident, Rows
 
 Step = Callable[[Tensor], Tensor]
-"""A layer without a graph: its input to its output."""
+"""A layer's forward without a graph: its input -> its output."""
 Keep = Callable[[Tensor], Rows]
-"""What holds a layer's input until backward asks for it."""
+"""Stores a layer's input until backward needs it."""
 
 
 class Segment:
-    """One pass through its layers. They join in order and take their inputs in reverse."""
+    """One forward and backward through the layers of a segment.
+
+    Layers join in order and take their inputs in reverse order.
+    """
 
     def __init__(self, first: Rows) -> None:
         self._inputs = [first]
@@ -28,11 +31,11 @@ class Segment:
         return len(self._steps)
 
     def join(self, step: Step, keep: Keep, stays: bool) -> None:
-        """One more layer; `stays` says that backward wants its whole input on the device."""
+        """Add the next layer; `stays` says that backward needs its whole input on the device."""
         self._steps.append((step, keep, stays))
 
     def take(self) -> Rows:
-        """The input of the last layer that has not taken it. The first time it runs all before it: collective."""
+        """The input of the last layer that has not taken it. The first call reruns all layers before it: collective."""
         missing = list(range(len(self._inputs), len(self._steps)))
         if missing:
             x = self._inputs[-1].whole()
@@ -46,7 +49,7 @@ class Segment:
 
 
 class Segments:
-    """The layers of a model in segments of `every` layers, the last one maybe shorter."""
+    """The layers of a model in segments of `every` layers; the last one may be shorter."""
 
     def __init__(self, every: int, num_layers: int) -> None:
         self._every, self._num_layers = every, num_layers
@@ -54,7 +57,7 @@ class Segments:
         self._passed = 0
 
     def join(self, x: Tensor, step: Step, keep: Keep, *, stays: bool) -> Segment:
-        """The segment of the layer that runs next, on x. Layers run in order, as often as they like."""
+        """Add the layer that runs next, on `x`, and return its segment. Layers run in order, any number of times."""
         if self._open is None:
             self._open = Segment(keep(x))
         segment = self._open

@@ -1,8 +1,8 @@
-"""Sequence tiling: a token-wise function computed piece by piece, exactly.
+"""Sequence tiling: a token-wise function computed tile by tile, exactly.
 
-Source: ALST (arXiv:2506.13996, section 3.1.1). Each tile is recomputed in backward, so only the
-input of the whole function is saved. Weight gradients add up over tiles in fp32 (or wider) and leave
-as one gradient per parameter: hooks of any engine fire once.
+Source: ALST (arXiv:2506.13996, section 3.1.1). Each tile is recomputed in backward, so only the input of the
+whole function is saved. Weight gradients are summed over tiles in fp32 (or wider). They are returned as one
+gradient per parameter, so the hooks of any engine fire once.
 Legend: B batch, S sequence, E features.
 """
 
@@ -44,7 +44,7 @@ def _modules_of(fn: Any) -> Iterator[nn.Module]:
 
 
 def tile_bounds(rows: int, num_tiles: int) -> list[tuple[int, int]]:
-    """At most `num_tiles` half-open ranges that cover `rows`, none empty, the last one shortest."""
+    """At most `num_tiles` half-open ranges that cover `rows`; none is empty, and the last may be shorter."""
     if num_tiles < 1:
         raise ValueError(f"num_tiles must be at least 1, not {num_tiles}")
     size = -(-rows // num_tiles)
@@ -57,7 +57,7 @@ def accumulation_dtype(parameter: Tensor) -> torch.dtype:
 
 
 class GradientSum:
-    """Gradients of `parameters`, added up in `accumulation_dtype`."""
+    """Sums of the gradients of `parameters`, in `accumulation_dtype`."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         self._parameters = parameters
@@ -75,7 +75,7 @@ class GradientSum:
                 total.add_(gradient)
 
     def take(self, factor: Tensor | None = None) -> list[Tensor | None]:
-        """The sums times `factor`, each rounded to its parameter's dtype; each is freed as it leaves."""
+        """The sums times `factor`, each rounded to its parameter's dtype; each sum is freed once it is rounded."""
         result: list[Tensor | None] = []
         for i, parameter in enumerate(self._parameters):
             total, self._sums[i] = self._sums[i], None
@@ -91,8 +91,8 @@ class _Tiled(torch.autograd.Function):
         ctx: Any, fn: TokenWise, num_tiles: int, x: Tensor, *parameters: nn.Parameter
     ) -> Tensor:
         ctx.fn, ctx.num_tiles = fn, num_tiles
-        # Parameters are not saved: an engine may free and gather them again in between, and finds
-        # no stale reference here. They are looked up again in backward.
+        # Parameters are not saved: an engine may free and gather them again before backward, which would
+        # leave stale references. Backward looks them up again.
         ctx.save_for_backward(x)
         out: Tensor | None = None
         with FirstRun(x.device) as ctx.first:
@@ -133,19 +133,19 @@ class _Tiled(torch.autograd.Function):
 
 
 def tiled(fn: TokenWise, x: Tensor, num_tiles: int) -> Tensor:
-    """`fn(x)` computed in `num_tiles` pieces of the sequence, forward and backward.
+    """`fn(x)` computed in `num_tiles` tiles of the sequence, forward and backward.
 
-    `fn` maps [B, s, E] to [B, s, ...] token by token for any s; `x` is [B, S, E]. Equal to `fn(x)` for
-    every tile count, also more tiles than rows. Gradients reach `x` and every parameter that `fn` can
-    reach (module, bound method, partial or closure over modules). Saves `x` alone. Local.
+    `fn` maps [B, s, E] to [B, s, ...] token by token for any s; `x` is [B, S, E]. Equal to `fn(x)` for every
+    tile count, also for more tiles than rows. Gradients reach `x` and every parameter that `fn` can reach
+    (module, bound method, partial or closure over modules). Saves only `x`. Local.
     """
     return _Tiled.apply(fn, num_tiles, x, *parameters_of(fn))  # type: ignore[no-any-return, no-untyped-call]
 
 
 def run_as(module: nn.Module, forward: Callable[..., Any]) -> None:
-    """Have `module` run `forward`, on the instance, which calls its children many times per pass.
+    """Make `module` run `forward`, which calls its children many times per pass. Changes the instance only.
 
-    ZeRO-3 then gathers the parameters around the whole of it: `_z3_leaf` is DeepSpeed's mark for such
-    modules (deepspeed/utils/z3_leaf_module.py), read when its engine starts and by nobody else.
+    ZeRO-3 then gathers all parameters once around the whole module. `_z3_leaf` is DeepSpeed's mark for such
+    modules (deepspeed/utils/z3_leaf_module.py). Only DeepSpeed's engine reads it, when it starts.
     """
     vars(module).update(forward=forward, _z3_leaf=True)

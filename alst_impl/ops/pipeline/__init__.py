@@ -1,1 +1,1 @@
-"""Schedules of pipelines, and what runs them."""
+"""Pipeline schedules and their executor."""

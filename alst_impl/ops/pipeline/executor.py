@@ -1,7 +1,7 @@
-"""Runs the schedules of `alst_impl.ops.pipeline.schedule`: slices of sequences through stages on different ranks.
+"""Runs the schedules of `alst_impl.ops.pipeline.schedule`: sequence slices through stages on different ranks.
 
-Source: Seq1F1B (arXiv:2406.03488). Hidden states go to the next stage, their gradients to the one
-before, point to point. Keys and values stay where they are (`alst_impl.ops.pipeline.sliced`).
+Source: Seq1F1B (arXiv:2406.03488). Hidden states go to the next stage and their gradients to the previous
+one, point to point. Keys and values stay on their stage (`alst_impl.ops.pipeline.sliced`).
 Legend: B batch, S sequence, s tokens of a slice, E hidden size.
 """
 
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 
 class Link:
-    """The way from stage to stage in one direction, over a group of its own.
+    """Messages from stage to stage in one direction, over a process group of their own.
 
-    NCCL runs what it is given on a group one after another: with both directions on one, two neighbours
-    that send to each other would wait for ever.
+    NCCL runs the operations of a group one after another. With both directions on one group, two neighbours
+    that send to each other would deadlock.
     """
 
     def __init__(self, group: ProcessGroup) -> None:
@@ -38,8 +38,9 @@ class Link:
         self._sent: tuple[dist.Work, Tensor] | None = None
 
     def send(self, x: Tensor, stage: int) -> None:
-        """Begin to send. One message is on its way at a time: the one before has arrived by then, or is
-        waited for, so that no more than one is held.
+        """Start to send `x`.
+
+        Waits for the previous message first, so that no more than one sent tensor is held.
         """
         self.settle()
         x = x.contiguous()
@@ -48,44 +49,44 @@ class Link:
         self._sent = work, x
 
     def receive(self, into: Tensor, stage: int) -> Tensor:
-        """Fill `into`, contiguous; blocks, on a device with streams the stream alone."""
+        """Receive into `into`, which is contiguous. Blocks; on a device with streams, only the stream."""
         work = dist.irecv(into, group=self._group, group_src=stage)
         assert work is not None, "every stage is in the group"
         work.wait()
         return into
 
     def settle(self) -> None:
-        """Wait until all that was sent has arrived."""
+        """Wait until everything sent has arrived."""
         if self._sent is not None:
             self._sent[0].wait()
             self._sent = None
 
 
 class _Live(NamedTuple):
-    """What backward of a slice needs from its forward; the values of its output are on their way."""
+    """What the backward of a slice needs from its forward."""
 
     hidden: Tensor | None
-    """Input [B, s, E], whose gradient the stage before waits for; None on the first stage."""
+    """Input [B, s, E]; its gradient goes to the previous stage. None on the first stage."""
     output: Tensor | GradientEdge
-    """The loss on the last stage, hidden states elsewhere."""
+    """The loss on the last stage; elsewhere the gradient edge of the hidden states, whose values are not kept."""
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """One rank's place in a pipeline and what it runs there."""
+    """One rank's stage of a pipeline, and how to run it."""
 
     stage: int
     num_stages: int
     current: Current
-    """Where the attention modules read which slice runs."""
+    """The current slice; the attention modules read it."""
     attentions: Sequence[SliceAttention]
-    """Of this stage's layers."""
+    """One for each attention module of this stage."""
     borders: Callable[[int], list[int]]
-    """Length of a sequence -> borders of its slices."""
+    """Sequence length -> slice boundaries."""
     ahead: Link
-    """For hidden states, to the next stage."""
+    """Sends hidden states to the next stage."""
     back: Link
-    """For gradients, to the stage before."""
+    """Sends gradients to the previous stage."""
     hidden_size: int
     dtype: torch.dtype
 
@@ -100,12 +101,12 @@ class Pipeline:
         return self.stage == self.num_stages - 1
 
     def run(self, runtime: Runtime, batches: list[Batch], num_valid: Tensor) -> Tensor:
-        """One step; returns this rank's addend to the loss, zero but on the last stage. Collective."""
+        """Run one step. Returns this rank's share of the loss, zero except on the last stage. Collective."""
         borders = self.borders(batches[0].input_ids.shape[1])
         slices = [[_cut(batch, *ends) for ends in pairwise(borders)] for batch in batches]
         runtime.start_step(len(batches) * self.current.parts)
         live: dict[tuple[int, int], _Live] = {}
-        # Of one dtype on all stages, for they are added up.
+        # The same dtype on all stages, because the losses are summed over ranks.
         wide = torch.promote_types(self.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=num_valid.device)
         for unit in seq1f1b(self.num_stages, len(batches), self.current.parts, self.stage):
@@ -124,7 +125,7 @@ class Pipeline:
     def _forward(
         self, runtime: Runtime, batch: Batch, num_valid: Tensor
     ) -> tuple[_Live, Tensor | None]:
-        """Forward of the current slice, and on the last stage its addend to the loss."""
+        """Forward of the current slice; on the last stage, also its share of the loss."""
         runtime.placement.on_phase("forward")
         runtime.placement.evidence.slices += 1
         inputs: dict[str, Any] = batch.model_inputs()
@@ -154,7 +155,7 @@ class Pipeline:
             self.back.send(live.hidden.grad, self.stage - 1)
 
     def _like(self, batch: Batch) -> Tensor:
-        """Room for hidden states of the slice, or their gradient [B, s, E]."""
+        """Uninitialized tensor [B, s, E] for the slice's hidden states, or for their gradient."""
         ids = batch.input_ids
         return torch.empty(*ids.shape, self.hidden_size, dtype=self.dtype, device=ids.device)
 
@@ -174,7 +175,7 @@ def _cut(batch: Batch, start: int, stop: int) -> Batch:
 
 
 def links(mesh: DeviceMesh) -> tuple[Link, Link]:
-    """The ways ahead and back along axis `pp`, which is the outermost. Collective over all ranks."""
+    """Links to the next and to the previous stage along axis `pp`, which is outermost. Collective over all ranks."""
     pipelines = mesh.size() // mesh["pp"].size()
     every = [list(range(i, mesh.size(), pipelines)) for i in range(pipelines)]
     group, _ = dist.new_subgroups_by_enumeration(every)

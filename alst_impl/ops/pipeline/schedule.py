@@ -1,7 +1,7 @@
-"""Pipeline schedules whose unit is a slice of a sequence, as data, and what they cost. Imports no torch.
+"""Pipeline schedules over sequence slices as data, and their simulated cost. Imports no torch.
 
-Source: Seq1F1B (arXiv:2406.03488). With one slice it is 1F1B (PipeDream-Flush, arXiv:2006.09503). The
-same orders that are played here are run by `alst_impl.ops.pipeline.executor`.
+Source: Seq1F1B (arXiv:2406.03488). With one slice it is 1F1B (PipeDream-Flush, arXiv:2006.09503).
+`alst_impl.ops.pipeline.executor` runs the same orders that are simulated here.
 Legend: P stages, M micro-batches, k slices of a sequence, S tokens of it.
 """
 
@@ -22,7 +22,7 @@ class Unit(NamedTuple):
 
 
 class Span(NamedTuple):
-    """A unit in time."""
+    """A unit with its start and stop times."""
 
     unit: Unit
     start_s: float
@@ -30,10 +30,11 @@ class Span(NamedTuple):
 
 
 def seq1f1b(stages: int, micro_batches: int, parts: int, stage: int) -> list[Unit]:
-    """The order of `stage`: P - stage + k - 2 forwards to warm up, then one forward, one backward, the rest.
+    """The order of `stage`: P - stage + k - 2 warm-up forwards, then one forward, one backward, then the rest.
 
-    Forwards come in order, backwards by micro-batch with the last slice first: its keys and values are
-    seen by no other, so that each slice finds the gradients of its own from all that see them.
+    Forwards run in order. Backwards run by micro-batch, last slice first, because no other slice attends to
+    its keys and values. So when a slice runs backward, all later slices have added their gradients of its
+    keys and values.
     """
     forwards = [Unit(False, m, i) for m in range(micro_batches) for i in range(parts)]
     backwards = [Unit(True, m, i) for m in range(micro_batches) for i in reversed(range(parts))]
@@ -57,10 +58,10 @@ def play(
     seconds: Callable[[int, Unit], float],
     transfer_s: float = 0.0,
 ) -> list[list[Span]]:
-    """Every stage's units in time, each as soon as its stage is free and what it needs is there.
+    """Simulate the orders: each unit starts as soon as its stage is free and its inputs are ready.
 
-    `seconds(stage, unit)` is how long a unit takes. Raises `ValueError` where stages wait for each other
-    for ever, or an order has a unit before another that it needs.
+    `seconds(stage, unit)` is the duration of a unit. Raises `ValueError` for a deadlock, also if an order has
+    a unit before another that it depends on.
     """
     parts = 1 + max((unit.part for order in orders for unit in order), default=0)
     stops: dict[tuple[int, Unit], float] = {}
@@ -90,7 +91,7 @@ def _ready(
     stops: dict[tuple[int, Unit], float],
     transfer_s: float,
 ) -> float | None:
-    """When all that `unit` needs is there; None where that is not known yet."""
+    """Time at which all inputs of `unit` are ready; None if that is not known yet."""
     backward, _, part = unit
     here, times = [], [0.0]
     if backward:
@@ -126,13 +127,13 @@ def makespan(played: Sequence[Sequence[Span]]) -> float:
 
 
 def bubble(played: Sequence[Sequence[Span]]) -> float:
-    """Part of the stages' time in which they wait, of 1."""
+    """Fraction of the stages' total time that they are idle."""
     busy = sum(span.stop_s - span.start_s for spans in played for span in spans)
     return 1 - busy / (len(played) * makespan(played))
 
 
 def peak_live(order: Sequence[Unit], sizes: Sequence[float]) -> float:
-    """Largest sum of `sizes`, by slice, of what has been forward and not yet backward through a stage."""
+    """Peak of the summed `sizes` (by slice) of units that have run forward and not yet backward on a stage."""
     live = peak = 0.0
     for backward, _, part in order:
         live += -sizes[part] if backward else sizes[part]
@@ -144,22 +145,22 @@ def peak_live(order: Sequence[Unit], sizes: Sequence[float]) -> float:
 
 
 def equal_lengths(seqlen: int, parts: int) -> list[int]:
-    """Borders of slices whose lengths differ by at most a token: 0, ..., S."""
+    """Boundaries of slices whose lengths differ by at most one token: 0, ..., S."""
     return [seqlen * i // parts for i in range(parts + 1)]
 
 
 def equal_flops(seqlen: int, parts: int, per_token: float, per_pair: float) -> list[int]:
-    """Borders of slices of equal work ("computation-wise", arXiv:2406.03488): 0, ..., S.
+    """Boundaries of slices of equal work ("computation-wise", arXiv:2406.03488): 0, ..., S.
 
-    `per_token` is the work that does not depend on what came before, `per_pair` that of a query and a key
-    that it sees. Rounded to tokens; no slice is empty.
+    `per_token` is the work of a token without attention, `per_pair` that of a visible (query, key) pair.
+    Rounded to tokens; no slice is empty.
     """
     square, linear = per_pair / 2, per_token + per_pair / 2
     whole = square * seqlen**2 + linear * seqlen
     borders = [0]
     for i in range(1, parts):
         work = whole * i / parts
-        # The root of square e^2 + linear e = work, in the form that keeps its digits without attention.
+        # The root of square e^2 + linear e = work, in a form that stays accurate for a small `square`.
         end = round(2 * work / (linear + math.sqrt(linear**2 + 4 * square * work)))
         borders.append(min(max(end, borders[-1] + 1), seqlen - parts + i))
     return [*borders, seqlen]

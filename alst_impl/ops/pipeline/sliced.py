@@ -1,10 +1,10 @@
-"""Attention of one slice of a sequence over the keys and values of itself and of the slices before it.
+"""Attention of one sequence slice over its own keys and values and those of earlier slices.
 
-Slices come one after another, as pipelines run them (`alst_impl.ops.pipeline.schedule`). Keys and values of a slice
-are kept for later ones; what those have of gradients for them is added when the slice's own backward
-passes by. A layer's forward may run again in backward: what was kept is found, not kept twice.
-Legend: B batch, S sequence, s tokens of the slice, T tokens up to its end, H query heads, K kv heads,
-D head dim.
+Slices run one after another, as in pipelines (`alst_impl.ops.pipeline.schedule`). Keys and values of a slice
+are kept for later slices. Gradients that later slices compute for them are added in the slice's own backward.
+If a layer's forward runs again in backward, it reuses the kept keys and values.
+Legend: B batch, S sequence, s tokens of the slice, T tokens up to its end, H query heads, K kv heads, D head
+dim.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from alst_impl.ops.attention.flash import Documents, Rest, merge_, operators
 
 
 class _Range(NamedTuple):
-    """Keys that a block of queries sees: all of them, or, if causal, each query up to itself."""
+    """Keys that a block of queries sees: all of them, or, if causal, those up to each query."""
 
     keys: slice
     causal: bool
 
 
 class _Block(NamedTuple):
-    """Queries of some samples, and disjoint ranges of keys in the order of the sequence: one or two."""
+    """Queries of some samples, and one or two disjoint ranges of keys in sequence order."""
 
     samples: slice
     queries: slice
@@ -37,7 +37,7 @@ class _Block(NamedTuple):
 
 
 def _blocks(batch: int, start: int, stop: int, documents: Documents) -> list[_Block]:
-    """Blocks that cover each pair of a query in `start` to `stop` and a key that it sees, once."""
+    """Blocks that cover each visible (query, key) pair once, for queries in `start` to `stop`."""
     if documents is None:
         return [_block(slice(0, batch), start, start, stop, 0)]
     blocks = []
@@ -52,14 +52,14 @@ def _blocks(batch: int, start: int, stop: int, documents: Documents) -> list[_Bl
 
 
 def _block(samples: slice, start: int, low: int, high: int, first: int) -> _Block:
-    """Queries `low` to `high` of a slice from `start` on; what they see begins at `first`."""
+    """Queries `low` to `high` of a slice that starts at `start`; the keys they see begin at `first`."""
     own = _Range(slice(low, high), causal=True)
     earlier = [_Range(slice(first, low), causal=False)] if first < low else []
     return _Block(samples, slice(low - start, high - start), [*earlier, own])
 
 
 def _merged(parts: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Output [B, H, s, D] in `dtype` and log-sum-exp [B, H, s] over disjoint keys; adds up in fp32 or wider."""
+    """Output [B, H, s, D] in `dtype` and log-sum-exp [B, H, s] over disjoint keys, merged in fp32 or wider."""
     (out, logsumexp), *more = parts
     if more:
         out = out.to(logsumexp.dtype)
@@ -69,7 +69,7 @@ def _merged(parts: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> tuple[Ten
 
 
 class _Sliced(torch.autograd.Function):
-    """Saves keys and values slice by slice as they came: no backward holds a copy of what lies before."""
+    """Saves keys and values slice by slice, so that no backward holds a concatenated copy of earlier slices."""
 
     @staticmethod
     def forward(
@@ -108,7 +108,8 @@ class _Sliced(torch.autograd.Function):
         rests: list[Rest] = list(ctx.rests)
         for samples, queries, ranges in ctx.blocks:
             for keys, causal in ranges:
-                # With the output and statistics over all keys, a range of keys has its share of all gradients.
+                # With the output and log-sum-exp over all keys, each range of keys gives its exact part of
+                # the gradients.
                 dq, dk, dv = backward(
                     grads[0][samples, :, queries],
                     query[samples, :, queries],
@@ -132,7 +133,7 @@ class _Sliced(torch.autograd.Function):
 def _assembled(
     query: Tensor, blocks: list[_Block], found: list[tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp of all queries from those of each block."""
+    """Output and log-sum-exp of all queries, assembled from those of each block."""
     if len(blocks) == 1:
         return found[0]
     out, logsumexp = torch.empty_like(query), found[0][1].new_empty(query.shape[:3])
@@ -152,8 +153,8 @@ def sliced_attention(
 ) -> Tensor:
     """Causal attention of a slice: query [B, H, s, D], key and value [B, K, s, D] -> [B, H, s, D].
 
-    `earlier` holds keys and values of all slices before, in order; gradients reach them, too.
-    `documents` are lengths over the whole sequence. Parts merge in fp32 (or wider). Local.
+    `earlier` holds keys and values of all earlier slices, in order; gradients reach them, too. `documents`
+    are lengths over the whole sequence. Parts merge in fp32 (or wider). Local.
     """
     keys_values = [x for pair in [*earlier, (key, value)] for x in pair]
     return _Sliced.apply(documents, scale, query, *keys_values)  # type: ignore[no-any-return, no-untyped-call]
@@ -163,14 +164,14 @@ def sliced_attention(
 
 
 class _Kept:
-    """Keys and values of one slice in one layer, for later slices, whose gradients gather in them."""
+    """Keys and values of one slice in one layer, kept for later slices, which accumulate gradients in `.grad`."""
 
     def __init__(self, key: Tensor, value: Tensor) -> None:
         self.key, self.value = (x.detach().requires_grad_() for x in (key, value))
 
 
 class _WithLater(torch.autograd.Function):
-    """Identity whose backward adds what later slices' backward has left by then."""
+    """Identity whose backward adds the gradient from later slices, which have run backward by then."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, later: Callable[[], Tensor | None]) -> Tensor:
@@ -185,7 +186,7 @@ class _WithLater(torch.autograd.Function):
 
 @dataclass
 class Current:
-    """The slice that runs, of a sequence of `parts`; whoever runs slices sets it before each forward and backward."""
+    """The current slice, out of `parts`; the pipeline sets it before each forward and backward."""
 
     parts: int
     micro_batch: int = 0
@@ -193,7 +194,7 @@ class Current:
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
-        """Sequences come whole while the block runs, and nothing of them is kept."""
+        """Context in which sequences are not sliced, and no keys and values are kept."""
         parts, self.parts = self.parts, 1
         try:
             yield
@@ -252,7 +253,7 @@ class SliceAttention:
         )
 
     def forget(self) -> None:
-        """The current slice has been through backward: nobody needs its keys and values any more."""
+        """Drop the current slice's keys and values, after its backward."""
         self._kept.pop((self._current.micro_batch, self._current.part), None)
 
 

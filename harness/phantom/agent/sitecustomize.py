@@ -1,4 +1,6 @@
-"""Run at the start of every Python process of a program on phantom devices; then the environment's own is run."""
+"""Runs at the start of every Python process of a program on phantom devices, before the
+environment's own `sitecustomize`.
+"""
 
 import importlib.machinery
 import importlib.util

@@ -1,1 +1,1 @@
-"""Figures of an experiment; one file each, which a YAML selects by its name."""
+"""Figures of an experiment; a YAML selects each by its name."""

@@ -11,7 +11,7 @@ from matplotlib.ticker import MultipleLocator
 
 from harness.cells.units import length_text, metric_text
 from harness.present import drawing
-from harness.present.figures.base import draw_panel
+from harness.present.figures.grids import draw_panel
 from harness.records.table import (
     NOT_MEASURED,
     Results,

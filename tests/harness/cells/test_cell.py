@@ -46,7 +46,7 @@ def test_axes_are_crossed(tmp_path: Path) -> None:
 
 
 def test_key_is_readable_and_stable() -> None:
-    """The key names what matters and does not change between processes or versions."""
+    """The key names the main settings and is the same in every process and version."""
     assert make_cell(SETTINGS).key.startswith("tiny-llama_alst-sp2_zero_w2_s64_cpu-")
     program = f"from harness.cells.cell import make_cell; print(make_cell({SETTINGS!r}).key)"
     other = subprocess.run(
@@ -56,13 +56,13 @@ def test_key_is_readable_and_stable() -> None:
 
 
 def test_key_tells_all_fields_apart() -> None:
-    """A field that the slug does not show changes the key too."""
+    """A field that the slug does not show still changes the key."""
     keys = {make_cell({**SETTINGS, **change}).key for change in ({}, {"seed": 1}, {"steps": 4})}
     assert len(keys) == 3
 
 
 def test_expanding_imports_no_torch() -> None:
-    """Sweeps expand without torch, which alone would take seconds."""
+    """Sweeps expand without torch, whose import takes seconds."""
     program = (
         "import sys; from pathlib import Path; from harness.cells.experiment import load_experiment\n"
         "[load_experiment(p).cells() for p in Path('experiments').glob('*.yaml')]\n"
@@ -88,8 +88,8 @@ def test_expanding_imports_no_torch() -> None:
         ({"world": "moon"}, ["world", "moon"]),
     ],
 )
-def test_bad_settings_name_value_and_way_out(change: dict[str, object], words: list[str]) -> None:
-    """What cannot run fails before anything does, in one line that helps."""
+def test_bad_settings_name_the_value_and_a_fix(change: dict[str, object], words: list[str]) -> None:
+    """Impossible settings fail before anything runs, with one helpful line."""
     with pytest.raises(ValueError) as raised:  # noqa: PT011  the words are checked below
         make_cell({**SETTINGS, **change})
     message = str(raised.value)

@@ -1,4 +1,4 @@
-"""Covering arrays, their file, and `alst matrix`."""
+"""Covering arrays, their CSV file, and `alst matrix`."""
 
 from __future__ import annotations
 
@@ -69,12 +69,12 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 def test_rows_cover_and_obey_the_rules(experiment: Path) -> None:
-    """All pairs, the named triples, nothing refused among what runs, each refusal once."""
+    """Rows cover all pairs and the named triples, no running row is refused, and each refusal occurs once."""
     loaded = load_experiment(experiment)
     assert loaded.matrix
     rows = [row.levels for row, _ in loaded.matrix_cells()]
     assert not loaded.matrix.missing(rows)
-    assert len(rows) == 8  # engine x sp x dp; batches come with them
+    assert len(rows) == 8  # engine x sp x dp; they also cover the batches
     assert all(row["sp"] != "3" for row in rows)
     (refused,) = [row for row in loaded.rows if row.refused]
     assert refused.levels == {"engine": "plain", "sp": "3", "dp": "1", "batch": "1"}
@@ -90,7 +90,7 @@ def test_a_missing_row_is_noticed(experiment: Path) -> None:
 
 
 def test_the_covering_part_shows_all_pairs_of_its_factors(experiment: Path) -> None:
-    """With no more rows than it needs."""
+    """It has no more rows than needed."""
     loaded = load_experiment(experiment)
     assert loaded.matrix
     rows = [row.levels for row, _ in loaded.matrix_cells()]
@@ -100,7 +100,7 @@ def test_the_covering_part_shows_all_pairs_of_its_factors(experiment: Path) -> N
 
 
 def test_levels_become_one_cell(experiment: Path) -> None:
-    """Options of a plug-in add up over factors; ranks are sp times dp."""
+    """Options of a plug-in are merged over factors. The number of ranks is sp times dp."""
     loaded = load_experiment(experiment)
     cells = [(row.levels, cell.train) for row, cell in loaded.matrix_cells()]
     for levels, train in cells:
@@ -111,15 +111,15 @@ def test_levels_become_one_cell(experiment: Path) -> None:
 
 
 def test_merging_changes_neither_side() -> None:
-    """Levels are shared by many rows."""
+    """Many rows share the same levels."""
     under, over = {"method": {"name": "alst"}, "dp": 1}, {"method": {"sp": 2}}
     assert merge(under, over) == {"method": {"name": "alst", "sp": 2}, "dp": 1}
     assert under == {"method": {"name": "alst"}, "dp": 1}
     assert over == {"method": {"sp": 2}}
 
 
-def test_a_level_that_can_run_is_no_refusal(experiment: Path) -> None:
-    """A rule whose reason is not what the library says stops everything."""
+def test_a_refusal_rule_that_does_not_hold_is_an_error(experiment: Path) -> None:
+    """A rule is an error if its levels can run or are refused for another reason."""
     loaded = load_experiment(experiment)
     assert loaded.matrix
     for levels, said in ((["2"], "it can run"), (["3"], "must be divisible")):
@@ -146,7 +146,7 @@ def test_an_impossible_request_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Exit code 2, and what to write instead."""
+    """Exit code 2, and a line with the fix."""
     capsys.readouterr()
     assert command(monkeypatch, str(experiment), *arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -169,7 +169,7 @@ def test_rows_that_are_not_of_the_experiment_are_refused(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A file that was edited by hand, or is missing, is told by its name."""
+    """The error names the file if it was edited by hand or is missing."""
     rows = experiment.with_suffix(".csv")
     rows.write_text(edit(rows.read_text())) if edit else rows.unlink()
     capsys.readouterr()
@@ -181,7 +181,7 @@ def test_rows_that_are_not_of_the_experiment_are_refused(
 def test_an_experiment_without_a_matrix_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With the command that runs it."""
+    """The error has the command that runs the experiment."""
     path = tmp_path / "sweep.yaml"
     path.write_text(
         "question: Which?\nsource: here\nsweeps: [{base: {model: tiny-llama, method: alst, seqlen: 64}}]\n"
@@ -190,13 +190,13 @@ def test_an_experiment_without_a_matrix_is_refused(
     assert "alst run" in capsys.readouterr().err
 
 
-def test_cells_are_run_kept_and_run_again_when_asked(
+def test_a_cell_with_a_record_does_not_run_again(
     experiment: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The first cell for true: it passes, its record is kept, the next run uses it."""
+    """The first cell runs and passes. Its record is kept, and the next run uses it."""
     arguments = [str(experiment), "--part", "1/8", "--results", str(tmp_path / "results")]
     assert command(monkeypatch, *arguments) == 0
     said = capsys.readouterr().out
@@ -213,7 +213,7 @@ def test_a_cell_that_fails_is_exit_code_1(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Whatever ended it, the levels of its row are named."""
+    """The levels of its row are named, for any kind of failure."""
 
     def lost(*_: object) -> Ending:
         return Ending(how="error", rank=0, error="RuntimeError", message="broken", during="start")
@@ -232,7 +232,7 @@ GRADIENTS = {"a": torch.tensor([0.3, -0.4]), "b": torch.tensor([1.2])}
 
 
 def test_the_stock_change_of_sgd_is_the_clipped_gradient() -> None:
-    """By hand: a norm of 1.3 clipped to 0.65 halves everything. The weights are not touched."""
+    """By hand: clipping a norm of 1.3 to 0.65 halves every gradient. The weights do not change."""
     before = {name: w.double() for name, w in WEIGHTS.items()}
     gradients = {name: g.double() for name, g in GRADIENTS.items()}
     sgd = OptimizerConfig(name="sgd", learning_rate=10.0, max_grad_norm=0.65)
@@ -244,7 +244,7 @@ def test_the_stock_change_of_sgd_is_the_clipped_gradient() -> None:
 
 @pytest.mark.parametrize("factor", [1.0, 1.1])
 def test_a_wrong_update_of_right_gradients_fails(tmp_path: Path, factor: float) -> None:
-    """The parameter is named, and it is its update that is wrong."""
+    """The error names the parameter and says that its update is wrong."""
     exact = {name: g.double() for name, g in {**GRADIENTS, "loss": torch.tensor(2.0)}.items()}
     save_file(exact, tmp_path / "truth.safetensors")
     truth = Truth(exact=str(tmp_path / "truth.safetensors"))
@@ -261,7 +261,7 @@ def test_a_wrong_update_of_right_gradients_fails(tmp_path: Path, factor: float) 
 
 
 def test_bf16_may_lose_what_the_stock_model_loses_in_bf16(tmp_path: Path) -> None:
-    """Twice that, and not more; in a parameter where it loses nothing, the usual tolerance holds."""
+    """Twice the stock model's error is allowed. A parameter without such an error has the usual tolerance."""
     exact = {name: g.double() for name, g in {**GRADIENTS, "loss": torch.tensor(2.0)}.items()}
     rounded = {**exact, "a": exact["a"] * 1.2}
     files = {"exact": tmp_path / "exact.safetensors", "rounded": tmp_path / "rounded.safetensors"}

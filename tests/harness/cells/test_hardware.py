@@ -9,14 +9,14 @@ import pytest
 from harness.cells.hardware import ROWS, load_hardware
 
 
-def test_rows_stand_under_their_names() -> None:
-    """The rows that experiments name exist, each with its source."""
+def test_rows_are_found_by_name() -> None:
+    """The rows that experiments use exist, each with its source."""
     assert set(ROWS) >= {"cpu", "a100-80gb", "h100-80gb", "h200-141gb", "b200-192gb"}
     assert all(row.name == name and row.source for name, row in ROWS.items())
 
 
 def test_own_row_comes_from_a_file(tmp_path: Path) -> None:
-    """A user's row is a YAML file."""
+    """A user's row can be a YAML file."""
     path = tmp_path / "mine.yaml"
     path.write_text("{name: mine, memory_bytes: 24_000_000_000, devices_per_node: 2, source: me}")
     assert load_hardware(str(path)).memory_bytes == 24_000_000_000

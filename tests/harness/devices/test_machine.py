@@ -1,4 +1,4 @@
-"""What is refused before anything runs: the wrong machine, the wrong launcher, an unclean tree."""
+"""Refusals before anything runs: the wrong machine, the wrong launcher, uncommitted changes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def cell(**changes: Any) -> Cell:
 
 @pytest.fixture(autouse=True)
 def no_visible_devices_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever runs the tests may hide devices."""
+    """The caller's environment may hide devices."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
@@ -59,13 +59,13 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 def use(monkeypatch: pytest.MonkeyPatch, *devices: dict[str, Any]) -> None:
-    """Let NVML know `devices`."""
+    """Make NVML report `devices`."""
     monkeypatch.setattr(nvml, "library", lambda: FakeNvml(list(devices)))
 
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """`run(*options)` runs a CUDA experiment; gives exit code, what was said, what was written."""
+    """`run(*options)` runs a CUDA experiment. Returns exit code, output and written files."""
     path = tmp_path / "one.yaml"
     path.write_text(YAML)
     results = tmp_path / "results"
@@ -78,7 +78,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 
 def assert_refused(refused: tuple[int, str, list[Path]], *words: str) -> None:
-    """One line, exit code 2, nothing written."""
+    """Asserts one line, exit code 2, and no files."""
     code, said, written = refused
     assert code == 2
     (line,) = said.splitlines()
@@ -87,7 +87,7 @@ def assert_refused(refused: tuple[int, str, list[Path]], *words: str) -> None:
 
 
 def test_a_machine_without_a_gpu_is_refused(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is missing is said, nothing else happens."""
+    """The error names the missing driver, and nothing runs."""
 
     def absent() -> None:
         raise ValueError("no NVIDIA driver answers here (NVML: NVML Shared Library Not Found)")
@@ -97,27 +97,27 @@ def test_a_machine_without_a_gpu_is_refused(run: Any, monkeypatch: pytest.Monkey
 
 
 def test_another_device_is_refused(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A record says what it was measured on, so a cell is measured on nothing else."""
+    """A record names its hardware, so a cell only runs on that hardware."""
     use(monkeypatch, device(0, name="NVIDIA H200"))
     assert_refused(run(), "'h100-80gb'", H100, "'NVIDIA H200'", "that is 'h200-141gb'")
 
 
 def test_a_part_of_the_right_device_is_refused(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A MIG instance has other memory and other speed."""
+    """A MIG instance has less memory and another speed."""
     parts = [{"uuid": "MIG-0", "name": f"{H100} MIG 3g.40gb"}]
     use(monkeypatch, device(0, mig=parts))
     assert_refused(run(), "MIG 3g.40gb", "MIG has split")
 
 
 def test_hidden_devices_are_refused(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The variable that hides them is named."""
+    """The error names the variable that hides them."""
     use(monkeypatch, device(0))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     assert_refused(run(), "needs 1 devices", "0 visible", "CUDA_VISIBLE_DEVICES=-1")
 
 
 def test_an_unclean_tree_is_refused(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CUDA record names the code that made it, unless somebody insists."""
+    """A CUDA record names the commit that made it, unless `--allow-dirty` is given."""
     use(monkeypatch, device(0))
     monkeypatch.setattr(machine, "checkout", lambda: Checkout("abc", ["harness/new.py", "x"]))
     assert_refused(run(), "(harness/new.py and 1 more)", "--allow-dirty")
@@ -126,14 +126,14 @@ def test_an_unclean_tree_is_refused(run: Any, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_build_without_cuda_is_refused(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device is there and PyTorch cannot use it: not a finding of the cell."""
+    """PyTorch cannot use the device. This is an error of the installation, not an outcome of the cell."""
     use(monkeypatch, device(0))
     monkeypatch.setattr(machine, "version", lambda _: "2.13.0+cpu")
     assert_refused(run("--allow-dirty"), "torch 2.13.0+cpu was built without CUDA")
 
 
 def test_the_devices_of_a_cell_are_the_first_visible_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many as it has ranks here, in CUDA's order; another kind beside them is nobody's business."""
+    """It takes as many devices as it has ranks on this machine, in CUDA's order. Other devices do not matter."""
     fake = FakeNvml([device(0, name="NVIDIA L4"), device(1), device(2)])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,1,0")
     found = require_devices(cell(world_size=2), None, fake)
@@ -143,7 +143,7 @@ def test_the_devices_of_a_cell_are_the_first_visible_ones(monkeypatch: pytest.Mo
 
 
 def test_several_nodes_need_a_launcher() -> None:
-    """One machine does not have the GPUs of four, but under torchrun it needs its own alone."""
+    """One machine has too few GPUs for several nodes. Under torchrun a process only needs those of its own node."""
     eight = FakeNvml([device(n) for n in range(8)])
     sixteen = cell(world_size=16)
     with pytest.raises(
@@ -158,8 +158,10 @@ def test_several_nodes_need_a_launcher() -> None:
         require_devices(sixteen, launch, FakeNvml([device(0)]))
 
 
-def test_ranks_find_the_allocator_and_the_devices_of_whoever_asks() -> None:
-    """Not those of whoever started the server; other variables stay away."""
+def test_ranks_get_the_clients_allocator_and_device_settings() -> None:
+    """The settings are the client's, not those of the process that started the server. Other
+    variables are not passed on.
+    """
     ours = {"CUDA_VISIBLE_DEVICES": "GPU-1", "NCCL_DEBUG": "INFO", "HOME": "/root"}
     assert rank_environment(True, ours) == {
         "CUDA_VISIBLE_DEVICES": "GPU-1",
@@ -169,18 +171,18 @@ def test_ranks_find_the_allocator_and_the_devices_of_whoever_asks() -> None:
     }
     off = rank_environment(False, {"CUDA_DEVICE_ORDER": "FASTEST_FIRST"})
     assert off["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:False"
-    assert off["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"  # NVML's numbers are the bus's
+    assert off["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"  # NVML counts in this order
 
 
 def test_a_missing_package_is_named_before_anything_runs() -> None:
-    """No other kernel takes its place."""
+    """No other kernel replaces it."""
     require_attention("sdpa_cudnn")
     with pytest.raises(ValueError, match="FlashAttention-3, built from the folder hopper"):
         require_attention("flash_attention_3")
 
 
 def test_a_package_that_is_there_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the name of its module, without importing it."""
+    """It is found by the name of its module, without an import."""
     for name in ("flash_attn", "flash_attn_interface"):
         (tmp_path / f"{name}.py").write_text("raise AssertionError('imported')")
     monkeypatch.syspath_prepend(tmp_path)
@@ -189,7 +191,7 @@ def test_a_package_that_is_there_is_found(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_machine_without_devices_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether there are none, or all are hidden."""
+    """Either there are none, or all are hidden."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     with pytest.raises(ValueError, match="NVML counts none"):
         some_devices(FakeNvml([]))
@@ -199,7 +201,7 @@ def test_a_machine_without_devices_says_so(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_device_without_a_row_is_refused() -> None:
-    """What was measured belongs to a row; the way out is to write one."""
+    """A measurement belongs to a hardware row. The fix is to write one."""
     assert known_device(FakeNvml([device(0)]))[0] == "h100-80gb"
     with pytest.raises(ValueError, match="'NVIDIA L4', which no row"):
         known_device(FakeNvml([device(0, name="NVIDIA L4")]))
@@ -234,8 +236,10 @@ def test_a_device_without_a_row_is_refused() -> None:
         ({"attention": "flash_attention_9"}, ["attention", "flash_attention_9"]),
     ],
 )
-def test_what_only_cuda_has_is_refused_elsewhere(change: dict[str, Any], words: list[str]) -> None:
-    """At load time, in one line."""
+def test_cuda_settings_are_refused_in_other_worlds(
+    change: dict[str, Any], words: list[str]
+) -> None:
+    """They are refused at load time, in one line."""
     with pytest.raises(ValueError, match=re.escape(words[0])) as raised:
         cell(**change)
     assert all(word in str(raised.value) for word in words), str(raised.value)

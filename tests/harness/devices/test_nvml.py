@@ -1,4 +1,4 @@
-"""What NVML says, by a library that says what a test wants."""
+"""Readings of NVML, tested with a fake library."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ FOUR = [device(n) for n in range(4)]
     [
         (None, [0, 1, 2, 3]),
         ("2,0", [2, 0]),
-        ("GPU-333-aaaa,1", [3]),  # the first says of which kind all are
+        ("GPU-333-aaaa,1", [3]),  # the first decides the kind of all
         ("1,GPU-333-aaaa", [1]),
-        ("GPU-1", [1]),  # the beginning that tells it apart
+        ("GPU-1", [1]),  # a unique prefix
         ("", []),
         ("-1", []),
-        ("1,7,2", [1]),  # the first that names nothing ends the list
-        ("1,1", []),  # twice the same empties the list
+        ("1,7,2", [1]),  # an unknown device ends the list
+        ("1,1", []),  # a duplicate empties the list
         ("GPU-1,GPU-111", []),
         ("1gpu2,2ampere", [1, 2]),
-        ("GPU-", []),  # names them all, so none
+        ("GPU-", []),  # a prefix of all names selects none
     ],
 )
 def test_visible_devices_are_those_of_cuda(asked: str | None, indices: list[int]) -> None:
-    """Indices and UUIDs, in the order asked for."""
+    """Indices and UUIDs, in the requested order."""
     assert [d.index for d in visible_devices(FakeNvml(FOUR), asked)] == indices
 
 
@@ -63,7 +63,7 @@ WORDS = [
 
 @pytest.mark.parametrize("first", [*WORDS, "GPU-111-aaaa", "MIG-0"])
 def test_torch_sees_the_same_devices(first: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every list of up to three words, read by us and by what torch reads before CUDA starts."""
+    """Every list of up to three words means the same to us and to torch before CUDA starts."""
     fake = FakeNvml(FOUR)
     uuids = [each["uuid"] for each in FOUR]
     lists = [",".join([first, *rest]) for n in range(3) for rest in product(WORDS, repeat=n)]
@@ -78,15 +78,15 @@ def test_torch_sees_the_same_devices(first: str, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("asked", ["1", "GPU-1"])
-def test_a_lost_device_is_no_matter_to_others(asked: str) -> None:
-    """It keeps its number, so that others keep theirs."""
+def test_a_lost_device_does_not_affect_others(asked: str) -> None:
+    """It keeps its index, so the indices of others do not change."""
     fake = FakeNvml([device(0, lost=True), device(1)])
     assert [d.index for d in visible_devices(fake, asked)] == [1]
 
 
 @pytest.mark.parametrize("asked", [None, "0", "1,0"])
-def test_a_lost_device_that_is_asked_for_is_one_line(asked: str | None) -> None:
-    """Naming it and the way out."""
+def test_selecting_a_lost_device_is_a_one_line_error(asked: str | None) -> None:
+    """The error names the device and a fix."""
     fake = FakeNvml([device(0, lost=True), device(1)])
     said = r"device 0 does not answer \(NVML: GPU is lost\).*CUDA_VISIBLE_DEVICES"
     with pytest.raises(ValueError, match=said):
@@ -94,22 +94,22 @@ def test_a_lost_device_that_is_asked_for_is_one_line(asked: str | None) -> None:
 
 
 def test_a_device_that_shares_the_hosts_memory_has_none_of_its_own() -> None:
-    """Its memory is not told, never 0; clocks and processes are read as of any other."""
+    """Its memory is None, not 0. Clocks and processes are read as for any other device."""
     (read,) = watched([device(0, unified=True, mhz=2000, processes=[{}, {11: 2 * GIB}])], None)
     (section,) = read.sections
     assert (read.device.memory_bytes, read.before_bytes, section.used_bytes) == (None, None, None)
     assert (section.sm_hz, section.process_bytes) == ([2e9, 2e9], 2 * GIB)
 
 
-def test_a_process_whose_memory_is_not_told_is_not_zero() -> None:
-    """The sum over processes is not told either, though NVML tells of others or at other times."""
+def test_unreported_process_memory_is_none() -> None:
+    """The sum over processes is None, too, even if other processes or other readings report memory."""
     found = [{}, {11: 2 * GIB}, {11: 2 * GIB, 12: None}]
     (read,) = watched([device(0, processes=found)], "pids 11 12", None, None)
     assert read.sections[0].process_bytes is None
 
 
-def test_a_part_of_a_split_device_is_told_by_its_uuid_and_its_name() -> None:
-    """MIG: an index is the first part; each part is visible by its own name; a whole one beside it too."""
+def test_mig_instances_are_selected_by_index_and_uuid() -> None:
+    """An index is the first MIG instance, and each instance is visible by its UUID, beside a device without MIG."""
     parts = [{"uuid": f"MIG-{n}", "name": f"{H100} MIG 1g.10gb"} for n in range(2)]
     fake = FakeNvml([device(0, mig=parts), device(1, mig=[])])
     first, second = visible_devices(fake, None)
@@ -120,8 +120,8 @@ def test_a_part_of_a_split_device_is_told_by_its_uuid_and_its_name() -> None:
     assert (other.index, other.part) == (0, 1)
 
 
-def test_absent_library_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is missing is named: the package, or the driver behind it."""
+def test_a_missing_library_is_a_one_line_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names what is missing: the package, or the driver."""
     import pynvml
 
     def fail() -> None:
@@ -136,21 +136,21 @@ def test_absent_library_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def spoken(*lines: str | None) -> Iterator[str | None]:
-    """What `watch` hears, and the end."""
+    """`next_line` for `watch`: the given lines, then the end."""
     yield from lines
     yield ""
 
 
 def watched(devices: list[dict[str, Any]], *lines: str | None) -> list[DeviceReadings]:
-    """What `watch` makes of devices and lines; a second passes between two looks at the clock."""
+    """Results of `watch` for devices and lines. The fake clock advances by a second per reading."""
     fake = FakeNvml(devices)
     script, ticks = spoken(*lines), iter(range(1000))
     found = visible_devices(fake, None)
     return watch(fake, found, lambda _: next(script), lambda: next(ticks), lambda _: None)
 
 
-def test_sections_hold_the_extremes_of_what_was_done_meanwhile() -> None:
-    """Memory, clocks, power, temperature and throttling of each thing that rank 0 reports."""
+def test_sections_have_the_extremes_of_their_readings() -> None:
+    """Memory, clocks, power, temperature and throttling during each activity that rank 0 reports."""
     one = device(
         0,
         used=[GIB, 3 * GIB, 9 * GIB, 4 * GIB],
@@ -161,7 +161,7 @@ def test_sections_hold_the_extremes_of_what_was_done_meanwhile() -> None:
         reasons=4 | 64 | 1,
         processes={11: 2 * GIB},
     )
-    # The first memory reading describes the device, the second is from before the run.
+    # The first memory reading describes the device. The second is the one before the run.
     one["used"].insert(0, GIB)
     one["processes"] = [{}, {11: 2 * GIB}]
     (read,) = watched([one], "pids 11", None, "memory step, forward", None)
@@ -177,8 +177,8 @@ def test_sections_hold_the_extremes_of_what_was_done_meanwhile() -> None:
     assert read.strangers == []
 
 
-def test_whoever_is_leaving_the_device_is_no_stranger() -> None:
-    """The processes of the cell before may take a moment to be gone."""
+def test_exiting_processes_are_no_strangers() -> None:
+    """Processes of the previous cell may take a moment to exit."""
     leaving = device(0, used=[9 * GIB, 9 * GIB, GIB], moves=True, processes=[{7: None}, {}])
     (read,) = watched([leaving], "pids 11", None)
     assert (read.before_bytes, read.strangers) == (GIB, [])
@@ -187,8 +187,8 @@ def test_whoever_is_leaving_the_device_is_no_stranger() -> None:
     assert read.strangers == ["9.0 GiB in use before the run"]
 
 
-def test_what_a_device_does_not_tell_is_none() -> None:
-    """A MIG instance has no clock, power or temperature of its own."""
+def test_unsupported_readings_are_none() -> None:
+    """A MIG instance has no clock, power or temperature."""
     (read,) = watched([device(0)], None)
     (section,) = read.sections
     assert (section.sm_hz, section.watts, section.celsius, section.throttled) == (
@@ -201,7 +201,7 @@ def test_what_a_device_does_not_tell_is_none() -> None:
 
 
 def test_several_devices_are_watched_apart() -> None:
-    """Each has its own readings."""
+    """Each device has its own readings."""
     reads = watched([device(0, used=[GIB]), device(1, used=[5 * GIB])], None)
     assert [r.sections[0].used_bytes for r in reads] == [GIB, 5 * GIB]
 
@@ -215,35 +215,35 @@ READING = nvml.Reading(
     ("before", "seen", "ours", "found"),
     [
         ({}, {11: 1}, {11}, 0),
-        ({}, {11: 2, 99: 2}, {11}, 1),  # somebody came
-        ({99: None}, {99: 1, 11: 2}, {11}, 1),  # somebody was there
-        ({}, {71_234: 1}, {11}, 0),  # a container: ours under the host's number
-        ({}, {71_234: 2, 71_999: 2}, {11}, 1),  # and somebody beside it
+        ({}, {11: 2, 99: 2}, {11}, 1),  # a stranger during the run
+        ({99: None}, {99: 1, 11: 2}, {11}, 1),  # a stranger before the run
+        ({}, {71_234: 1}, {11}, 0),  # a container: our process under the host's id
+        ({}, {71_234: 2, 71_999: 2}, {11}, 1),  # our process and a stranger
         ({}, {}, {11}, 0),  # a container that hides all processes
     ],
 )
 def test_strangers_are_found(
     before: dict[int, int | None], seen: dict[int, int], ours: set[int], found: int
 ) -> None:
-    """Whoever is not of the run, by process id or, where those are another machine's, by number."""
+    """Strangers are found by process id, or by their number if the ids are the host's."""
     reading = READING.model_copy(update={"processes": before})
     assert len(strangers(reading, seen, ours)) == found
 
 
 def test_memory_in_use_before_a_run_is_a_stranger() -> None:
-    """Where processes are hidden, the memory they hold still shows."""
+    """The memory of hidden processes still shows."""
     reading = READING.model_copy(update={"used_bytes": 30 * GIB})
     assert strangers(reading, {}, {11}) == ["30.0 GiB in use before the run"]
 
 
 def test_throttle_reasons_have_nvmls_names() -> None:
-    """An idle clock is none."""
+    """An idle clock is not a throttle reason."""
     assert throttle_reasons(FakeNvml([]), 1) == []
     assert throttle_reasons(FakeNvml([]), 4) == ["SwPowerCap"]
 
 
 def test_the_real_library_names_its_reasons() -> None:
-    """The constants that `throttle_reasons` looks for are those of the installed package."""
+    """The installed package has the constants that `throttle_reasons` looks for."""
     import pynvml
 
     assert throttle_reasons(pynvml, 0x4 | 0x40) == ["SwPowerCap", "HwThermalSlowdown"]
@@ -253,7 +253,7 @@ def test_the_real_library_names_its_reasons() -> None:
 
 
 def test_lines_are_read_as_they_come() -> None:
-    """Half a line is none yet, two at once are two, and the end is the end."""
+    """Half a line gives None, two lines at once give two, and the end of the input gives ""."""
     reader, writer = os.pipe()
     with io.FileIO(reader) as stream, io.FileIO(writer, "w") as out:
         next_line = lines_of(stream.fileno())
@@ -267,8 +267,8 @@ def test_lines_are_read_as_they_come() -> None:
         assert next_line(0) == ""
 
 
-def test_a_device_survives_the_way_to_the_sampler() -> None:
-    """The sampler gets its devices as JSON."""
+def test_a_device_is_passed_to_the_sampler() -> None:
+    """The sampler gets its devices as JSON and reads them back equal."""
     (found,) = visible_devices(FakeNvml([device(0)]), None)
     assert Device(**found.model_dump()) == found
 
@@ -289,7 +289,7 @@ def nvmlInit():
 def test_the_sampler_is_a_process_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It hears what rank 0 of a run does, and its readings come back when the run has ended."""
+    """It gets the progress of rank 0, and its readings arrive when the run has ended."""
     (tmp_path / "pynvml.py").write_text(STAND_IN)
     helpers = Path(__file__).parents[2]
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{helpers}")
@@ -304,17 +304,17 @@ def test_the_sampler_is_a_process_of_its_own(
 
 
 def test_without_devices_nothing_is_watched() -> None:
-    """Runs on other hardware start no process."""
+    """Runs on other hardware start no sampler process."""
     with Sampler([]) as sampler:
         sampler.hear({"event": "started", "pids": [11]})
     assert sampler.readings == []
     assert not sampler.ended_early
 
 
-def test_a_watcher_that_dies_is_told_from_one_that_saw_nothing(
+def test_a_dead_sampler_is_told_from_one_without_findings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else a record would say nothing of who else was on the devices, and look like any other."""
+    """Otherwise a record would not mention strangers and look like any other."""
     (tmp_path / "pynvml.py").write_text("raise ImportError('no driver any more')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     one = Device(index=0, uuid="GPU-0", name=H100, memory_bytes=80 * GIB)
@@ -323,8 +323,8 @@ def test_a_watcher_that_dies_is_told_from_one_that_saw_nothing(
     assert sampler.ended_early
 
 
-def test_a_device_that_is_lost_meanwhile_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The watcher ends without a traceback; the run learns that it was not watched."""
+def test_losing_a_device_during_a_run_is_a_one_line_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sampler ends without a traceback, and the run learns that it was not watched."""
     one = device(0)
     (found,) = visible_devices(FakeNvml([one]), None)
     monkeypatch.setattr(sampler, "library", lambda: FakeNvml([{**one, "lost": True}]))

@@ -1,4 +1,4 @@
-"""FLOPs equal counts by hand, and the paper's own numbers."""
+"""FLOPs equal counts by hand and the paper's own numbers."""
 
 from __future__ import annotations
 
@@ -31,37 +31,37 @@ TINY = Shape(
 
 
 def published() -> list[dict[str, str]]:
-    """The paper's step times with the lengths they imply."""
+    """The paper's step times and the lengths that they imply."""
     path = Path(__file__).parents[3] / "experiments/published/alst_tflops_crosscheck.csv"
     with path.open() as file:
         return list(csv.DictReader(file))
 
 
 def test_attention_counts_visible_pairs() -> None:
-    """3 tokens see 1 + 2 + 3 keys; a pair costs one product of D in q k^T and one in p v, per layer."""
+    """3 tokens see 1 + 2 + 3 keys. A pair has one product of D in q k^T and one in p v, per layer."""
     assert attention_forward(TINY, 3) == 2 * 6 * 2 * (2 * 3)
 
 
 def test_linear_counts_each_multiplied_parameter_once() -> None:
-    """The embedding is read, not multiplied."""
+    """The embedding is a lookup without multiplication."""
     assert linear_forward(TINY, 5) == 2 * 6 * 5
     assert model_causal(TINY, 3) == 3 * (2 * 6 * 3 + attention_forward(TINY, 3))
 
 
 @pytest.mark.parametrize("row", published(), ids=lambda row: row["case"])
 def test_paper_formula_gives_the_papers_tflops(row: dict[str, str]) -> None:
-    """Formula over printed time is the printed TFLOPS to 1 %, at the length the recipe ran."""
+    """The formula divided by the printed time is the printed TFLOPS to 1 %, at the recipe's length."""
     seqlen, gpus = int(row["recipe_max_length_tokens"]), int(row["num_gpus"])
     flops = paper_formula(LLAMA_8B, seqlen) * int(row["dp_degree"]) / gpus
     low, high = int(row["iteration_time_s_truncated"]), int(row["iteration_time_s_truncated"]) + 1
     reported = float(row["reported_tflops_per_gpu"]) * 1e12
-    # The 8-GPU baseline alone is off: its printed time and TFLOPS fit no length of its recipe.
+    # Only the 8-GPU baseline is off: its printed time and TFLOPS match no length of its recipe.
     slack = 0.04 if row["case"] == "8gpu_baseline" else 0.01
     assert flops / high * (1 - slack) <= reported <= flops / low * (1 + slack)
 
 
 def test_step_time_model_is_fitted_on_its_named_rows_and_holds_on_the_long_others() -> None:
-    """0.5 % on the two rows of the fit; 6 % on every other row beyond 100,000 tokens."""
+    """The error is 0.5 % on the two fitted rows and at most 6 % on all other rows beyond 100,000 tokens."""
     for row in published():
         seqlen, gpus = int(row["recipe_max_length_tokens"]), int(row["num_gpus"])
         modelled = (

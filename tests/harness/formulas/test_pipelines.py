@@ -1,4 +1,4 @@
-"""Pipelines at published sizes: parameters as the model has, bytes and times as the formulas say."""
+"""Pipelines at published sizes: parameters of the model, bytes and times of the formulas."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from harness.records.published import look_up
 
 
 def run(slices: int = 4, pp: int = 8, world_size: int = 8, **settings: Any) -> TrainConfig:
-    """2.7B on eight stages, no dp, 16 micro-batches of 16K tokens."""
+    """A 2.7B model on eight stages, without dp, with 16 micro-batches of 16K tokens."""
     return TrainConfig(
         **{
             "model": "gpt-2.7b",
@@ -36,19 +36,19 @@ def run(slices: int = 4, pp: int = 8, world_size: int = 8, **settings: Any) -> T
 
 
 def test_parameters_are_those_of_the_model() -> None:
-    """Counted without building it."""
+    """The count needs no model."""
     assert pipelines.parameters_of(published("gpt-2.7b")) == 2_775_208_960
 
 
 def test_bytes_of_1f1b_are_those_of_as_many_micro_batches_as_stages() -> None:
-    """The first stage holds P of them, in L / P layers each: 34 bytes of every layer."""
+    """The first stage holds P micro-batches in L / P layers, with 34 bytes for each layer."""
     held = pipelines.held(pipelines.staged(run(slices=1), 1, "a100-80gb"))
     assert held["activations"] == 34 * 2560 * 32 * 16_384
     assert held["optimizer"] == 12 * 2_775_208_960 // 8
 
 
 def test_slices_hold_fewer_bytes() -> None:
-    """(P + k - 1) / k of a micro-batch, by length a little more: early slices are the long ones."""
+    """Slices hold (P + k - 1) / k of a micro-batch, and slightly more because early slices are longer."""
     whole, sliced = (
         pipelines.held(pipelines.staged(run(slices=k), 1, "a100-80gb"))["activations"]
         for k in (1, 4)
@@ -57,7 +57,7 @@ def test_slices_hold_fewer_bytes() -> None:
 
 
 def test_tensor_parallel_ranks_and_replicas_share() -> None:
-    """Work and bytes over tp, optimizer states over dp."""
+    """Work and bytes are divided by tp, optimizer states also by dp."""
     one = pipelines.staged(run(), 1, "a100-80gb")
     many = pipelines.staged(run(world_size=64), 4, "a100-80gb")
     assert (many.tp, many.dp) == (4, 2)
@@ -68,7 +68,7 @@ def test_tensor_parallel_ranks_and_replicas_share() -> None:
 
 
 def test_equal_work_waits_less_than_equal_length() -> None:
-    """That is what computation-wise slices are for."""
+    """This is the purpose of slices of equal work."""
     by = {
         split: pipelines.staged(
             run(method={"name": "seq1f1b", "pp": 8, "slices": 4, "split": split}, seqlen=131_072),
@@ -95,16 +95,16 @@ def test_equal_work_waits_less_than_equal_length() -> None:
         ({}, {"tp": 3}, r"pp x tp \(8 x 3\) must divide world_size \(8\)"),
     ],
 )
-def test_what_cannot_be_played_is_refused(
+def test_impossible_schedules_are_refused(
     settings: dict[str, Any], simulation: dict[str, Any], message: str
 ) -> None:
-    """In words."""
+    """The error is one line."""
     with pytest.raises(ValueError, match=message):
         pipelines.staged(run(**settings), simulation.get("tp", 1), "a100-80gb")
 
 
 def test_tp_is_for_schedules() -> None:
-    """No method is tensor-parallel."""
+    """No method is tensor-parallel, so only world `schedule` takes tp."""
     with pytest.raises(ValueError, match=r"tp \(2\) is for world 'schedule'"):
         make_cell(
             {
@@ -118,8 +118,8 @@ def test_tp_is_for_schedules() -> None:
         )
 
 
-def test_the_fitted_row_is_met_and_the_gain_from_more_micro_batches_is_as_published() -> None:
-    """1F1B gains 15 % from twice as many, slices 4 %: four stages, no other number, say so."""
+def test_the_fitted_row_and_the_gain_from_more_micro_batches_are_as_published() -> None:
+    """Twice as many micro-batches gain 15 % for 1F1B and 4 % for slices, with four stages only."""
     experiment = load_experiment(paths.experiment("seq1f1b"))
     cells = experiment.cells()
     ours, theirs = {}, {}
@@ -139,7 +139,7 @@ def test_the_fitted_row_is_met_and_the_gain_from_more_micro_batches_is_as_publis
 
 
 def test_waiting_of_equal_units() -> None:
-    """(P - 1) / (M k + P - 1); a method without stages never waits."""
+    """The bubble is (P - 1) / (M k + P - 1). A method without stages has none."""
     assert pipelines.waiting(run()) == pytest.approx(7 / (16 * 4 + 7))
     assert pipelines.waiting(run(method="baseline")) == 0
 
@@ -147,8 +147,10 @@ def test_waiting_of_equal_units() -> None:
 @pytest.mark.phantom
 @pytest.mark.skipif(bool(missing()), reason=missing() or "all there")
 @pytest.mark.parametrize("slices", [1, 4])
-def test_what_the_executor_holds_is_about_what_the_formula_says(slices: int) -> None:
-    """In forward of a first stage of the same kind of model on a phantom device: a fifth more at most, nothing less."""
+def test_the_executor_holds_about_the_bytes_of_the_formula(slices: int) -> None:
+    """In forward of the first stage of such a model, a phantom device shows at least the formula's
+    bytes and at most 20 % more.
+    """
     narrow = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16}
     of = cell(
         model="gpt-2.7b",
@@ -166,7 +168,8 @@ def test_what_the_executor_holds_is_about_what_the_formula_says(slices: int) -> 
     assert readings.num_parameters is not None
     (memory,) = readings.memory
     assert memory.cuda is not None
-    # Parameters and states rest there; gradients, two bytes each, come with the first backward.
+    # Parameters and states are in the resting bytes. Gradients, two bytes each, appear in the first
+    # backward.
     counted = (
         memory.cuda.allocated_bytes["forward"] - memory.resting_bytes - 2 * readings.num_parameters
     )
@@ -175,7 +178,7 @@ def test_what_the_executor_holds_is_about_what_the_formula_says(slices: int) -> 
 
 
 def test_tokens_of_a_step_are_those_of_all_replicas() -> None:
-    """Tensor-parallel ranks see the same ones."""
+    """Tensor-parallel ranks see the same tokens."""
     experiment = load_experiment(paths.experiment("seq1f1b"))
     key = next(key for key, claim in experiment.claims() if claim.id == pipelines.FITTED_ON)
     assert tokens_of_step(experiment.cells()[key]) == 8 * 32_768

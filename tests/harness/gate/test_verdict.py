@@ -1,4 +1,4 @@
-"""The gradient gate: what passes, what fails, what a failure says."""
+"""The gradient gate: passes, failures and messages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from harness.records.record import RankEvidence
 
 
 def test_epsilons_are_those_of_the_dtypes() -> None:
-    """The table that needs no torch says what torch says."""
+    """The table that works without torch has torch's values."""
     assert all(torch.finfo(getattr(torch, name)).eps == eps for name, eps in EPSILON.items())
 
 
@@ -35,7 +35,7 @@ EVIDENCE = RankEvidence(local_seqlen=25, tiles=3, exchanges=4, offloaded_bytes=5
 
 @pytest.fixture
 def truth(tmp_path: Path) -> Path:
-    """Truth of two parameters, one of which has no gradient; loss 2."""
+    """True gradients of two parameters, one of them zero; loss 2."""
     path = tmp_path / "truth.safetensors"
     tensors = {"a": torch.arange(6.0), "zero": torch.zeros(3), "loss": torch.tensor(2.0)}
     save_file({name: tensor.double() for name, tensor in tensors.items()}, path)
@@ -48,7 +48,7 @@ def ours(scale: float = 1.0) -> dict[str, Tensor]:
 
 
 def test_equal_gradients_pass(truth: Path) -> None:
-    """The truth itself passes, and a zero gradient has neither ratio nor cosine."""
+    """The true gradients pass. A zero gradient has no ratio and no cosine."""
     gate = compare(ours(), 2.0, Truth(exact=str(truth)), TRAIN)
     assert gate.passed
     assert [p.ratio for p in gate.parameters] == [1.0, None]
@@ -56,7 +56,7 @@ def test_equal_gradients_pass(truth: Path) -> None:
 
 @pytest.mark.parametrize("scale", [1 + 2e-5, 1 - 2e-5, -1.0, 4.0])
 def test_wrong_scale_fails(truth: Path, scale: float) -> None:
-    """A factor beyond the tolerance fails, and so does a wrong sign, which has the right norm."""
+    """A factor beyond the tolerance fails. So does a wrong sign, which keeps the norm."""
     assert not compare(ours(scale), 2.0, Truth(exact=str(truth)), TRAIN).passed
 
 
@@ -70,7 +70,7 @@ def test_wrong_direction_fails(truth: Path) -> None:
 
 @pytest.mark.parametrize(("value", "passed"), [(1e-8, True), (1e-6, False)])
 def test_nonzero_where_the_truth_is_zero_fails(truth: Path, value: float, passed: bool) -> None:
-    """A gradient is wrong where there must be none, once it is more than the dtype rounds off beside it."""
+    """Where the true gradient is zero, ours fails if it exceeds the rounding error of the layer's largest gradient."""
     gate = compare({**ours(), "zero": torch.full((3,), value)}, 2.0, Truth(exact=str(truth)), TRAIN)
     assert gate.passed == passed
     zero = gate.parameters[1]
@@ -84,7 +84,7 @@ def test_nonzero_where_the_truth_is_zero_fails(truth: Path, value: float, passed
 
 
 def test_nonzero_where_all_gradients_are_zero_fails(tmp_path: Path) -> None:
-    """Nothing is rounded off where there is nothing, as where all labels are masked."""
+    """If all gradients are zero, as with all labels masked, there is no rounding error."""
     save_file({"a": torch.zeros(3).double(), "loss": torch.zeros(()).double()}, tmp_path / "t")
     truth = Truth(exact=str(tmp_path / "t"))
     assert compare({"a": torch.zeros(3)}, 0.0, truth, TRAIN).passed
@@ -104,7 +104,9 @@ LAYERS = {
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", [name for name in LAYERS if name != "layers.1.noise"])
 def test_a_zeroed_gradient_above_the_noise_fails(dtype: DType, name: str, tmp_path: Path) -> None:
-    """However small beside its layer or other layers; what bf16 rounds off must not hide it either."""
+    """It fails however small it is beside its layer or other layers. The rounding error of bf16
+    must not hide it either.
+    """
     truth = {n: torch.full((4,), norm / 2).double() for n, norm in LAYERS.items()}
     path = str(tmp_path / "truth.safetensors")
     save_file({**truth, "loss": torch.tensor(2.0).double()}, path)
@@ -123,14 +125,14 @@ ZEROS = {
     "two tokens": ("tiny-llama", {"seqlen": 2}, "k_proj.weight"),
     "key bias without positions": ("smollm3", {}, "k_proj.bias"),
 }
-"""Where a gradient is zero: every query sees one key, or all keys move together."""
+"""Cases with zero gradients: every query sees one key, or all keys move together."""
 
 
 @pytest.mark.parametrize("case", ZEROS)
 def test_rounding_where_the_mathematics_gives_zero_passes(
     case: str, tmp_path: Path, ranks: Ranks
 ) -> None:
-    """Nothing is wrong, so nothing is called wrong; what is not zero is judged as always."""
+    """Rounding errors of a zero gradient pass. Larger values still fail."""
     model, settings, name = ZEROS[case]
     if model == "smollm3":
         fields = published("tiny-llama") | {
@@ -158,20 +160,20 @@ def test_rounding_where_the_mathematics_gives_zero_passes(
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_not_finite_fails(truth: Path, value: float) -> None:
-    """NaN does not slip through comparisons, whatever they compare."""
+    """NaN fails, although every comparison with it is false."""
     gate = compare({**ours(), "a": torch.full((6,), value)}, 2.0, Truth(exact=str(truth)), TRAIN)
     assert not gate.passed
 
 
 def test_missing_gradient_counts_as_zero(truth: Path) -> None:
-    """A parameter that got no gradient fails where the truth has one."""
+    """A parameter without a gradient fails if the true gradient is not zero."""
     gate = compare({"zero": torch.zeros(3)}, 2.0, Truth(exact=str(truth)), TRAIN)
     assert not gate.passed
     assert gate.worst.ratio == 0.0
 
 
 def test_wrong_loss_fails(truth: Path) -> None:
-    """Right gradients of a wrong loss are not a pass."""
+    """Right gradients with a wrong loss do not pass."""
     assert not compare(ours(), 2.1, Truth(exact=str(truth)), TRAIN).passed
 
 
@@ -185,21 +187,21 @@ def test_wrong_loss_fails(truth: Path) -> None:
         (200.0, "tokens"),
     ],
 )
-def test_ratio_that_is_a_known_quantity_is_named(ratio: float, said: str) -> None:
-    """Factors that wrong code multiplies by are told by name."""
+def test_a_ratio_of_a_known_quantity_is_named(ratio: float, said: str) -> None:
+    """The message names common wrong factors."""
     factor = known_factor(ratio, TRAIN)
     assert factor is not None
     assert re.search(said, factor)
 
 
 def test_other_ratio_is_not_named() -> None:
-    """A ratio that means nothing gets no story."""
+    """The message gives no explanation for any other ratio."""
     assert known_factor(1.37, TRAIN) is None
 
 
 @pytest.mark.parametrize("counter", ["tiles", "exchanges", "offloaded_bytes", "local_seqlen"])
 def test_method_that_did_nothing_is_caught(counter: str) -> None:
-    """A counter that stays at zero on one rank breaks the promise of the method's options."""
+    """A counter that stays at zero on one rank contradicts the method's options."""
     idle = EVIDENCE.model_copy(update={counter: 0})
     (problem,) = broken_promises(TRAIN, [EVIDENCE, idle])
     assert counter in problem
@@ -207,7 +209,7 @@ def test_method_that_did_nothing_is_caught(counter: str) -> None:
 
 
 def test_unsharded_sequence_is_caught() -> None:
-    """A rank that saw more than its share broke the promise."""
+    """A rank that saw more than its share contradicts the method's options."""
     whole = EVIDENCE.model_copy(update={"local_seqlen": 100})
     assert broken_promises(TRAIN, [whole])
     assert not broken_promises(TRAIN, [EVIDENCE])
@@ -215,7 +217,7 @@ def test_unsharded_sequence_is_caught() -> None:
 
 @pytest.mark.parametrize(("ratio", "said"), [(63.0, "labels"), (31.5, "labels / sp")])
 def test_the_number_of_labels_is_a_known_quantity(ratio: float, said: str) -> None:
-    """One less than the tokens of each sample, where nothing is masked."""
+    """It is one less than the tokens of each sample if nothing is masked."""
     train = TRAIN.model_copy(update={"seqlen": 64, "world_size": 2, "method": SP2})
     assert said in str(known_factor(ratio, train))
     masked = train.model_copy(update={"data": DataConfig(mask="prefix")})

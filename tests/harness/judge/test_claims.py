@@ -1,4 +1,4 @@
-"""Published numbers beside ours, and what moved between two sets of records."""
+"""Published numbers beside ours, and changes between two sets of records."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ figures: [feature_ablation]
 
 
 def held(nbytes: int, location: str = "layer.py:10") -> Holding:
-    """Bytes of one line."""
+    """A holding with the bytes of one line."""
     return Holding(
         category="activations",
         operator="aten::add",
@@ -52,7 +52,7 @@ def held(nbytes: int, location: str = "layer.py:10") -> Holding:
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Measurement:
-    """A checkout with one simulated cell that stands for one published number, and its record."""
+    """A checkout with one simulated cell for one published number, and its record."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("CI", raising=False)
     record.write_text(paths.experiment("told"), YAML)
@@ -67,7 +67,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Measurement:
 
 
 def keep(m: Measurement, folder: Path) -> None:
-    """Write `m` where its command looks for it."""
+    """Write `m` to the path that its command reads."""
     record.write(folder / f"{m.cell.key}.json", m)
 
 
@@ -86,7 +86,7 @@ def keep(m: Measurement, folder: Path) -> None:
 def test_a_verdict_follows_from_the_error(
     quantity: Any, ours: float | None, verdict: Verdict
 ) -> None:
-    """Ten per cent either way is reproduced; only a length can be longer."""
+    """Up to ten per cent either way is reproduced. Only a length can be longer."""
     assert judge(quantity, 100.0, ours) is verdict
 
 
@@ -122,7 +122,7 @@ def test_fitted_and_absent_numbers_count_nowhere_else() -> None:
 
 
 def test_every_committed_claim_finds_its_published_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tables and rows that experiments name exist, and all of Table 1 and Tables 2 to 4 is there."""
+    """The tables and rows that experiments name exist. Together they have all of Table 1 and Tables 2 to 4."""
     monkeypatch.chdir(ROOT)
     found = [
         each
@@ -138,7 +138,7 @@ def test_every_committed_claim_finds_its_published_number(monkeypatch: pytest.Mo
 
 
 def test_rows_of_the_time_model_are_marked_as_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the two rates were fitted on does not count as evidence."""
+    """Rows that the two rates were fitted on do not count as evidence."""
     from harness.formulas.roofline import FITTED_ON
 
     monkeypatch.chdir(ROOT)
@@ -173,7 +173,7 @@ figures: []
 
 
 def test_a_ratio_is_of_two_longest_sequences(checkout: Measurement) -> None:
-    """Of the cell's and of the claim's that it is over; without the other there is none."""
+    """It is the cell's longest sequence over that of the claim `over`. Without the latter there is no ratio."""
     record.write_text(paths.published("told"), "name,tokens,ratio\nours,1000,12\n")
     record.write_text(paths.experiment("told"), RATIO)
     base, times = load_experiment(paths.experiment("told")).cells().values()
@@ -188,7 +188,7 @@ def test_a_ratio_is_of_two_longest_sequences(checkout: Measurement) -> None:
 
 @pytest.mark.parametrize(("old", "new"), [(", over: base", ""), ("over: base", "over: nobody")])
 def test_a_ratio_without_its_base_is_refused(checkout: Measurement, old: str, new: str) -> None:
-    """When the experiment is read."""
+    """It is refused when the experiment is read."""
     record.write_text(paths.experiment("told"), RATIO.replace(old, new))
     with pytest.raises(ValueError, match="claim 'times': over is"):
         load_experiment(paths.experiment("told"))
@@ -206,7 +206,7 @@ def test_a_ratio_without_its_base_is_refused(checkout: Measurement, old: str, ne
 def test_a_claim_without_its_number_is_refused(
     checkout: Measurement, table: str, row: dict[str, Any], column: str, word: str
 ) -> None:
-    """The message names what is missing."""
+    """The message names the missing table, row or column."""
     with pytest.raises(ValueError, match=word):
         look_up(table, row, column)
 
@@ -214,7 +214,7 @@ def test_a_claim_without_its_number_is_refused(
 def test_claims_print_the_stable_keys(
     checkout: Measurement, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One object per number, with the keys that others rely on."""
+    """Prints one object per number, with the documented keys."""
     keep(checkout, paths.cells("told"))
     keep(checkout, paths.REFERENCE / "h100-80gb" / "told")
     assert command.claims(as_json=True) == 0
@@ -236,7 +236,7 @@ def test_claims_print_the_stable_keys(
 def test_a_regression_is_named_and_fails(
     checkout: Measurement, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A shorter longest sequence than the committed one: exit code 1, with operator and line."""
+    """A longest sequence shorter than the committed one gives exit code 1, with operator and line."""
     keep(checkout, paths.REFERENCE / "h100-80gb" / "told")
     grew = [held(2**30), held(2**29, "layer.py:12")]
     keep(
@@ -252,7 +252,7 @@ def test_a_regression_is_named_and_fails(
 def test_committed_records_are_judged_where_there_are_no_others(
     checkout: Measurement, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nothing runs; a record of RESULTS stands before the committed one, and what is missing is told."""
+    """Nothing runs. A record in `--results` comes before the committed one, and missing records are listed."""
     assert checkout.simulated is not None
     of_other_code = checkout.simulated.model_copy(update={"code": "0"})
     keep(
@@ -276,7 +276,7 @@ def test_committed_records_are_judged_where_there_are_no_others(
 def test_a_record_of_other_code_is_no_regression(
     checkout: Measurement, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It says nothing of the code there is."""
+    """It does not show how the current code performs."""
     keep(checkout, paths.REFERENCE / "h100-80gb" / "told")
     worse = simulated(checkout.cell, longest=900)
     assert worse.simulated is not None
@@ -288,15 +288,15 @@ def test_a_record_of_other_code_is_no_regression(
     assert "1 records are of other code" in capsys.readouterr().err
 
 
-def test_confirming_nothing_is_refused(checkout: Measurement) -> None:
-    """No GPU has measured a cell of this experiment."""
+def test_confirm_without_gpu_records_is_refused(checkout: Measurement) -> None:
+    """No cell of this experiment was measured on a GPU."""
     keep(checkout, paths.cells("told"))
     with pytest.raises(ValueError, match="told: no cell has both"):
         gpu.confirm("told")
 
 
 def test_compare_needs_records_in_common(checkout: Measurement, tmp_path: Path) -> None:
-    """Folders that do not exist, hold no record or no common cell are refused in words."""
+    """Folders that do not exist, have no record or have no common cell are refused in one line."""
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no such folder"):
         command.compare(tmp_path / "absent", tmp_path)
@@ -310,32 +310,32 @@ def test_compare_needs_records_in_common(checkout: Measurement, tmp_path: Path) 
 
 
 def moved(before: Measurement, after: Measurement) -> list[Change]:
-    """Changes of one cell."""
+    """Changes between two records of one cell."""
     return changes({"key": before}, {"key": after})
 
 
 def test_brackets_that_overlap_are_no_change(checkout: Measurement) -> None:
-    """A search ends at a precision; within it, lengths are the same."""
+    """A search has a finite precision. Lengths within it are equal."""
     assert not moved(checkout, simulated(checkout.cell, longest=1_005, holdings=[held(2**30)]))
     (change,) = moved(checkout, simulated(checkout.cell, longest=1_010))
     assert not change.worse
 
 
 def test_one_byte_per_token_is_noticed(checkout: Measurement) -> None:
-    """The slope is compared, not only the length."""
+    """The slope is compared as well as the length."""
     (change,) = moved(checkout, simulated(checkout.cell, slope=101.0))
     assert (change.quantity, change.worse) == ("bytes_per_local_token", True)
 
 
 def test_lines_that_moved_within_a_file_are_not_growth() -> None:
-    """An edit above a line changes its number and nothing else."""
+    """An edit above a line changes only its number."""
     assert grown([held(5, "layer.py:10")], [held(5, "layer.py:11")]) == []
 
 
 def test_a_reference_is_replaced_with_a_reason_and_not_in_ci(
     checkout: Measurement, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Numbers that move need a reason, which is kept with the difference; CI may not do it."""
+    """Changed numbers need a reason, which is kept with the difference. CI may not replace them."""
     keep(checkout, paths.cells("told"))
     present.reference("told")
     assert "| one |" in (paths.REFERENCE / "claims.md").read_text()
@@ -353,7 +353,7 @@ def test_a_reference_is_replaced_with_a_reason_and_not_in_ci(
 
 
 def test_a_record_of_other_code_is_simulated_again(checkout: Measurement) -> None:
-    """A simulated number is worth as much as the code that it is of."""
+    """A simulated number is only valid for the code that made it."""
     from harness.run.measure import stale
 
     assert checkout.simulated is not None
@@ -362,7 +362,7 @@ def test_a_record_of_other_code_is_simulated_again(checkout: Measurement) -> Non
     assert stale(checkout.model_copy(update={"simulated": other}))
 
 
-def test_results_carry_the_claims(checkout: Measurement) -> None:
-    """A table of results knows which published numbers its cells stand for."""
+def test_results_have_the_claims(checkout: Measurement) -> None:
+    """The results of an experiment have the published numbers of its cells."""
     results: Results = fresh(paths.experiment("told"))
     assert [claim.id for _, claim in results.claims] == ["one"]

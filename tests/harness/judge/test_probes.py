@@ -1,4 +1,4 @@
-"""Probes of a run that need no reference, and that each notices what it is there for."""
+"""Probes of a run that need no reference, and planted defects that each must find."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ def findings(
     ids=["plain", "zero3", "fsdp2-batch-2", "window", "baseline"],
 )
 def test_right_training_passes_every_probe(settings: dict[str, Any]) -> None:
-    """Sharded, tiled, packed, windowed; and the stock model."""
+    """Sharded, tiled, packed and windowed training, and the stock model."""
     found = findings(**settings)
     assert found.keys() == PROBES
     assert all(finding.passed for finding in found.values()), found
 
 
 def test_findings_give_their_numbers() -> None:
-    """A verdict without numbers could be a probe that looked at nothing."""
+    """Without numbers, a probe that checked nothing would look the same."""
     found = findings()
     assert found["shard length"].detail == "[34] of 67 tokens at sp=2"
     assert "logits 12 rows, MLP 12 rows; a tile has 12" in found["tiles"].detail
@@ -135,7 +135,7 @@ DEFECTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
 
 
 def execute_with_defect(rank: Rank, payload: dict[str, Any]) -> list[dict[str, Any]]:
-    """The probes on a rank in whose process a defect was planted; the process ends with its job."""
+    """Run the probes on a rank with a planted defect. The process ends with its job."""
     plant, _ = DEFECTS[payload["defect"]]
     plant(pytest.MonkeyPatch())
     return probes.execute(rank, payload)
@@ -143,16 +143,16 @@ def execute_with_defect(rank: Rank, payload: dict[str, Any]) -> list[dict[str, A
 
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_a_planted_defect_is_seen_by_its_probe(defect: str) -> None:
-    """Without a reference to compare with."""
+    """There is no reference to compare with."""
     _, probe = DEFECTS[defect]
-    # Without its share of the sequence a rank cannot even cut it into documents.
+    # Without its share of the sequence a rank cannot split it into documents.
     data = {"documents": 3 if probe == "packed documents" else 1}
     found = findings(f"{__name__}:execute_with_defect", defect, data=data)
     assert not found[probe].passed, found
 
 
 def test_a_probe_that_does_not_apply_says_so() -> None:
-    """An unpacked sample, and a model whose tiles follow from its size."""
+    """Examples: an unpacked sample, and a model whose number of tiles follows from its size."""
     found = findings(data={"documents": 1}, method={"name": "alst", "sp": 2})
     assert found["packed documents"].detail == "one document: none to leak to"
     assert found["tiles"].detail == "nothing is tiled by number"

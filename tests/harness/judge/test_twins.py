@@ -1,4 +1,4 @@
-"""What a GPU measured beside what a phantom device read of the same cell."""
+"""A measured cell beside its twin, the same cell on a phantom device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from harness.present.grids.measured import summary
 from harness.present.grids.predicted import twin_grid
 from harness.present.report import section
 from harness.records import record
-from harness.records.metrics import mfu, nvml_bytes
+from harness.records.metrics import value_of
 from harness.records.record import Measurement
 from harness.records.table import Results, gates, measured_part, series
 
@@ -23,7 +23,7 @@ GIB = 2**30
 
 
 def test_a_cell_and_its_twin_are_compared_phase_by_phase() -> None:
-    """Allocated bytes are judged, others are shown; a cell that failed has none."""
+    """Allocated bytes are judged, other bytes are shown. A failed cell has neither."""
     found = [t for t in twins(gpu_sweep()) if t.cell == cuda_cell("alst")]
     assert [(t.quantity, t.judged) for t in found] == [
         ("allocated, forward", True),
@@ -39,12 +39,12 @@ def test_a_cell_and_its_twin_are_compared_phase_by_phase() -> None:
 
 @pytest.mark.parametrize("more", [8, -8])
 def test_a_few_bytes_are_a_miss(more: int) -> None:
-    """Either way, in every phase that differs."""
+    """More and fewer bytes are a miss, in every phase that differs."""
     assert all(t.missed == t.judged for t in twins(gpu_sweep(more)))
 
 
 def test_other_versions_of_torch_are_not_judged() -> None:
-    """Each allocates as it does; the build for processors of one version is that version."""
+    """Each version allocates differently. The CPU build of a version counts as that version."""
     of = cuda_cell()
 
     def found(version: str) -> Results:
@@ -64,7 +64,7 @@ def test_other_versions_of_torch_are_not_judged() -> None:
 
 
 def test_the_heaviest_rank_is_compared() -> None:
-    """A phantom device plays it; a GPU's record has all of them."""
+    """The twin runs only this rank. A GPU's record has all ranks."""
     of = cuda_cell()
     light, heavy = cuda_measurement(of, 8 * GIB), cuda_measurement(of, 16 * GIB)
     assert light.readings is not None
@@ -78,13 +78,13 @@ def test_the_heaviest_rank_is_compared() -> None:
 
 
 def results_of(records: list[Measurement]) -> Results:
-    """An experiment of these cells."""
+    """An experiment with these records."""
     cells = {m.cell.key: m.cell for m in records}
     return Results("x", "", "", [], cells, {m.cell.key: m for m in records})
 
 
 def test_a_twin_has_the_length_of_its_cell() -> None:
-    """A cell is compared with no other's twin."""
+    """A cell is compared only with its own twin."""
     short, long = cuda_cell(seqlen=32_768), cuda_cell(seqlen=131_072)
     found = twins(
         results_of(
@@ -111,13 +111,13 @@ def test_a_twin_has_the_length_of_its_cell() -> None:
     ],
 )
 def test_a_twin_is_the_same_cell(other: dict[str, Any]) -> None:
-    """Of the same kernel, allocator, steps before, engine and device."""
+    """It has the same kernel, allocator, warm-up steps, engine and device."""
     records = [cuda_measurement(cuda_cell()), simulated(twin_of(cuda_cell(**other)))]
     assert twins(results_of(records)) == []
 
 
 def confirmed(more_bytes: int, monkeypatch: pytest.MonkeyPatch, folder: Path) -> int:
-    """The exit code of `alst confirm` on the records of a sweep that lie in `folder`."""
+    """Exit code of `alst confirm` on the records of a sweep in `folder`."""
     monkeypatch.chdir(folder)
     text = """question: q
 source: s
@@ -138,15 +138,15 @@ sweeps:
 def test_confirm_fails_where_bytes_differ(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And says how many are equal."""
+    """It also prints how many are equal."""
     assert confirmed(0, monkeypatch, tmp_path) == 0
     assert "3 of 3 allocated numbers are equal to the byte" in capsys.readouterr().out
     assert confirmed(1024, monkeypatch, tmp_path) == 1
     assert "+1,024 B" in capsys.readouterr().out
 
 
-def test_a_cell_of_full_width_answers_to_a_small_one() -> None:
-    """The same method, engine and kernels on the same hardware passed with a small model."""
+def test_a_full_width_cell_is_gated_by_a_small_one() -> None:
+    """A small model passed the gate with the same method, engine and kernels on the same hardware."""
     results = gpu_sweep()
     compared = gates(results, series(results.cells))
     assert compared[cuda_cell("alst").key] == "passed on tiny-llama"
@@ -154,7 +154,7 @@ def test_a_cell_of_full_width_answers_to_a_small_one() -> None:
 
 
 def test_the_report_shows_both_kinds_of_cell() -> None:
-    """Measured cells as in any sweep, twins in a table of their own."""
+    """Measured cells are shown as in any sweep, twins in a separate table."""
     results = gpu_sweep()
     shown = section(results, Path("none"))
     assert shown.twins.rows == twin_grid(results).rows != []
@@ -164,17 +164,17 @@ def test_the_report_shows_both_kinds_of_cell() -> None:
 
 
 def test_utilisation_counts_what_training_needs() -> None:
-    """6 FLOPs per parameter and token but the lookup's, 12 per visible pair, head and layer, over the peak."""
+    """6 FLOPs per token and parameter without the lookup, 12 per visible pair, head and layer, over the peak."""
     m = cuda_measurement()
     assert m.readings is not None
     tokens, lookup = 32_768, 128_256 * 4096
     linear = 6 * (1_486_909_440 - lookup) * tokens
     attention = 12 * 2 * 32 * 128 * tokens * (tokens + 1) // 2
-    assert mfu.value(m) == pytest.approx((linear + attention) / 1.005 / 989.4e12)
+    assert value_of("mfu", m) == pytest.approx((linear + attention) / 1.005 / 989.4e12)
     slow = m.model_copy(update={"cell": m.cell.model_copy(update={"hardware": "cpu"})})
-    assert mfu.value(slow) is None
+    assert value_of("mfu", slow) is None
 
 
 def test_nvml_is_the_largest_reading_of_the_run() -> None:
-    """Of all devices and sections."""
-    assert nvml_bytes.value(cuda_measurement(allocated=GIB)) == 4 * GIB
+    """The maximum is over all devices and sections."""
+    assert value_of("nvml_bytes", cuda_measurement(allocated=GIB)) == 4 * GIB

@@ -1,4 +1,4 @@
-"""What a step computes and moves is counted to the last product, whatever stands for the rest."""
+"""Counted work of a step on a phantom device, exact to the last product."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = NEEDED
 
 
 def of(method: dict[str, Any], seqlen: int = 1_536, **overrides: Any) -> Cell:
-    """A narrow Llama, on as many GPUs as share a sample."""
+    """A cell with a narrow Llama, on as many GPUs as share a sample."""
     return cell(
         method=method,
         seqlen=seqlen,
@@ -29,7 +29,7 @@ def of(method: dict[str, Any], seqlen: int = 1_536, **overrides: Any) -> Cell:
 
 
 def cost(asked: Cell) -> Cost:
-    """The work of a step."""
+    """The counted work of a step."""
     found = predicted(asked).cost
     assert found is not None
     return found
@@ -50,10 +50,11 @@ def cost(asked: Cell) -> Cost:
 def test_attention_runs_forward_again_unless_it_is_kept(
     method: dict[str, Any], passes: float
 ) -> None:
-    """In units of one causal forward pass: 1, 1 again, and 2.5 backward. Eight layers count as two and four say.
+    """In units of one causal forward pass: 1 forward, 1 recomputed, 2.5 backward. Work of eight
+    layers is extrapolated from two and four.
 
-    Where one input is kept of two layers, the first layer runs once more. The last rank of a contiguous ring sees all
-    keys before its own: of 8 parts of the queries it has the 15 of 64 pairs.
+    With one kept input per two layers, the first layer runs once more. The last rank of a
+    contiguous ring of 8 sees all keys before its own: 15 of 64 parts of the pairs.
     """
     asked = of(method, num_hidden_layers=8)
     train = asked.train
@@ -62,23 +63,25 @@ def test_attention_runs_forward_again_unless_it_is_kept(
     part = 15 / 64 if method["name"] == "ring" else 1 / train.world_size
     expected = part * passes * attention_forward(shape, train.seqlen)
     assert found.attention_flops == pytest.approx(expected, rel=1e-2)
-    # Every layer forward, again, and backward; head and embedding not again.
+    # Every layer has forward, recomputation and backward; head and embedding have no recomputation.
     assert found.matmul_flops > 3.4 * linear_forward(shape, train.seqlen) / train.world_size
 
 
 def test_layer_inputs_go_to_the_host_and_come_back_once() -> None:
-    """Two layers of [tokens, 128] in bf16, each way; in tiles they come once for each head group, too."""
+    """Two inputs of [tokens, 128] in bf16 are copied each way. With streaming, they also come back
+    once per head group.
+    """
     inputs = 2 * 1_536 * 128 * 2
     found = cost(of({"name": "layerwise"}))
     assert found.host_out_bytes == inputs
-    # Token ids, labels and positions come, too.
+    # Token ids, labels and positions are copied, too.
     assert inputs <= found.host_in_bytes <= inputs + 4 * 8 * 1_536
     streamed = cost(of({"name": "layerwise", "stream": True}))
-    assert streamed.host_in_bytes > 2 * 8 * inputs  # head groups, in attention twice
+    assert streamed.host_in_bytes > 2 * 8 * inputs  # per head group, twice in attention
 
 
 def test_the_busiest_resource_bounds_a_step() -> None:
-    """At the peaks of an H100: 989.4 TFLOP/s, 3.35 TB/s, 64 GB/s to the host, 450 GB/s to neighbours."""
+    """The peaks are those of an H100: 989.4 TFLOP/s, 3.35 TB/s, 64 GB/s to the host, 450 GB/s to neighbours."""
     idle = dict.fromkeys(Cost.model_fields, 0.0)
     h100 = load_hardware("h100-80gb")
     for field, load, seconds in [

@@ -1,10 +1,11 @@
-"""The tracker's count is exact: by hand, and against the allocator."""
+"""The tracker's count is exact, compared with counts by hand and with the allocator."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ def floats(kib: int) -> Tensor:
 
 
 def test_peak_is_the_largest_sum_of_live_storages() -> None:
-    """Temporaries count while they live, views never, and freed bytes can be used again."""
+    """Temporaries count while they live, views never count, and freed bytes are subtracted."""
     with Tracker() as tracker:
         a = floats(4)
         b = a.view(32, 32).t()[:3]  # a view
@@ -33,7 +34,7 @@ def test_peak_is_the_largest_sum_of_live_storages() -> None:
         d = a * 2 + a  # 12 KiB while the product lives
         assert tracker.live_bytes == 8 * KIB
         del a
-        assert tracker.live_bytes == 8 * KIB  # its view holds it
+        assert tracker.live_bytes == 8 * KIB  # its view keeps it alive
         del b
         assert tracker.live_bytes == 4 * KIB
         e = torch.tensor([1.0])  # made by Python and passed on by an operator
@@ -43,7 +44,7 @@ def test_peak_is_the_largest_sum_of_live_storages() -> None:
 
 
 def test_adopted_tensors_count_once() -> None:
-    """Parameters that exist before count from the start, in-place results are not new, meta tensors are nothing."""
+    """Existing parameters count from the start, in-place results are not new, and meta tensors do not count."""
     weight, shared = nn.Parameter(floats(2)), floats(1)
     with Tracker() as tracker:
         tracker.adopt([weight, weight.detach().view(-1), None], "parameters")
@@ -56,10 +57,10 @@ def test_adopted_tensors_count_once() -> None:
     assert tracker.peak_bytes == 4 * KIB
 
 
-def test_adopt_rest_finds_what_nobody_named() -> None:
-    """A bucket that only an engine knows counts too, and only once."""
+def test_adopt_rest_finds_all_other_tensors() -> None:
+    """A bucket that only an engine references counts, too, and only once."""
     bucket, weight = floats(64), floats(2)
-    gc.collect()  # what other tests left is not freed meanwhile
+    gc.collect()  # frees garbage of other tests beforehand
     with Tracker() as tracker:
         tracker.adopt([weight], "parameters")
         tracker.adopt_rest()
@@ -73,7 +74,7 @@ def test_adopt_rest_finds_what_nobody_named() -> None:
 
 
 def test_storage_resizes_count() -> None:
-    """Freeing by resizing the storage to 0, as FSDP2 does, is seen; so is growing it again."""
+    """The tracker sees a storage freed by resizing it to 0, as FSDP2 does, and growing again."""
     with Tracker() as tracker:
         a = floats(4)
         a.untyped_storage().resize_(0)
@@ -87,11 +88,11 @@ def test_storage_resizes_count() -> None:
     assert tracker.peak_bytes == 12 * KIB
 
 
-def test_host_memory_is_counted_apart() -> None:
-    """A tensor marked as host memory never shows in the device's peak, not even while it is made."""
+def test_host_memory_is_counted_separately() -> None:
+    """A tensor marked as host memory never counts in the device's peak, not even during its allocation."""
     with Tracker() as tracker:
         a = floats(4)
-        for _ in range(2):  # the second takes the room of the first
+        for _ in range(2):  # the second reuses the memory of the first
             copy = torch.empty_like(a)
             tracker.mark_host(copy)
             copy.copy_(a)
@@ -102,7 +103,7 @@ def test_host_memory_is_counted_apart() -> None:
 
 
 def test_phases_have_their_own_peaks() -> None:
-    """A phase starts with what it inherits."""
+    """A phase starts with the bytes that are live when it begins."""
     with Tracker() as tracker:
         a = floats(4)
         tracker.phase("forward")
@@ -117,7 +118,7 @@ def test_phases_have_their_own_peaks() -> None:
 
 
 class Square(torch.autograd.Function):
-    """y = x * x by hand, with a nested backward as tiled computation has it."""
+    """y = x * x with a custom backward that runs a nested backward, as tiled computation does."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
@@ -125,8 +126,8 @@ class Square(torch.autograd.Function):
         return x * x
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors  # type: ignore[attr-defined]
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
         leaf = x.detach().requires_grad_()
         with torch.enable_grad():
             y = leaf * leaf
@@ -137,7 +138,7 @@ class Square(torch.autograd.Function):
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_backward_is_seen_inside_checkpoints_and_custom_functions(reentrant: bool) -> None:
-    """Recomputation and nested backward allocate inside the autograd engine, and are counted."""
+    """Allocations of recomputation and nested backward in the autograd engine count."""
     x = floats(4).requires_grad_()
     with Tracker() as tracker:
         tracker.adopt([x], "parameters")
@@ -163,10 +164,12 @@ def step(model: nn.Module, ids: Tensor) -> None:
 
 
 def allocator_peak(run: Callable[[], None]) -> int:
-    """Largest number of bytes the CPU allocator had handed out during `run`, above its start."""
+    """Peak of bytes that the CPU allocator handed out during `run`, relative to its start."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
-    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    assert profiler.profiler is not None
+    assert profiler.profiler.kineto_results is not None
+    events = profiler.profiler.kineto_results.events()
     live = peak = 0
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         live += event.nbytes()
@@ -176,7 +179,7 @@ def allocator_peak(run: Callable[[], None]) -> int:
 
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_llama_step_agrees_with_the_allocator(checkpointing: bool) -> None:
-    """The tracked peak of a whole step is the CPU allocator's own, but for its kernels' scratch."""
+    """The tracked peak of a full step equals the CPU allocator's, except for scratch memory of kernels."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=1024,

@@ -1,4 +1,4 @@
-"""What a user may do wrong, and a machine lack: one clear line each."""
+"""Wrong user input and missing software: each gives one clear line."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ WHEEL = Wheel(folder=Path("nowhere"), version="2.13.0+cu130", cuda="13.0")
 
 
 def test_unknown_hardware_names_the_rows() -> None:
-    """As everywhere."""
+    """The message is the one of all commands."""
     with pytest.raises(ValueError, match=r"unknown hardware 'h101'; use one of .*h100-80gb"):
         load.device_of("h101", 1, 0)
 
 
 def test_hardware_without_cuda_is_refused() -> None:
-    """The rows that have devices are named."""
+    """The message names the rows with CUDA devices."""
     with pytest.raises(ValueError, match="'cpu' has no CUDA devices; use one of a100-80gb"):
         load.device_of("cpu", 1, 0)
 
 
 @pytest.mark.parametrize(("gpus", "outside"), [(0, 0), (65, 0), (1, 80 * 2**30), (1, -1)])
 def test_numbers_out_of_range_are_refused(gpus: int, outside: int) -> None:
-    """Of devices, and of bytes outside the allocator."""
+    """Numbers of devices, and bytes outside the allocator."""
     with pytest.raises(ValueError, match=r"--gpus|outside the allocator"):
         load.device_of("h100-80gb", gpus, outside)
 
 
 def test_a_rank_beyond_the_others_is_refused() -> None:
-    """The ranks there are are named."""
+    """The message names the existing ranks."""
     with pytest.raises(ValueError, match="with --gpus 4 ranks are 0 to 3"):
         session.rank_environment(4, 4, 8)
 
@@ -46,7 +46,7 @@ def test_a_rank_of_another_node_has_its_local_number() -> None:
 
 
 def test_no_cuda_build_says_how_to_get_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where neither the folder nor the environment has one."""
+    """Neither the folder nor the environment has one."""
     monkeypatch.setenv("ALST_PHANTOM", str(tmp_path))
     monkeypatch.setattr(wheel, "environment_folder", lambda: None)
     with pytest.raises(ValueError, match=r"no CUDA build of PyTorch .*fetch one"):
@@ -54,22 +54,22 @@ def test_no_cuda_build_says_how_to_get_one(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_another_platform_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the ones that work."""
+    """The message names the supported platforms."""
     monkeypatch.setattr("sys.platform", "darwin")
     with pytest.raises(ValueError, match="need Linux on x86_64 or aarch64, this is darwin"):
         wheel.find()
 
 
 def test_no_compiler_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That brings one."""
+    """The message names the package that has a compiler."""
     monkeypatch.setenv("CC", "no-such-compiler")
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(ValueError, match="pip install ziglang"):
         build.compiler()
 
 
-def test_two_builds_at_once_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second waits for the first and takes what it made; what was half written is thrown away."""
+def test_concurrent_builds_build_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second waits for the first and uses its result. A partial build is deleted."""
     builds = []
 
     def compile_all(wheel: Wheel, folder: Path) -> None:
@@ -93,7 +93,7 @@ def test_two_builds_at_once_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The line says where there is no room."""
+    """The message names the full folder."""
 
     def compile_all(wheel: Wheel, folder: Path) -> None:
         folder.mkdir()
@@ -115,10 +115,10 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
         (["true"], "used no CUDA device"),
     ],
 )
-def test_a_command_that_says_nothing_cannot_be_judged(
+def test_a_command_without_a_report_cannot_be_judged(
     command: list[str], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It never stops, fails, dies, or uses no device: exit code 2."""
+    """A command that never stops, fails, dies, or uses no device gives exit code 2."""
     monkeypatch.setattr(session, "environment", lambda *given: dict(given[-1]))
     result = session.run(command, "h100-80gb", limit_s=0.4 if "60" in command else 20)
     assert reason in result.reason
@@ -126,7 +126,7 @@ def test_a_command_that_says_nothing_cannot_be_judged(
 
 
 def test_a_command_that_does_not_exist_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before anything is started."""
+    """The error comes before anything is started."""
     monkeypatch.setattr(session, "environment", lambda *given: dict(given[-1]))
     with pytest.raises(ValueError, match="command 'no-such-command' does not exist"):
         session.run(["no-such-command"], "h100-80gb")

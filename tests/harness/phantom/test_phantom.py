@@ -1,4 +1,4 @@
-"""Programs on phantom devices: what is real is real, and what is not refuses."""
+"""Programs on phantom devices: memory is real, and unsupported functions are refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = NEEDED
 
 
 def phantom(program: str, surroundings: dict[str, str] | None = None, **options: Any) -> Result:
-    """The result of a program of this folder, with more in its environment."""
+    """The result of a program in `programs`, with additional environment variables."""
     root = str(Path(__file__).parents[3])
     path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
     base = {**os.environ, "PYTHONPATH": path, **(surroundings or {})}
@@ -30,7 +30,7 @@ def phantom(program: str, surroundings: dict[str, str] | None = None, **options:
 
 
 def printed(program: str, **options: Any) -> tuple[Result, dict[str, Any]]:
-    """The result of a program of this folder, and the last line that it printed, as JSON."""
+    """The result of a program in `programs`, and its last output line, parsed as JSON."""
     with tempfile.TemporaryFile() as output:
         result = phantom(program, output=output.fileno(), **options)
         output.seek(0)
@@ -41,14 +41,14 @@ def printed(program: str, **options: Any) -> tuple[Result, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def parts() -> tuple[Result, dict[str, Any]]:
-    """What the parts of a device said, and the result of the program that asked them."""
+    """The result of the program `parts`, and what it printed."""
     result, found = printed("parts", gpus=2)
     assert result.processes, result.reason
     return result, found
 
 
-def test_known_values_return(parts: tuple[Result, dict[str, Any]]) -> None:
-    """Copies and fills come back as they went; what a kernel may have changed does not."""
+def test_known_values_read_back(parts: tuple[Result, dict[str, Any]]) -> None:
+    """Copies and fills read back. Memory that a kernel may have written does not."""
     _, found = parts
     assert found["round trip"]
     assert found["clone"]
@@ -57,7 +57,7 @@ def test_known_values_return(parts: tuple[Result, dict[str, Any]]) -> None:
 
 
 def test_memory_is_charged_to_its_device(parts: tuple[Result, dict[str, Any]]) -> None:
-    """Each device counts what lies on it, also when another is current; NVML says the same."""
+    """Each device counts its own memory, also if another one is current. NVML reports the same."""
     _, found = parts
     assert found["allocated"] == [True, 300 * 2**20]
     assert found["used"][1] == 300 * 2**20
@@ -72,34 +72,36 @@ def test_pinned_memory_is_rounded_by_pytorch(parts: tuple[Result, dict[str, Any]
     assert result.processes[0].pinned_bytes >= 2**23
 
 
-def test_streams_work_and_event_times_are_no_numbers(parts: tuple[Result, dict[str, Any]]) -> None:
-    """Everything is done when it is asked for, and takes no time that could be reported."""
+def test_streams_work_and_event_times_are_nan(parts: tuple[Result, dict[str, Any]]) -> None:
+    """Streams and events are complete at once. Event times are NaN."""
     _, found = parts
     assert found["done"] == [True, True]
     assert found["event time"] == "nan"
 
 
 def test_flash_attention_is_chosen(parts: tuple[Result, dict[str, Any]]) -> None:
-    """Never cuDNN's, which has no host code here."""
+    """cuDNN's attention is never chosen, because its host code is missing here."""
     result, _ = parts
     assert result.processes[0].attention == ["flash"]
     assert result.processes[0].refused == []
 
 
-def test_segments_grow(parts: tuple[Result, dict[str, Any]]) -> None:
-    """Expandable segments are used where they are asked for."""
+def test_expandable_segments_work(parts: tuple[Result, dict[str, Any]]) -> None:
+    """Expandable segments are used if requested."""
     assert parts[1]["expandable"]
 
 
 def test_the_sampler_reads_phantom_devices(parts: tuple[Result, dict[str, Any]]) -> None:
-    """Another process sees by NVML what this one holds."""
+    """Another process reads this process's memory through NVML."""
     _, found = parts
     assert found["devices"] == ["NVIDIA H100 80GB HBM3"] * 2
     assert max(found["sampled"]) >= 1000 * 2**20
 
 
 def test_out_of_memory_is_the_allocators() -> None:
-    """A device of 79.1 GiB holds 79 tensors of one GiB, fewer where other memory is taken; the line is named."""
+    """A device of 79.1 GiB holds 79 tensors of one GiB, or fewer if other memory is in use. The
+    report names the line.
+    """
     result = phantom("full", outside_bytes=6 * GIB)
     assert (result.verdict, result.exit_code) == ("does not fit", 1)
     (process,) = result.processes
@@ -110,7 +112,7 @@ def test_out_of_memory_is_the_allocators() -> None:
 
 
 def test_an_unknown_value_makes_no_record(tmp_path: Path) -> None:
-    """The line that reads it is named; a reviewed place is answered as its list says."""
+    """The report names the reading line. A reviewed place gets its listed answer."""
     sites = tmp_path / "sites.yaml"
     sites.write_text("[{file: reads.py, function: reviewed, answer: 1.0, why: a test}]")
     result = phantom("reads", sites=sites)
@@ -121,8 +123,8 @@ def test_an_unknown_value_makes_no_record(tmp_path: Path) -> None:
     assert 2**22 <= process.devices[0].allocated_bytes < 2**32
 
 
-def test_what_nobody_looked_at_refuses() -> None:
-    """A program that goes on after a refusal is no record, and the function is named."""
+def test_unimplemented_functions_are_refused() -> None:
+    """A program that goes on after a refusal gives no record. The message names the function."""
     result = phantom("refused")
     assert (result.verdict, result.exit_code) == ("no record", 2)
     assert "cufftCreate" in result.reason
@@ -132,17 +134,17 @@ def test_what_nobody_looked_at_refuses() -> None:
     ("program", "rank"), [("sharded", 3), ("library", 3), ("deepspeed_zero", 0)]
 )
 def test_training_scripts_run_as_one_rank_of_eight(program: str, rank: int) -> None:
-    """Unmodified, and the check for packed sequences is answered as without packing."""
+    """The scripts are unmodified. The check for packed sequences gets the answer for unpacked ones."""
     result = phantom(program, gpus=8, rank=rank)
     assert result.verdict == "fits", (result.reason, result.processes)
     (process,) = result.processes
     assert (process.rank, process.devices[0].device) == (rank, rank)
-    # A mask of 8,192 x 8,192 would be the largest tensor of all.
+    # A mask of 8,192 x 8,192 would be the largest tensor.
     assert not any("mask" in held.where for held in process.devices[0].alive)
 
 
 def test_all_ranks_run_under_a_launcher() -> None:
-    """Each on its device."""
+    """Each rank runs on its own device."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     result = run(
         [sys.executable, *launcher, str(PROGRAMS / "sharded.py")], "h100-80gb", gpus=2, limit_s=120
@@ -155,12 +157,14 @@ HOLLOW = {"PHANTOM_HOLLOW_HOST": "1"}
 
 
 def test_large_tensors_on_the_host_cost_no_memory() -> None:
-    """Also one that is larger than this machine, pinned ones and optimizer states; small tensors and tokens keep values."""
+    """Includes a tensor larger than this machine's memory, pinned tensors and optimizer states.
+    Small tensors and tokens keep values.
+    """
     _, found = printed("hollow", surroundings=HOLLOW)
     assert found["grown"] < GIB
     assert found["bytes"] == [16 * GIB, 32 * GIB, 16 * GIB]
     assert found["pinned"] == [True, 16 * GIB]
-    # Shard, master copy, gradient and two moments, each with some pages more.
+    # Shard, master copy, gradient and two moments, each with some additional pages.
     assert 0 <= found["pageable"] - (16 + 4 * 32) * GIB < GIB
     assert found["moments"]
     assert found["view"]
@@ -169,17 +173,45 @@ def test_large_tensors_on_the_host_cost_no_memory() -> None:
     assert found["numbers"] == [[False, True, False], [5.0, 5.0]]
 
 
-@pytest.mark.skipif(
+def test_the_trainer_of_transformers_runs_as_one_rank_of_four() -> None:
+    """It runs with DeepSpeed's sequence parallelism and ZeRO-3. Logged and printed values do not
+    decide control flow.
+    """
+    program = [sys.executable, str(PROGRAMS / "trainer.py"), "8192", "1"]
+    result = run(program, "h100-80gb", gpus=4, rank=0, limit_s=300, hollow_host=True)
+    assert result.verdict == "fits", (result.reason, result.processes)
+    (process,) = result.processes
+    # Logits and their gradient in fp32, for a quarter of the sequence.
+    assert process.devices[0].allocated_bytes > 2 * 8192 // 4 * 151_936 * 4
+    assert "flash" in process.attention
+
+
+NEEDS_PEERS = pytest.mark.skipif(
     any(find_spec(name) is None for name in ("arctic_training", "liger_kernel", "triton")),
     reason="needs the extra peers",
 )
+
+
+@NEEDS_PEERS
+@pytest.mark.parametrize(("program", "least"), [("liger", 2 * GIB), ("compiled", GIB // 8)])
+def test_compiled_kernels_are_launched(program: str, least: int) -> None:
+    """Triton kernels, written by hand and made by TorchInductor, are compiled and launched, and compute nothing."""
+    result = phantom(program)
+    assert result.verdict == "fits", (result.reason, result.processes)
+    (process,) = result.processes
+    assert process.devices[0].allocated_bytes > least
+
+
+@NEEDS_PEERS
 def test_the_released_stack_runs() -> None:
-    """DeepSpeed with parameters and optimizer on the host, Liger, TiledMLP and ArcticTraining's checkpoint offload."""
+    """The stack is DeepSpeed with parameters and optimizer on the host, Liger, TiledMLP and
+    ArcticTraining's checkpoint offload.
+    """
     result, found = printed("released", gpus=8, rank=0, surroundings=HOLLOW)
     assert result.verdict == "fits", (result.reason, result.processes)
     layer_input = found["local"] * 5_120 * 2
     assert found["offloaded"] == [2 * layer_input, layer_input, layer_input]
-    assert found["tiles"] == 2 * 2 * 2  # two of each of two layers, computed twice
+    assert found["tiles"] == 2 * 2 * 2  # two tiles in each of two layers, computed twice
     for kernel in ("_rms_norm_forward", "_triton_rope", "liger_cross_entropy"):
         assert any(kernel in name for name in found["kernels"]), kernel
     assert not any("swiglu" in name for name in found["kernels"])

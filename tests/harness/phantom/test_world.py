@@ -1,4 +1,4 @@
-"""World `phantom`: a cell's step on the real CUDA stack, the real out-of-memory, and what it does not know."""
+"""World `phantom`: a cell's step on the real CUDA stack, the real out-of-memory error, and unknown values."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def measured() -> Measurement:
     return measure(cell(), Path("unused"))
 
 
-def test_a_record_has_what_a_gpus_has_without_times_and_values() -> None:
-    """Bytes by phase, page-locked bytes, what is alive at the peak; no loss, no seconds, no gate."""
+def test_a_record_is_like_a_gpus_without_times_and_values() -> None:
+    """It has bytes by phase, page-locked bytes and allocations at the peak, but no loss, time or gate."""
     m = measured()
     assert (m.outcome, m.detail) == (Outcome.OK, None)
     assert m.readings is not None
@@ -62,7 +62,7 @@ def test_a_record_has_what_a_gpus_has_without_times_and_values() -> None:
 
 
 def test_what_is_alive_at_the_peak_adds_up_to_the_peak() -> None:
-    """Less the rounding of each tensor to 512 bytes; files are named without the folders of this machine."""
+    """The sum lacks only the rounding of each tensor to 512 bytes. File names have no folders of this machine."""
     found = measured().simulated
     assert found is not None
     held = sum(each.nbytes for each in found.holdings)
@@ -73,7 +73,7 @@ def test_what_is_alive_at_the_peak_adds_up_to_the_peak() -> None:
 
 
 def _bytes_at_rest(rank: int, world_size: int) -> dict[str, int]:
-    """Of parameters and optimizer states of one rank on a CPU, after a step."""
+    """Bytes of parameters and optimizer states of one rank on a CPU, after a step."""
     import torch
     from torch.distributed import init_device_mesh
 
@@ -97,11 +97,11 @@ def _bytes_at_rest(rank: int, world_size: int) -> dict[str, int]:
 
 
 def test_parameters_and_optimizer_are_those_of_real_processes(ranks: Ranks) -> None:
-    """To the byte: what lies at rest does not depend on the world."""
+    """They are equal to the byte, because resting bytes do not depend on the world."""
     expected = ranks(2)(_bytes_at_rest)[0]
     found = measured().simulated
     assert found is not None
-    # At the peak a unit is gathered beside the shards, which were there before the history began.
+    # At the peak one unit is gathered in addition to the shards, which are older than the history.
     at_rest = {
         category: sum(h.nbytes for h in found.holdings if h.category == category and not h.location)
         for category in expected
@@ -109,8 +109,8 @@ def test_parameters_and_optimizer_are_those_of_real_processes(ranks: Ranks) -> N
     assert at_rest == expected
 
 
-def test_bytes_that_stay_are_noticed_and_their_line_named(tmp_path: Path) -> None:
-    """On CUDA's own path: the last exchange of heads holds on to some bytes a token."""
+def test_a_leak_is_noticed_and_its_line_named(tmp_path: Path) -> None:
+    """On the CUDA path: the last head exchange keeps some bytes per token alive."""
     edit = Edit(
         old="def _all_to_all(",
         new="""HELD = {}
@@ -132,8 +132,8 @@ def _exchanged(""",
     assert "alst_impl/ops/attention/ulysses.py" in " ".join(peak.culprits)
 
 
-def test_control_flow_on_an_unknown_value_leaves_no_numbers(tmp_path: Path) -> None:
-    """The place is named."""
+def test_control_flow_on_an_unknown_value_is_an_error(tmp_path: Path) -> None:
+    """The error names the place."""
     edit = Edit(
         old='    """This rank\'s micro-batches of `step`.',
         new='    assert torch.ones(1, device=device).cos().item() < 2\n    """This rank\'s micro-batches of `step`.',
@@ -145,8 +145,8 @@ def test_control_flow_on_an_unknown_value_leaves_no_numbers(tmp_path: Path) -> N
     assert "step.py" in (found.detail or "")
 
 
-def test_the_longest_sequence_ends_where_the_allocator_does() -> None:
-    """The last length that fits and the first that does not are close, and what stops it is the device."""
+def test_the_longest_sequence_ends_at_the_allocators_out_of_memory() -> None:
+    """The longest and the shortest failing length are close, and the limit is the device's memory."""
     found = measure(
         cell(
             model="llama3.1-8b",
@@ -164,12 +164,12 @@ def test_the_longest_sequence_ends_where_the_allocator_does() -> None:
     assert search is not None
     assert search.limit == "gpu_memory"
     assert 0 < search.shortest_failing_tokens / search.longest_tokens - 1 < 0.016
-    # Logits in fp32, their copy and their gradients: 128,256 x 4 bytes each.
+    # Logits in fp32, their copy and their gradients take 128,256 x 4 bytes each.
     assert 30_000 < search.longest_tokens < 79 * 2**30 / (3 * 4 * 128_256)
 
 
 def test_offloaded_parameters_leave_the_device_for_host_memory() -> None:
-    """Shards, gradients and states: eight bytes a parameter on the host in bf16, none at rest on the device."""
+    """Shards, gradients and states take eight bytes per parameter on the host in bf16, and rest on the host only."""
     found = measure(cell(engine={"name": "fsdp2", "offload": True}), Path("unused"))
     assert found.readings is not None, found.detail
     assert found.simulated is not None
@@ -199,7 +199,7 @@ def answered(
 def test_predict_answers_from_a_phantom_device(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Allocated, reserved and total apart, and what is alive at the peak where it is asked for."""
+    """Shows allocated, reserved and total bytes, and the allocations at the peak if requested."""
     command = "predict tiny-llama --seqlen 4_096 --gpus 2 --on-device --explain --json"
     code, out, _ = answered(command, monkeypatch, capsys)
     found = json.loads(out)
@@ -217,13 +217,13 @@ def test_predict_answers_from_a_phantom_device(
         ("--seqlen 64 --method deepspeed_alst --option liger=true", ["liger", "tile_loss: false"]),
     ],
 )
-def test_what_a_phantom_device_cannot_run_is_refused(
+def test_cells_that_a_phantom_device_cannot_run_are_refused(
     arguments: str,
     words: list[str],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """In one line, with the value and the way out."""
+    """The error is one line with the value and a fix."""
     command = f"predict tiny-llama --gpus 2 {arguments}"
     code, out, err = answered(command, monkeypatch, capsys)
     (line,) = [line for line in err.splitlines() if " ..." not in line]

@@ -1,4 +1,4 @@
-"""Which settings fit: the cheapest first, or the reason why none does."""
+"""The planner: configurations that fit, cheapest first, or the reason why none does."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ PLAIN = {"tiling": False, "offload": False, "offload_states": False}
 
 
 OUTSIDE_BYTES = int(sum(a - b for a, b in OUTSIDE_READINGS.values()) / len(OUTSIDE_READINGS) * GIB)
-"""What a rank among others holds outside the allocator."""
+"""Memory outside the allocator of one of several ranks."""
 
 
 def row(folder: Path, room: int) -> str:
-    """A file with a device that leaves `room` bytes to the allocator."""
+    """A hardware file for a device with `room` bytes for the allocator."""
     h100 = load_hardware("h100-80gb")
     assert h100.chip is not None
     chip = h100.chip.model_copy(update={"usable_bytes": OUTSIDE_BYTES + room})
@@ -35,10 +35,10 @@ def row(folder: Path, room: int) -> str:
     return str(path)
 
 
-def test_with_room_the_plainest_setting_comes_first(
+def test_with_enough_memory_the_plainest_configuration_is_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nothing tiled, nothing offloaded, one rank per sample; a record has the keys of predict and the settings."""
+    """It tiles and offloads nothing, with one rank per sample. The JSON has the keys of predict and the settings."""
     assert command.plan("tiny-llama", 20_000, row(tmp_path, 8 * GIB), gpus=2, as_json=True) == 0
     first = json.loads(capsys.readouterr().out)[0]
     assert first["settings"] == {"gpus": 2, "sp": 1, "dp": 2, **PLAIN}
@@ -46,8 +46,10 @@ def test_with_room_the_plainest_setting_comes_first(
     assert {"allocated_bytes", "reserved_bytes", "total_bytes", "limit"} <= set(first)
 
 
-def test_less_memory_asks_for_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What fits in less is a larger degree or a higher rung, and every option does fit."""
+def test_less_memory_needs_a_larger_degree_or_a_higher_rung(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With less memory, a larger degree or a higher rung is chosen, and every option fits."""
     hardware = row(tmp_path, 400 * MIB)
     assert command.plan("tiny-llama", 20_000, hardware, gpus=2, as_json=True) == 0
     found = json.loads(capsys.readouterr().out)
@@ -63,14 +65,14 @@ def test_less_memory_asks_for_more(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_the_reason_names_the_limit(
     gpus: int, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Device memory, or heads that do not split over all GPUs; exit code 1."""
+    """The limit is device memory, or heads that do not split over all GPUs. Exit code 1."""
     assert command.plan("tiny-llama", 20_000, row(tmp_path, MIB), gpus=gpus) == 1
     said = capsys.readouterr().err.splitlines()[-1]
     assert all(word in said for word in words), said
 
 
 def test_bad_input_is_refused() -> None:
-    """Unknown models and hardware are named."""
+    """The error names unknown models and hardware."""
     with pytest.raises(ValueError, match="unknown model 'nope'"):
         command.plan("nope", 4_096)
     with pytest.raises(ValueError, match="unknown hardware 'abacus'"):

@@ -1,4 +1,4 @@
-"""Ranks that torchrun started."""
+"""Ranks started by torchrun."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ ENVIRONMENT = {
 
 
 def cell(world_size: int, **more: Any) -> Cell:
-    """A CUDA cell of that many ranks."""
+    """A CUDA cell with `world_size` ranks."""
     return make_cell(
         {
             "model": "llama3.1-8b",
@@ -56,8 +56,8 @@ def cell(world_size: int, **more: Any) -> Cell:
     )
 
 
-def test_a_launch_is_what_torchrun_says() -> None:
-    """Ranks, machines, and where they meet; none where nobody launched."""
+def test_a_launch_is_read_from_torchruns_variables() -> None:
+    """It has ranks, machines and the rendezvous address. Without torchrun's variables there is no launch."""
     launch = launched(ENVIRONMENT)
     assert launch is not None
     assert (launch.rank, launch.num_nodes, launch.meeting) == (9, 2, "node1:29500")
@@ -69,7 +69,7 @@ def test_a_launch_is_what_torchrun_says() -> None:
 
 @pytest.mark.parametrize("lost", ["RANK", "TORCHELASTIC_USE_AGENT_STORE"])
 def test_another_launcher_is_refused(lost: str) -> None:
-    """What it lacks is said."""
+    """The error names the missing variable."""
     with pytest.raises(ValueError, match="not torchrun: it"):
         launched({name: value for name, value in ENVIRONMENT.items() if name != lost})
 
@@ -89,7 +89,7 @@ def test_another_launcher_is_refused(lost: str) -> None:
 def test_world_size_and_nodes_are_those_of_the_cell(
     world_size: int, local: int, asked: int, words: list[str]
 ) -> None:
-    """A launch of other size is refused in words that say how to start it."""
+    """A launch of another size is refused with the right command."""
     launch = Launch(
         rank=0,
         world_size=world_size,
@@ -104,8 +104,8 @@ def test_world_size_and_nodes_are_those_of_the_cell(
     launch.model_copy(update={"world_size": 16, "local_world_size": 8}).check(cell(16))
 
 
-def test_every_process_of_a_launch_hears_the_others() -> None:
-    """One decides, all tell, and the first hears every rank in order."""
+def test_every_process_of_a_launch_gets_the_others_reports() -> None:
+    """The first process decides, all processes report, and the first gets every report in order."""
     store, heard = HashStore(), {}
     of = cell(8)
 
@@ -129,8 +129,8 @@ def test_every_process_of_a_launch_hears_the_others() -> None:
     assert heard[0] == ["this is 0", "this is 1", "this is 2"]
 
 
-def test_the_cause_is_told_from_its_consequences() -> None:
-    """Of all ranks' endings the failure that the others are due to; else every rank's result, in order."""
+def test_the_root_failure_is_reported() -> None:
+    """Of all failures the root failure is returned. Without failures, the results of all ranks are, in order."""
     oom = Ending(how="error", rank=5, error="OutOfMemoryError", message="CUDA out of memory")
     lost = Ending(how="error", rank=0, error="DistBackendError", message="remote process exited")
     late = Ending(how="timeout", rank=1)
@@ -140,7 +140,7 @@ def test_the_cause_is_told_from_its_consequences() -> None:
 
 
 def test_one_node_needs_no_launcher_and_several_have_one_each() -> None:
-    """A node's ranks are forked by one process; SLURM starts torchrun on each of several nodes."""
+    """One process forks the ranks of a node. SLURM starts torchrun on each of several nodes."""
     assert command(cell(8), "python") == "'python' -m harness"
     words = command(cell(32), "python")
     assert num_nodes(cell(32)) == 4
@@ -160,8 +160,8 @@ sweeps:
 
 
 @pytest.mark.slow
-def test_a_launch_leaves_the_records_of_forked_ranks(tmp_path: Path) -> None:
-    """Two processes of torchrun measure cell after cell, and one of them writes; a third is refused."""
+def test_a_launch_writes_the_same_records_as_forked_ranks(tmp_path: Path) -> None:
+    """Two processes of torchrun measure two cells, and one of them writes. A third process is refused."""
     path = tmp_path / "two.yaml"
     path.write_text(EXPERIMENT)
 
@@ -175,7 +175,7 @@ def test_a_launch_leaves_the_records_of_forked_ranks(tmp_path: Path) -> None:
 
     done = torchrun(2, tmp_path / "together")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("[2/2]") == 1  # one rank speaks
+    assert done.stdout.count("[2/2]") == 1  # one rank prints
     for cell in load_experiment(path).cells().values():
         here = record.read(tmp_path / "together" / "cells" / "two" / f"{cell.key}.json")
         assert here.outcome is Outcome.OK, here.detail

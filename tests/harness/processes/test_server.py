@@ -1,4 +1,4 @@
-"""The fork server: what ranks return, how they end, and that nothing is left behind."""
+"""The fork server: results of ranks, their failures, and cleanup."""
 
 from __future__ import annotations
 
@@ -57,19 +57,19 @@ def fail_alone(rank: Rank, payload: Payload) -> None:
 
 
 def sleep(rank: Rank, payload: Payload) -> None:
-    """Start a process, as a compiler would be, and sleep with it."""
+    """Start a child process, as a compiler would be, and sleep."""
     subprocess.Popen(["sleep", "600"])
     rank.progress("asleep")
     time.sleep(600)
 
 
 def entry(fn: Callable[..., Any]) -> str:
-    """What a job calls `fn`."""
+    """The entry name of `fn` in a job."""
     return f"{fn.__module__}:{fn.__name__}"
 
 
 class Watch:
-    """Hears a job's events and knows its processes, those that ranks start included."""
+    """Listens to a job's events and keeps its process ids, including children of ranks."""
 
     def __init__(self) -> None:
         self.pids: list[int] = []
@@ -87,14 +87,14 @@ class Watch:
 
 
 def all_gone(processes: list[psutil.Process], patience_s: float = 15) -> bool:
-    """Whether all `processes` end within the given time."""
+    """Whether all `processes` end within `patience_s`."""
     _, alive = psutil.wait_procs(processes, timeout=patience_s)
     return all(p.status() == psutil.STATUS_ZOMBIE for p in alive)
 
 
 @pytest.fixture
 def own_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A runtime folder with a server of its own, for tests that hurt the server."""
+    """A runtime folder with a separate server, for tests that damage the server."""
     with tempfile.TemporaryDirectory(prefix="alst-test-") as folder:
         monkeypatch.setattr(tempfile, "tempdir", folder)
         yield runtime_folder()
@@ -104,7 +104,7 @@ def own_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def servers(folder: Path) -> list[psutil.Process]:
-    """The servers with a socket in `folder`, without their supervisors and ranks."""
+    """Servers with a socket in `folder`, without supervisors and ranks."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
@@ -114,7 +114,7 @@ def servers(folder: Path) -> list[psutil.Process]:
 
 
 def test_results_come_back_by_rank() -> None:
-    """Every rank's result comes back, and each rank reports what it does."""
+    """Every rank's result is returned, and each rank reports its progress."""
     watch = Watch()
     ending = submit(entry(add_up), {"more": 10}, 3, 60, watch)
     assert ending.how == "finished"
@@ -125,14 +125,14 @@ def test_results_come_back_by_rank() -> None:
 
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGSEGV"])
 def test_dead_rank_is_the_cause(name: str) -> None:
-    """The rank that a signal ended is named, not the peer that lost its connection."""
+    """The error names the rank that a signal ended, not the peer that lost its connection."""
     ending = submit(entry(die_alone), {"signal": int(signal.Signals[name])}, 2, 60)
     assert (ending.how, ending.rank, ending.error) == ("signal", 1, name)
     assert ending.during == "waiting"
 
 
 def test_failed_rank_is_the_cause() -> None:
-    """The rank that raised is named, with its error and traceback."""
+    """The error names the rank that raised, with its error and traceback."""
     ending = submit(entry(fail_alone), {}, 2, 60)
     assert (ending.how, ending.rank, ending.error) == ("error", 1, "LookupError")
     assert ending.message == "of all things"
@@ -141,7 +141,7 @@ def test_failed_rank_is_the_cause() -> None:
 
 
 def test_timeout_ends_the_tree() -> None:
-    """After the time limit no rank is left, nor anything a rank has started."""
+    """After the time limit neither ranks nor their children are left."""
     watch = Watch()
     ending = submit(entry(sleep), {}, 2, 1.5, watch)
     assert ending.how == "timeout"
@@ -151,7 +151,7 @@ def test_timeout_ends_the_tree() -> None:
 
 
 def test_killed_supervisor_leaves_nothing() -> None:
-    """The process that watches the ranks may die, too: the ranks go with it."""
+    """If the process that supervises the ranks dies, the ranks end, too."""
     watch = Watch()
 
     def listener(event: dict[str, Any]) -> None:
@@ -183,13 +183,13 @@ def test_client_that_leaves_ends_the_tree(end: signal.Signals) -> None:
         ranks = [
             psutil.Process(int(pid)) for pid in client.stdout.readline().strip("[]\n").split(",")
         ]
-        client.stdout.readline()  # one of them is asleep
+        client.stdout.readline()  # wait until one rank sleeps
         client.send_signal(end)
     assert all_gone(ranks)
 
 
 def test_server_leaves_with_its_socket(own_server: Path) -> None:
-    """A server whose socket is removed has nobody left to serve and ends."""
+    """A server ends when its socket is removed, because no client can reach it."""
     assert submit(entry(add_up), {"more": 0}, 1, 60).how == "finished"
     (server,) = servers(own_server)
     (socket,) = own_server.glob("*.sock")
@@ -198,7 +198,7 @@ def test_server_leaves_with_its_socket(own_server: Path) -> None:
 
 
 def test_killed_server_is_replaced(own_server: Path) -> None:
-    """A server that was killed leaves a dead socket; the next job starts another."""
+    """A killed server leaves a dead socket. The next job starts a new server."""
     assert submit(entry(add_up), {"more": 0}, 1, 60).how == "finished"
     (server,) = servers(own_server)
     server.kill()
@@ -207,7 +207,7 @@ def test_killed_server_is_replaced(own_server: Path) -> None:
 
 
 def test_folder_of_others_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A runtime folder that others may write to is refused: they could pose as the server."""
+    """A runtime folder that others can write to is refused, because they could impersonate the server."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     runtime_folder().chmod(0o777)
     with pytest.raises(ValueError, match="open to other users"):

@@ -10,6 +10,7 @@ from samples import cell, failure, measurement, searched, sweep
 from harness.cells import paths
 from harness.cells.experiment import load_experiment
 from harness.records import record
+from harness.records.metrics import METRICS
 from harness.records.record import Outcome
 from harness.records.table import (
     NOT_MEASURED,
@@ -18,7 +19,6 @@ from harness.records.table import (
     duels,
     fresh,
     gates,
-    metrics,
     repeated_duels,
     series,
     series_in_order,
@@ -37,7 +37,7 @@ def results(*measurements: record.Measurement) -> Results:
 def test_one_row_per_cell_and_metric_with_its_unit() -> None:
     """A measured cell has a row for every metric."""
     table = tidy(results(measurement()))
-    assert sorted(table["metric"]) == metrics()
+    assert sorted(table["metric"]) == list(METRICS)
     assert table.set_index("metric").loc["peak_bytes", "unit"] == "B"
 
 
@@ -78,7 +78,7 @@ def test_a_failed_cell_is_a_row_with_its_outcome() -> None:
     """An infeasible cell is a result."""
     row = wide(tidy(results(failure(cell(), Outcome.HOST_OOM)))).iloc[0]
     assert row["outcome"] == "host_oom"
-    assert row[metrics()].isna().all()
+    assert row[list(METRICS)].isna().all()
 
 
 def test_a_cell_without_a_record_is_not_measured() -> None:

@@ -20,7 +20,9 @@ from harness.processes.server import last_words
 from harness.records import record
 from harness.records.readings import Device, DeviceReadings
 from harness.records.record import Measurement, Outcome
-from harness.run.measure import RETRIED, Ran, classify, measure, measure_to, measurement
+from harness.run.measure import RETRIED, measure, measure_to
+from harness.run.outcomes import classify, measurement
+from harness.run.ranks import Ran
 
 TINY: dict[str, Any] = {
     "model": "tiny-llama",

@@ -1,4 +1,4 @@
-"""World `cuda` as far as it can be seen without a device."""
+"""World `cuda`, tested without a device."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CELL = {"model": "tiny-llama", "method": "alst", "seqlen": 64, "world": "cuda"}
 
 
 class FakeMeter(Meter):
-    """An allocator whose counters a test moves."""
+    """A fake allocator with counters that a test sets."""
 
     def __init__(self) -> None:
         super().__init__(torch.device("cpu"))
@@ -45,7 +45,7 @@ class FakeMeter(Meter):
         self.waits = 0
 
     def hold(self, nbytes: int) -> None:
-        """Ask for memory, or give it back."""
+        """Allocate memory, or free it with a negative number."""
         self.now += nbytes
         self.peak = max(self.peak, self.now)
         self.reserved = max(self.reserved, self.now + 100)
@@ -84,7 +84,7 @@ class FakeMeter(Meter):
 
 
 def test_each_phase_has_its_own_peak() -> None:
-    """A peak belongs to the phase it came in, and what comes again keeps the larger one."""
+    """A peak belongs to the phase in which it occurred. A repeated phase keeps the larger peak."""
     meter = FakeMeter()
     phases = Phases(meter)
     meter.hold(500)  # before the step: warm-up
@@ -103,11 +103,11 @@ def test_each_phase_has_its_own_peak() -> None:
     assert phases.allocated == {"forward": 50, "backward": 115, "update": 115}
     assert phases.reserved == {"forward": 600, "backward": 600, "update": 600}
     assert phases.device == {"forward": 1600, "backward": 1600, "update": 1600}
-    assert meter.waits == 6  # a phase ends when the device is done with it
+    assert meter.waits == 6  # each phase end waits for the device
 
 
 def test_offloaded_bytes_leave_with_their_tensors() -> None:
-    """The peak is of what lives at once."""
+    """The peak is of tensors that live at the same time."""
     held = HostBytes()
     first, second = torch.empty(100), torch.empty(200)
     held.add(first)
@@ -120,7 +120,7 @@ def test_offloaded_bytes_leave_with_their_tensors() -> None:
 
 
 def test_operators_are_seen_in_backward_too() -> None:
-    """The kernel that ran is on record, whatever was asked for."""
+    """The record has the kernel that ran, whatever was requested."""
     names = OperatorNames()
     query = torch.randn(1, 2, 8, 16, requires_grad=True)
     with names:
@@ -130,7 +130,7 @@ def test_operators_are_seen_in_backward_too() -> None:
 
 
 class Settings(FakeMeter):
-    """An allocator that says `said`, and listens or does not."""
+    """A fake allocator that reports `said`, and accepts settings if it `listens`."""
 
     def __init__(self, said: str | None, *, listens: bool) -> None:
         super().__init__()
@@ -150,20 +150,20 @@ class Settings(FakeMeter):
     ("said", "told"), [("True", []), ("False", ["expandable_segments:True"]), (None, [])]
 )
 def test_the_allocator_runs_as_the_cell_asks(said: str | None, told: list[str]) -> None:
-    """By its environment, or told when that came too late; one that does not say is believed."""
+    """The environment variable sets it, or a later call does. An allocator that reports nothing is trusted."""
     meter = Settings(said, listens=True)
     ask_for_settings(meter, make_cell(CELL))
     assert meter.told == told
 
 
-def test_an_allocator_that_does_not_listen_is_no_record() -> None:
-    """Nothing is measured under another setting than the cell names."""
+def test_an_allocator_that_ignores_the_setting_is_an_error() -> None:
+    """No cell is measured under a setting other than its own."""
     with pytest.raises(RuntimeError, match="asks for expandable_segments True"):
         ask_for_settings(Settings("False", listens=False), make_cell(CELL))
 
 
 def track_a_step(rank: int, world_size: int, engine: str) -> Any:
-    """A step of a tiny model as world `cuda` tracks it, by counters that stand still."""
+    """A step of a tiny model as world `cuda` tracks it, with constant counters."""
     config = config_of(
         method={"name": "alst", "tiles": 2}, engine={"name": engine}, world_size=world_size
     )
@@ -181,8 +181,8 @@ def track_a_step(rank: int, world_size: int, engine: str) -> Any:
 
 
 @pytest.mark.parametrize("engine", ["plain", "fsdp2", "zero"])
-def test_a_tracked_step_notes_its_phases_and_its_kernels(ranks: Any, engine: str) -> None:
-    """Under every engine: bytes by phase, what was offloaded, the kernels of both directions."""
+def test_a_tracked_step_records_phases_and_kernels(ranks: Any, engine: str) -> None:
+    """Under every engine, the record has bytes by phase, offloaded bytes and the kernels of both directions."""
     ((memory, said),) = ranks(1)(track_a_step, engine)
     assert said == [f"memory step, {name}" for name in ("forward", "backward", "update")]
     assert {"forward", "backward", "update"} <= memory["cuda"]["allocated_bytes"].keys()
@@ -192,25 +192,25 @@ def test_a_tracked_step_notes_its_phases_and_its_kernels(ranks: Any, engine: str
     assert any(not name.endswith("_backward") for name in memory["attention"])
 
 
-def test_only_two_files_name_cuda() -> None:
-    """Streams and counters of a device have their place; everything else takes a device."""
+def test_only_listed_files_name_cuda() -> None:
+    """Only these files use streams and counters of a device. All other code takes a device as argument."""
     found = {
         str(path.relative_to(ROOT))
         for package in ("alst_impl", "harness")
         for path in (ROOT / package).rglob("*.py")
         if re.search(r"\btorch\.cuda\b(?! `|`)", code_of(path))
     }
-    # What runs inside a program on phantom devices looks at them from there.
+    # Code that runs inside a program on phantom devices uses them, too.
     assert {name for name in found if not name.startswith("harness/phantom/")} == MAY_NAME_CUDA
 
 
 def code_of(path: Path) -> str:
-    """A file without its docstrings."""
+    """The source of a file without docstrings."""
     return re.sub(r'"""(?:.|\n)*?"""', "", path.read_text())
 
 
-def test_what_a_server_imports_touches_no_device() -> None:
-    """CUDA that an import has initialised is lost to every rank that is forked; and a rank sees it well."""
+def test_imports_of_the_server_do_not_initialise_cuda() -> None:
+    """If an import initialised CUDA, forked ranks could not use it. In a rank it works."""
     program = (
         "import harness.processes.preload, harness.worlds.base\n"
         "from harness.worlds.cuda import require_forkable\n"
@@ -235,7 +235,7 @@ def test_what_a_server_imports_touches_no_device() -> None:
 
 
 def test_an_initialised_device_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The server then says so instead of forking ranks that fail."""
+    """The server then reports it and forks no ranks."""
     from harness.worlds.cuda import require_forkable
 
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)

@@ -1,6 +1,7 @@
-"""Inside a program on phantom devices: watches unknown reads and memory, and reports when the process ends.
+"""Agent inside a program on phantom devices: watches unknown reads and memory, and reports when the process ends.
 
-Imports the standard library alone, so that any program can run with it; torch only once the program has.
+At first it imports only the standard library, so that any program can run with it. It imports torch
+after the program has.
 """
 
 from __future__ import annotations
@@ -48,6 +49,6 @@ def _torch_imported() -> None:
 
 
 def install() -> None:
-    """Wait for the program to import torch. Does nothing in a process that is not of a session."""
+    """Start the agent when the program imports torch. Does nothing in a process outside a session."""
     if "PHANTOM_SESSION" in os.environ:
         sys.meta_path.insert(0, _AfterImport("torch", _torch_imported))

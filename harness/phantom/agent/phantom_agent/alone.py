@@ -1,4 +1,4 @@
-"""One process as rank R of N without the others: what this rank holds, the others are taken to hold."""
+"""Runs one process as rank R of N without the others. All ranks are assumed to have the same data as this one."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 
 
 def stand_for_all() -> None:
-    """Make `init_process_group` return at once.
+    """Make `init_process_group` return without waiting for other ranks.
 
-    Groups of NCCL are PyTorch's own, over the stub library. Groups on host memory have no library below: what
-    is not worked out here is refused.
+    NCCL groups are PyTorch's own, over the stub library. Collectives on host memory have no stub
+    library; this module implements some of them and refuses the others.
     """
     import torch.distributed as dist
 
@@ -40,7 +40,8 @@ def stand_for_all() -> None:
         return helper(size, own, ranks, without_gloo(backend), *args, **kwargs)
 
     c10d._new_process_group_helper = new_group_helper  # type: ignore[assignment]
-    # Also where PyTorch binds groups by itself: nobody else tells the size of the parts.
+    # PyTorch may also bind a group to its device itself. A split needs the sizes of the parts from
+    # the other ranks.
     c10d._get_split_source = no_source
     from torch.distributed import device_mesh
 
@@ -58,7 +59,7 @@ def stand_for_all() -> None:
 
 
 def no_source(*args: Any, **kwargs: Any) -> None:
-    """No communicator is split."""
+    """Replaces `_get_split_source`: no communicator is split."""
 
 
 def made_anew(
@@ -69,7 +70,9 @@ def made_anew(
     group_desc: str | None = None,
     **kwargs: Any,
 ) -> Any:
-    """`split_group` of the default group, whose ranks are those of all, by `new_group`."""
+    """Replaces `split_group` of the default group, whose ranks are the global ones: makes the group
+    with `new_group`.
+    """
     import torch.distributed as dist
 
     own = next((ranks for ranks in split_ranks if dist.get_rank() in ranks), None)
@@ -85,7 +88,7 @@ def made_anew(
 
 
 def without_gloo(backend: Any) -> str:
-    """A backend's name with PyTorch's fake one in place of gloo."""
+    """The name of a backend with gloo replaced by PyTorch's fake backend."""
     name = str(backend).lower()
     return (
         "cpu:fake,cuda:nccl" if name in ("undefined", "none", "") else name.replace("gloo", "fake")
@@ -93,7 +96,7 @@ def without_gloo(backend: Any) -> str:
 
 
 def lonely_store() -> Any:
-    """A store that nobody else writes to: what others would have written is empty."""
+    """A store without other writers. A missing key reads as zeros."""
     from torch.distributed import Store
 
     class Lonely(Store):
@@ -128,7 +131,7 @@ def lonely_store() -> Any:
 
 
 class Done:
-    """The work of a collective that is over."""
+    """The work handle of a finished collective."""
 
     def wait(self, *args: Any) -> bool:
         return True
@@ -138,7 +141,9 @@ class Done:
 
 
 def host_only(replacement: Callable[..., None] | None, original: Any, name: str) -> Any:
-    """`original` for tensors of the device; `replacement` for those of the host, or an error if there is none."""
+    """A collective that calls `original` for device tensors and `replacement` for host tensors.
+    Without a replacement it raises `NotImplementedError`.
+    """
     import torch
 
     signature = inspect.signature(original)
@@ -164,7 +169,7 @@ def host_only(replacement: Callable[..., None] | None, original: Any, name: str)
 
 
 def flat(values: Any) -> Iterator[Any]:
-    """The members of nested lists."""
+    """The members of nested lists and tuples, in order."""
     for value in values:
         if isinstance(value, list | tuple):
             yield from flat(value)
@@ -173,7 +178,7 @@ def flat(values: Any) -> Iterator[Any]:
 
 
 def on_host() -> dict[str, Callable[..., None] | None]:
-    """What collectives do with tensors of the host where all ranks hold the same; None: refused."""
+    """Collective -> its implementation on host tensors, where all ranks have the same data; None if it is refused."""
     import torch.distributed as dist
 
     def all_reduce(tensor: Any, op: Any = dist.ReduceOp.SUM, group: Any = None) -> None:
@@ -216,14 +221,14 @@ def on_host() -> dict[str, Callable[..., None] | None]:
 
 
 def all_gather_object(object_list: list[Any], obj: Any, group: Any = None) -> None:
-    """Every rank has the same object."""
+    """All ranks contribute a copy of this rank's object."""
     object_list[:] = [copy.deepcopy(obj) for _ in object_list]
 
 
 def gather_object(
     obj: Any, object_gather_list: list[Any] | None = None, *args: Any, **kwargs: Any
 ) -> None:
-    """As `all_gather_object`, on the rank that has a list."""
+    """As `all_gather_object`, on the rank that passes a list."""
     if object_gather_list is not None:
         all_gather_object(object_gather_list, obj)
 
@@ -235,12 +240,12 @@ def broadcast_object_list(
     device: Any = None,
     group_src: int | None = None,
 ) -> None:
-    """What this rank sends is what it has."""
+    """Leaves the list as it is. Raises `NotImplementedError` if another rank is the source."""
     own(src, group, group_src)
 
 
 def own(src: int | None, group: Any, group_src: int | None) -> None:
-    """Raises `NotImplementedError` where another rank sends: what it holds is not here."""
+    """Raises `NotImplementedError` if another rank is the source, because its data does not exist here."""
     import torch.distributed as dist
 
     sender = (
@@ -255,7 +260,7 @@ def own(src: int | None, group: Any, group_src: int | None) -> None:
 
 
 def barrier(*args: Any, async_op: bool = False, **kwargs: Any) -> Any:
-    """Nobody is waited for."""
+    """Returns without waiting."""
     return Done() if async_op else None
 
 

@@ -1,4 +1,4 @@
-"""What is alive when most memory is allocated, from PyTorch's own memory history."""
+"""Allocations that are alive at the memory peak, from PyTorch's memory history."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 from phantom_agent.reads import installed
 
 MOST_EVENTS = 200_000
-"""Events that are kept; older ones are lost."""
+"""Maximum number of recorded events; older ones are dropped."""
 
 
 def record() -> None:
-    """Keep the history from now on, each event with its Python lines."""
+    """Start to record the history, each event with its Python frames."""
     import torch
 
     torch.cuda.memory._record_memory_history(max_entries=MOST_EVENTS, stacks="python")
@@ -23,7 +23,7 @@ def record() -> None:
 def by_address(
     snapshot: dict[str, Any], device: int
 ) -> dict[int, tuple[int, list[dict[str, Any]]]]:
-    """Bytes and frames of what is allocated at the time of a snapshot."""
+    """Address -> (bytes, frames) of the blocks that are allocated in a snapshot."""
     return {
         block["address"]: (block["requested_size"], block.get("frames", []))
         for segment in snapshot["segments"]
@@ -34,12 +34,12 @@ def by_address(
 
 
 def alive(snapshot: dict[str, Any], device: int) -> list[tuple[int, list[dict[str, Any]]]]:
-    """The same without its addresses."""
+    """(bytes, frames) of the blocks that are allocated in a snapshot."""
     return list(by_address(snapshot, device).values())
 
 
 def alive_at_peak(snapshot: dict[str, Any], device: int) -> list[tuple[int, list[dict[str, Any]]]]:
-    """As `alive`, at the moment of the recorded history at which most bytes were requested."""
+    """As `alive`, at the moment of the recorded history with the most requested bytes."""
     events = [
         e for e in snapshot["device_traces"][device] if e["action"] in ("alloc", "free_completed")
     ]
@@ -56,7 +56,7 @@ def alive_at_peak(snapshot: dict[str, Any], device: int) -> list[tuple[int, list
             held[event["addr"]] = (event["size"], event.get("frames", []))
         else:
             held.pop(event["addr"], None)
-    # What was there before the history began and is freed or alive after the peak.
+    # Add blocks from before the history that were still allocated at the peak.
     later = set()
     for event in events[when:]:
         if (
@@ -75,9 +75,9 @@ def alive_at_peak(snapshot: dict[str, Any], device: int) -> list[tuple[int, list
 def alive_between(
     before: dict[str, Any], after: dict[str, Any], device: int
 ) -> dict[int, tuple[int, list[dict[str, Any]]]]:
-    """Size and frames by address of what is allocated when most bytes are, between two snapshots.
+    """Address -> (bytes, frames) of the blocks that are allocated at the peak between two snapshots.
 
-    The history was recorded from the first to the second of them.
+    The history must be recorded from the first snapshot to the second.
     """
     held = by_address(before, device)
     events = [
@@ -100,7 +100,7 @@ def alive_between(
 def grouped(
     held: Sequence[tuple[int, list[dict[str, Any]]]], most: int = 12
 ) -> list[dict[str, Any]]:
-    """Bytes by the line that allocated them, the largest first."""
+    """Allocations grouped by the line that made them, largest group first, at most `most` groups."""
     groups: dict[tuple[str, str], list[int]] = {}
     for size, frames in held:
         groups.setdefault(place(frames), []).append(size)
@@ -138,7 +138,7 @@ def place(frames: Sequence[dict[str, Any]]) -> tuple[str, str]:
 
 @lru_cache(maxsize=4096)
 def qualified(file: str, line: int) -> str | None:
-    """`Class.function` around a line of a source file; None if the source is not there."""
+    """`Class.function` around a line of a source file; None if the source is missing or the line is in no function."""
     functions = [
         (begin, end, name) for begin, end, name in functions_of(file) if begin <= line <= end
     ]

@@ -1,11 +1,12 @@
-"""Large tensors on the host that hold nothing: allocated and counted, but no page of them is ever written.
+"""Hollow tensors: large tensors on the host that are allocated and counted, but never written.
 
-A trainer that offloads keeps weights, gradients and optimizer states of a model on the host, tens or hundreds of
-GiB. What comes from a phantom device has no values anyway, so copies and fills of such tensors do nothing: this
-machine gives memory to a page when it is first written, and these never are. Reads of them are zeros.
+A trainer that offloads keeps weights, gradients and optimizer states of a model on the host, tens
+or hundreds of GiB. Data from a phantom device has no values, so copies and fills of hollow tensors
+do nothing. The operating system provides memory for a page when it is first written, so hollow
+tensors take none. Reads return zeros.
 
-Such a tensor is floating, and its storage has `LARGE_BYTES` or more: token ids, positions and masks keep their values
-at any length, and so do scalars, norms and small models.
+A tensor is hollow if it is floating point and its storage has at least `LARGE_BYTES`. Token ids,
+positions and masks keep their values at any length, and so do scalars, norms and small models.
 """
 
 from __future__ import annotations
@@ -15,19 +16,21 @@ from functools import cache
 from typing import Any
 
 LARGE_BYTES = 2**20
-"""Of the storage, so that a view of a flat buffer is left alone as the buffer is."""
+"""Smallest storage of a hollow tensor. The storage counts, so that a view is treated like the flat
+buffer that it belongs to."""
 
 
 def hollow(tensor: Any) -> bool:
-    """Whether `tensor`, on the host, holds nothing."""
+    """Whether the host tensor `tensor` is hollow."""
     return bool(tensor.is_floating_point() and tensor.untyped_storage().nbytes() >= LARGE_BYTES)
 
 
 @cache
 def leave_large_untouched() -> Any:
-    """Have operators in place skip hollow tensors, in this process from now on, and optimizers skip their updates.
+    """Make in-place operators and optimizer updates skip hollow tensors in this process from now on.
 
-    Returns what holds these operators, in force as long as it lives. The kernels below are those that PyTorch's own `clone`, `to`, `pin_memory`, `zeros` and `full` end in.
+    Returns the operator library, which has to be kept alive. PyTorch's `clone`, `to`, `pin_memory`,
+    `zeros` and `full` end in the operators replaced here.
     """
     import torch
     from torch.optim import adam, sgd
@@ -43,7 +46,9 @@ def leave_large_untouched() -> Any:
 
 
 def _in_place(kernel: Any, second: bool) -> Callable[..., Any]:
-    """An operator that writes its first argument, unless that is hollow; `second`: its second is a tensor, too."""
+    """`kernel`, which writes its first argument, without effect if that is hollow. `second`: the
+    second argument is a tensor, too.
+    """
     import torch
 
     dtypes = {
@@ -53,7 +58,7 @@ def _in_place(kernel: Any, second: bool) -> Callable[..., Any]:
     def run(keys: Any, tensor: Any, *others: Any) -> Any:
         if hollow(tensor):
             return tensor
-        # PyTorch makes numbers of tensors that stand for one on their way to Python.
+        # PyTorch converts a tensor that wraps a number to that number when it calls Python.
         if second and type(others[0]) in dtypes:
             number, *rest = others
             others = (torch.scalar_tensor(number, dtype=dtypes[type(number)]), *rest)
@@ -63,7 +68,7 @@ def _in_place(kernel: Any, second: bool) -> Callable[..., Any]:
 
 
 def _updating(function: Callable[..., None]) -> Callable[..., None]:
-    """An optimizer's functional form, which takes a list for each of its tensors, without hollow parameters."""
+    """`function`, the functional form of an optimizer with a list per kind of tensor, without hollow parameters."""
 
     def update(params: list[Any], *others: Any, **options: Any) -> None:
         kept = [i for i, p in enumerate(params) if p.device.type != "cpu" or not hollow(p)]

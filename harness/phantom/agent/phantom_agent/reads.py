@@ -1,4 +1,4 @@
-"""Reads of device memory whose bytes nobody knows: each by its site, with an answer where the site is reviewed."""
+"""Reads of device memory with unknown values: counted by place, and answered at reviewed sites."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from typing import Any
 from phantom_agent import runtime
 
 SMALL = 16
-"""Bytes up to which a value may steer a program."""
+"""Largest read, in bytes, that can decide a program's control flow."""
 
 
 class Reads:
-    """Counts unknown reads by site, and answers those that are reviewed."""
+    """Counts unknown reads by place, and answers those at reviewed sites."""
 
     def __init__(self, sites: list[dict[str, Any]]) -> None:
         self.sites = sites
         self.found: dict[tuple[str, int, str, int], dict[str, Any]] = {}
 
     def hear(self, address: int, size: int, to: int) -> None:
-        """One read of `size` bytes, which are zeros unless they are written at `to`."""
+        """Handle a read of `size` bytes. The result at `to` is zeros unless this writes an answer there."""
         frame = innermost()
         name = frame.f_code.co_qualname if frame else "no Python line"
         file, line = (frame.f_code.co_filename, frame.f_lineno) if frame else ("", 0)
         key = (file, line, name, size)
         if key not in self.found:
-            # A condition may run over several lines, of which the first is told.
+            # A condition may span several lines, and the frame reports the first.
             text = "".join(linecache.getline(file, line + i) for i in range(4))
             site = self.site(file, name, text)
             self.found[key] = {
@@ -50,7 +50,9 @@ class Reads:
             ctypes.memmove(to, value, len(value))
 
     def site(self, file: str, function: str, text: str) -> dict[str, Any] | None:
-        """The reviewed site that a read in `function` of `file`, in the lines `text`, belongs to."""
+        """The reviewed site that matches a read in `function` of `file`, at the lines `text`; None
+        if no site matches.
+        """
         names = (function, function.rpartition(".")[2], "*")
         for site in self.sites:
             if (
@@ -63,7 +65,7 @@ class Reads:
 
 
 def encoded(answer: Any, size: int) -> bytes:
-    """`answer` as `size` bytes: a float where it is written as one, else an integer or a bool."""
+    """`answer` as `size` bytes: a float in IEEE format, an integer or bool in two's complement."""
     if isinstance(answer, float):
         return struct.pack({4: "<f", 8: "<d"}[size], answer)
     return int(answer).to_bytes(size, "little", signed=answer < 0)
@@ -75,12 +77,12 @@ PASSING = (
     "/torch/_compile.py",
     "/torch/_dynamo/eval_frame.py",
 )
-"""Ends of the paths of files that only hand a call on."""
+"""Path suffixes of files that only pass a call on."""
 MODES = ("__torch_function__", "__torch_dispatch__")
 
 
 def innermost() -> FrameType | None:
-    """The Python frame that reads, without this package's own and without what only hands a call on."""
+    """The innermost Python frame outside this package and outside functions that only pass a call on."""
     frame: FrameType | None = sys._getframe()
     own = os.path.dirname(__file__)
     while frame is not None and (
@@ -93,7 +95,7 @@ def innermost() -> FrameType | None:
 
 
 def caller(frame: FrameType | None) -> str | None:
-    """The nearest line that is not of an installed package, where that is not `frame` itself."""
+    """The nearest `file:line` outside installed packages; None if that is `frame` itself."""
     first = frame
     while frame is not None and installed(frame.f_code.co_filename):
         frame = frame.f_back
@@ -103,7 +105,7 @@ def caller(frame: FrameType | None) -> str | None:
 
 
 def installed(file: str) -> bool:
-    """Whether a source file is of an installed package or of Python itself."""
+    """Whether a source file belongs to an installed package or to Python itself."""
     import torch
 
     folder = os.path.dirname(os.path.dirname(torch.__file__))
@@ -111,7 +113,7 @@ def installed(file: str) -> bool:
 
 
 def watch(sites: list[dict[str, Any]]) -> Reads:
-    """Reads from now on, answered at the reviewed `sites`."""
+    """Start to watch unknown reads, answered at the reviewed `sites`."""
     reads = Reads(sites)
     heard = runtime.READER(reads.hear)
     runtime.library().phantom_on_read(heard)

@@ -1,4 +1,4 @@
-"""The stub runtime of this process, as a library."""
+"""Python access to the stub runtime of this process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NAMES = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_char_p)
 
 
 def library() -> ctypes.CDLL:
-    """libphantom, already loaded before the program began."""
+    """libphantom, which was loaded before the program began."""
     found = ctypes.CDLL(os.path.join(os.environ["PHANTOM_LIBRARIES"], "libphantom.so"))
     for name in (
         "host_peak",
@@ -27,7 +27,7 @@ def library() -> ctypes.CDLL:
 
 
 def kernels() -> dict[str, int]:
-    """Launches by mangled name of the kernel."""
+    """Mangled name of each kernel -> number of launches."""
     found: dict[str, int] = {}
 
     def add(name: bytes, launches: int) -> None:
@@ -38,7 +38,7 @@ def kernels() -> dict[str, int]:
 
 
 def refusals() -> list[str]:
-    """Functions that were refused."""
+    """The refused functions, each with its library."""
     found: list[str] = []
 
     def add(owner: bytes, function: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Watches one process and writes what it did to the session's folder when it ends."""
+"""Watches one process and writes its report to the session's folder when it ends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from phantom_agent import history, reads, runtime
 
 
 class Watch:
-    """What is seen of this process."""
+    """Observations of this process."""
 
     def __init__(self) -> None:
         self.pid = os.getpid()
@@ -23,7 +23,7 @@ class Watch:
         self.error: str | None = None
 
     def out_of_memory(self, device: int, asked: int, total: int, free: int) -> None:
-        """The allocator has found no memory, and has already given back what it had cached."""
+        """Record an out-of-memory error. The allocator has already released its cache."""
         import torch
 
         where, line = history.place(
@@ -44,7 +44,9 @@ class Watch:
         }
 
     def initialized(self) -> None:
-        """CUDA has been initialised in this process."""
+        """Start to record, after CUDA is initialised in this process. Exits if another CUDA runtime
+        is loaded first.
+        """
         import torch
 
         cudart = runtime.first_cudart()
@@ -58,7 +60,7 @@ class Watch:
         torch._C._cuda_attach_out_of_memory_observer(self.out_of_memory)  # type: ignore[attr-defined]
 
     def write(self) -> None:
-        """Write the report of this process, if it used a device. A second call writes it again."""
+        """Write the report of this process if it used a device. A second call overwrites it."""
         import torch
 
         if os.getpid() != self.pid or not torch.cuda.is_initialized():
@@ -69,7 +71,7 @@ class Watch:
         os.replace(f"{path}.partial", path)
 
     def report(self) -> dict[str, Any]:
-        """All that is known, as plain data."""
+        """The report as plain data."""
         import torch
 
         library = runtime.library()
@@ -90,7 +92,7 @@ class Watch:
         }
 
     def device(self, index: int) -> dict[str, Any]:
-        """Peaks of one device, and what was alive at the peak."""
+        """Peaks of one device, and the allocations alive at the peak."""
         import torch
 
         stats = torch.cuda.memory_stats(index)
@@ -115,7 +117,7 @@ def used(device: int) -> bool:
 
 
 def frames() -> list[Any]:
-    """Python frames from the innermost, without this package's own."""
+    """Python frames, innermost first, without those of this package."""
     frame, found = reads.innermost(), []
     while frame is not None:
         found.append(frame)
@@ -135,7 +137,7 @@ def attention(launched: dict[str, int]) -> list[str]:
 
 
 def begin() -> None:
-    """Watch this process from its import of torch on."""
+    """Start to watch this process. Called when torch has been imported."""
     import torch
 
     watch = Watch()

@@ -1,4 +1,4 @@
-"""Large tensors on the host, far more than this machine has, beside small ones; prints what it found as JSON."""
+"""Large tensors on the host, far more than this machine has, beside small ones. Prints its findings as JSON."""
 
 import json
 import resource
@@ -10,7 +10,7 @@ GIB = 2**30
 
 
 def resident() -> int:
-    """Largest resident set of this process so far."""
+    """Peak resident set size of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

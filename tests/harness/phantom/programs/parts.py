@@ -1,4 +1,4 @@
-"""Uses one part of a device after the other, and prints what each said as JSON."""
+"""Uses the features of a device one by one, and prints the results as JSON."""
 
 import json
 
@@ -9,7 +9,7 @@ found = {}
 
 
 def values() -> None:
-    """Copies, fills and what a kernel makes of them."""
+    """Results of copies, fills and a kernel."""
     numbers = torch.arange(1000, dtype=torch.int64)
     there = numbers.to("cuda")
     found["round trip"] = bool((there.cpu() == numbers).all())
@@ -36,7 +36,7 @@ def memory() -> None:
         torch.cuda.memory_allocated(1),
     ]
     found["used"] = [torch.cuda.device_memory_used(device) for device in (0, 1)]
-    with torch.cuda.device(0):  # freeing charges the device of the memory, not the current one
+    with torch.cuda.device(0):  # freed on the tensor's device, not on the current one
         del second
         torch.cuda.empty_cache()
     found["used after"] = torch.cuda.mem_get_info(1)[1] - torch.cuda.mem_get_info(1)[0]
@@ -71,7 +71,7 @@ def attention() -> None:
 
 
 def segments() -> None:
-    """Segments that grow."""
+    """Expandable segments."""
     torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
     kept = [torch.empty(30 * MIB, dtype=torch.uint8, device="cuda") for _ in range(4)]
     found["expandable"] = any(s["is_expandable"] for s in torch.cuda.memory_snapshot())
@@ -79,7 +79,7 @@ def segments() -> None:
 
 
 def nvml() -> None:
-    """The suite's own sampler, a process of its own."""
+    """Readings of the suite's sampler, a separate process."""
     from harness.devices.nvml import library, visible_devices
     from harness.devices.sampler import Sampler
     from harness.records.readings import Device

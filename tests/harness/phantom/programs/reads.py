@@ -1,10 +1,10 @@
-"""Decides by values that a kernel made, at two places."""
+"""Branches on values that a kernel made, at two places."""
 
 import torch
 
 
 def reviewed() -> bool:
-    """The place that the test lists."""
+    """The place that the test lists as reviewed."""
     return torch.randn(4, device="cuda").sum().item() > 0
 
 

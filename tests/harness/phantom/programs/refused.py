@@ -1,4 +1,4 @@
-"""Calls a library that nobody has looked at, and goes on."""
+"""Calls an unimplemented function, and goes on."""
 
 import contextlib
 

@@ -1,4 +1,4 @@
-"""One step of the released ALST stack, as rank 0 of eight; prints what ran as JSON."""
+"""One step of the released ALST stack, as rank 0 of eight. Prints what ran as JSON."""
 
 import json
 import os

@@ -1,1 +1,0 @@
-"""What a record says; one file per metric, applied to every record."""
