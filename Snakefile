@@ -46,7 +46,7 @@ CELLS = {name: experiment.cells() for name, experiment in EXPERIMENTS.items()}
 ALST = f"'{sys.executable}' -m harness"
 FIGURES = sorted(map(str, Path("harness/present/figures").glob("*.py")))
 TIED = f"exec '{sys.executable}' -m harness.processes.tied {os.getpid()}"
-GRIDS = [str(path) for path in Path("harness/present/grids").glob("*.py")]
+GRIDS = sorted(map(str, Path("harness/present/grids").glob("*.py")))
 
 
 def records(wildcards):

@@ -69,7 +69,7 @@ class Evidence(Frozen):
     method: str = Field(exclude=True)
     """Method of the cell."""
     place: str = Field(exclude=True)
-    """Table, row and column of the published number. Two methods may have the same."""
+    """Table, row and column of the published number; two methods may stand beside one number."""
     quantity: Quantity = Field(exclude=True)
     limit: Limit | None = Field(exclude=True)
     """The limit of the cell's longest sequence."""

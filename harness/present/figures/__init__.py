@@ -1,1 +1,1 @@
-"""Figures of an experiment, which a YAML selects by name."""
+"""Figures of an experiment; a YAML selects each by its name."""

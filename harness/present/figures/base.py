@@ -1,4 +1,4 @@
-"""Shared by figures: the lookup by name, and the cells that figures show."""
+"""What figures share: finding one by name, and the cells that they show."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def methods_of(cells: Iterable[Cell]) -> list[str]:
 
 
 RELEASED_NOTE = "deepspeed_alst: ALST as its authors released it. alst: our own implementation."
-"""What two methods are, beside published numbers."""
+"""Explains two methods beside published numbers."""
 
 
 def features(cell: Cell) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from harness.cells import paths
 from harness.judge.defects import read_defects
-from harness.present.figures.base import methods_of
 from harness.present.grids.gradients import (
     defect_grid,
     finding_grid,
@@ -15,6 +14,7 @@ from harness.present.grids.gradients import (
 from harness.present.grids.origins import origin
 from harness.present.pages.base import Committed
 from harness.present.render import render
+from harness.records.record import Outcome
 from harness.records.table import Results
 
 
@@ -48,12 +48,20 @@ def caught(results: Results) -> str:
 
 
 def summary(c: Committed) -> list[tuple[str, str]]:
-    """Cells by experiment, and planted defects."""
+    """Cells by experiment and method, and planted defects."""
     rows = []
     for results in c.compared:
-        methods = ", ".join(f"`{method}`" for method in methods_of(results.cells.values()))
-        counts, *_ = verdict_counts(results).partition(", each")
-        rows.append((f"gradients of {methods} (`{results.name}`)", counts))
+        refused = [f"{len(results.refused)} cells refused"] * bool(results.refused)
+        passed = "; ".join([*_passed(results), *refused])
+        rows.append((f"gradients against the stock model (`{results.name}`)", passed))
         if caught(results):
             rows.append(("planted defects", caught(results)))
     return rows
+
+
+def _passed(results: Results) -> list[str]:
+    """By method: how many of its cells passed."""
+    outcomes: dict[str, list[bool]] = {}
+    for m in results.measurements.values():
+        outcomes.setdefault(m.cell.train.method.name, []).append(m.outcome is Outcome.OK)
+    return [f"`{method}` passed {sum(ok)} of {len(ok)} cells" for method, ok in outcomes.items()]
