@@ -271,7 +271,7 @@ def _note(name: str, reason: str, moved: list[str]) -> None:
 def _promote(results: Results, hardware: str) -> None:
     folder = paths.REFERENCE / hardware / results.name
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
     for key, m in results.measurements.items():
         if m.cell.hardware == hardware:
+            folder.mkdir(parents=True, exist_ok=True)  # not for a row of which nothing was measured
             shutil.copyfile(paths.cells(results.name) / f"{key}.json", folder / f"{key}.json")

@@ -77,6 +77,17 @@ def test_reference_renews_the_readme(checkout: Path) -> None:
     assert present.report(check=True) == 1
 
 
+def test_part_of_an_experiment_leaves_no_empty_folder(checkout: Path) -> None:
+    """Hardware without a measured cell has no committed records."""
+    more = YAML.replace(
+        "figures:", "  - base: {hardware: h100-80gb}\n    axes: {method: [baseline]}\nfigures:"
+    )
+    record.write_text(paths.experiment("two"), more)
+    present.reference("two", partial=True)
+    assert [folder.parent.name for folder in paths.REFERENCE.glob("*/two")] == ["cpu"]
+    assert present.report(check=True) == 0
+
+
 def test_a_stale_page_fails_the_check(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each is named, left as it is, and made anew when asked for."""
     present.reference("two")
