@@ -23,6 +23,14 @@ def missing() -> str:
     return ""
 
 
+def torch_version() -> tuple[int, ...]:
+    """Major and minor version of PyTorch's CUDA build; empty if there is none."""
+    try:
+        return tuple(int(part) for part in find().version.split(".")[:2])
+    except ValueError:
+        return ()
+
+
 NEEDED = [
     pytest.mark.phantom,
     pytest.mark.skipif(bool(missing()), reason=missing() or "all there"),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from phantoms import NEEDED
+from phantoms import NEEDED, torch_version
 
 from harness.phantom.session import Result, run
 
@@ -173,6 +173,11 @@ def test_large_tensors_on_the_host_cost_no_memory() -> None:
     assert found["numbers"] == [[False, True, False], [5.0, 5.0]]
 
 
+@pytest.mark.xfail(
+    torch_version() >= (2, 15),
+    reason="from torch 2.15 on, the gathered lengths of samples are unknown values",
+    strict=True,
+)
 def test_the_trainer_of_transformers_runs_as_one_rank_of_four() -> None:
     """It runs with DeepSpeed's sequence parallelism and ZeRO-3. Logged and printed values do not
     decide control flow.

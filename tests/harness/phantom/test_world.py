@@ -123,7 +123,7 @@ def _all_to_all(x, *rest):
 
 def _exchanged(""",
     )
-    planted = plant(Defect(file="ops/ulysses.py", edits=[edit]), tmp_path)
+    planted = plant(Defect(file="ops/attention/ulysses.py", edits=[edit]), tmp_path)
     after = measure(cell(), Path("unused"), sources=planted)
     assert after.outcome is Outcome.OK, after.detail
     moved = changes({"it": measured()}, {"it": after})
