@@ -44,7 +44,8 @@ def test_the_cell_that_caught_a_defect_fails(
     (cell,) = [cell for row, cell in work if row.label == CAUGHT[name].cell]
     shared = tmp_path_factory.getbasetemp().parent / "truths"
     m = measure(cell, shared, sources=plant(DEFECTS[name], tmp_path))
-    assert m.outcome == CAUGHT[name].outcome, m.detail
+    # Memory that a defect leaves unwritten may hold NaN, which is found before gradients are compared.
+    assert m.outcome in (CAUGHT[name].outcome, Outcome.NAN_LOSS), m.detail
     assert m.outcome is not Outcome.OK
 
 
