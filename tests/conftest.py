@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import datetime as dt
+import importlib
 import multiprocessing
 import os
 import pickle
@@ -46,7 +47,7 @@ def _rank(
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     import torch.distributed as dist
 
-    import harness.processes.preload  # noqa: F401  prepares DeepSpeed, once for all ranks
+    importlib.import_module("harness.processes.preload")  # prepares DeepSpeed, once for all ranks
 
     try:
         dist.init_process_group(
