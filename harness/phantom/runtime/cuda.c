@@ -93,15 +93,15 @@ CUresult cuFuncGetAttribute(int *value, CUfunction_attribute attribute, CUfuncti
 CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute, int value) { return 0; }
 CUresult cuFuncSetCacheConfig(CUfunction function, CUfunc_cache config) { return 0; }
 CUresult cuLaunchKernel(CUfunction function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, CUstream stream, void **arguments, void **extra) {
-    phantom_launch((kernel *)function, arguments);
+    phantom_launch((kernel *)function, arguments, gx);
     return 0;
 }
 CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **arguments, void **extra) {
-    phantom_launch((kernel *)function, arguments);
+    phantom_launch((kernel *)function, arguments, config->gridDimX);
     return 0;
 }
 CUresult cuLaunchCooperativeKernel(CUfunction function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, CUstream stream, void **arguments) {
-    phantom_launch((kernel *)function, arguments);
+    phantom_launch((kernel *)function, arguments, gx);
     return 0;
 }
 CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, CUfunction function, int threads, size_t shared) { *blocks = 2; return 0; }

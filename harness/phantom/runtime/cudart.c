@@ -225,19 +225,19 @@ void __cudaRegisterFunction(void **handle, const char *function, char *device_fu
 }
 cudaError_t __cudaGetKernel(cudaKernel_t *kernel, const void *function) { *kernel = (cudaKernel_t)function; return OK; }
 cudaError_t __cudaLaunchKernel(cudaKernel_t function, dim3 grid, dim3 block, void **arguments, size_t shared, cudaStream_t stream) {
-    phantom_launch(phantom_kernel_of(function), arguments);
+    phantom_launch(phantom_kernel_of(function), arguments, grid.x);
     return OK;
 }
 cudaError_t cudaLaunchKernel(const void *function, dim3 grid, dim3 block, void **arguments, size_t shared, cudaStream_t stream) {
-    phantom_launch(phantom_kernel_of(function), arguments);
+    phantom_launch(phantom_kernel_of(function), arguments, grid.x);
     return OK;
 }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *config, const void *function, void **arguments) {
-    phantom_launch(phantom_kernel_of(function), arguments);
+    phantom_launch(phantom_kernel_of(function), arguments, config->gridDim.x);
     return OK;
 }
 cudaError_t cudaLaunchCooperativeKernel(const void *function, dim3 grid, dim3 block, void **arguments, size_t shared, cudaStream_t stream) {
-    phantom_launch(phantom_kernel_of(function), arguments);
+    phantom_launch(phantom_kernel_of(function), arguments, grid.x);
     return OK;
 }
 // Ordinary numbers: kernels' registers and occupancy are in images that nothing here reads.

@@ -11,11 +11,27 @@ struct kernel {
     const char *name;
     uint64_t launches;
     int fill_bytes;      // element size where this is PyTorch's fill of contiguous memory, else 0
+    int copy_bytes;      // element size where this is PyTorch's copy of a list of tensors without a cast, else 0
     size_t argument_bytes;  // largest argument that is looked at
     kernel *next;
 };
 
 enum { BUCKETS = 1 << 15, MOST_ARGUMENTS = 64, FILLED = 64 << 10 };
+
+// PyTorch's TensorListMetadata<2> (ATen/native/cuda/MultiTensorApply.cuh): which chunk of which tensor each block takes.
+#if PHANTOM_CUDA >= 1300
+enum { MOST_TENSORS = 448, MOST_BLOCKS = 2240, CHUNK = 65536 };
+typedef uint16_t tensor_index;
+#else
+enum { MOST_TENSORS = 64, MOST_BLOCKS = 320, CHUNK = 65536 };
+typedef unsigned char tensor_index;
+#endif
+typedef struct {
+    char *addresses[2][MOST_TENSORS];  // sources, destinations
+    int64_t count[MOST_TENSORS];
+    tensor_index tensor_of_block[MOST_BLOCKS];
+    int32_t chunk_of_block[MOST_BLOCKS];
+} tensor_list;
 static kernel *kernels[BUCKETS];
 static uint64_t num_launches, matmul_flops, num_matmuls, unseen_arguments;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -41,6 +57,24 @@ static int fill_bytes(const char *name) {
     return 0;
 }
 
+// Element size of `multi_tensor_apply_kernel<TensorListMetadata<2>, UnaryOpFunctor<T, 2, 1, 1>, Copy<T, T>>`, by the
+// mangled T; only types of one letter, which are their own type of arithmetic.
+static int copy_bytes(const char *name) {
+    static const struct { char mangled; int bytes; } TYPES[] = {
+        {'l', 8}, {'x', 8}, {'d', 8}, {'i', 4}, {'f', 4}, {'s', 2}, {'b', 1}, {'h', 1}, {'a', 1},
+    };
+    const char *functor = strstr(name, "TensorListMetadataILi2E") ? strstr(name, "UnaryOpFunctorI") : NULL;
+    const char *copy = functor ? strstr(functor, "4CopyI") : NULL;
+    if (!copy) return 0;
+    char type = functor[strlen("UnaryOpFunctorI")];
+    const char *casts = copy + strlen("4CopyI");
+    if (casts[0] != type || casts[1] != type || casts[2] != 'E') return 0;
+    if (strncmp(functor + strlen("UnaryOpFunctorI") + 1, "Li2ELi1ELi1EE", strlen("Li2ELi1ELi1EE"))) return 0;
+    for (size_t i = 0; i < sizeof TYPES / sizeof *TYPES; i++)
+        if (TYPES[i].mangled == type) return TYPES[i].bytes;
+    return 0;
+}
+
 API kernel *phantom_kernel_of(const void *function) {
     kernel *k = kernels[hashed(function)];
     while (k && k->function != function) k = k->next;
@@ -55,6 +89,7 @@ API kernel *phantom_kernel(const void *function, const char *name) {
         k->function = function ? function : k;
         k->name = strdup(name);
         k->fill_bytes = fill_bytes(name);
+        k->copy_bytes = copy_bytes(name);
         // Foreach kernels carry tables of pointers.
         k->argument_bytes = strstr(name, "multi_tensor_apply") ? 32 << 10 : 1024;
         kernel **head = &kernels[hashed(k->function)];
@@ -76,6 +111,20 @@ static bool filled(kernel *k, void **arguments) {
     for (size_t i = 0; i < count; i++) memcpy(values + i * k->fill_bytes, arguments[1], k->fill_bytes);
     phantom_poke(to, values, bytes);
     free(values);
+    return true;
+}
+
+static bool copied(kernel *k, void **arguments, unsigned blocks) {
+    if (!k || !k->copy_bytes || blocks > MOST_BLOCKS) return false;
+    const tensor_list *list = arguments[0];
+    for (unsigned i = 0; i < blocks; i++) {
+        int tensor = list->tensor_of_block[i];
+        int64_t first = (int64_t)list->chunk_of_block[i] * CHUNK, left = list->count[tensor] - first;
+        size_t at = first * k->copy_bytes, bytes = (left < CHUNK ? left : CHUNK) * k->copy_bytes;
+        char *from = list->addresses[0][tensor] + at, *to = list->addresses[1][tensor] + at;
+        if (list->count[tensor] * k->copy_bytes > FILLED) phantom_forget(to, bytes);
+        else phantom_copy(to, from, bytes);
+    }
     return true;
 }
 
@@ -117,10 +166,10 @@ static void forget_written(kernel *k, void **arguments) {
     }
 }
 
-API void phantom_launch(kernel *k, void **arguments) {
+API void phantom_launch(kernel *k, void **arguments, unsigned blocks) {
     __atomic_fetch_add(&num_launches, 1, __ATOMIC_RELAXED);
     if (k) __atomic_fetch_add(&k->launches, 1, __ATOMIC_RELAXED);
-    if (arguments && !filled(k, arguments)) forget_written(k, arguments);
+    if (arguments && !filled(k, arguments) && !copied(k, arguments, blocks)) forget_written(k, arguments);
 }
 
 API void phantom_matmul(const void *result, int64_t m, int64_t n, int64_t k, int64_t batch) {

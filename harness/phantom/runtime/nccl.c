@@ -42,8 +42,6 @@ int ncclCommGetAsyncError(communicator *c, int *error) { *error = 0; return 0; }
 int ncclCommDestroy(communicator *c) { free(c); return 0; }
 int ncclCommAbort(communicator *c) { free(c); return 0; }
 int ncclCommFinalize(communicator *c) { return 0; }
-int ncclGroupStart(void) { return 0; }
-int ncclGroupEnd(void) { return 0; }
 int ncclCommRegister(communicator *c, void *buffer, size_t bytes, void **handle) { *handle = buffer; return 0; }
 int ncclCommDeregister(communicator *c, void *handle) { return 0; }
 int ncclRedOpCreatePreMulSum(int *operation, void *scalar, int type, int residence, communicator *c) { static int next = AVG; *operation = ++next; return 0; }
@@ -82,8 +80,35 @@ static int result(const void *from, void *to, size_t count, int type, int operat
 }
 int ncclAllReduce(const void *from, void *to, size_t count, int type, int operation, communicator *c, void *stream) { return result(from, to, count, type, operation, c, 1); }
 int ncclReduce(const void *from, void *to, size_t count, int type, int operation, int root, communicator *c, void *stream) { return c->rank == root ? result(from, to, count, type, operation, c, 1) : 0; }
+
+// A broadcast by every rank of a communicator within one group is a gather of equal parts. PyTorch gathers so from 2.15 on.
+typedef struct { void *to; size_t count; int type, root; communicator *c; } broadcast;
+static __thread broadcast *held;
+static __thread int depth, num_held;
+static bool equal_parts(const broadcast *a, const broadcast *b) { return a->c == b->c && a->count == b->count && a->type == b->type; }
+static void gather(const broadcast *own) {
+    int parts = 0;
+    for (int i = 0; i < num_held; i++) parts += equal_parts(own, held + i);
+    if (parts != own->c->size) return;
+    for (int i = 0; i < num_held; i++)
+        if (equal_parts(own, held + i)) result(own->to, held[i].to, own->count, own->type, -1, own->c, 1);
+}
+int ncclGroupStart(void) { depth++; return 0; }
+int ncclGroupEnd(void) {
+    if (--depth) return 0;
+    for (int i = 0; i < num_held; i++)
+        if (held[i].root == held[i].c->rank) gather(held + i);
+    free(held);
+    held = NULL;
+    num_held = 0;
+    return 0;
+}
 // What another rank sends is not here.
 static int sent(const void *from, void *to, size_t count, int type, int root, communicator *c) {
+    if (depth && phantom_alone()) {
+        held = realloc(held, (num_held + 1) * sizeof *held);
+        held[num_held++] = (broadcast){to, count, type, root, c};
+    }
     if (c->rank == root) return result(from, to, count, type, -1, c, 1);
     phantom_forget(to, count * width(type));
     return 0;

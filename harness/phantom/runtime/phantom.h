@@ -51,7 +51,7 @@ API void phantom_forget_from(const void *start);
 // Kernels.
 typedef struct kernel kernel;
 API kernel *phantom_kernel(const void *function, const char *name);
-API void phantom_launch(kernel *kernel, void **arguments);
+API void phantom_launch(kernel *kernel, void **arguments, unsigned blocks);
 API kernel *phantom_kernel_of(const void *function);
 
 // Counts of what this process did.

@@ -23,6 +23,12 @@ def values() -> None:
             (True, torch.bool),
         )
     ]
+    several = [torch.zeros(n, dtype=torch.int64, device="cuda") for n in (3, 5)]
+    torch._foreach_copy_(several, [there[10:13], there[20:25]])
+    found["list"] = [x.tolist() for x in several]
+    found["its source"] = there[10].item()
+    torch._foreach_add_(several, 1)
+    found["list after a kernel"] = several[0][0].item()
     there.add_(1)
     found["after a kernel"] = there.cpu()[5].item()
 
