@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    model_serializer,
+    model_validator,
+)
 
 DType = Literal["float64", "float32", "bfloat16"]
-Attention = Literal[
-    "sdpa",
-    "sdpa_flash",
-    "sdpa_cudnn",
-    "flash_attention_2",
-    "flash_attention_3",
-    "flash_attention_4",
-]
 Precision = DType | Literal["float8_e4m3fn"]
 """The coarsest format that rounds a gradient: the run's dtype, or a coarser one that a method's option uses."""
 LabelMask = Literal["none", "prefix", "rank", "border", "imbalance", "all"]
@@ -114,8 +112,8 @@ class TrainConfig(Frozen):
     """Number of ranks."""
     dtype: DType = "float32"
     """Dtype of parameters and activations."""
-    attention: Attention = "sdpa"
-    """Core attention, a key of `alst_impl.ops.attention.attend.BACKENDS`.
+    attention: str = "sdpa"
+    """Core attention: a file in `alst_impl/ops/attention/cores/`.
     With `sdpa`, PyTorch chooses the kernel; every other name is one CUDA kernel. Method 'baseline' under
     `sdpa` uses transformers' eager attention for models without a fused one (sinks, soft-caps)."""
     lora: LoraConfig | None = None

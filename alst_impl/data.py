@@ -1,4 +1,4 @@
-"""Samples as a pure function of (seed, global sample id), and their sharding along the sequence.
+"""Samples as a pure function of (seed, global sample id).
 
 Legend: B batch, S sequence, P sequence-parallel degree.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sysconfig
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from alst_impl.config import DataConfig
+from alst_impl.layout import Layout
 
 IGNORE_INDEX = -100
 """Label that the loss ignores, as in `torch.nn.functional.cross_entropy`."""
@@ -30,8 +31,8 @@ class Batch:
     shift_labels: Tensor
     """Label of each position, already shifted, so no rank needs its neighbour's first token."""
     position_ids: Tensor
-    documents: tuple[tuple[int, ...], ...] | None = None
-    """Lengths of each sample's packed documents over the *whole* sequence; None if unpacked."""
+    layout: Layout
+    """Which of the samples' tokens these are."""
 
     def model_inputs(self) -> dict[str, object]:
         """Keyword arguments for a Hugging Face causal model's `forward`, including labels for a loss."""
@@ -41,8 +42,8 @@ class Batch:
             "labels": self.shift_labels,  # asks for a loss; `shift_labels` is what it reads
             "shift_labels": self.shift_labels,
         }
-        if self.documents is not None:
-            inputs["documents"] = self.documents
+        if not self.layout.trivial:
+            inputs["layout"] = self.layout
         return inputs
 
     def num_valid(self) -> Tensor:
@@ -57,44 +58,6 @@ class Batch:
             shift_labels=self.shift_labels.to(device),
             position_ids=self.position_ids.to(device),
         )
-
-
-def shard_sequence(batch: Batch, degree: int, index: int, multiple: int = 1) -> Batch:
-    """Shard `index` of `degree` contiguous shards: [B, S] -> [B, ceil(S/P)], rounded up to a multiple of `multiple`.
-
-    Pads right first, with ignored labels. Right padding is exact under causal attention: no real token
-    attends to it. In a packed batch the padding is a document of its own.
-    """
-    length = batch.input_ids.shape[1]
-    local = -(-length // (degree * multiple)) * multiple
-    pad = local * degree - length
-
-    def cut(x: Tensor, fill: int) -> Tensor:
-        x = torch.nn.functional.pad(x, (0, pad), value=fill)
-        return x[:, index * local : (index + 1) * local].contiguous()
-
-    positions = batch.position_ids
-    if pad:
-        tail = torch.arange(pad) if batch.documents else torch.arange(length, length + pad)
-        positions = torch.cat([positions, tail.expand(positions.shape[0], pad)], dim=1)
-    documents = batch.documents
-    if pad and documents is not None:
-        documents = tuple((*lengths, pad) for lengths in documents)
-    return Batch(
-        input_ids=cut(batch.input_ids, 0),
-        shift_labels=cut(batch.shift_labels, IGNORE_INDEX),
-        position_ids=positions[:, index * local : (index + 1) * local].contiguous(),
-        documents=documents,
-    )
-
-
-def joined(parts: Sequence[Batch]) -> Batch:
-    """Concatenate shards of one unpacked batch in the given order: [B, s] each -> [B, sum of s]."""
-    return Batch(
-        input_ids=torch.cat([part.input_ids for part in parts], dim=1),
-        shift_labels=torch.cat([part.shift_labels for part in parts], dim=1),
-        position_ids=torch.cat([part.position_ids for part in parts], dim=1),
-    )
 
 
 def _all(valid: np.ndarray) -> None:
@@ -247,5 +210,5 @@ class Corpus:
             input_ids=torch.stack(ids),
             shift_labels=shifted.contiguous(),
             position_ids=torch.stack(positions),
-            documents=lengths if self.config.documents > 1 else None,
+            layout=Layout(self.seqlen, documents=lengths if self.config.documents > 1 else None),
         )

@@ -35,7 +35,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import PreTrainedModel
 
 from alst_impl import hf, safeguards
-from alst_impl.data import IGNORE_INDEX, Batch, shard_sequence
+from alst_impl.data import IGNORE_INDEX, Batch
+from alst_impl.layout import Layout
 from alst_impl.methods.alst import Alst
 from alst_impl.methods.base import check_shardable
 from alst_impl.placement import Evidence, Placement
@@ -101,13 +102,15 @@ class LongSequence:
                 "position_ids restart inside a sample: pass a Batch with its documents instead"
             )
         shifted = torch.nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
-        whole = Batch(input_ids.cpu(), shifted.cpu(), position_ids.cpu())
-        sp = self.mesh["sp"]
+        whole = Batch(
+            input_ids.cpu(), shifted.cpu(), position_ids.cpu(), Layout(input_ids.shape[1])
+        )
         safeguards.check_sharding(self.model, self._guard.world_size)
         num_labels = self._agreed_labels(whole, num_items)
         declared = num_labels if num_items is None else int(num_items)
         self._expect(num_labels, declared)
-        local = shard_sequence(whole, sp.size(), sp.get_local_rank()).to(self.device)
+        layout = Layout(input_ids.shape[1], sp=self._guard.sp, mesh=self.mesh)
+        local = layout.cut(whole).to(self.device)
         divisor = torch.tensor(max(declared, 1), device=self.device)
         told = Shard(num_labels, declared, divisor)
         return {**local.model_inputs(), "use_cache": False, "shard": told}
@@ -289,7 +292,7 @@ def enable(
     check_shardable(model.config.to_dict(), method.sp, "alst", type(model).__name__)
     device = next(model.parameters()).device
     placement = Placement(device, torch.device(host))
-    method.enable(model, mesh, placement, attention)
+    method.enable(model, placement, attention)
     if checkpoint:
         method.checkpoint(model, placement)
     model.train()

@@ -9,23 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+COUNTERS = {
+    "local_seqlen": "tokens of one sample that the rank's decoder processed, after padding",
+    "tiles": "tiles computed in forward passes (MLP, norm and loss)",
+    "exchanges": "sequence <-> heads all-to-alls issued",
+    "rotations": "sends of keys and values, or of their gradients, to the next rank of a ring",
+    "offloaded_bytes": "bytes of checkpointed layer inputs copied to the host",
+    "slices": "forward passes of sequence slices through a pipeline stage",
+}
+"""What a run counts as proof that the long-sequence code ran."""
+Evidence = dict[str, int]
+"""Counts of one rank by the names in `COUNTERS`."""
 
-@dataclass
-class Evidence:
-    """Counters of what the long-sequence code did, as proof that it ran."""
 
-    local_seqlen: int = 0
-    """Tokens of one sample that this rank's decoder processed, after padding."""
-    tiles: int = 0
-    """Tiles computed in forward passes (MLP, norm and loss)."""
-    exchanges: int = 0
-    """Sequence <-> heads all-to-alls issued."""
-    rotations: int = 0
-    """Sends of keys and values, or of their gradients, to the next rank of a ring."""
-    offloaded_bytes: int = 0
-    """Checkpointed layer inputs copied to the host."""
-    slices: int = 0
-    """Forward passes of sequence slices through a pipeline stage."""
+def no_evidence() -> Evidence:
+    """All counters at 0. Counting under another name is a `KeyError`."""
+    return dict.fromkeys(COUNTERS, 0)
 
 
 def _ignore(*_: Any) -> None:
@@ -45,5 +44,5 @@ class Placement:
     on_layer: Callable[[], None] = _ignore
     """Called when a decoder layer begins its forward, and when it begins its backward.
     Only methods that bypass the layers' attention modules call it."""
-    evidence: Evidence = field(default_factory=Evidence)
+    evidence: Evidence = field(default_factory=no_evidence)
     """Filled in as the step runs."""

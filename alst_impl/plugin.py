@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+from functools import cache
 from typing import TypeVar
 
 from pydantic import ValidationError
@@ -14,6 +15,7 @@ from alst_impl.config import Frozen, Spec
 T = TypeVar("T", bound=Frozen)
 
 
+@cache
 def names(package: str) -> list[str]:
     """Names of the plug-ins of `package`: its modules except `base`."""
     paths = importlib.import_module(package).__path__

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 
 from alst_impl.config import TrainConfig
 from alst_impl.data import Batch, Corpus
-from alst_impl.engines.base import Runtime, load_engine
+from alst_impl.engines.base import Runtime, Setup, load_engine
 from alst_impl.methods.base import Method, load_method
 from alst_impl.models import Initializer, build
+from alst_impl.ops.attention.cores.base import load_core
 from alst_impl.placement import Placement
 
 
@@ -30,6 +31,7 @@ class StepResult:
 
 def check(config: TrainConfig) -> None:
     """Raise `ValueError` if method or engine cannot run `config`."""
+    load_core(config.attention)
     load_method(config.method).check(config)
     load_engine(config.engine).check(config)
 
@@ -52,7 +54,8 @@ def start(
         method.checkpoint(model, placement)
     _refuse_hooks(model, config.method.name)
     model.train()
-    return method, engine.start(model, initializer, config, mesh, placement, method.mpu())
+    setup = Setup(model, initializer, config, mesh, placement, method.mpu())
+    return method, engine.start(setup)
 
 
 def _refuse_hooks(model: PreTrainedModel, method: str) -> None:
@@ -76,13 +79,14 @@ def micro_batches(
     device: torch.device,
 ) -> list[Batch]:
     """This rank's micro-batches of `step`. Sample ids run over steps, then micro-batches, then dp ranks."""
-    dp, rank = mesh["dp"].size(), mesh["dp"].get_local_rank()
-    size = config.batch_size
+    layouts = method.plan([config.seqlen], config.world_size)
+    rank, size = mesh.get_local_rank("dp"), config.batch_size
+    layout = replace(layouts[rank], mesh=mesh)
     batches = []
     for micro in range(config.accumulation):
-        first = ((step * config.accumulation + micro) * dp + rank) * size
+        first = ((step * config.accumulation + micro) * len(layouts) + rank) * size
         batch = corpus.batch(range(first, first + size))
-        batches.append(method.shard(batch, mesh).to(device))
+        batches.append(method.shard(batch, layout).to(device))
     return batches
 
 
@@ -96,7 +100,7 @@ def _num_valid(batches: list[Batch]) -> Tensor:
 def accumulate_gradients(method: Method, runtime: Runtime, batches: list[Batch]) -> Tensor:
     """Forward and backward of all micro-batches of a step. Returns the global mean loss. Collective."""
     valid = _num_valid(batches)
-    runtime.placement.evidence.local_seqlen = batches[0].input_ids.shape[1]
+    runtime.placement.evidence["local_seqlen"] = batches[0].input_ids.shape[1]
     loss = method.forward_backward(runtime, batches, valid)
     dist.all_reduce(loss)
     return loss

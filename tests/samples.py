@@ -17,7 +17,6 @@ from harness.records.record import (
     Outcome,
     ParameterGate,
     Provenance,
-    RankEvidence,
     RankMemory,
     Readings,
 )
@@ -84,9 +83,12 @@ def measurement(
         resting_bytes=6 * MIB,
         rss_bytes=600 * MIB,
     )
-    evidence = RankEvidence(
-        local_seqlen=t.seqlen // t.world_size, tiles=12, exchanges=16, offloaded_bytes=2 * MIB
-    )
+    evidence = {
+        "local_seqlen": t.seqlen // t.world_size,
+        "tiles": 12,
+        "exchanges": 16,
+        "offloaded_bytes": 2 * MIB,
+    }
     ranks = range(t.world_size)
     return Measurement(
         cell=of,
@@ -166,9 +168,12 @@ def cuda_measurement(of: Cell | None = None, allocated: int = 20 * 2**30) -> Mea
         throttled=["SwPowerCap"],
     )
     watched = DeviceReadings(device=GPU, before_bytes=600 * MIB, sections=[section], strangers=[])
-    evidence = RankEvidence(
-        local_seqlen=of.train.seqlen, tiles=26, exchanges=0, offloaded_bytes=512 * MIB
-    )
+    evidence = {
+        "local_seqlen": of.train.seqlen,
+        "tiles": 26,
+        "exchanges": 0,
+        "offloaded_bytes": 512 * MIB,
+    }
     seconds = of.train.seqlen / 32_768
     return Measurement(
         cell=of,

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 
 from alst_impl import models, step
 from alst_impl.config import TrainConfig
 from alst_impl.data import Corpus
-from alst_impl.methods.base import load_method
+from alst_impl.layout import make_mesh
+from alst_impl.methods.base import layouts
 from alst_impl.placement import Evidence, Placement
 
 
@@ -48,8 +48,7 @@ def corpus_of(config: TrainConfig) -> Corpus:
 def run_steps(rank: int, world_size: int, config: TrainConfig, steps: int = 1) -> Run | None:
     """Body of a rank: `steps` optimizer steps of `config`. Rank 0 returns the results."""
     step.check(config)
-    axes = load_method(config.method).axes(world_size)
-    mesh = init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
+    mesh = make_mesh(layouts(config), "cpu")
     placement = Placement(torch.device("cpu"))
     method, runtime = step.start(config, mesh, placement)
     initial = {name: value.clone() for name, value in runtime.state_dict().items()}
@@ -75,9 +74,7 @@ def train(
     save: Path | None = None,
 ) -> tuple[list[float], dict[str, Tensor]]:
     """Body of a rank: losses of `steps`, and the parameters after them."""
-    method = load_method(config.method)
-    axes = method.axes(world_size)
-    mesh = init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
+    mesh = make_mesh(layouts(config), "cpu")
     placement = Placement(torch.device("cpu"))
     method, runtime = step.start(config, mesh, placement)
     if load:
@@ -106,8 +103,7 @@ class Truth:
 
 def truth_of(config: TrainConfig, steps: int = 1) -> Truth:
     """The truth for `steps` of `config`, for any method and engine."""
-    samples = load_method(config.method).axes(config.world_size)["dp"]
-    samples *= config.batch_size * config.accumulation
+    samples = len(layouts(config)) * config.batch_size * config.accumulation
     key = config.model_dump_json(exclude={"method", "engine", "world_size", "batch_size"})
     return _truth(key, samples, steps)
 

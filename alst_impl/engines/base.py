@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -122,6 +123,21 @@ class Runtime(ABC):
         """Load what `save` of the same engine wrote, with any number of ranks, sp and pp. Collective."""
 
 
+@dataclass(frozen=True)
+class Setup:
+    """What an engine starts with."""
+
+    model: PreTrainedModel
+    """On the meta device, with the method applied."""
+    initializer: Initializer
+    """Fills the model with weights."""
+    config: TrainConfig
+    mesh: DeviceMesh
+    placement: Placement
+    mpu: ModuleType | None
+    """The method's parallel state (`Method.mpu`)."""
+
+
 class Engine(Frozen):
     """Owner of parameters, gradients and optimizer; its options are its fields."""
 
@@ -150,16 +166,8 @@ class Engine(Frozen):
         """Raise `ValueError` for settings that cannot work. The message gives the values, the rule and the fix."""
 
     @abstractmethod
-    def start(
-        self,
-        model: PreTrainedModel,
-        initializer: Initializer,
-        config: TrainConfig,
-        mesh: DeviceMesh,
-        placement: Placement,
-        mpu: ModuleType | None = None,
-    ) -> Runtime:
-        """Shard `model` (on the meta device), fill it with weights, make the optimizer. Collective."""
+    def start(self, setup: Setup) -> Runtime:
+        """Shard the model, fill it with weights, make the optimizer. Collective."""
         raise AssertionError("every engine defines start")
 
 

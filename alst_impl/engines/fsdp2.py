@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
-from alst_impl.config import TrainConfig
 from alst_impl.engines.base import (
     Engine,
     Runtime,
+    Setup,
     another_group,
     dtypes,
     load_distributed,
@@ -29,21 +28,17 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
     from transformers import PreTrainedModel
 
-    from alst_impl.models import Initializer
-    from alst_impl.placement import Placement
-
 
 class FSDP2Runtime(Runtime):
     """A sharded model; gradients are summed, not averaged."""
 
-    def __init__(
-        self, model: PreTrainedModel, config: TrainConfig, mesh: DeviceMesh, placement: Placement
-    ) -> None:
-        self.module = model
-        self.placement = placement
-        self.stages = stages(mesh)
-        self.optimizer = optimizer_of([p for p in model.parameters() if p.requires_grad], config)
-        self._max_norm = config.optimizer.max_grad_norm
+    def __init__(self, setup: Setup) -> None:
+        self.module = setup.model
+        self.placement = setup.placement
+        self.stages = stages(setup.mesh)
+        trained = [p for p in setup.model.parameters() if p.requires_grad]
+        self.optimizer = optimizer_of(trained, setup.config)
+        self._max_norm = setup.config.optimizer.max_grad_norm
         self._left = 0
 
     def start_step(self, num_backwards: int) -> None:
@@ -112,34 +107,27 @@ class FSDP2(Engine):
     def settles_at_once(self) -> bool:
         return self.offload
 
-    def start(
-        self,
-        model: PreTrainedModel,
-        initializer: Initializer,
-        config: TrainConfig,
-        mesh: DeviceMesh,
-        placement: Placement,
-        mpu: ModuleType | None = None,
-    ) -> Runtime:
+    def start(self, setup: Setup) -> Runtime:
         from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
         from alst_impl import hf
 
-        ranks = replicas(mesh, placement.device)
+        model, mesh, device = setup.model, setup.mesh, setup.placement.device
+        ranks = replicas(mesh, device)
         units: list[nn.Module] = [*hf.decoder_layers(model)]
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         # A pipeline stage has one of them, or neither.
         ends = [end for end in (embedding, head) if end is not None and [*end.parameters()]]
         placements = _placements(model, mesh, ranks)
         # Copies between pinned memory and a device are asynchronous.
-        pinned = placement.device.type != "cpu"
+        pinned = device.type != "cpu"
         policy = CPUOffloadPolicy(pin_memory=pinned) if self.offload else OffloadPolicy()
         untied = len({end.weight for end in ends}) == len(ends)
         if untied:
             units += ends
         for unit in [*units, model]:
             # Units are filled and sharded one by one, so a process holds its shards and one whole unit.
-            initializer.fill(model, unit, placement.device)
+            setup.initializer.fill(model, unit, device)
             fully_shard(unit, mesh=ranks, shard_placement_fn=placements, offload_policy=policy)
             sharded = cast("FSDPModule", unit)
             # Gradients are summed over ranks: losses are divided by the global count already.
@@ -148,7 +136,7 @@ class FSDP2(Engine):
         if untied and embedding in ends:
             # The backward of an embedding needs no weights.
             cast("FSDPModule", embedding).set_unshard_in_backward(False)
-        return FSDP2Runtime(model, config, mesh, placement)
+        return FSDP2Runtime(setup)
 
 
 def _placements(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 from alst_impl.config import TrainConfig
 from alst_impl.engines.base import (
     Engine,
     Runtime,
+    Setup,
     load_distributed,
     optimizer_of,
     replicas,
@@ -20,12 +20,7 @@ from alst_impl.engines.base import (
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.autograd.graph import GradientEdge
-    from torch.distributed import DeviceMesh
     from torch.optim import Optimizer
-    from transformers import PreTrainedModel
-
-    from alst_impl.models import Initializer
-    from alst_impl.placement import Placement
 
 
 WAY_OUT = "use update_in_backward: false"
@@ -34,16 +29,14 @@ WAY_OUT = "use update_in_backward: false"
 class PlainRuntime(Runtime):
     """Replicated parameters, one all-reduce per gradient after the last micro-batch."""
 
-    def __init__(
-        self, model: PreTrainedModel, config: TrainConfig, mesh: DeviceMesh, placement: Placement
-    ) -> None:
-        self.module = model
-        self.placement = placement
-        self.stages = stages(mesh)
-        self._replicas = replicas(mesh, placement.device).get_group()
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = optimizer_of(self._parameters, config)
-        self._max_norm = config.optimizer.max_grad_norm
+    def __init__(self, setup: Setup) -> None:
+        self.module = setup.model
+        self.placement = setup.placement
+        self.stages = stages(setup.mesh)
+        self._replicas = replicas(setup.mesh, setup.placement.device).get_group()
+        self._parameters = [p for p in setup.model.parameters() if p.requires_grad]
+        self.optimizer = optimizer_of(self._parameters, setup.config)
+        self._max_norm = setup.config.optimizer.max_grad_norm
         self._left = 0
 
     def start_step(self, num_backwards: int) -> None:
@@ -108,12 +101,10 @@ class InBackwardRuntime(PlainRuntime):
     same operations in the same order, so hooks fire in the same order on all of them.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, config: TrainConfig, mesh: DeviceMesh, placement: Placement
-    ) -> None:
-        super().__init__(model, config, mesh, placement)
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
         self._own: dict[Tensor, Optimizer] = {
-            p: optimizer_of([p], config) for p in self._parameters
+            p: optimizer_of([p], setup.config) for p in self._parameters
         }
         self._share()
         self._norms: dict[Tensor, Tensor] = {}
@@ -131,8 +122,7 @@ class InBackwardRuntime(PlainRuntime):
     def start_step(self, num_backwards: int) -> None:
         if num_backwards > 1:
             raise ValueError(
-                f"a gradient of {num_backwards} backward passes is whole after the last, but "
-                f"update_in_backward updates in the first; {WAY_OUT}"
+                f"update_in_backward updates in the first backward, but this step has {num_backwards}; {WAY_OUT}"
             )
 
     def _backward(self, output: Tensor | GradientEdge, gradient: Tensor | None) -> None:
@@ -217,15 +207,7 @@ class Plain(Engine):
                 f"leave max_grad_norm out, or {WAY_OUT}"
             )
 
-    def start(
-        self,
-        model: PreTrainedModel,
-        initializer: Initializer,
-        config: TrainConfig,
-        mesh: DeviceMesh,
-        placement: Placement,
-        mpu: ModuleType | None = None,
-    ) -> Runtime:
-        initializer.fill(model, model, placement.device)
+    def start(self, setup: Setup) -> Runtime:
+        setup.initializer.fill(setup.model, setup.model, setup.placement.device)
         runtime = InBackwardRuntime if self.update_in_backward else PlainRuntime
-        return runtime(model, config, mesh, placement)
+        return runtime(setup)

@@ -6,20 +6,18 @@ import contextlib
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from alst_impl.config import TrainConfig
-from alst_impl.engines.base import Engine, Runtime, dtypes, optimizer_of
+from alst_impl.engines.base import Engine, Runtime, Setup, dtypes, optimizer_of
 from alst_impl.extras import require
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
     from torch.autograd.graph import GradientEdge
-    from torch.distributed import DeviceMesh
     from transformers import PreTrainedModel
 
     from alst_impl.models import Initializer
@@ -160,31 +158,24 @@ class Zero(Engine):
     def check(self, config: TrainConfig) -> None:
         if config.dtype == "float64":
             raise ValueError(
-                "engine 'zero' has no float64 (dtype=float64): DeepSpeed hands out fp32 gradients; "
-                "use engine 'plain' or 'fsdp2'"
+                "engine 'zero' does not support dtype float64, because DeepSpeed returns fp32 gradients; use engine "
+                "'plain' or 'fsdp2'"
             )
         if self.offload_param and self.stage != 3:
             raise ValueError(
                 f"offload_param needs sharded parameters, but stage is {self.stage}; use stage 3"
             )
 
-    def start(
-        self,
-        model: PreTrainedModel,
-        initializer: Initializer,
-        config: TrainConfig,
-        mesh: DeviceMesh,
-        placement: Placement,
-        mpu: ModuleType | None = None,
-    ) -> Runtime:
+    def start(self, setup: Setup) -> Runtime:
         self.require()
         import deepspeed
 
+        model, config, placement, mpu = setup.model, setup.config, setup.placement, setup.mpu
         mixed = len(dtypes(model)) > 1
         if mixed and self.offload_param:
             raise ValueError(
-                f"{type(model).__name__} has parameters of dtype {dtypes(model)}, which offload_param of "
-                "DeepSpeed would all keep in one; set offload_param: false"
+                f"{type(model).__name__} has parameters of several dtypes {dtypes(model)}, but offload_param of "
+                "DeepSpeed keeps all parameters in one; set offload_param: false"
             )
         settings = self._settings(config, mixed, sum(p.numel() for p in model.parameters()))
         if mpu is not None:
@@ -193,9 +184,9 @@ class Zero(Engine):
                 self.seq_parallel_communication_data_type
             )
         if self.stage == 3:
-            self._shard(model, initializer, settings, placement)
+            self._shard(model, setup.initializer, settings, placement)
         else:
-            initializer.fill(model, model, placement.device)
+            setup.initializer.fill(model, model, placement.device)
         optimizer = optimizer_of(_by_dtype(model), config)
         with _defragmented_by_dtype() if mixed else contextlib.nullcontext():
             engine, *_ = deepspeed.initialize(

@@ -4,23 +4,40 @@ Legend: B batch, S sequence, P sequence-parallel degree, H query heads, K kv hea
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from alst_impl.hf.structure import (
-    attention_modules,
-)
+from alst_impl.hf.structure import attention_modules
+from alst_impl.layout import Layout
 
 ATTENTION = "alst"
 """Name of our attention in transformers' registry.
 No mask function is registered under it, so transformers builds no S x S mask."""
-Attention = Callable[..., Tensor]
-"""(query [B, H, S/P, D], key and value [B, K, S/P, D], scale=, window=, documents=) -> [B, H, S/P, D]."""
+
+
+class Attention(Protocol):
+    """What a model's attention modules call, with the signature of a core attention."""
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        layout: Layout | None,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        """query [B, H, S/P, D], key and value [B, K, S/P, D] -> [B, H, S/P, D].
+
+        `layout` is the batch's; None if it is trivial, or if the model did not pass it on.
+        """
+        ...
 
 
 def _refuse_mask(attention_mask: Tensor | None) -> None:
@@ -40,7 +57,7 @@ def _attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    documents: tuple[tuple[int, ...], ...] | None = None,
+    layout: Layout | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: [B, H, S/P, D] in, [B, S/P, H, D] out."""
@@ -52,7 +69,7 @@ def _attention(
     _refuse_mask(attention_mask)
     if query.shape[2] != key.shape[2]:
         raise ValueError(
-            f"{query.shape[2]} queries meet {key.shape[2]} keys: a key/value cache is not supported in "
+            f"attention got {query.shape[2]} queries and {key.shape[2]} keys: a key/value cache is not supported in "
             "training; generate with the stock model, `with alst.disabled(): model.generate(...)`"
         )
     for name in ("s_aux", "softcap", "position_bias"):
@@ -69,9 +86,9 @@ def _attention(
         query,
         key,
         value,
+        layout=layout,
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         window=sliding_window,
-        documents=documents,
     )
     return out.transpose(1, 2).contiguous(), None
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from alst_impl import hf
+from alst_impl.layout import Layout, reached
 from alst_impl.ops.layerwise.in_place import in_place
 from alst_impl.ops.layerwise.layer import Layerwise
 from alst_impl.ops.layerwise.parts import Call, Decoder, Heads
@@ -113,14 +114,15 @@ def _forward(layer: Layerwise) -> Any:
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         past_key_values: Any = None,
-        documents: tuple[tuple[int, ...], ...] | None = None,
+        layout: Layout | None = None,
         **_: Any,
     ) -> Tensor:
         if past_key_values is not None:
             raise ValueError(
-                "method 'layerwise' trains: it has no key/value cache; use_cache=False"
+                "method 'layerwise' does not support a key/value cache; set use_cache=False"
             )
-        return layer(hidden_states, Call(*position_embeddings, documents))
+        layout = reached(layout, hidden_states.shape[1], layer.groups.degree)
+        return layer(hidden_states, Call(*position_embeddings, layout))
 
     return forward
 
@@ -172,10 +174,10 @@ def _linear(attention: nn.Module, name: str) -> nn.Linear:
 
 
 def _norm(attention: nn.Module, name: str, dim: int) -> nn.Module | None:
-    norm: Any = getattr(attention, name, None)
+    norm: nn.Module | None = getattr(attention, name, None)
     if norm is not None and any(p.numel() != dim for p in norm.parameters()):
         raise ValueError(_unknown(attention, f"'{name}' over more than one head"))
-    return norm  # type: ignore[no-any-return]
+    return norm
 
 
 def _window(attention: Any) -> int | None:

@@ -65,7 +65,8 @@ def keep_stage(model: PreTrainedModel, kept: range) -> None:
                 ends[0].given = hidden
                 kwargs["inputs_embeds"] = hidden
             if last:
-                return whole(**kwargs)  # type: ignore[no-any-return]
+                output: CausalLMOutputWithPast = whole(**kwargs)
+                return output
             model.base_model(**kwargs)
             out = ends[-1].seen
             assert out is not None, "the last layer is another stage's"

@@ -53,7 +53,7 @@ def _tiled_forward(module: nn.Module, hidden_states: Tensor) -> Tensor:
         )
     tiling: _Tiling = vars(module)["tiling"]
     count = min(tiling.tiles(hidden_states), hidden_states.shape[1])
-    tiling.evidence.tiles += count
+    tiling.evidence["tiles"] += count
     if tiling.recompute:
         return tiled(tiling.stock, hidden_states, count)
     rows = -(-hidden_states.shape[1] // count)
@@ -77,7 +77,8 @@ class _Projection(nn.Module):
         self._stock = type(head).forward
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self._stock(self._head[0], hidden)  # type: ignore[no-any-return]
+        logits: Tensor = self._stock(self._head[0], hidden)
+        return logits
 
 
 @dataclass
@@ -112,7 +113,8 @@ def _forward_with_tiled_loss(
 ) -> CausalLMOutputWithPast:
     shift_labels, count = kwargs.get("shift_labels"), kwargs.get("num_items_in_batch")
     if shift_labels is None or count is None:
-        return type(model).forward(model, *args, **kwargs)  # type: ignore[no-any-return]
+        stock: CausalLMOutputWithPast = type(model).forward(model, *args, **kwargs)
+        return stock
     for key in ("labels", "shift_labels", "num_items_in_batch"):
         kwargs.pop(key, None)
     name = head_name(model)
@@ -140,7 +142,8 @@ def _head_forward(
     head: nn.Module, hidden: Tensor, wanted: _LossOfHead | None = None, **kwargs: Any
 ) -> Tensor:
     if wanted is None:
-        return vars(head)["stock_forward"](hidden, **kwargs)  # type: ignore[no-any-return]
+        logits: Tensor = vars(head)["stock_forward"](hidden, **kwargs)
+        return logits
     tiled, token_loss = wanted.tiled, partial(_token_loss, wanted.epilogue)
     loss_function = wanted.epilogue.loss_function
     if loss_function is not tiled.adds_up:
@@ -148,7 +151,7 @@ def _head_forward(
             _check_adds_up(loss_function, token_loss, hidden, wanted.count)
         tiled.adds_up = loss_function
     num_tiles = min(tiled.tiles(hidden), hidden.shape[1])
-    tiled.evidence.tiles += num_tiles
+    tiled.evidence["tiles"] += num_tiles
     return tiled_loss(
         partial(_reach, token_loss, head),
         hidden,

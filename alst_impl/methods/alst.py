@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from alst_impl.config import TrainConfig
+from alst_impl.layout import Layout
 from alst_impl.methods.base import Tiled, check_sharded
 
 if TYPE_CHECKING:
@@ -26,8 +27,8 @@ class Alst(Tiled):
         check_sharded(config, self.sp, "alst")
         super().check(config)
 
-    def axes(self, world_size: int) -> dict[str, int]:
-        return {"dp": world_size // self.sp, "sp": self.sp}
+    def layout(self, length: int) -> Layout:
+        return Layout(length, sp=self.sp)
 
     def promises(self, config: TrainConfig) -> set[str]:
         return super().promises(config) | ({"exchanges"} if self.sp > 1 else set())
@@ -35,13 +36,12 @@ class Alst(Tiled):
     def apply(
         self, model: PreTrainedModel, config: TrainConfig, mesh: DeviceMesh, placement: Placement
     ) -> None:
-        self.enable(model, mesh, placement, config.attention)
+        self.enable(model, placement, config.attention)
 
-    def enable(
-        self, model: PreTrainedModel, mesh: DeviceMesh, placement: Placement, attention: str
-    ) -> None:
+    def enable(self, model: PreTrainedModel, placement: Placement, attention: str) -> None:
         """Add sequence parallelism and tiling to `model`, in place; `attention` names the core attention."""
+        from alst_impl.ops.attention.cores.base import load_core
         from alst_impl.ops.attention.ulysses import UlyssesAttention
 
-        group = mesh["sp"].get_group() if self.sp > 1 else None
-        self.attach(model, UlyssesAttention(group, attention, placement.evidence), placement)
+        core = load_core(attention)
+        self.attach(model, UlyssesAttention(core, placement.evidence, self.sp), placement)

@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from alst_impl.config import Frozen, Precision, Spec, TrainConfig
+from alst_impl.layout import Layout
 from alst_impl.models import field, published, rotary_by_longest, unsupported
+from alst_impl.ops.attention.cores.base import load_core
 from alst_impl.plugin import load
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
     from torch.distributed import DeviceMesh
     from transformers import PreTrainedModel
@@ -22,8 +26,6 @@ if TYPE_CHECKING:
     from alst_impl.placement import Placement
 
 
-AXES = ("dp", "pp", "cp", "sp")
-"""Every axis that a mesh may have: data, pipeline, context (ring) and sequence (Ulysses) parallel."""
 LOGITS_TILE_BYTES = 2**30
 """Size of the fp32 logits of one loss tile (arXiv:2506.13996, section 3.1.2)."""
 
@@ -44,32 +46,26 @@ class Method(Frozen):
         """Number of layers per checkpoint segment."""
         return 1
 
-    def axes(self, world_size: int) -> dict[str, int]:
-        """Mesh axes of `world_size` ranks, outermost first: always `dp` and `sp`, others if used.
+    def layout(self, length: int) -> Layout:
+        """Layout of samples of `length` tokens over the ranks that share them."""
+        return Layout(length)
 
-        `pp` splits the layers and is outermost. `cp` and `sp` split the sequence. `dp` ranks get different
-        samples.
+    def plan(self, lengths: Sequence[int], world_size: int) -> list[Layout]:
+        """Layouts of a micro-batch of samples of `lengths`, one for each group of ranks that share samples.
+
+        By default a grid: `world_size` ranks in groups of equal size, in which every sample has room. Several
+        groups are replicas of each other along the mesh's axis `dp`.
         """
-        return {"dp": world_size, "sp": 1}
+        layout = self.layout(max(lengths))
+        return [layout] * (world_size // layout.ranks)
 
-    def degrees(self, world_size: int) -> dict[str, int]:
-        """`axes`, with degree 1 for each axis that the method does not have."""
-        return {**dict.fromkeys(AXES, 1), **self.axes(world_size)}
+    def shard(self, batch: Batch, layout: Layout) -> Batch:
+        """This rank's shard of the whole `batch`. Collective for stacks that shard batches themselves."""
+        return layout.cut(batch)
 
     def heaviest_rank(self, world_size: int) -> int:
         """The rank with the highest memory use; a run that executes one rank for all executes this one."""
         return 0
-
-    def local_seqlen(self, config: TrainConfig) -> int:
-        """Tokens of one sample that a rank's decoder processes, after padding."""
-        return -(-config.seqlen // self.degrees(config.world_size)["sp"])
-
-    def shard(self, batch: Batch, mesh: DeviceMesh) -> Batch:
-        """This rank's shard of `batch`: padded right to a multiple of sp, split along the sequence."""
-        from alst_impl.data import shard_sequence
-
-        sp = mesh["sp"]
-        return shard_sequence(batch, sp.size(), sp.get_local_rank())
 
     def apply(
         self, model: PreTrainedModel, config: TrainConfig, mesh: DeviceMesh, placement: Placement
@@ -223,18 +219,23 @@ def check_rotary(fields: dict[str, Any], axis: str, parts: int, model: str) -> N
     scaling = rotary_by_longest(fields)
     if scaling is not None and parts > 1:
         raise ValueError(
-            f"model '{model}' has rotary scaling '{scaling}', whose frequencies follow the longest position of "
-            f"the sequence, but at {axis} ({parts}) each part sees its own positions; use {axis}=1"
+            f"model '{model}' has rotary scaling '{scaling}', whose frequencies depend on the longest position of "
+            f"the sequence, but at {axis} ({parts}) each part sees only its own positions; use {axis}=1"
         )
 
 
 def check_flash_by_name(config: TrainConfig, method: str) -> None:
     """Raise `ValueError` unless attention is PyTorch's flash kernel, whose log-sum-exp `method` uses."""
-    if config.attention not in ("sdpa", "sdpa_flash"):
+    if not load_core(config.attention).flash:
         raise ValueError(
             f"method '{method}' calls PyTorch's flash kernel by name, but attention is "
             f"'{config.attention}'; use sdpa or sdpa_flash"
         )
+
+
+def layouts(config: TrainConfig) -> list[Layout]:
+    """The plan of every micro-batch of a run."""
+    return load_method(config.method).plan([config.seqlen], config.world_size)
 
 
 def load_method(spec: Spec) -> Method:

@@ -23,6 +23,8 @@ class Baseline(Method):
         if config.attention == "sdpa":
             return  # what transformers does by itself
         from alst_impl import hf
+        from alst_impl.ops.attention.cores.base import load_core
         from alst_impl.ops.attention.ulysses import UlyssesAttention
 
-        hf.use_attention(model, UlyssesAttention(None, config.attention, placement.evidence))
+        core = load_core(config.attention)
+        hf.use_attention(model, UlyssesAttention(core, placement.evidence))

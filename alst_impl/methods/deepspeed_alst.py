@@ -17,6 +17,7 @@ from pydantic import Field
 
 from alst_impl.config import TrainConfig
 from alst_impl.extras import require
+from alst_impl.layout import Layout
 from alst_impl.methods.base import Method, check_sharded
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ class DeepspeedAlst(Method):
 
         if self.trainer_loss and (self.tile_loss or self.sp == 1):
             raise ValueError(
-                f"trainer_loss is of a sharded sequence and untiled, but sp is {self.sp} and tile_loss "
+                f"trainer_loss needs a sharded sequence and an untiled loss, but sp is {self.sp} and tile_loss is "
                 f"{self.tile_loss}; set sp to 2 or more and tile_loss to false"
             )
         if self.liger and (self.tile_loss or self.trainer_loss):
@@ -91,8 +92,8 @@ class DeepspeedAlst(Method):
                 "offload moves checkpointed layer inputs, but checkpoint is false; set offload: false"
             )
 
-    def axes(self, world_size: int) -> dict[str, int]:
-        return {"dp": world_size // self.sp, "sp": self.sp}
+    def layout(self, length: int) -> Layout:
+        return Layout(length, sp=self.sp)
 
     def promises(self, config: TrainConfig) -> set[str]:
         promised = {"tiles"} if self.tile_mlp or self.tile_loss else set()
@@ -103,10 +104,13 @@ class DeepspeedAlst(Method):
             return None
         from deepspeed.runtime.sequence_parallel import parallel_state_sp
 
-        return parallel_state_sp  # type: ignore[no-any-return]
+        state: ModuleType = parallel_state_sp
+        return state
 
-    def shard(self, batch: Batch, mesh: DeviceMesh) -> Batch:
-        if self.sp == 1:
+    def shard(self, batch: Batch, layout: Layout) -> Batch:
+        """DeepSpeed's own data loader shards the batch."""
+        group = layout.group("sp")
+        if group is None or layout.mesh is None:
             return batch
         import torch
         from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPDataLoaderAdapter
@@ -116,15 +120,12 @@ class DeepspeedAlst(Method):
 
         labels = torch.nn.functional.pad(batch.shift_labels[:, :-1], (1, 0), value=IGNORE_INDEX)
         whole = {"input_ids": batch.input_ids, "labels": labels, "position_ids": batch.position_ids}
-        group = mesh["sp"].get_group()
         # The adapter gathers on a device that the group supports, and returns shards in host memory.
-        device = torch.device(mesh.device_type)
-        loader = UlyssesSPDataLoaderAdapter(
-            [whole], mesh["sp"].get_local_rank(), group, self.sp, device
-        )
+        device = torch.device(layout.mesh.device_type)
+        loader = UlyssesSPDataLoaderAdapter([whole], group.rank(), group, self.sp, device)
         # All ranks of the group pass the same sample, and the adapter yields it once per rank.
         shard = next(loader)
-        return Shard(shard["input_ids"], shard["shift_labels"], shard["position_ids"])
+        return Shard(shard["input_ids"], shard["shift_labels"], shard["position_ids"], layout)
 
     def apply(
         self, model: PreTrainedModel, config: TrainConfig, mesh: DeviceMesh, placement: Placement
@@ -173,8 +174,7 @@ class DeepspeedAlst(Method):
 
         assert isinstance(runtime, ZeroRuntime), "check lets no other engine pass"
         engine: Any = runtime.module
-        inputs = batch.model_inputs()
-        del inputs["labels"], inputs["shift_labels"]
+        inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
         shift_labels = batch.shift_labels
         good_tokens = (shift_labels != -100).view(-1).sum()
         runtime.placement.on_phase("forward")
@@ -206,7 +206,8 @@ class DeepspeedAlst(Method):
         # The caller sums over ranks and micro-batches, but every rank of this method holds the mean.
         world_size = torch.distributed.get_world_size()
         micro_batches = engine.gradient_accumulation_steps()
-        return loss.detach() / world_size / micro_batches  # type: ignore[no-any-return]
+        share: Tensor = loss.detach() / world_size / micro_batches
+        return share
 
     def _refuse_host(self, placement: Placement) -> None:
         """Raise `ValueError` for options that need a CUDA device if the run computes on another one."""
@@ -229,19 +230,22 @@ class DeepspeedAlst(Method):
 
         parallelism = SimpleNamespace(sp_backend="deepspeed", sp_size=self.sp)
         # It reads the accelerator's mesh only if DeepSpeed has no groups, so None will do.
-        return deepspeed_sp_compute_loss(  # type: ignore[no-any-return]
+        loss: Tensor = deepspeed_sp_compute_loss(
             None, engine, {**inputs, "use_cache": False}, False, parallelism
         )
+        return loss
 
     def _tile_mlp(self, mlp: Any, evidence: Evidence) -> None:
         from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledMLP
+
+        from alst_impl.ops.autograd import apply
 
         stock = type(mlp).forward
 
         def forward(x: Tensor) -> Tensor:
             shards = self.tiles or -(-x.shape[1] // x.shape[2])
-            evidence.tiles += shards
-            return TiledMLP.apply(stock, mlp, x, shards, list(mlp.parameters()))  # type: ignore[no-any-return]
+            evidence["tiles"] += shards
+            return apply(TiledMLP, stock, mlp, x, shards, list(mlp.parameters()))
 
         mlp.forward = forward
 
@@ -263,7 +267,7 @@ class DeepspeedAlst(Method):
             hidden = model.base_model(**inputs).last_hidden_state
             seqlen = hidden.shape[1]
             shards = self.tiles or -(-seqlen // hidden.shape[2])
-            evidence.tiles += shards
+            evidence["tiles"] += shards
             if self.tiled_by == "TiledFusedLogitsLoss":
                 loss = TiledFusedLogitsLoss.apply(
                     lambda _, hidden, labels: token_loss(hidden[None], labels[None]),
@@ -314,7 +318,7 @@ def _offloaded_checkpoint(placement: Placement) -> Callable[..., Any]:
     def note(saved: Tensor) -> Tensor:
         if saved.device.type == "cpu":
             placement.on_host(saved)
-            placement.evidence.offloaded_bytes += saved.nbytes
+            placement.evidence["offloaded_bytes"] += saved.nbytes
         return saved
 
     def run(layer: Callable[..., Any], *args: Any) -> Any:

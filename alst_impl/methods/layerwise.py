@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from alst_impl.config import Precision, TrainConfig
+from alst_impl.layout import Layout
 from alst_impl.methods.base import Method, check_flash_by_name, check_sharded
 from alst_impl.models import field, published
 from alst_impl.ops.layerwise.headgroups import HeadGroups
@@ -60,39 +61,39 @@ class Layerwise(Method):
         check_sharded(config, self.sp, "layerwise")
         if config.lora is not None:
             raise ValueError(
-                f"layerwise reads the weights of projections itself, not adapters beside them (lora={config.lora}); "
-                "use method 'alst'"
+                f"method 'layerwise' computes with the projections' own weights and would ignore adapters "
+                f"(lora={config.lora}); use method 'alst'"
             )
         check_flash_by_name(config, "layerwise")
         if not config.checkpoint:
             raise ValueError(
-                "layerwise keeps nothing but layer inputs, but checkpoint is false; set it to true"
+                "method 'layerwise' always checkpoints layer inputs, but checkpoint is false; set checkpoint: true"
             )
         for name in ("stream", "eight_bits"):
             if getattr(self, name) and not self.offload:
                 raise ValueError(
-                    f"{name} is for tiles in host memory, but offload is false; set {name}: false"
+                    f"{name} keeps tiles in host memory, but offload is false; set {name}: false or offload: true"
                 )
         if self.overlap and self.sp == 1:
             raise ValueError(
-                "overlap is of exchanges between ranks, but sp is 1; set overlap: false"
+                "overlap hides exchanges between ranks, but sp is 1; set overlap: false"
             )
         fields = published(config.model, config.overrides)
         if self.every > field(fields, "num_hidden_layers"):
             raise ValueError(
-                f"one layer input is kept of every {self.every}, but {config.model} has "
-                f"{field(fields, 'num_hidden_layers')} layers; use fewer"
+                f"every ({self.every}) is more than the {field(fields, 'num_hidden_layers')} layers of "
+                f"'{config.model}'; use at most as many"
             )
         if self.every > 1 and self.keep_attention:
             raise ValueError(
-                f"keep_attention holds what every layer made, but every is {self.every}, which makes it again; "
+                f"keep_attention keeps the attention of every layer, but every ({self.every}) recomputes layers; "
                 "set keep_attention: false or every: 1"
             )
         heads = field(fields, "num_attention_heads")
         HeadGroups.of(heads, fields.get("num_key_value_heads") or heads, self.sp, self.groups)
 
-    def axes(self, world_size: int) -> dict[str, int]:
-        return {"dp": world_size // self.sp, "sp": self.sp}
+    def layout(self, length: int) -> Layout:
+        return Layout(length, sp=self.sp)
 
     def promises(self, config: TrainConfig) -> set[str]:
         promised = {"local_seqlen", "tiles"}
@@ -113,6 +114,7 @@ class Layerwise(Method):
     ) -> None:
         from alst_impl import hf
         from alst_impl.hf import decoder
+        from alst_impl.ops.attention.cores.base import load_core
         from alst_impl.ops.attention.ulysses import UlyssesAttention
         from alst_impl.ops.layerwise.exchange import Exchange
         from alst_impl.ops.layerwise.layer import Layerwise as Layer
@@ -123,7 +125,7 @@ class Layerwise(Method):
         group = mesh["sp"].get_group() if self.sp > 1 else None
         evidence = placement.evidence
         # Layers never call this attention. But with it, transformers builds no mask, and a mask is refused.
-        hf.use_attention(model, UlyssesAttention(group, config.attention, evidence))
+        hf.use_attention(model, UlyssesAttention(load_core(config.attention), evidence, self.sp))
         rows = self.rows or max(model.config.hidden_size, SMALLEST_ROWS)
         offload = HostOffload(placement) if self.offload else None
         parts = [decoder.read(layer) for layer in hf.decoder_layers(model)]

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from alst_impl.config import TrainConfig
 from alst_impl.engines.base import load_engine
+from alst_impl.layout import Layout
 from alst_impl.methods.base import Method, check_flash_by_name, check_rotary, divisors
 from alst_impl.methods.layerwise import LOSS_ROWS
 from alst_impl.models import field, published, unsupported, window
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from alst_impl.data import Batch
     from alst_impl.engines.base import Runtime
+    from alst_impl.ops.pipeline.executor import Pipeline
     from alst_impl.placement import Placement
 
 
@@ -57,20 +59,19 @@ class Seq1F1B(Method):
             )
         if config.engine.name == "zero":
             raise ValueError(
-                "engine 'zero' shards over all ranks and takes one backward per forward, but stages of "
-                "method 'seq1f1b' hold other layers and slices wait for each other; use engine 'plain' "
-                "or 'fsdp2'"
+                "engine 'zero' runs one backward per forward on all ranks, but stages of method 'seq1f1b' hold "
+                "different layers and slices of a sample wait for each other; use engine 'plain' or 'fsdp2'"
             )
         if self.slices > 1 and load_engine(config.engine).updates_in_backward:
             raise ValueError(
-                f"slices ({self.slices}) add up gradients over as many backward passes, but engine "
+                f"slices ({self.slices}) accumulate gradients over as many backward passes, but engine "
                 f"'{config.engine.name}' updates in the first (update_in_backward); use slices: 1 or "
                 "update_in_backward: false"
             )
         reason = unsupported(fields)
         if reason:
             raise ValueError(
-                f"model '{config.model}' has {reason}, which method 'seq1f1b' cannot cut exactly; use "
+                f"model '{config.model}' has {reason}, which method 'seq1f1b' cannot split exactly; use "
                 "method 'baseline'"
             )
         if self.slices > 1:
@@ -88,50 +89,38 @@ class Seq1F1B(Method):
         if self.slices > 1 and visible is not None and visible < config.seqlen:
             raise ValueError(
                 f"model '{config.model}' has a sliding window ({visible}) shorter than seqlen "
-                f"({config.seqlen}), which attention over slices does not know; use slices: 1"
+                f"({config.seqlen}), which attention over slices does not support; use slices: 1"
             )
 
-    def axes(self, world_size: int) -> dict[str, int]:
-        return {"pp": self.pp, "dp": world_size // self.pp, "sp": 1}
+    def layout(self, length: int) -> Layout:
+        return Layout(length, pp=self.pp)
 
     def promises(self, config: TrainConfig) -> set[str]:
         return {"local_seqlen", "slices"}
-
-    def shard(self, batch: Batch, mesh: DeviceMesh) -> Batch:
-        """The whole batch. Only the last stage, which has the loss, gets labels that count."""
-        from dataclasses import replace
-
-        import torch
-
-        from alst_impl.data import IGNORE_INDEX
-
-        if mesh["pp"].get_local_rank() == self.pp - 1:
-            return batch
-        return replace(batch, shift_labels=torch.full_like(batch.shift_labels, IGNORE_INDEX))
 
     def apply(
         self, model: PreTrainedModel, config: TrainConfig, mesh: DeviceMesh, placement: Placement
     ) -> None:
         from alst_impl import hf
+        from alst_impl.ops.attention.cores.base import load_core
         from alst_impl.ops.pipeline.executor import Pipeline, links
-        from alst_impl.ops.pipeline.sliced import Current, SliceAttention
+        from alst_impl.ops.pipeline.sliced import SliceAttention
 
-        stage, layers = mesh["pp"].get_local_rank(), hf.decoder_layers(model)
+        stage = mesh.get_local_rank("pp") if self.pp > 1 else 0
+        layers = hf.decoder_layers(model)
         # Counts every expert as used. This affects only how well slices are balanced.
         per_token = 2 * sum(p.numel() for p in layers[0].parameters())
         if self.tile_loss and stage == self.pp - 1:
             hf.tile_loss(model, lambda x: -(-x.shape[1] // LOSS_ROWS), placement.evidence)
         hf.keep_stage(model, layers_of(stage, self.pp, len(layers)))
-        current = Current(self.slices)
-        attentions = [
-            SliceAttention(current, config.attention) for _ in hf.attention_modules(model)
-        ]
+        core = load_core(config.attention)
+        attentions = [SliceAttention(core) for _ in hf.attention_modules(model)]
         hf.use_attentions(model, attentions)
-        ahead, back = links(mesh)
+        ahead, back = links(mesh) if self.pp > 1 else (None, None)
         vars(model)["pipeline"] = Pipeline(
             stage=stage,
             num_stages=self.pp,
-            current=current,
+            slices=self.slices,
             attentions=attentions,
             borders=partial(self.borders, per_token, published(config.model, config.overrides)),
             ahead=ahead,
@@ -153,15 +142,14 @@ class Seq1F1B(Method):
 
     def forward_backward(self, runtime: Runtime, batches: list[Batch], num_valid: Tensor) -> Tensor:
         module: Any = runtime.module
-        return module.pipeline.run(runtime, batches, num_valid)  # type: ignore[no-any-return]
+        pipeline: Pipeline = module.pipeline
+        return pipeline.run(runtime, batches, num_valid)
 
     def loss(self, runtime: Runtime, batches: list[Batch], num_valid: Tensor) -> Tensor:
         if self.pp == 1:
-            module: Any = runtime.module
-            with module.pipeline.current.whole():
-                return super().loss(runtime, batches, num_valid)
+            return super().loss(runtime, batches, num_valid)
         raise ValueError(
-            f"method 'seq1f1b' at pp={self.pp} has no pass without gradients to evaluate with; load its "
+            f"method 'seq1f1b' at pp={self.pp} cannot evaluate: its pipeline has no forward-only pass; load its "
             "weights into method 'alst'"
         )
 

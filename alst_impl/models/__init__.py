@@ -137,7 +137,7 @@ def hf_config(config: TrainConfig) -> PreTrainedConfig:
     model_type = fields.pop("model_type")
     if model_type not in CONFIG_MAPPING:
         raise ValueError(
-            f"model '{config.model}': the installed transformers knows no model_type '{model_type}'"
+            f"model '{config.model}': the installed transformers does not know model_type '{model_type}'"
         )
     try:
         return AutoConfig.for_model(model_type, **fields)

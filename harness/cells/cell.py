@@ -13,6 +13,7 @@ from alst_impl.config import Frozen, Spec, TrainConfig
 from alst_impl.engines.base import load_engine
 from alst_impl.methods.base import load_method
 from alst_impl.models import published
+from alst_impl.ops.attention.cores.base import Core, load_core
 from alst_impl.plugin import explain, names
 from harness.cells.hardware import load_hardware
 from harness.cells.worlds import FORECAST, TRAITS, Traits, World
@@ -133,10 +134,8 @@ def make_cell(settings: dict[str, Any]) -> Cell:
         raise ValueError(explain(error, "cell", known)) from None
     worlds = names("harness.worlds")
     if cell.world not in worlds:
-        raise ValueError(
-            f"world '{cell.world}' cannot execute cells yet; use {' or '.join(worlds)}"
-        )
-    _check_world(cell)
+        raise ValueError(f"unknown world '{cell.world}'; use {' or '.join(worlds)}")
+    _check_world(cell, load_core(train.attention))
     _check_simulation(cell)
     load_hardware(cell.hardware)
     published(train.model, train.overrides)
@@ -186,19 +185,19 @@ def _settles_at_once(engine: Any) -> bool:
         return False  # which is told when the cell is checked
 
 
-def _check_world(cell: Cell) -> None:
+def _check_world(cell: Cell, core: Core) -> None:
     """Raise `ValueError` for attention, hardware or allocator settings that the cell's world does not support."""
     if cell.traits.gpus:
         return
     if cell.traits.phantom:
-        if cell.train.attention not in ("sdpa", "sdpa_flash"):
+        if not core.flash:
             raise ValueError(
-                f"attention '{cell.train.attention}' is not one of PyTorch's own kernels, which phantom devices "
-                "know; use attention 'sdpa_flash' or 'sdpa'"
+                f"phantom devices run PyTorch's own attention kernels only, not attention '{cell.train.attention}'; "
+                "use attention 'sdpa_flash' or 'sdpa'"
             )
         if load_hardware(cell.hardware).chip is None:
             raise ValueError(
-                f"world '{cell.world}' needs a CUDA device, and hardware '{cell.hardware}' is none; use h100-80gb"
+                f"world '{cell.world}' needs a CUDA device, but hardware '{cell.hardware}' is not one; use h100-80gb"
             )
         return
     if cell.expandable_segments is not None:
@@ -206,9 +205,9 @@ def _check_world(cell: Cell) -> None:
             f"expandable_segments ({cell.expandable_segments}) is a setting of CUDA's allocator, and world "
             f"'{cell.world}' has none; leave it out"
         )
-    if cell.train.attention != "sdpa":
+    if not core.cpu:
         raise ValueError(
-            f"attention '{cell.train.attention}' is a CUDA kernel, which world '{cell.world}' cannot run; "
+            f"attention '{cell.train.attention}' needs a CUDA device, but world '{cell.world}' has none; "
             "use attention 'sdpa' or world 'cuda'"
         )
 
@@ -224,8 +223,8 @@ def _check_simulation(cell: Cell) -> None:
     for field, value in NOTHING_TIMED.items():
         if getattr(cell, field) != value:
             raise ValueError(
-                f"{field} is {getattr(cell, field)}, but world '{cell.world}' has no values to compare and no "
-                f"time to measure; leave it out or set it to {value}"
+                f"{field} is {getattr(cell, field)}, but world '{cell.world}' computes no values and measures no "
+                f"time; leave it out or set it to {value}"
             )
     assert cell.simulation is not None
     simulation = cell.simulation
@@ -237,14 +236,15 @@ def _check_simulation(cell: Cell) -> None:
         }
         for name in (name for name, given in asked.items() if given):
             raise ValueError(
-                f"simulation.{name} is for world 'phantom': a schedule is played at one length, whole; set "
-                "search: false, and leave out part and timeline"
+                f"simulation.{name} needs world 'phantom', because world 'schedule' plays one whole step at one "
+                "length; set search: false, and leave out part and timeline"
             )
     elif simulation.tp > 1:
         raise ValueError(
-            f"simulation.tp ({simulation.tp}) is for world 'schedule': no method is tensor-parallel; leave it out"
+            f"simulation.tp ({simulation.tp}) needs world 'schedule', because no method is tensor-parallel; leave it out"
         )
     elif simulation.part != "step" and simulation.search:
         raise ValueError(
-            f"simulation.part '{simulation.part}' has no longest sequence to search for; set search: false"
+            f"simulation.search looks for the longest sequence of a whole step, not of part '{simulation.part}'; "
+            "set search: false"
         )

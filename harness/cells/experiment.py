@@ -103,7 +103,7 @@ class Experiment(Frozen):
                 row = Row(levels=levels, refused=str(error))
             if rule.because not in (row.refused or ""):
                 said = row.refused or "it can run"
-                raise ValueError(f"refused {rule.when}, because '{rule.because}': {said}")
+                raise ValueError(f"refused {rule.when} ({rule.because}): {said}")
             found.append(row)
         return found
 
@@ -125,8 +125,8 @@ class Experiment(Frozen):
         for _, claim in found:
             if ("longest_ratio" in claim.columns) != (claim.over in ids):
                 raise ValueError(
-                    f"claim '{claim.id}': over is {claim.over!r}, but a longest_ratio, and nothing else, "
-                    "is over the id of another claim of its experiment"
+                    f"claim '{claim.id}': 'over' is {claim.over!r}; a longest_ratio needs the id of another claim of its "
+                    "experiment there, and other claims have no 'over'"
                 )
         return found
 

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from alst_impl.config import DType, LabelMask, Spec
-from alst_impl.methods.base import load_method
+from alst_impl.layout import sizes
+from alst_impl.methods.base import layouts, load_method
 from harness.cells.cell import Cell, make_cell
 from harness.cells.worlds import TRAITS, World
 from harness.commands.live import CellLine
@@ -139,13 +140,14 @@ ONE_COMPARED_STEP = {"warmup": 0, "steps": 0, "gate": True, "timed": False}
 
 def _check(cell: Cell, degrees: dict[str, int], probes: bool) -> None:
     """Raise `ValueError` unless the method makes `degrees` of its ranks, and can be probed if asked."""
-    made = load_method(cell.train.method).degrees(cell.train.world_size)
+    made = sizes(layouts(cell.train))
     if made != degrees:
         name, ranks = cell.train.method.name, cell.train.world_size
         raise ValueError(f"method '{name}' makes {made} of {ranks} ranks, not {degrees}")
-    if probes and (cell.traits.gpus or degrees["cp"] * degrees["pp"] > 1):
+    if probes and (cell.traits.gpus or degrees["pp"] > 1):
         raise ValueError(
-            f"--probes knows CPU ranks in dp and sp, not world '{cell.world}' or {degrees}; leave it out"
+            f"--probes runs on CPU ranks without a pipeline, not in world '{cell.world}' with pp "
+            f"({degrees['pp']}); leave it out"
         )
 
 
@@ -199,7 +201,7 @@ def _measure(cell: Cell, results: Path) -> Measurement:
 def _answer(cell: Cell, readings: Readings) -> dict[str, Any]:
     gate = readings.gate
     assert gate is not None
-    counters = [evidence.model_dump() for evidence in readings.evidence]
+    counters = readings.evidence
     return {
         "passed": gate.passed,
         "cell": cell.model_dump(mode="json"),

@@ -5,13 +5,12 @@ A failed check raises `ValueError` before anything runs or is written. Imports n
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
-from alst_impl.ops.attention.kernels import MODULES, missing
+from alst_impl.ops.attention.cores.base import load_core
 from harness.cells.cell import Cell
 from harness.cells.hardware import ROWS, load_hardware
 from harness.devices import nvml
@@ -100,8 +99,8 @@ def known_device(library: Any) -> tuple[str, Device]:
     row = row_of(found[0])
     if row is None:
         raise ValueError(
-            f"device {found[0].index} is '{found[0].name}', which no row of harness/cells/hardware.py has among its "
-            f"device_names; add one ({', '.join(name for name, r in ROWS.items() if r.device_names)} are there)"
+            f"device {found[0].index} is '{found[0].name}', which no row of harness/cells/hardware.py lists in its "
+            f"device_names; add a row (there are {', '.join(name for name, r in ROWS.items() if r.device_names)})"
         )
     return row, found[0]
 
@@ -118,7 +117,7 @@ def require_clean(what: str) -> None:
         more = f" and {len(found.changed) - 1} more" if len(found.changed) > 1 else ""
         why = f"has what its commit does not hold ({found.changed[0]}{more})"
     raise ValueError(
-        f"{what}: the tree {why}, so a CUDA record could not say what it measured; commit, or pass "
+        f"{what}: the tree {why}, but a CUDA record must name the code that made it; commit, or pass "
         "--allow-dirty"
     )
 
@@ -134,5 +133,6 @@ def require_cuda_build(what: str) -> None:
 
 def require_attention(name: str) -> None:
     """Raise `ValueError` if the package of attention `name` is missing."""
-    if name in MODULES and importlib.util.find_spec(MODULES[name].partition(".")[0]) is None:
-        raise ValueError(missing(name))
+    message = load_core(name).missing()
+    if message is not None:
+        raise ValueError(message)

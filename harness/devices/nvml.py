@@ -27,7 +27,7 @@ def library() -> Any:
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
-        raise ValueError(f"no NVIDIA driver answers here (NVML: {error})") from None
+        raise ValueError(f"NVML found no NVIDIA driver on this machine ({error})") from None
     return pynvml
 
 

@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 from alst_impl.config import Frozen, TrainConfig
-from alst_impl.methods.base import load_method
+from alst_impl.methods.base import layouts, load_method
 from alst_impl.methods.seq1f1b import Seq1F1B, layers_of
 from alst_impl.models import field, published
 from alst_impl.ops.pipeline.schedule import Span, Unit, bubble, makespan, orders, peak_live, play
@@ -77,8 +77,8 @@ def parameters_of(fields: dict[str, Any]) -> int:
     """
     if fields["model_type"] != "gpt_neox" or fields["tie_word_embeddings"]:
         raise ValueError(
-            f"world 'schedule' knows models of model_type gpt_neox with untied embeddings, not "
-            f"{fields['model_type']}; use world 'phantom'"
+            f"world 'schedule' supports model_type gpt_neox with untied embeddings only, not {fields['model_type']}; "
+            "use world 'phantom'"
         )
     hidden, inner = field(fields, "hidden_size"), field(fields, "intermediate_size")
     layer = 4 * hidden**2 + 4 * hidden + 2 * hidden * inner + inner + hidden + 4 * hidden
@@ -91,7 +91,7 @@ def staged(train: TrainConfig, tp: int, hardware: str) -> Staged:
     method = load_method(train.method)
     if not isinstance(method, Seq1F1B):
         raise ValueError(
-            f"world 'schedule' plays pipelines, and method '{train.method.name}' is none; use 'seq1f1b'"
+            f"world 'schedule' plays pipelines, but method '{train.method.name}' is not one; use 'seq1f1b'"
         )
     if train.world_size % (method.pp * tp):
         raise ValueError(
@@ -130,7 +130,7 @@ def played(s: Staged) -> list[list[Span]]:
 
 def waiting(train: TrainConfig) -> float:
     """Bubble fraction of a step with equal slices and stages; 0 without a pipeline."""
-    pp = load_method(train.method).degrees(train.world_size)["pp"]
+    pp = layouts(train)[0].pp
     parts = getattr(load_method(train.method), "slices", 1)
     return bubble(play(orders(pp, train.accumulation, parts), lambda _, unit: 1.0 + unit.backward))
 

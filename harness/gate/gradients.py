@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from alst_impl.config import DType, Frozen, LoraConfig, OptimizerConfig, TrainConfig
 from alst_impl.data import Corpus
-from alst_impl.methods.base import load_method
+from alst_impl.methods.base import layouts
 from alst_impl.models import materialize, published
 from harness.gate import truth
 from harness.gate.verdict import (
@@ -51,9 +51,8 @@ def corpus_of(train: TrainConfig) -> Corpus:
 
 def samples_of(train: TrainConfig, step: int) -> dict[str, Tensor]:
     """All samples of `step`, over all ranks and micro-batches: int64 [N, S] each."""
-    dp = load_method(train.method).axes(train.world_size)["dp"]
     corpus = corpus_of(train)
-    count = train.accumulation * dp * train.batch_size
+    count = train.accumulation * len(layouts(train)) * train.batch_size
     samples = [corpus.sample(i) for i in range(step * count, (step + 1) * count)]
     ids, labels, positions, _ = zip(*samples, strict=True)
     return {

@@ -10,8 +10,9 @@ import re
 from collections.abc import Iterable
 
 from alst_impl.config import DType, Frozen, Precision, TrainConfig
-from alst_impl.methods.base import load_method
-from harness.records.record import Gate, Measurement, ParameterGate, RankEvidence
+from alst_impl.layout import sizes
+from alst_impl.methods.base import layouts, load_method
+from harness.records.record import Gate, Measurement, ParameterGate
 
 
 class Tolerance(Frozen):
@@ -155,15 +156,15 @@ def excess(parameter: ParameterGate, tolerance: Tolerance) -> float:
     )
 
 
-def broken_promises(train: TrainConfig, evidence: list[RankEvidence]) -> list[str]:
+def broken_promises(train: TrainConfig, evidence: list[dict[str, int]]) -> list[str]:
     """Promises of the method's options that the counters do not confirm, one phrase each."""
     method = load_method(train.method)
     promised = method.promises(train)
     problems = []
-    expected = method.local_seqlen(train)
+    expected = layouts(train)[0].local
     for rank, counters in enumerate(evidence):
         for name in sorted(promised):
-            value = getattr(counters, name)
+            value = counters[name]
             if value == 0:
                 problems.append(
                     f"rank {rank}: method '{train.method.name}' promises {name}, counted 0"
@@ -175,8 +176,8 @@ def broken_promises(train: TrainConfig, evidence: list[RankEvidence]) -> list[st
 
 def known_factor(ratio: float, train: TrainConfig) -> str | None:
     """The quantity of the run that `ratio` or its inverse equals, which points to the defect; None if there is none."""
-    method = load_method(train.method)
-    axes = method.degrees(train.world_size)
+    plan = layouts(train)
+    axes = sizes(plan)
     tokens = train.seqlen * train.batch_size * train.accumulation * axes["dp"]
     quantities: dict[str, float] = {
         "sp": axes["sp"],
@@ -185,7 +186,7 @@ def known_factor(ratio: float, train: TrainConfig) -> str | None:
         "accumulation": train.accumulation,
         "the number of tokens": tokens,
         **_labels(train, axes),
-        "the number of local tokens": method.local_seqlen(train),
+        "the number of local tokens": plan[0].local,
     }
     for name, value in quantities.items():
         for text, factor in (

@@ -9,7 +9,7 @@ from enum import StrEnum
 from pydantic import Field
 
 from alst_impl.config import Frozen
-from alst_impl.methods.base import load_method
+from alst_impl.methods.base import layouts
 from harness.cells.cell import Cell
 from harness.cells.experiment import Claim, Quantity
 from harness.cells.prediction import Limit
@@ -163,7 +163,7 @@ def tokens_of_step(cell: Cell) -> int:
     """Number of tokens of one step over all ranks."""
     train, tp = cell.train, cell.simulation.tp if cell.simulation else 1
     samples = train.batch_size * train.accumulation
-    return samples * train.seqlen * load_method(train.method).axes(train.world_size)["dp"] // tp
+    return samples * train.seqlen * len(layouts(train)) // tp
 
 
 def evidence(all_results: Iterable[Results]) -> list[Evidence]:

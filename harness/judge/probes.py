@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from alst_impl.data import Batch
 from alst_impl.engines.base import Runtime
-from alst_impl.methods.base import Method
+from alst_impl.methods.base import Method, layouts
 from alst_impl.placement import Placement
 from alst_impl.step import accumulate_gradients, micro_batches, start
 from harness.cells.cell import Cell
@@ -51,15 +51,15 @@ class _Probe:
 
     def __init__(self, cell: Cell, mesh: DeviceMesh, method: Method, runtime: Runtime) -> None:
         self.train, self.mesh, self.method, self.runtime = cell.train, mesh, method, runtime
+        dp, size = mesh.get_local_rank("dp"), cell.train.batch_size
+        self.layout = replace(layouts(cell.train)[dp], mesh=mesh)
         self.corpus = corpus_of(cell.train)
-        self.sp = mesh["sp"].size()
-        size = self.train.batch_size
-        first = mesh["dp"].get_local_rank() * size
+        first = dp * size
         self.whole = self.corpus.batch(range(first, first + size))
 
     def streams(self) -> Finding:
         """The ranks of one sp group hold one sample together; each dp rank has another sample."""
-        shard = self.method.shard(self.whole, self.mesh)
+        shard = self.method.shard(self.whole, self.layout)
         dp, held = self.mesh["dp"], stream_hash(self._gathered(shard.input_ids))
         found = _all([dp.get_local_rank(), held, stream_hash(self.whole.input_ids)])
         streams = {index: seen for index, seen, _ in found}
@@ -81,9 +81,9 @@ class _Probe:
         self._logits(self.whole)
         handle.remove()
         lengths = {length for rank in _all(seen) for length in rank}
-        expected = math.ceil(self.train.seqlen / self.sp)
-        detail = f"{sorted(lengths)} of {self.train.seqlen} tokens at sp={self.sp}"
-        return Finding(probe="shard length", passed=lengths == {expected}, detail=detail)
+        local, shards = self.layout.local, self.layout.shards
+        detail = f"{sorted(lengths)} of {self.train.seqlen} tokens on each of {shards} ranks"
+        return Finding(probe="shard length", passed=lengths == {local}, detail=detail)
 
     def causality(self) -> Finding:
         """A changed token changes its own logits and no earlier ones."""
@@ -96,11 +96,11 @@ class _Probe:
 
     def documents(self) -> Finding:
         """A changed token changes no logit of another document."""
-        if self.whole.documents is None:
+        if self.whole.layout.documents is None:
             return Finding(
                 probe="packed documents", passed=True, detail="one document: none to leak to"
             )
-        lengths = self.whole.documents[0]
+        lengths = self.whole.layout.documents[0]
         first, second = lengths[0], lengths[0] + lengths[1]
         # The first token of the second document is next to the first document, where a leak backward shows,
         # and a leak forward shows in every token after its document.
@@ -124,7 +124,7 @@ class _Probe:
             watched["MLP"] = fields.intermediate_size
         if tiles is None or not watched:
             return Finding(probe="tiles", passed=True, detail="nothing is tiled by number")
-        local = math.ceil(self.train.seqlen / self.sp)
+        local = self.layout.local
         limit = math.ceil(local / min(tiles, local)) * self.train.batch_size
         batches = micro_batches(
             self.train, self.corpus, self.method, self.mesh, 0, self.runtime.placement.device
@@ -144,12 +144,12 @@ class _Probe:
 
     def _logits(self, whole: Batch) -> Tensor:
         """[B, S, V] of the unsharded `whole`. Collective."""
-        shard = self.method.shard(whole, self.mesh).to(self.runtime.placement.device)
+        shard = self.method.shard(whole, self.layout).to(self.runtime.placement.device)
         inputs = shard.model_inputs()
         del inputs["labels"], inputs["shift_labels"]
         with torch.no_grad():
             logits: Tensor = self.runtime.module(**inputs, use_cache=False).logits
-        return self._gathered(logits)[:, : self.train.seqlen]
+        return self._gathered(logits)
 
     def _moved_by(self, place: int) -> Tensor:
         """Positions whose logits change with token `place`: bool [B, S]. Collective."""
@@ -162,11 +162,19 @@ class _Probe:
         return (before - after).abs().amax(dim=-1) > ROUNDING * before.abs().max()
 
     def _gathered(self, shard: Tensor) -> Tensor:
-        """[B, S/P, ...] -> [B, S, ...], over the sp axis. Collective."""
-        group = self.mesh["sp"].get_group()
-        parts = [torch.empty_like(shard) for _ in range(self.sp)]
-        dist.all_gather(parts, shard.contiguous(), group=group)
-        return torch.cat(parts, dim=1)[:, : self.train.seqlen]
+        """[B, S/P, ...] -> [B, S, ...], from the ranks that share the sample. Collective."""
+        shards = shard.contiguous()[None]
+        for axis in ("sp", "cp"):
+            group = self.layout.group(axis)
+            if group is not None:
+                parts = [torch.empty_like(shards) for _ in range(group.size())]
+                dist.all_gather(parts, shards, group=group)
+                shards = torch.cat(parts)
+        if (
+            shard.shape[1] != self.layout.local
+        ):  # not what the layout says, which probe `shards` tells
+            return torch.cat(shards.unbind(), dim=1)[:, : self.train.seqlen]
+        return self.layout.whole(shards.unbind())
 
     def _agreed(self, probe: str, detail: str, *, passed: bool) -> Finding:
         """A finding that passes only if it passes on every rank. Collective."""

@@ -62,17 +62,19 @@ class Tracker:
 
     def __enter__(self) -> Self:
         self._original_resize = torch.UntypedStorage.resize_
-        torch.UntypedStorage.resize_ = self._watched_resize()  # type: ignore[method-assign, assignment]
-        self._mode.__enter__()  # type: ignore[no-untyped-call]
+        torch.UntypedStorage.resize_ = _watched(self, self._original_resize)  # type: ignore[method-assign, assignment]
+        self._mode.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._mode.__exit__(*error)  # type: ignore[no-untyped-call]
+        self._mode.__exit__(*error)
         torch.UntypedStorage.resize_ = self._original_resize  # type: ignore[method-assign]
         self._settle()
 
-    def adopt(self, tensors: Iterable[Tensor | None], category: str) -> None:
-        """Count tensors that already exist. `category` only documents the call for readers."""
+    def adopt(self, tensors: Iterable[Tensor | None] | None = None) -> None:
+        """Count tensors that already exist; None: all of this process, such as an engine's buckets and buffers."""
+        if tensors is None:
+            tensors = [o for o in gc.get_objects() if issubclass(type(o), Tensor)]
         self._settle()
         self._drain()
         for tensor in tensors:
@@ -80,10 +82,6 @@ class Tracker:
                 if part.untyped_storage()._cdata not in self._live:
                     self._add(part)
         self._settle()
-
-    def adopt_rest(self) -> None:
-        """Count all other tensors of this process, such as an engine's buckets and buffers."""
-        self.adopt([o for o in gc.get_objects() if issubclass(type(o), Tensor)], "other")
 
     def phase(self, name: str) -> None:
         """Begin or resume phase `name`. Live bytes count towards its peak from now on."""
@@ -177,28 +175,28 @@ class Tracker:
         self._peaks[self._phase] = max(live, self._peaks.get(self._phase, 0))
         self._host_peak = max(host, self._host_peak)
 
-    def _watched_resize(self) -> Callable[[Any, int], Any]:
-        """`UntypedStorage.resize_` with counting, because no dispatch mode sees it."""
-        original = self._original_resize
 
-        @wraps(original)
-        def resize_(storage: torch.UntypedStorage, size: int) -> Any:
-            self._settle()
-            result = original(storage, size)
-            self._drain()
-            live = self._live.get(storage._cdata)
-            if live is not None:
-                self._resize(live, storage.nbytes())
-            return result
+def _watched(tracker: Tracker, original: Callable[..., Any]) -> Callable[[Any, int], Any]:
+    """`UntypedStorage.resize_` with counting, because no dispatch mode sees it."""
 
-        return resize_
+    @wraps(original)
+    def resize_(storage: torch.UntypedStorage, size: int) -> Any:
+        tracker._settle()
+        result = original(storage, size)
+        tracker._drain()
+        live = tracker._live.get(storage._cdata)
+        if live is not None:
+            tracker._resize(live, storage.nbytes())
+        return result
+
+    return resize_
 
 
 class _Mode(TorchDispatchMode):
     """Passes every operator to a tracker."""
 
     def __init__(self, tracker: Tracker) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        TorchDispatchMode.__init__(self)
         self._tracker = weakref.proxy(tracker)
 
     def __torch_dispatch__(

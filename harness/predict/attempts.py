@@ -8,7 +8,7 @@ import os
 import torch
 
 from alst_impl.config import Frozen, TrainConfig
-from alst_impl.methods.base import load_method
+from alst_impl.methods.base import layouts, load_method
 from harness.cells.cell import Cell
 from harness.cells.hardware import load_hardware
 from harness.cells.prediction import Cost, Holding, Timeline
@@ -103,7 +103,7 @@ def _played(cell: Cell) -> list[int]:
     most slices and the last has the loss.
     """
     method, size = load_method(cell.train.method), cell.train.world_size
-    stages = method.degrees(size)["pp"]
+    stages = layouts(cell.train)[0].pp
     return [0, size - size // stages] if stages > 1 else [method.heaviest_rank(size)]
 
 
@@ -151,5 +151,4 @@ def with_train(cell: Cell, train: TrainConfig) -> Cell:
 
 def sequence_parallel(config: TrainConfig) -> int:
     """Ranks that share the tokens of one sample."""
-    degrees = load_method(config.method).degrees(config.world_size)
-    return degrees["cp"] * degrees["sp"]
+    return layouts(config)[0].shards

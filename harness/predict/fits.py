@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from alst_impl.config import Frozen, TrainConfig
-from alst_impl.methods.base import load_method
+from alst_impl.methods.base import layouts, load_method
 from alst_impl.models import published
 from harness.cells.cell import Cell
 from harness.cells.hardware import load_hardware
@@ -232,8 +232,7 @@ def _by_category(holdings: list[Holding]) -> dict[str, int]:
 
 def _sequences(config: TrainConfig) -> int:
     """Sequences of one step, over all ranks."""
-    replicas = load_method(config.method).axes(config.world_size)["dp"]
-    return config.batch_size * config.accumulation * replicas
+    return config.batch_size * config.accumulation * len(layouts(config))
 
 
 def _shape(cell: Cell, step: Step) -> flops.Shape:

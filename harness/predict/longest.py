@@ -11,7 +11,7 @@ from functools import partial
 from typing import NamedTuple
 
 from alst_impl.config import TrainConfig
-from alst_impl.methods.base import load_method
+from alst_impl.methods.base import layouts, load_method
 from alst_impl.models import field, published
 from harness.cells.cell import Cell
 from harness.cells.prediction import Limit, SearchResult
@@ -76,7 +76,7 @@ def near_longest(rank: Rank, cell: Cell, known: dict[int, Use]) -> dict[int, Use
 
 def _is_deep(cell: Cell) -> bool:
     """Whether memory use can be extrapolated from few layers."""
-    pipelined = load_method(cell.train.method).degrees(cell.train.world_size)["pp"] > 1
+    pipelined = layouts(cell.train)[0].pp > 1
     deep = num_layers(cell) >= DEEP * period_of(cell) and num_layers(cell) % period_of(cell) == 0
     return deep and not pipelined and structure(cell.train).layers_alike
 
@@ -182,8 +182,7 @@ def num_layers(cell: Cell) -> int:
 
 def period_of(cell: Cell) -> int:
     """Number of layers after which a step repeats itself, on every stage."""
-    method = load_method(cell.train.method)
-    return method.period() * method.degrees(cell.train.world_size)["pp"]
+    return load_method(cell.train.method).period() * layouts(cell.train)[0].pp
 
 
 def _heads_are_spent(config: TrainConfig) -> bool:
@@ -194,4 +193,4 @@ def _heads_are_spent(config: TrainConfig) -> bool:
         return False
     heads = field(published(config.model, config.overrides), "num_attention_heads")
     largest = math.gcd(config.world_size, heads)
-    return method.axes(config.world_size)["sp"] == largest < config.world_size
+    return layouts(config)[0].sp == largest < config.world_size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +13,6 @@ from alst_impl.models import published
 from alst_impl.placement import Placement
 from alst_impl.step import micro_batches, start
 from harness.predict.depth import at_depth
-from harness.records.record import RankEvidence
 from harness.worlds.base import RankReadings, World, num_parameters
 
 if TYPE_CHECKING:
@@ -69,7 +67,7 @@ def run_part(rank: Rank, cell: Cell, world: World) -> RankReadings:
             loss=[],
             grad_norm=[],
             memory=memory,
-            evidence=RankEvidence(**asdict(placement.evidence)),
+            evidence=dict(placement.evidence),
             cosine=[],
             gate=None,
             num_parameters=num_parameters(runtime.module),

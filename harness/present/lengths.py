@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from alst_impl.config import Frozen
-from alst_impl.methods.base import AXES, load_method
+from alst_impl.layout import AXES
+from alst_impl.methods.base import load_method
 from harness.cells.cell import Cell
 from harness.cells.units import bytes_text, options_text
 from harness.records.published import records

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from statistics import median
 from typing import NamedTuple
 
-from alst_impl.methods.base import load_method
+from alst_impl.methods.base import layouts
 from alst_impl.models import published
 from harness.cells.hardware import load_hardware
 from harness.formulas.flops import model_causal, shape_of
@@ -65,8 +65,7 @@ def _gate(r: Readings) -> list[ParameterGate]:
 def _samples(m: Measurement) -> int:
     """Samples of one optimizer step over the data-parallel ranks."""
     t = m.cell.train
-    dp = load_method(t.method).axes(t.world_size)["dp"]
-    return t.batch_size * t.accumulation * dp
+    return t.batch_size * t.accumulation * len(layouts(t))
 
 
 def _tokens_per_s(m: Measurement) -> float | None:
@@ -127,7 +126,7 @@ METRICS = {
     "offloaded_bytes": Metric(
         "B",
         "Checkpointed layer inputs that one rank copied to the host in the tracked step, the largest over ranks.",
-        _largest(lambda r: (rank.offloaded_bytes for rank in r.evidence)),
+        _largest(lambda r: (rank["offloaded_bytes"] for rank in r.evidence)),
     ),
     "peak_bytes": Metric(
         "B",

@@ -92,17 +92,6 @@ class Finding(Frozen):
     """One line: the numbers behind the verdict."""
 
 
-class RankEvidence(Frozen):
-    """`alst_impl.placement.Evidence` of one rank and one step."""
-
-    local_seqlen: int
-    tiles: int
-    exchanges: int
-    offloaded_bytes: int
-    rotations: int = 0
-    slices: int = 0
-
-
 class CudaMemory(Frozen):
     """Readings of CUDA and of PyTorch's allocators on one rank, by phase of one tracked step."""
 
@@ -156,8 +145,8 @@ class Readings(Frozen):
     """Global gradient norm of every step, before clipping."""
     memory: list[RankMemory]
     """Per rank, from the tracked step."""
-    evidence: list[RankEvidence]
-    """Per rank, of the tracked step."""
+    evidence: list[dict[str, int]]
+    """Per rank, of the tracked step: counters by their names in `alst_impl.placement.COUNTERS`."""
     cosine: list[float] = []
     """Cosine between the whole gradient of each step and the stock model's at the same weights.
 

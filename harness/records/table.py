@@ -11,7 +11,8 @@ from typing import Any
 
 import pandas as pd
 
-from alst_impl.methods.base import AXES, load_method
+from alst_impl.layout import AXES, sizes
+from alst_impl.methods.base import layouts
 from harness.cells import paths
 from harness.cells.cell import Cell
 from harness.cells.experiment import Claim, Experiment, load_experiment
@@ -216,7 +217,7 @@ def setting(cell: Cell) -> str:
 
 def _description(cell: Cell) -> dict[str, Any]:
     t = cell.train
-    axes = load_method(t.method).degrees(t.world_size)
+    axes = sizes(layouts(t))
     return {
         "model": t.model,
         "method": t.method.name,

@@ -8,7 +8,6 @@ import resource
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -21,13 +20,13 @@ from alst_impl.data import Corpus
 from alst_impl.engines.base import Runtime
 from alst_impl.methods.base import Method
 from alst_impl.models import Initializer
-from alst_impl.placement import Evidence, Placement
+from alst_impl.placement import Placement, no_evidence
 from alst_impl.step import StepResult, accumulate_gradients, micro_batches, start, train_step
 from harness.cells.cell import Cell
 from harness.gate.gradients import Companion, Truth, compare, compare_update, corpus_of
 from harness.processes.jobs import Rank
 from harness.processes.launch import store_at
-from harness.records.record import Gate, RankEvidence, RankMemory
+from harness.records.record import Gate, RankMemory
 
 
 class World(ABC):
@@ -92,7 +91,7 @@ class RankReadings(Frozen):
     """Global gradient norm of every step."""
     memory: RankMemory | None
     """Memory of the tracked step."""
-    evidence: RankEvidence
+    evidence: dict[str, int]
     """Evidence of the last step."""
     cosine: list[float]
     """Cosines of every step but the tracked one, on rank 0; empty if the cell does not request them."""
@@ -163,7 +162,7 @@ class _Run:
             loss=self.loss,
             grad_norm=self.grad_norm,
             memory=memory,
-            evidence=RankEvidence(**asdict(self.placement.evidence)),
+            evidence=dict(self.placement.evidence),
             cosine=self.cosine,
             gate=gate,
             num_parameters=num_parameters(self.runtime.module),
@@ -172,7 +171,7 @@ class _Run:
     def _batches(self, doing: str) -> list[Any]:
         """This rank's shards of the next step's micro-batches."""
         self.rank.progress(doing)
-        vars(self.placement.evidence).update(vars(Evidence()))
+        self.placement.evidence.update(no_evidence())
         batches = micro_batches(
             self.cell.train, self.corpus, self.method, self.mesh, self.step, self.world.device
         )

@@ -11,11 +11,12 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import DeviceMesh, init_device_mesh
+from torch.distributed import DeviceMesh
 
 import harness.processes.preload  # noqa: F401  prepares DeepSpeed for a machine without an accelerator
 from alst_impl.engines.base import Runtime
-from alst_impl.methods.base import load_method
+from alst_impl.layout import make_mesh
+from alst_impl.methods.base import layouts
 from harness.cells.cell import Cell
 from harness.meters.tracker import Tracker
 from harness.processes.jobs import Rank
@@ -41,8 +42,7 @@ class Cpu(World):
             timeout=dt.timedelta(seconds=cell.timeout_s / 2),
         )
         try:
-            axes = load_method(cell.train.method).axes(cell.train.world_size)
-            yield init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
+            yield make_mesh(layouts(cell.train), "cpu")
         finally:
             dist.destroy_process_group()  # gloo aborts at exit without it, now and then
 
@@ -52,8 +52,7 @@ class Cpu(World):
     def track(self, step: Callable[[], object], runtime: Runtime) -> RankMemory:
         gc.collect()
         tracker = Tracker()
-        tracker.adopt(runtime.module.parameters(), "parameters")
-        tracker.adopt_rest()
+        tracker.adopt()
         self._tracker = tracker
         try:
             with tracker:

@@ -19,12 +19,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import DeviceMesh, init_device_mesh
+from torch.distributed import DeviceMesh
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from alst_impl.engines.base import Runtime, load_engine
-from alst_impl.methods.base import load_method
+from alst_impl.layout import make_mesh
+from alst_impl.methods.base import layouts
 from alst_impl.models import Initializer
 from harness.cells.cell import Cell
 from harness.processes.jobs import Rank
@@ -152,7 +153,7 @@ class OperatorNames(TorchDispatchMode):
     """Records the names of all operators that run."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        TorchDispatchMode.__init__(self)
         self.names: set[str] = set()
 
     def __torch_dispatch__(
@@ -204,8 +205,7 @@ class Cuda(World):
             timeout=dt.timedelta(seconds=cell.timeout_s / 2),
             device_id=self.device,
         )
-        axes = load_method(cell.train.method).axes(cell.train.world_size)
-        yield init_device_mesh("cuda", tuple(axes.values()), mesh_dim_names=tuple(axes))
+        yield make_mesh(layouts(cell.train), "cuda")
         # Skipped after a failure: waiting peers would never answer, and the process ends anyway.
         dist.destroy_process_group()
 
@@ -288,7 +288,7 @@ def ask_for_settings(meter: Meter, cell: Cell) -> None:
             return
         if last:
             raise RuntimeError(
-                f"the cell asks for expandable_segments {asked}, the allocator says {said}"
+                f"the cell asks for expandable_segments {asked}, but the allocator reports {said}"
             )
         meter.set(f"expandable_segments:{asked}")
 

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
-from torch.distributed import DeviceMesh, init_device_mesh
+from torch.distributed import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
@@ -33,7 +33,8 @@ from alst_impl import hf
 from alst_impl.config import TrainConfig
 from alst_impl.data import Batch
 from alst_impl.engines.base import Runtime, load_engine
-from alst_impl.methods.base import load_method
+from alst_impl.layout import Layout, make_mesh
+from alst_impl.methods.base import layouts, load_method
 from alst_impl.models import Initializer
 from harness.cells.cell import Cell
 from harness.cells.prediction import Cost, Holding, Timeline
@@ -68,7 +69,7 @@ class Counting(TorchDispatchMode):
     """Passes every operator to a meter."""
 
     def __init__(self, meter: cost.Meter) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        TorchDispatchMode.__init__(self)
         self._meter = meter
 
     def __torch_dispatch__(
@@ -101,7 +102,8 @@ class Blank:
     def batch(self, samples: Sequence[int]) -> Batch:
         """ids, labels and positions [B, S]."""
         ids = torch.zeros(len(samples), self._seqlen, dtype=torch.int64)
-        return Batch(ids, ids.clone(), torch.arange(self._seqlen).expand_as(ids))
+        positions = torch.arange(self._seqlen).expand_as(ids)
+        return Batch(ids, ids.clone(), positions, Layout(self._seqlen))
 
 
 class Marks:
@@ -165,11 +167,10 @@ class Phantom(Cuda):
         places = {"RANK": played, "LOCAL_RANK": 0, "WORLD_SIZE": size}
         os.environ.update({name: str(value) for name, value in places.items()})
         dist.init_process_group("fake", rank=played, world_size=size, store=FakeStore())
-        axes = method.axes(size)
         # A backward in a separate thread drops its last references before or after the caller
         # continues. Which comes first varies.
         with torch.autograd.set_multithreading_enabled(False):
-            yield init_device_mesh("cuda", tuple(axes.values()), mesh_dim_names=tuple(axes))
+            yield make_mesh(layouts(cell.train), "cuda")
         dist.destroy_process_group()
 
     def stand(self, runtime: Runtime) -> None:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import sys
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
+from cores import attend
 from torch import Tensor
+from training import config_of
 
-from alst_impl.config import Attention
-from alst_impl.ops.attention.attend import BACKENDS, VARLEN, attend
-from alst_impl.ops.attention.kernels import MODULES
+from alst_impl.layout import Layout
+from alst_impl.ops.attention.cores.base import FlashAttention, load_core
+from alst_impl.plugin import names
+from alst_impl.step import check
+
+CORES = {name: load_core(name) for name in names("alst_impl.ops.attention.cores")}
+MODULES = {name: core.module for name, core in CORES.items() if isinstance(core, FlashAttention)}
 
 Documents = tuple[tuple[int, ...], ...] | None
 
@@ -128,10 +134,27 @@ def test_a_named_kernel_runs_or_fails() -> None:
         attend(*tensors, scale=0.7, backend="sdpa_cudnn")
 
 
-def test_every_name_of_the_configuration_is_a_backend() -> None:
-    """Every kernel for packed documents is a backend, too."""
-    assert set(get_args(Attention)) <= BACKENDS.keys()
-    assert VARLEN.keys() <= BACKENDS.keys()
+def test_a_configuration_names_a_core_by_its_file() -> None:
+    """An unknown name is refused with the known ones."""
+    assert set(MODULES) == {f"flash_attention_{version}" for version in (2, 3, 4)}
+    with pytest.raises(ValueError, match=r"unknown core 'eager'; use one of flash_attention_2, "):
+        check(config_of(attention="eager"))
+
+
+@pytest.mark.parametrize("documents", [None, DOCUMENTS])
+@pytest.mark.parametrize("window", [None, 1, 4, 17, 18])
+def test_visible_pairs_are_those_of_the_mask(window: int | None, documents: Documents) -> None:
+    """Counted one by one over all samples."""
+    layout = Layout(17, documents=documents)
+    counted = sum(
+        1
+        for lengths in documents or ((17,),)
+        for length in lengths
+        for query in range(length)
+        for key in range(query + 1)
+        if window is None or query - key < window
+    )
+    assert all(core.visible_pairs(layout, window) == counted for core in CORES.values())
 
 
 @pytest.mark.parametrize("position", [7, 8, 9, 15, 16])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,8 @@ from training import config_of
 
 from alst_impl import step
 from alst_impl.config import DataConfig
-from alst_impl.data import IGNORE_INDEX, LABEL_MASKS, Batch, Corpus, shard_sequence
+from alst_impl.data import IGNORE_INDEX, LABEL_MASKS, Batch, Corpus
+from alst_impl.layout import Layout
 from alst_impl.methods.base import load_method
 
 if TYPE_CHECKING:
@@ -65,7 +67,7 @@ def test_shards_hold_every_token_and_label_exactly_once(mask: str, extra: int, s
     """At lengths around a multiple of sp, padding has no label and continues the positions."""
     length = 12 * sp + extra
     whole = corpus(length, mask=mask).batch([0, 1])
-    shards = [shard_sequence(whole, sp, index) for index in range(sp)]
+    shards = [Layout(whole.layout.length, sp=sp).cut(whole, index) for index in range(sp)]
     assert {tuple(s.input_ids.shape) for s in shards} == {(2, -(-length // sp))}
     for name in ("input_ids", "shift_labels", "position_ids"):
         joined = torch.cat([getattr(s, name) for s in shards], dim=1)
@@ -83,8 +85,8 @@ def test_the_only_label_on_a_shard_border_survives(sp: int) -> None:
         whole = corpus(length).batch([0])
         labels = torch.full_like(whole.shift_labels, IGNORE_INDEX)
         labels[0, border - 1] = whole.input_ids[0, border]
-        only = Batch(whole.input_ids, labels, whole.position_ids)
-        shards = [shard_sequence(only, sp, index) for index in range(sp)]
+        only = replace(whole, shift_labels=labels)
+        shards = [Layout(only.layout.length, sp=sp).cut(only, index) for index in range(sp)]
         assert [int(s.num_valid()) for s in shards] == [
             int(index == border // 8 - 1) for index in range(sp)
         ]
@@ -98,7 +100,7 @@ def test_labels_at_the_border_are_those_of_the_next_shards_first_token(sp: int) 
     ids = source.sample(0)[0]
     whole = source.batch([0])
     for index in range(sp - 1):
-        shard = shard_sequence(whole, sp, index)
+        shard = Layout(whole.layout.length, sp=sp).cut(whole, index)
         assert int(shard.shift_labels[0, -1]) == int(ids[8 * (index + 1)])
 
 
@@ -136,8 +138,8 @@ def test_packed_documents_restart_their_positions() -> None:
     """The last token of a document does not predict the first token of the next."""
     source = corpus(40, documents=3)
     batch = source.batch([0, 1])
-    assert batch.documents is not None
-    for row, lengths in enumerate(batch.documents):
+    assert batch.layout.documents is not None
+    for row, lengths in enumerate(batch.layout.documents):
         assert len(lengths) == 3
         assert sum(lengths) == 40
         expected = [p for n in lengths for p in range(n)]
@@ -151,15 +153,15 @@ def test_packed_documents_restart_their_positions() -> None:
 def test_padding_of_a_packed_sample_is_a_document_of_its_own() -> None:
     """No real token is in the document of the padding."""
     whole = corpus(10, documents=2).batch([0])
-    shard = shard_sequence(whole, 4, 3)
-    assert whole.documents is not None
-    assert shard.documents == ((*whole.documents[0], 2),)
+    shard = Layout(10, sp=4).cut(whole, 3)
+    assert whole.layout.documents is not None
+    assert shard.layout.documents == ((*whole.layout.documents[0], 2),)
     assert shard.position_ids[0, -2:].tolist() == [0, 1]
 
 
 def test_one_document_needs_no_list() -> None:
     """An unpacked batch has no list of documents, so it takes the fused causal kernel."""
-    assert corpus(8).batch([0]).documents is None
+    assert corpus(8).batch([0]).layout.documents is None
 
 
 def test_files_and_folders_are_corpora(tmp_path: Path) -> None:
@@ -194,7 +196,8 @@ def first_batch(rank: int, world_size: int) -> tuple[int, int, Batch]:
     source = Corpus(config.data, config.seqlen, config.seed, 256)
     method = load_method(config.method)
     (batch,) = step.micro_batches(config, source, method, mesh, 3, torch.device("cpu"))
-    return mesh["dp"].get_local_rank(), mesh["sp"].get_local_rank(), batch
+    unbound = replace(batch, layout=replace(batch.layout, mesh=None))  # a mesh stays in its process
+    return mesh["dp"].get_local_rank(), mesh["sp"].get_local_rank(), unbound
 
 
 def test_dp_ranks_read_different_samples_and_sp_ranks_share_one(ranks: Ranks) -> None:
@@ -202,4 +205,4 @@ def test_dp_ranks_read_different_samples_and_sp_ranks_share_one(ranks: Ranks) ->
     source = corpus(67)
     for dp, sp, batch in ranks(4)(first_batch):
         first = 12 + 2 * dp
-        assert equal(batch, shard_sequence(source.batch([first, first + 1]), 2, sp))
+        assert equal(batch, Layout(67, sp=2).cut(source.batch([first, first + 1]), sp))

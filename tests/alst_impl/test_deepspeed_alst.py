@@ -43,7 +43,7 @@ def test_the_peer_is_exact_under_zero3(ranks: Ranks) -> None:
     run, truth = trained(ranks, 3)
     assert_same_gradients(run.gradients, truth.gradients)
     assert run.losses[0] == pytest.approx(truth.losses[0], rel=1e-5)
-    assert run.evidence.tiles > 0
+    assert run.evidence["tiles"] > 0
 
 
 @pytest.mark.parametrize("stage", [1, 2])

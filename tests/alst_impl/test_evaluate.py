@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from torch.distributed.device_mesh import init_device_mesh
 from training import config_of, corpus_of
 
 from alst_impl import models, step
 from alst_impl.config import TrainConfig
-from alst_impl.methods.base import load_method
+from alst_impl.layout import make_mesh
+from alst_impl.methods.base import layouts
 from alst_impl.ops.memory.loss import tiled_loss
 from alst_impl.placement import Placement
 
@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 
 def evaluated(rank: int, world_size: int, config: TrainConfig) -> tuple[float, float, int]:
     """Loss of an evaluation, loss of the next training step, and number of gradients that the evaluation left."""
-    axes = load_method(config.method).axes(world_size)
-    mesh = init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
+    mesh = make_mesh(layouts(config), "cpu")
     placement = Placement(torch.device("cpu"))
     method, runtime = step.start(config, mesh, placement)
     corpus = corpus_of(config)

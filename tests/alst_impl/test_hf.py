@@ -11,9 +11,10 @@ from training import config_of
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from alst_impl import hf, models
-from alst_impl.ops.attention.attend import attend
+from alst_impl.layout import Layout
+from alst_impl.ops.attention.cores.base import load_core
 from alst_impl.ops.attention.ulysses import UlyssesAttention
-from alst_impl.placement import Evidence
+from alst_impl.placement import Evidence, no_evidence
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,8 +30,8 @@ def build(name: str = "tiny-llama") -> PreTrainedModel:
 
 def wrap(model: PreTrainedModel, tiles: int = 3) -> Evidence:
     """Apply everything that ALST does to a model, without ranks."""
-    evidence = Evidence()
-    hf.use_attention(model, UlyssesAttention(None, "sdpa", evidence))
+    evidence = no_evidence()
+    hf.use_attention(model, UlyssesAttention(load_core("sdpa"), evidence))
     mlps, norms = hf.token_wise_modules(model)
     for module in mlps + norms:
         hf.tile_module(module, lambda _: tiles, evidence)
@@ -53,7 +54,7 @@ def test_a_wrapped_model_without_labels_returns_the_stock_logits(name: str) -> N
     stock = logits_of(model)
     evidence = wrap(model)
     torch.testing.assert_close(logits_of(model), stock, rtol=1e-10, atol=1e-12)
-    assert evidence.tiles > 0
+    assert evidence["tiles"] > 0
 
 
 def test_a_second_model_of_the_same_configuration_object_stays_as_it_was() -> None:
@@ -82,27 +83,28 @@ def test_a_second_model_of_the_same_configuration_object_stays_as_it_was() -> No
 def test_attention_gets_no_mask(name: str) -> None:
     """No S x S tensor is built in forward or backward, even with a sliding window."""
     model = build(name)
-    evidence = Evidence()
+    evidence = no_evidence()
     seen: list[tuple[Any, Any]] = []
 
     def record(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         seen.append((tuple(query.shape), options))
-        return attend(query, key, value, **options)
+        return load_core("sdpa")(query, key, value, **options)
 
     class Recording(UlyssesAttention):
         __call__ = staticmethod(record)
 
-    hf.use_attention(model, Recording(None, "sdpa", evidence))
+    hf.use_attention(model, Recording(load_core("sdpa"), evidence))
     masks: list[Any] = []
     for module in hf.attention_modules(model):
         module.register_forward_pre_hook(
             lambda _, __, kwargs: masks.append(kwargs.get("attention_mask")), with_kwargs=True
         )
     positions = torch.arange(5).repeat(3)[None, :11].expand(2, 11)  # restart, as in packed samples
-    model(input_ids=IDS, position_ids=positions, documents=((5, 5, 1),) * 2, use_cache=False)
+    layout = Layout(11, documents=((5, 5, 1),) * 2)
+    model(input_ids=IDS, position_ids=positions, layout=layout, use_cache=False)
     assert masks == [None, None]
     assert [shape for shape, _ in seen] == [(2, 8, 11, 16)] * 2
-    assert all(options["documents"] == ((5, 5, 1),) * 2 for _, options in seen)
+    assert all(options["layout"] is layout for _, options in seen)
     windows = [options["window"] for _, options in seen]
     expected = {"tiny-gemma3": [96, None], "tiny-mistral": [96, 96]}
     assert windows == expected.get(name, [None, None])
@@ -207,4 +209,4 @@ def test_tiles_are_counted_as_they_run() -> None:
         evidence = wrap(model, asked)
         with torch.no_grad():
             model(input_ids=IDS, shift_labels=IDS, num_items_in_batch=torch.tensor(22))
-        assert evidence.tiles == 8 * used
+        assert evidence["tiles"] == 8 * used

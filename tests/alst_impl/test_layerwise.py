@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import torch.distributed as dist
+from cores import attend
 from phantoms import cell, measured, missing, predicted
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -19,7 +20,6 @@ from alst_impl.config import TrainConfig
 from alst_impl.hf import decoder
 from alst_impl.methods.base import load_method
 from alst_impl.models import build, published
-from alst_impl.ops.attention.attend import attend
 from alst_impl.ops.attention.flash import attend_backward, attend_with_logsumexp
 from alst_impl.ops.layerwise.headgroups import HeadGroups
 from alst_impl.ops.memory import float8
@@ -391,7 +391,7 @@ def test_autocast_is_refused() -> None:
             {},
             r"groups \(3\) must split the 8 query and 4 kv heads .* \[1, 2, 4, 8\]",
         ),
-        ({"stream": True, "offload": False}, {}, "stream is for tiles in host memory"),
+        ({"stream": True, "offload": False}, {}, "stream keeps tiles in host memory"),
         ({"eight_bits": True, "offload": False}, {}, "set eight_bits: false"),
         ({"every": 3}, {}, r"every 3, but tiny-llama has 2 layers"),
         ({"every": 2, "keep_attention": True}, {}, "set keep_attention: false or every: 1"),

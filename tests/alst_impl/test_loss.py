@@ -12,7 +12,7 @@ from training import config_of
 
 from alst_impl import hf, models
 from alst_impl.ops.memory.loss import tiled_loss
-from alst_impl.placement import Evidence
+from alst_impl.placement import no_evidence
 
 HIDDEN, VOCAB = 6, 11
 
@@ -127,7 +127,7 @@ def test_a_models_own_loss_is_tiled_exactly(
 
     def run(tile: bool) -> tuple[Tensor, dict[str, Tensor]]:
         instance = models.materialize(config)
-        evidence = Evidence()
+        evidence = no_evidence()
         if tile:
             hf.tile_loss(instance, lambda _: num_tiles, evidence)
         loss = instance(
@@ -138,7 +138,7 @@ def test_a_models_own_loss_is_tiled_exactly(
             use_cache=False,
         ).loss
         (loss * 0.25).backward()
-        assert evidence.tiles == (min(num_tiles, 13) if tile else 0)
+        assert evidence["tiles"] == (min(num_tiles, 13) if tile else 0)
         return loss.detach(), {
             k: p.grad for k, p in instance.named_parameters() if p.grad is not None
         }
@@ -158,7 +158,7 @@ def test_the_soft_cap_is_part_of_the_tiled_loss() -> None:
             model="tiny-gemma3", overrides={"final_logit_softcapping": cap}, dtype="float64"
         )
         model = models.materialize(config)
-        hf.tile_loss(model, lambda _: 2, Evidence())
+        hf.tile_loss(model, lambda _: 2, no_evidence())
         ids = torch.arange(20)[None]
         with torch.no_grad():
             out = model(input_ids=ids, shift_labels=ids, num_items_in_batch=torch.tensor(20))

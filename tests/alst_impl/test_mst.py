@@ -57,14 +57,14 @@ def test_numbers_of_mini_sequences_follow_the_paper(ranks: Ranks) -> None:
     )  # hidden size 128, vocabulary 260
     (run,) = ranks(1)(trained, [config])[0]
     assert (
-        run.evidence.tiles == 2 * 3 + 3
+        run.evidence["tiles"] == 2 * 3 + 3
     )  # two layers of ceil(300 / 128), a head of ceil(260 / 128)
 
 
 def test_the_named_attention_runs(ranks: Ranks) -> None:
     """The name in a record has to be that of the kernel that ran."""
     named = config_of(method="mst", model="tiny-mistral", seqlen=200, attention="sdpa_flash")
-    with pytest.raises(AssertionError, match="'sdpa_flash' is not called with a window"):
+    with pytest.raises(AssertionError, match="'sdpa_flash' does not support a sliding window"):
         ranks(1)(trained, [named])
 
 

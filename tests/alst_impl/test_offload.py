@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from alst_impl.ops.memory.offload import HostOffload, HostTiles, checkpoint
-from alst_impl.placement import Evidence, Placement
+from alst_impl.placement import Placement, no_evidence
 
 
 def placed() -> tuple[Placement, list[Tensor]]:
     """A placement, and the list of tensors that it is told to count as host memory."""
     on_host: list[Tensor] = []
-    return Placement(torch.device("cpu"), on_host=on_host.append, evidence=Evidence()), on_host
+    return Placement(torch.device("cpu"), on_host=on_host.append, evidence=no_evidence()), on_host
 
 
 def layers() -> nn.ModuleList:
@@ -66,7 +66,7 @@ def test_every_layer_input_goes_to_the_host_and_is_counted() -> None:
         layers(), torch.ones(2, 3, 5, dtype=torch.float64), HostOffload(placement), plain=False
     )
     assert [tuple(x.shape) for x in on_host] == [(2, 3, 5)] * 3
-    assert placement.evidence.offloaded_bytes == 3 * 2 * 3 * 5 * 8
+    assert placement.evidence["offloaded_bytes"] == 3 * 2 * 3 * 5 * 8
 
 
 def test_the_device_copy_of_a_layer_input_is_free_until_backward() -> None:

@@ -132,7 +132,7 @@ def test_stages_are_runs_of_layers_of_nearly_equal_length() -> None:
             {"pp": 2, "model": "tiny-mistral", "seqlen": 133},
             r"sliding window \(\d+\) shorter than seqlen \(133\).* use slices: 1",
         ),
-        ({"pp": 2, "overrides": {"attention_dropout": 0.1}}, "attention dropout .* cannot cut"),
+        ({"pp": 2, "overrides": {"attention_dropout": 0.1}}, "attention dropout .* cannot split"),
     ],
 )
 def test_impossible_settings_are_refused(settings: dict[str, Any], message: str) -> None:

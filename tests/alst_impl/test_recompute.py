@@ -20,7 +20,7 @@ from alst_impl.ops.memory.loss import tiled_loss
 from alst_impl.ops.memory.offload import HostOffload, checkpoint
 from alst_impl.ops.memory.recompute import FirstRun
 from alst_impl.ops.memory.tiling import tile_bounds, tiled
-from alst_impl.placement import Evidence, Placement
+from alst_impl.placement import Placement, no_evidence
 
 if TYPE_CHECKING:
     from conftest import Ranks
@@ -182,7 +182,7 @@ def test_rotary_scaling_by_the_longest_position_is_refused_only_at_sp_2(ranks: R
 
 def wrapped(tiles: int) -> Phi3ForCausalLM:
     """A small Phi-3 in fp32 with all changes that ALST makes."""
-    model, evidence = phi3(0).float(), Evidence()
+    model, evidence = phi3(0).float(), no_evidence()
     mlps, norms = hf.token_wise_modules(model)
     for module in mlps + norms:
         hf.tile_module(module, lambda _: tiles, evidence)
@@ -267,9 +267,9 @@ def test_a_loss_that_leaves_autocast_has_its_gradients_in_its_own_dtype() -> Non
 
 def offloaded_bytes(model: PreTrainedModel, placement: Placement) -> int:
     """Bytes that one forward pass with gradients offloads to the host."""
-    before = placement.evidence.offloaded_bytes
+    before = placement.evidence["offloaded_bytes"]
     model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
-    return placement.evidence.offloaded_bytes - before
+    return placement.evidence["offloaded_bytes"] - before
 
 
 def test_checkpointing_that_is_turned_on_again_still_offloads() -> None:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from cores import attend
 from phantoms import cell, measured, missing, predicted
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 from training import assert_same_gradients, config_of, run_steps, truth_of
 
 from alst_impl.config import Spec
 from alst_impl.data import Batch
-from alst_impl.methods.base import load_method
-from alst_impl.ops.attention.attend import attend
-from alst_impl.ops.attention.ring import RingAttention, chunks_of, meeting
+from alst_impl.layout import Layout, make_mesh
+from alst_impl.methods.base import layouts, load_method
+from alst_impl.ops.attention.ring import RingAttention, meeting
 from alst_impl.ops.attention.ulysses import UlyssesAttention
-from alst_impl.placement import Evidence
+from alst_impl.placement import no_evidence
 from harness.commands.predict import cell_of
 from harness.gate.verdict import TOLERANCES
 from harness.judge.defects import Defect, Edit, plant
@@ -39,10 +40,14 @@ def whole(heads: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return x.bfloat16().to(dtype)
 
 
+def layout_of(places: int, zigzag: bool, sp: int = 1) -> Layout:
+    """A ring of `places`, each of `sp` ranks."""
+    return Layout(SEQLEN, cp=places, sp=sp, order="zigzag" if zigzag else "contiguous")
+
+
 def of_place(x: Tensor, rank: int, size: int, zigzag: bool) -> Tensor:
     """The part of [B, H, S, D] that `rank` of a ring holds, with gradients enabled."""
-    chunks = x.chunk(2 * size if zigzag else size, dim=2)
-    held = torch.cat([chunks[i] for i in chunks_of(rank, size, zigzag=zigzag)], dim=2)
+    held = x[:, :, layout_of(size, zigzag).positions(rank)]
     return held.detach().clone().requires_grad_()
 
 
@@ -57,26 +62,26 @@ def through_ring(
     rank: int, size: int, num_kv_heads: int, zigzag: bool, dtype: torch.dtype, sp: int = 1
 ) -> list[Tensor]:
     """Output and gradients of this rank's part, from a ring of `size / sp` places. Collective."""
-    axes = ("cp", "sp")
-    mesh = init_device_mesh("cpu", (size // sp, sp), mesh_dim_names=axes)
-    places, place = size // sp, mesh["cp"].get_local_rank()
-    evidence = Evidence()
-    ring = RingAttention(mesh["cp"].get_group(), zigzag, evidence)
-    attention = UlyssesAttention(mesh["sp"].get_group() if sp > 1 else None, "sdpa", evidence, ring)
+    places = size // sp
+    layout = layout_of(places, zigzag, sp)
+    layout = replace(layout, mesh=make_mesh([layout], "cpu"))
+    place, part = divmod(layout.shard, sp)
+    evidence = no_evidence()
+    attention = UlyssesAttention(RingAttention(evidence), evidence, size)
     heads = (HEADS, num_kv_heads, num_kv_heads)
     local = [
         of_place(whole(h, i, dtype), place, places, zigzag)
-        .chunk(sp, dim=2)[mesh["sp"].get_local_rank()]
+        .chunk(sp, dim=2)[part]
         .detach()
         .requires_grad_()
         for i, h in enumerate(heads, 1)
     ]
     upstream = of_place(whole(HEADS, 4, dtype), place, places, zigzag).chunk(sp, dim=2)
-    out = attention(*local, scale=SCALE, window=None, documents=None)
-    grads = torch.autograd.grad(out, local, upstream[mesh["sp"].get_local_rank()])
+    out = attention(*local, layout=layout, scale=SCALE, window=None)
+    grads = torch.autograd.grad(out, local, upstream[part])
     # Keys and values are passed P - 1 times in each direction. Their gradients are passed once
     # more, to return to their owner.
-    assert evidence.rotations == 3 * places - 2
+    assert evidence["rotations"] == 3 * places - 2
     return [out.detach(), *grads]
 
 
@@ -138,12 +143,9 @@ def test_the_error_does_not_grow_with_the_ring(
 @pytest.mark.parametrize("zigzag", PLACEMENTS)
 def test_every_visible_pair_is_computed_once(size: int, zigzag: bool) -> None:
     """Over all steps and ranks, no visible pair is missed or counted twice, and no future key is used."""
-    chunk = 3
-    local = chunk * (2 if zigzag else 1)
-    positions = {
-        rank: [c * chunk + i for c in chunks_of(rank, size, zigzag=zigzag) for i in range(chunk)]
-        for rank in range(size)
-    }
+    layout = replace(layout_of(size, zigzag), length=6 * size)
+    local = layout.local
+    positions = {rank: layout.positions(rank).tolist() for rank in range(size)}
     assert sorted(p for held in positions.values() for p in held) == list(range(size * local))
     pairs = []
     for rank in range(size):
@@ -207,8 +209,8 @@ def test_every_gradient_is_the_stock_models(ranks: Ranks, method: dict[str, Any]
     assert abs(run.losses[0] - expected.losses[0]) <= 1e-6 * expected.losses[0]
     exact = TOLERANCES["float64"]
     assert_same_gradients(run.gradients, expected.gradients, exact.ratio, exact.cosine)
-    assert run.evidence.local_seqlen == load_method(config.method).local_seqlen(config)
-    assert (run.evidence.rotations > 0) == (method["cp"] > 1)
+    assert run.evidence["local_seqlen"] == layouts(config)[0].local
+    assert (run.evidence["rotations"] > 0) == (method["cp"] > 1)
 
 
 def test_more_ranks_than_heads_share_a_sample(ranks: Ranks) -> None:
@@ -231,24 +233,15 @@ def test_more_ranks_than_heads_share_a_sample(ranks: Ranks) -> None:
 # -- sharding -------------------------------------------------------------------------------------
 
 
-class _Axis:
-    """One axis of a mesh, with the methods that `shard` calls."""
-
-    def __init__(self, size: int, rank: int) -> None:
-        self.size = lambda: size
-        self.get_local_rank = lambda: rank
-
-
 def shards(method: dict[str, Any], seqlen: int) -> list[Batch]:
     """The shards of all ranks of one sample, ordered by place, then by rank within a place."""
     ids = torch.arange(1, seqlen + 1)[None]
     labels = torch.nn.functional.pad(ids, (0, 1), value=-100)[:, 1:]
-    batch = Batch(ids, labels, torch.arange(seqlen)[None])
-    cp, sp = int(method.get("cp", 1)), int(method.get("sp", 1))
-    meshes: list[Any] = [
-        {"cp": _Axis(cp, i), "sp": _Axis(sp, j)} for i in range(cp) for j in range(sp)
-    ]
-    return [load_method(Spec(**method)).shard(batch, mesh) for mesh in meshes]
+    batch = Batch(ids, labels, torch.arange(seqlen)[None], Layout(seqlen))
+    layout = load_method(Spec(**method)).layout(seqlen)
+    found = [layout.cut(batch, shard) for shard in range(layout.shards)]
+    assert torch.equal(layout.whole([shard.input_ids for shard in found]), ids)
+    return found
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: "-".join(map(str, m.values())))
@@ -260,7 +253,7 @@ def test_shards_hold_every_token_once_with_its_label_and_position(
     found = shards(method, seqlen)
     config = config_of(method=method, seqlen=seqlen, world_size=ranks_of(method))
     lengths = {shard.input_ids.shape[1] for shard in found}
-    assert lengths == {load_method(config.method).local_seqlen(config)}
+    assert lengths == {layouts(config)[0].local}
     rows = [
         row
         for shard in found
@@ -293,7 +286,7 @@ def test_shards_hold_every_token_once_with_its_label_and_position(
         (
             {"name": "ring", "cp": 4},
             {"world_size": 4, "seqlen": 7},
-            r"seqlen \(7\) is less than a token for each of 8 chunks",
+            r"seqlen \(7\) must be at least 8",
         ),
         (
             {"name": "ring", "cp": 2},

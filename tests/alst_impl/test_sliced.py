@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from cores import attend
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as stock_checkpoint
 
-from alst_impl.ops.attention.attend import attend
+from alst_impl.layout import Layout, Part
+from alst_impl.ops.attention.cores.base import load_core
 from alst_impl.ops.memory.offload import checkpoint
 from alst_impl.ops.pipeline.schedule import seq1f1b
-from alst_impl.ops.pipeline.sliced import Current, SliceAttention, sliced_attention
+from alst_impl.ops.pipeline.sliced import SliceAttention, sliced_attention
 
 BORDERS = [0, 9, 10, 23]
 SCALE = 0.3
@@ -85,35 +88,34 @@ class Layer(torch.nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (8, 8)).transpose(1, 2).split([4, 2, 2], dim=1)
         return q, k, v
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
         self.calls += 1
-        out = self.attention(*self.project(x), scale=SCALE, window=None, documents=None)
+        out = self.attention(*self.project(x), layout=layout, scale=SCALE, window=None)
         return out.transpose(1, 2).flatten(2)
 
 
-def run_plain(layer: Layer, x: Tensor) -> Tensor:
+def run_plain(layer: Layer, x: Tensor, layout: Layout) -> Tensor:
     """Without recomputation."""
-    out: Tensor = layer(x)
+    out: Tensor = layer(x, layout)
     return out
 
 
-def run_stock(layer: Layer, x: Tensor) -> Tensor:
+def run_stock(layer: Layer, x: Tensor, layout: Layout) -> Tensor:
     """Recomputed by PyTorch's checkpointing, which keeps the graph of the first forward."""
-    out: Tensor = stock_checkpoint(layer, x, use_reentrant=False)
+    out: Tensor = stock_checkpoint(layer, x, layout, use_reentrant=False)
     return out
 
 
-def run_ours(layer: Layer, x: Tensor) -> Tensor:
+def run_ours(layer: Layer, x: Tensor, layout: Layout) -> Tensor:
     """Recomputed by our checkpointing, which runs the first forward without a graph."""
-    return checkpoint(layer, x)
+    return checkpoint(partial(layer, layout=layout), x)
 
 
 @pytest.mark.parametrize("run", [run_plain, run_stock, run_ours])
 def test_gradients_of_keys_come_back_from_later_slices(run: Any) -> None:
     """In pipeline order over two micro-batches, with and without recomputation."""
     parts = len(BORDERS) - 1
-    current = Current(parts)
-    layer = Layer(SliceAttention(current, "sdpa"))
+    layer = Layer(SliceAttention(load_core("sdpa")))
     inputs = [torch.randn(2, 23, 32, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     grad = torch.randn(2, 23, 32, dtype=torch.float64)
     expected = [attend(*layer.project(x), scale=SCALE).transpose(1, 2).flatten(2) for x in inputs]
@@ -125,13 +127,13 @@ def test_gradients_of_keys_come_back_from_later_slices(run: Any) -> None:
     ]
     live: dict[tuple[int, int], Tensor] = {}
     for backward, micro_batch, part in seq1f1b(2, 2, parts, 0):
-        current.micro_batch, current.part = micro_batch, part
+        layout = Layout(23, part=Part(micro_batch, part, parts))
         if backward:
             own = grad[:, BORDERS[part] : BORDERS[part + 1]]
             torch.autograd.backward(live.pop((micro_batch, part)), own)
-            layer.attention.forget()
+            layer.attention.forget(Part(micro_batch, part, parts))
         else:
-            live[micro_batch, part] = run(layer, slices[micro_batch][part])
+            live[micro_batch, part] = run(layer, slices[micro_batch][part], layout)
     ours = [torch.cat([_grad(s) for s in sample], dim=1) for sample in slices]
     ours += [_grad(p) for p in parameters]
     for mine, wanted in zip(ours, truth, strict=True):
@@ -147,8 +149,7 @@ def _grad(x: Tensor) -> Tensor:
 
 def test_a_short_window_is_refused() -> None:
     """The error gives a fix."""
-    current = Current(2, part=0)
-    attention = SliceAttention(current, "sdpa")
+    attention = SliceAttention(load_core("sdpa"))
     q, k, v = tensors(2)
-    with pytest.raises(ValueError, match=r"a sliding window \(8\) .* use slices: 1"):
-        attention(q, k, v, scale=SCALE, window=8, documents=None)
+    with pytest.raises(ValueError, match=r"a sliding window \(8\) .*use slices: 1"):
+        attention(q, k, v, layout=Layout(46, part=Part(0, 0, 2)), scale=SCALE, window=8)

@@ -7,16 +7,18 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import torch.distributed as dist
+from cores import attend
 from torch import Tensor
 
-from alst_impl.ops.attention.attend import attend
+from alst_impl.layout import Layout, make_mesh
+from alst_impl.ops.attention.cores.base import load_core
 from alst_impl.ops.attention.ulysses import (
     UlyssesAttention,
     heads_to_sequence,
     replicate_kv_heads,
     sequence_to_heads,
 )
-from alst_impl.placement import Evidence
+from alst_impl.placement import no_evidence
 
 if TYPE_CHECKING:
     from conftest import Ranks
@@ -68,19 +70,21 @@ def attention_over_ranks(
     rank: int, degree: int, settings: list[tuple[int, int | None, bool]]
 ) -> None:
     """Body of a rank: output and gradients of each setting equal those of attention over the full sequence."""
+    mesh = make_mesh([Layout(SEQLEN, sp=degree)], "cpu")
     for num_kv_heads, window, packed in settings:
         documents = ((5, 7), (12,)) if packed else None
         tensors = [whole(HEADS, 1), whole(num_kv_heads, 2), whole(num_kv_heads, 3)]
         upstream = whole(HEADS, 4)
         full = [x.clone().requires_grad_() for x in tensors]
-        options: dict[str, Any] = {"scale": 0.3, "window": window, "documents": documents}
-        expected = attend(*full, **options)
+        options: dict[str, Any] = {"scale": 0.3, "window": window}
+        expected = attend(*full, documents=documents, **options)
         (expected * upstream).sum().backward()
 
-        evidence = Evidence()
-        attention = UlyssesAttention(dist.group.WORLD, "sdpa", evidence)
+        evidence = no_evidence()
+        attention = UlyssesAttention(load_core("sdpa"), evidence, degree)
+        layout = Layout(SEQLEN, sp=degree, documents=documents, mesh=mesh)
         local = [of_sequence(x, rank, degree) for x in tensors]
-        out = attention(*local, **options)
+        out = attention(*local, layout=layout, **options)
         (out * upstream.chunk(degree, dim=2)[rank]).sum().backward()
         torch.testing.assert_close(out, expected.chunk(degree, dim=2)[rank], rtol=1e-12, atol=1e-12)
         for ours, truth in zip(local, full, strict=True):
@@ -89,7 +93,7 @@ def attention_over_ranks(
             torch.testing.assert_close(
                 ours.grad, truth.grad.chunk(degree, dim=2)[rank], rtol=1e-12, atol=1e-12
             )
-        assert evidence.exchanges == 4
+        assert evidence["exchanges"] == 4
 
 
 @pytest.mark.parametrize("degree", [2, 4])
@@ -107,11 +111,21 @@ def test_attention_over_ranks_equals_attention_over_the_whole_sequence(
 
 def test_without_a_group_attention_is_plain() -> None:
     """At sp 1 there is no exchange."""
-    evidence = Evidence()
+    evidence = no_evidence()
     q, k, v = whole(HEADS, 1), whole(2, 2), whole(2, 3)
-    out = UlyssesAttention(None, "sdpa", evidence)(q, k, v, scale=0.5, window=None, documents=None)
+    out = UlyssesAttention(load_core("sdpa"), evidence)(
+        q, k, v, layout=None, scale=0.5, window=None
+    )
     assert torch.equal(out, attend(q, k, v, scale=0.5))
-    assert evidence.exchanges == 0
+    assert evidence["exchanges"] == 0
+
+
+def test_a_call_without_its_layout_is_refused_if_ranks_share_samples() -> None:
+    """Each rank would attend to its own tokens only."""
+    attention = UlyssesAttention(load_core("sdpa"), no_evidence(), shards=2)
+    q, k, v = whole(HEADS, 1), whole(2, 2), whole(2, 3)
+    with pytest.raises(ValueError, match=r"2 ranks share each sample.* use method 'baseline'"):
+        attention(q, k, v, layout=None, scale=0.5, window=None)
 
 
 @pytest.mark.parametrize(

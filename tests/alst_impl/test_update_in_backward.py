@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from training import config_of, corpus_of, train
 from transformers import PreTrainedModel
 
 from alst_impl import hf, step
 from alst_impl.config import OptimizerConfig, Spec, TrainConfig
-from alst_impl.methods.base import Method, load_method
+from alst_impl.layout import make_mesh
+from alst_impl.methods.base import Method, layouts
 from alst_impl.placement import Placement
 from harness.cells.cell import make_cell
 
@@ -30,8 +30,7 @@ IN_BACKWARD = {"name": "plain", "update_in_backward": True}
 
 def started(world_size: int, config: TrainConfig) -> tuple[Method, Runtime, list[list[Any]]]:
     """A run before its first step, and the micro-batches of two steps."""
-    axes = load_method(config.method).axes(world_size)
-    mesh = init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
+    mesh = make_mesh(layouts(config), "cpu")
     placement = Placement(torch.device("cpu"))
     method, runtime = step.start(config, mesh, placement)
     corpus = corpus_of(config)

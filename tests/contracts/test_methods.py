@@ -9,6 +9,7 @@ import pytest
 from training import assert_trains_as, config_of, run_steps, truth_of
 
 from alst_impl.config import OptimizerConfig, Spec, TrainConfig
+from alst_impl.layout import mesh_shape
 from alst_impl.methods.base import Method, load_method
 from alst_impl.plugin import names
 
@@ -78,12 +79,9 @@ def test_incompatible_methods_and_engines_are_refused(method: str, engine: str) 
 def test_a_method_names_ranks_of_a_mesh_with_dp_and_sp(name: str) -> None:
     """Data and sharding need both axes."""
     method = load_method(Spec(name=name))
-    axes = method.axes(4)
-    assert {"dp", "sp"} <= axes.keys()
-    product = 1
-    for size in axes.values():
-        product *= size
-    assert product == 4
+    shape = mesh_shape(method.plan([8], 4))
+    assert {"dp", "sp"} <= shape.keys()
+    assert math.prod(shape.values()) == 4
 
 
 @pytest.mark.parametrize("kind", ["alst_impl.methods", "alst_impl.engines"])

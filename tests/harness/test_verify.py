@@ -101,7 +101,7 @@ def test_exit_code_tells_the_verdict(passed: bool, monkeypatch: pytest.MonkeyPat
         ("--option nothing", ["nothing", "key=value"]),
         ("--option nope=1", ["nope", "tile_mlp"]),
         ("--override num_attention_heads=3 --model gpt2", ["gpt2"]),
-        ("--method ring --cp 2 --probes", ["--probes", "'cp': 2", "leave it out"]),
+        ("--method seq1f1b --pp 2 --engine plain --probes", ["--probes", "pp (2)", "leave it out"]),
         ("--no-such-option", ["--no-such-option"]),
     ],
 )

@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from alst_impl.layout import Documents
 from alst_impl.ops.memory.tiling import accumulation_dtype
 
-Documents = Sequence[Sequence[int]] | None
-"""Lengths of each sample's packed documents, which add up to S; None for one document."""
 Rest = Sequence[Any]
 """Further values that a kernel's forward returns for its backward, the same for all calls of equal shapes.
 They are lengths and a random state, which is unused without dropout."""
@@ -36,10 +35,29 @@ class Operators(NamedTuple):
     forward: Callable[
         [Tensor, Tensor, Tensor, Tensor | None, bool, float], tuple[Tensor, Tensor, Rest]
     ]
-    backward: Callable[
-        [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Rest, Tensor | None, bool, float], Grads
-    ]
-    """Takes (gradient of the output, query, key, value, output, log-sum-exp, rest, mask, causal, scale)."""
+    gradients: Callable[..., Grads]
+    """PyTorch's backward operator."""
+    tail: Callable[[Rest, Tensor | None, bool], tuple[Sequence[Any], dict[str, Any]]]
+    """(rest, mask, causal) -> its arguments after the log-sum-exp, but for `scale`."""
+
+    def backward(
+        self,
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        logsumexp: Tensor,
+        rest: Rest,
+        mask: Tensor | None,
+        causal: bool,
+        scale: float,
+    ) -> Grads:
+        """Gradients of query, key and value, from what `forward` took and returned and the output's gradient."""
+        more, named = self.tail(rest, mask, causal)
+        return self.gradients(
+            grad, query, key, value, out, logsumexp.contiguous(), *more, scale=scale, **named
+        )
 
 
 def _cpu_forward(
@@ -50,38 +68,16 @@ def _cpu_forward(
     return out, logsumexp, ()
 
 
-def _cpu_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-    rest: Rest,
-    mask: Tensor | None,
-    causal: bool,
-    scale: float,
-) -> Grads:
-    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    grads: Grads = backward(
-        grad,
-        query,
-        key,
-        value,
-        out,
-        logsumexp,
-        0.0,
-        causal,
-        attn_mask=mask,
-        scale=scale,
-    )
-    return grads
+def _cpu_tail(
+    rest: Rest, mask: Tensor | None, causal: bool
+) -> tuple[Sequence[Any], dict[str, Any]]:
+    return (0.0, causal), {"attn_mask": mask}
 
 
 def _refuse_mask(mask: Tensor | None) -> None:
     if mask is not None:
         raise ValueError(
-            "a sliding window shorter than the sequence is not one flash kernel on CUDA; use method "
+            "the flash kernel on CUDA does not support a sliding window shorter than the sequence; use method "
             "'alst', or a length within the window"
         )
 
@@ -96,43 +92,22 @@ def _cuda_forward(
     return out, logsumexp, rest
 
 
-def _cuda_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-    rest: Rest,
-    mask: Tensor | None,
-    causal: bool,
-    scale: float,
-) -> Grads:
+def _cuda_tail(
+    rest: Rest, mask: Tensor | None, causal: bool
+) -> tuple[Sequence[Any], dict[str, Any]]:
     _refuse_mask(mask)
-    backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
     cum_seq_q, cum_seq_k, max_q, max_k, seed, offset = rest
-    grads: Grads = backward(
-        grad,
-        query,
-        key,
-        value,
-        out,
-        logsumexp.contiguous(),
-        cum_seq_q,
-        cum_seq_k,
-        max_q,
-        max_k,
-        0.0,
-        causal,
-        seed,
-        offset,
-        scale=scale,
-    )
-    return grads
+    return (cum_seq_q, cum_seq_k, max_q, max_k, 0.0, causal, seed, offset), {}
 
 
-CPU = Operators(_cpu_forward, _cpu_backward)
-CUDA = Operators(_cuda_forward, _cuda_backward)
+CPU = Operators(
+    _cpu_forward,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward,
+    _cpu_tail,
+)
+CUDA = Operators(
+    _cuda_forward, torch.ops.aten._scaled_dot_product_flash_attention_backward, _cuda_tail
+)
 
 
 def operators(device: torch.device) -> Operators:
@@ -153,7 +128,7 @@ class _Piece(NamedTuple):
 
 
 def _pieces(
-    shape: Sequence[int], window: int | None, documents: Documents, block: int | None
+    shape: Sequence[int], window: int | None, documents: Documents | None, block: int | None
 ) -> list[_Piece]:
     """Pieces that cover every visible (query, key) pair; with a window they cover O(S * window) pairs."""
     batch, _, seqlen, _ = shape
@@ -223,10 +198,10 @@ def attend_with_logsumexp(
     *,
     scale: float,
     window: int | None = None,
-    documents: Documents = None,
+    documents: Documents | None = None,
     block: int | None = None,
 ) -> tuple[Tensor, Tensor, list[Rest]]:
-    """Causal attention as `alst_impl.ops.attention.attend.attend`, with what `attend_backward` needs. No graph.
+    """Causal attention as a core attention, with what `attend_backward` needs. No graph.
 
     query [B, H, S, D], key and value [B, K, S, D] with K dividing H, any strides with D contiguous. Returns
     the output [B, H, S, D] in their dtype, its log-sum-exp [B, H, S] in fp32 (or wider), and one `Rest` per
@@ -272,7 +247,7 @@ def attend_backward(
     *,
     scale: float,
     window: int | None = None,
-    documents: Documents = None,
+    documents: Documents | None = None,
     block: int | None = None,
 ) -> Grads:
     """Gradients of query [B, H, S, D], key and value [B, K, S, D], in their dtype; no graph.

@@ -24,19 +24,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
+from alst_impl.layout import Layout
 from alst_impl.ops.attention import flash
+from alst_impl.ops.autograd import apply
 from alst_impl.placement import Evidence
 
 Shape = tuple[int, int]
-
-
-def chunks_of(rank: int, size: int, *, zigzag: bool) -> list[int]:
-    """Indices of the sequence chunks that `rank` holds, in order: out of P chunks, or out of 2 P in zigzag.
-
-    In zigzag, the rank with the first chunk also has the last one. So in every step all ranks have the same
-    number of visible (query, key) pairs.
-    """
-    return [rank, 2 * size - 1 - rank] if zigzag else [rank]
 
 
 class Meeting(NamedTuple):
@@ -82,10 +75,8 @@ class _Passing:
 
 @dataclass(frozen=True)
 class RingAttention:
-    """Causal attention over a sequence that is sharded over `group`: contiguous shards, or in zigzag."""
+    """Causal attention over a sequence that is sharded along axis `cp` of its layout."""
 
-    group: ProcessGroup
-    zigzag: bool
     evidence: Evidence
 
     def __call__(
@@ -94,22 +85,40 @@ class RingAttention:
         key: Tensor,
         value: Tensor,
         *,
+        layout: Layout,
         scale: float,
         window: int | None,
-        documents: tuple[tuple[int, ...], ...] | None,
     ) -> Tensor:
         """query [B, H, s, D], key and value [B, K, s, D] -> [B, H, s, D] in their dtype. Collective.
 
         Raises `ValueError` for packed documents and for a window shorter than the sequence: the ring supports
         no mask but the causal one.
         """
-        seqlen = query.shape[2] * self.group.size()
-        if documents is not None or (window is not None and window < seqlen):
-            hidden = "packed documents" if documents is not None else f"a window of {window} tokens"
+        documents, group = layout.documents is not None, layout.group("cp")
+        if documents or (window is not None and window < layout.length):
+            hidden = "packed documents" if documents else f"a window of {window} tokens"
             raise ValueError(
-                f"ring attention over {seqlen} tokens has no {hidden}; use method 'alst' or 'baseline'"
+                f"ring attention over {layout.length} tokens does not support {hidden}; use method 'alst' or "
+                "'baseline'"
             )
-        return _Ring.apply(self, scale, query, key, value)  # type: ignore[no-any-return, no-untyped-call]
+        assert group is not None, "a ring has several ranks"
+        return apply(
+            _RingFunction,
+            Ring(group, layout.order == "zigzag", self.evidence),
+            scale,
+            query,
+            key,
+            value,
+        )
+
+
+@dataclass(frozen=True)
+class Ring:
+    """The ranks of a ring, and how keys and values travel between them."""
+
+    group: ProcessGroup
+    zigzag: bool
+    evidence: Evidence
 
     def meeting(self, source: int, local: int) -> Meeting | None:
         """`meeting` of this rank's queries with the keys of `source`."""
@@ -125,7 +134,7 @@ class RingAttention:
                 dist.P2POp(dist.irecv, received, group=self.group, group_peer=(rank - 1) % size),
             ]
         )
-        self.evidence.rotations += 1
+        self.evidence["rotations"] += 1
         return _Passing(works, x, received)
 
     def rotate(self, mine: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -144,7 +153,7 @@ class RingAttention:
 
 
 def _forward(
-    ring: RingAttention, query: Tensor, pair: Tensor, scale: float
+    ring: Ring, query: Tensor, pair: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, dict[Shape, flash.Rest]]:
     """Output [B,H,s,D] in the dtype of `query`, log-sum-exp [B,H,s], and the kernel's `Rest` by shape.
 
@@ -172,7 +181,7 @@ def _forward(
 
 
 def _backward(
-    ring: RingAttention,
+    ring: Ring,
     grad: Tensor,
     query: Tensor,
     pair: Tensor,
@@ -217,10 +226,10 @@ def _backward(
     return grad_query, passing.wait()
 
 
-class _Ring(torch.autograd.Function):
+class _RingFunction(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, ring: RingAttention, scale: float, query: Tensor, key: Tensor, value: Tensor
+        ctx: Any, ring: Ring, scale: float, query: Tensor, key: Tensor, value: Tensor
     ) -> Tensor:
         pair = torch.stack([key, value])  # one message; and the copies can outlive what they are of
         out, logsumexp, ctx.rests = _forward(ring, query, pair, scale)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from alst_impl.ops.attention.attend import attend
+from alst_impl.layout import Layout, reached
+from alst_impl.ops.attention.cores.base import Core
 from alst_impl.ops.attention.ring import RingAttention
+from alst_impl.ops.autograd import apply
 from alst_impl.placement import Evidence
 
 
@@ -66,12 +67,12 @@ class _Exchange(torch.autograd.Function):
 
 def sequence_to_heads(x: Tensor, group: ProcessGroup) -> Tensor:
     """[B, H, S/P, D] -> [B, H/P, S, D]. Differentiable. Collective over `group`."""
-    return _Exchange.apply(x, group, True)  # type: ignore[no-any-return, no-untyped-call]
+    return apply(_Exchange, x, group, True)
 
 
 def heads_to_sequence(x: Tensor, group: ProcessGroup) -> Tensor:
     """[B, H/P, S, D] -> [B, H, S/P, D]. Differentiable. Collective over `group`."""
-    return _Exchange.apply(x, group, False)  # type: ignore[no-any-return, no-untyped-call]
+    return apply(_Exchange, x, group, False)
 
 
 def replicate_kv_heads(x: Tensor, degree: int) -> Tensor:
@@ -86,16 +87,16 @@ def replicate_kv_heads(x: Tensor, degree: int) -> Tensor:
 
 @dataclass(frozen=True)
 class UlyssesAttention:
-    """Attention over a sequence that is sharded over `group`; without a group, plain attention."""
+    """Attention over sequences that are sharded along axis `sp` of their layout; without shards, the core itself."""
 
-    group: ProcessGroup | None
-    backend: str
+    core: Core | RingAttention
+    """Attends over the tokens of the ranks along `sp`. A ring attends over those of all ranks along `cp`, too."""
     evidence: Evidence
-    ring: RingAttention | None = None
-    """Replaces `backend` if keys are also sharded over a ring of ranks."""
+    shards: int = 1
+    """Ranks that share a sample. If there are several, a call without its layout is refused."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> UlyssesAttention:
-        """Returns itself: a copied model attends over the same ranks, and a process group cannot be copied."""
+        """Returns itself: a copied model counts its evidence together with the original."""
         return self
 
     def __call__(
@@ -104,21 +105,21 @@ class UlyssesAttention:
         key: Tensor,
         value: Tensor,
         *,
+        layout: Layout | None,
         scale: float,
         window: int | None,
-        documents: tuple[tuple[int, ...], ...] | None,
     ) -> Tensor:
         """query [B, H, S/P, D], key and value [B, K, S/P, D] -> [B, H, S/P, D]. Collective.
 
-        `window` and `documents` refer to the whole sequence, as in `attend`.
+        `window` refers to the whole sequence. `layout` may be None for whole samples of one document.
         """
-        group = self.group
-        core = self.ring or partial(attend, backend=self.backend)
-        options: Any = {"scale": scale, "window": window, "documents": documents}
+        layout = reached(layout, query.shape[2], self.shards)
+        group = layout.group("sp")
+        options: Any = {"layout": layout, "scale": scale, "window": window}
         if group is None:
-            return core(query, key, value, **options)
+            return self.core(query, key, value, **options)
         key, value = (replicate_kv_heads(x, group.size()) for x in (key, value))
         query, key, value = (sequence_to_heads(x, group) for x in (query, key, value))
-        out = core(query, key, value, **options)
-        self.evidence.exchanges += 4
+        out = self.core(query, key, value, **options)
+        self.evidence["exchanges"] += 4
         return heads_to_sequence(out, group)

@@ -72,7 +72,7 @@ def _through_attention(
             whole_out,
             attended.logsumexp[each.group],
             attended.rests,
-            **layer.settings(x, call),
+            **layer.settings(call),
         )
         group, done = each.group, each.kv_group
         del each, whole_out, whole_grad

@@ -43,25 +43,24 @@ class GroupedAttention:
     def attend(self, x: Rows, call: Call) -> Attended:
         """Attention of layer input x [B, s, E], one head group at a time. No graph."""
         out = self.room(x)
-        batch, local, _ = x.shape
-        shape = self.groups.num_groups, batch, self.groups.heads, local * self.groups.degree
+        shape = self.groups.num_groups, x.shape[0], self.groups.heads, call.layout.padded
         logsumexp = x.like.new_empty(shape, dtype=accumulation_dtype(x.like))
         rests: list[Rest] = []
         for each in self.by_group(x, call):
             found, logsumexp[each.group], rests = attend_with_logsumexp(
-                each.query, each.key, each.value, **self.settings(x, call)
+                each.query, each.key, each.value, **self.settings(call)
             )
             self.to_slot(found, out, each.group)
             del found, each  # before the next group's are made
         return Attended(out, logsumexp, rests)
 
-    def settings(self, x: Rows, call: Call) -> dict[str, Any]:
+    def settings(self, call: Call) -> dict[str, Any]:
         """Keyword arguments of the attention functions."""
-        decoder, seqlen = self.decoder, x.shape[1] * self.groups.degree
+        decoder, seqlen = self.decoder, call.layout.padded
         return {
             "scale": decoder.scale,
             "window": decoder.window,
-            "documents": call.documents,
+            "documents": call.layout.documents,
             "block": None if self.blocks is None else -(-seqlen // self.blocks),
         }
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alst_impl.ops.autograd import apply
 from alst_impl.ops.memory import tiling
 from alst_impl.ops.memory.offload import HostOffload
 from alst_impl.ops.memory.parked import Parked
@@ -60,4 +61,4 @@ def in_place(fn: TokenWise, x: Tensor, size: int, offload: HostOffload) -> Tenso
     """
     if not torch.is_grad_enabled():
         return fn(x)
-    return _InPlace.apply(fn, size, offload, x, *parameters_of(fn))  # type: ignore[no-any-return, no-untyped-call]
+    return apply(_InPlace, fn, size, offload, x, *parameters_of(fn))

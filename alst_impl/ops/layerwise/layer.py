@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alst_impl.ops.autograd import apply
 from alst_impl.ops.layerwise.backward import backward
 from alst_impl.ops.layerwise.groups import GroupedAttention
 from alst_impl.ops.layerwise.parts import Attended, Call, by_token
@@ -63,7 +64,7 @@ class Layerwise(GroupedAttention):
         if not torch.is_grad_enabled():
             return self.forward(x, call, into=x if self.stream else None)[0]
         parameters = parameters_of(self.decoder.module)
-        return _Layer.apply(self, call, x, *parameters)  # type: ignore[no-any-return, no-untyped-call]
+        return apply(_Layer, self, call, x, *parameters)
 
     def keep(self, x: Tensor) -> Rows:
         """Store the layer's input, which can then be read any number of times: in tiles on the host, or as it is."""
@@ -79,7 +80,7 @@ class Layerwise(GroupedAttention):
         def again(hidden: Tensor) -> Tensor:
             # Calls the module, so that an engine gathers this layer's weights during another layer's backward.
             out: Tensor = self.decoder.module(
-                hidden, position_embeddings=(call.cos, call.sin), documents=call.documents
+                hidden, position_embeddings=(call.cos, call.sin), layout=call.layout
             )
             return out
 
@@ -95,7 +96,7 @@ class Layerwise(GroupedAttention):
         for rows in self.tiles(x.shape[1]):
             residual = x[:, rows] + self.decoder.output(by_token(attended.out.tile(rows)))
             y[:, rows] = residual.add_(self.decoder.feed_forward(residual))
-            self.placement.evidence.tiles += 1
+            self.placement.evidence["tiles"] += 1
         return y, attended
 
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from alst_impl.ops.attention.flash import Documents, Rest
+from alst_impl.layout import Layout
+from alst_impl.ops.attention.flash import Rest
 from alst_impl.ops.layerwise.exchange import Arriving
 from alst_impl.ops.memory.parked import Slots
 from alst_impl.ops.memory.tiling import TokenWise
@@ -92,8 +93,7 @@ class Call:
     cos: Tensor
     """[1 or B, s, R], at this rank's positions."""
     sin: Tensor
-    documents: Documents
-    """Document lengths over the whole sequence."""
+    layout: Layout
 
     def tile(self, rows: slice) -> tuple[Tensor, Tensor]:
         """cos and sin of some rows."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alst_impl.ops.autograd import apply
 from alst_impl.ops.memory.recompute import without_autocast
 from alst_impl.ops.memory.tiling import GradientSum, parameters_of, tile_bounds
 
@@ -92,4 +93,5 @@ def tiled_loss(
         bounds = tile_bounds(hidden.shape[1], num_tiles)
         tiles = ((hidden[:, a:b].contiguous(), labels[:, a:b].contiguous()) for a, b in bounds)
         return torch.stack([fn(*tile, count) for tile in tiles]).sum()
-    return _TiledLoss.apply(fn, num_tiles, overwrite, hidden, labels, count, *parameters_of(fn))  # type: ignore[no-any-return, no-untyped-call]
+    parameters = parameters_of(fn)
+    return apply(_TiledLoss, fn, num_tiles, overwrite, hidden, labels, count, *parameters)

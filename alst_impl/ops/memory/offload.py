@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alst_impl.ops.autograd import apply
 from alst_impl.ops.memory.recompute import FirstRun
 from alst_impl.placement import Placement
 
@@ -91,7 +92,7 @@ class HostOffload:
         placement = self._placement
         host = torch.empty(shape, dtype=dtype, device=placement.host, pin_memory=self._streams)
         placement.on_host(host)
-        placement.evidence.offloaded_bytes += host.numel() * host.element_size()
+        placement.evidence["offloaded_bytes"] += host.numel() * host.element_size()
         return host
 
     def _copy(self, into: Sequence[Tensor], pieces: Sequence[Tensor]) -> None:
@@ -247,7 +248,7 @@ class _Checkpoint(torch.autograd.Function):
         with torch.enable_grad():
             with ctx.first.again().part():
                 out = ctx.run(x)
-            start = _Outgoing.apply(partial(ctx.incoming.give, grads[0]), out)  # type: ignore[no-untyped-call]
+            start = apply(_Outgoing, partial(ctx.incoming.give, grads[0]), out)
         # Backward needs the graph, not the value: the layer's output is freed here.
         del out
         torch.autograd.backward(start)
@@ -268,7 +269,7 @@ def checkpoint(
         # Frozen embeddings: the layer's own parameters still need this node in the graph.
         x = x.detach().requires_grad_()
     incoming = _Incoming()
-    out: Tensor = _Checkpoint.apply(run, offload, incoming, x)  # type: ignore[no-untyped-call]
+    out = apply(_Checkpoint, run, offload, incoming, x)
     if out.grad_fn is not None:
         out.grad_fn.register_prehook(incoming.catch)
     return out

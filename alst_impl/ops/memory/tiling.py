@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alst_impl.ops.autograd import apply
 from alst_impl.ops.memory.recompute import FirstRun
 
 TokenWise = Callable[[Tensor], Tensor]
@@ -139,7 +140,7 @@ def tiled(fn: TokenWise, x: Tensor, num_tiles: int) -> Tensor:
     tile count, also for more tiles than rows. Gradients reach `x` and every parameter that `fn` can reach
     (module, bound method, partial or closure over modules). Saves only `x`. Local.
     """
-    return _Tiled.apply(fn, num_tiles, x, *parameters_of(fn))  # type: ignore[no-any-return, no-untyped-call]
+    return apply(_Tiled, fn, num_tiles, x, *parameters_of(fn))
 
 
 def run_as(module: nn.Module, forward: Callable[..., Any]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -19,8 +18,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.distributed import DeviceMesh, ProcessGroup
 
 from alst_impl.data import Batch
+from alst_impl.layout import Part
 from alst_impl.ops.pipeline.schedule import Unit, seq1f1b
-from alst_impl.ops.pipeline.sliced import Current, SliceAttention
+from alst_impl.ops.pipeline.sliced import SliceAttention
 
 if TYPE_CHECKING:
     from alst_impl.engines.base import Runtime
@@ -77,16 +77,16 @@ class Pipeline:
 
     stage: int
     num_stages: int
-    current: Current
-    """The current slice; the attention modules read it."""
+    slices: int
+    """Slices of each sample."""
     attentions: Sequence[SliceAttention]
     """One for each attention module of this stage."""
     borders: Callable[[int], list[int]]
     """Sequence length -> slice boundaries."""
-    ahead: Link
-    """Sends hidden states to the next stage."""
-    back: Link
-    """Sends gradients to the previous stage."""
+    ahead: Link | None
+    """Sends hidden states to the next stage; None with one stage."""
+    back: Link | None
+    """Sends gradients to the previous stage; None with one stage."""
     hidden_size: int
     dtype: torch.dtype
 
@@ -102,24 +102,27 @@ class Pipeline:
 
     def run(self, runtime: Runtime, batches: list[Batch], num_valid: Tensor) -> Tensor:
         """Run one step. Returns this rank's share of the loss, zero except on the last stage. Collective."""
-        borders = self.borders(batches[0].input_ids.shape[1])
-        slices = [[_cut(batch, *ends) for ends in pairwise(borders)] for batch in batches]
-        runtime.start_step(len(batches) * self.current.parts)
-        live: dict[tuple[int, int], _Live] = {}
+        borders = self.borders(batches[0].layout.length)
+        slices = [
+            [self._cut(batch, micro, part, borders) for part in range(self.slices)]
+            for micro, batch in enumerate(batches)
+        ]
+        runtime.start_step(len(batches) * self.slices)
+        live: dict[Unit, _Live] = {}
         # The same dtype on all stages, because the losses are summed over ranks.
         wide = torch.promote_types(self.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=num_valid.device)
-        for unit in seq1f1b(self.num_stages, len(batches), self.current.parts, self.stage):
+        for unit in seq1f1b(self.num_stages, len(batches), self.slices, self.stage):
             batch = slices[unit.micro_batch][unit.part]
-            self.current.micro_batch, self.current.part = unit.micro_batch, unit.part
             if unit.backward:
-                self._backward(runtime, batch, live.pop(_place(unit)))
+                self._backward(runtime, batch, live.pop(unit._replace(backward=False)))
             else:
-                live[_place(unit)], loss = self._forward(runtime, batch, num_valid)
+                live[unit], loss = self._forward(runtime, batch, num_valid)
                 if loss is not None:
                     total += loss
-        self.ahead.settle()
-        self.back.settle()
+        for link in (self.ahead, self.back):
+            if link is not None:
+                link.settle()
         return total
 
     def _forward(
@@ -127,32 +130,58 @@ class Pipeline:
     ) -> tuple[_Live, Tensor | None]:
         """Forward of the current slice; on the last stage, also its share of the loss."""
         runtime.placement.on_phase("forward")
-        runtime.placement.evidence.slices += 1
+        runtime.placement.evidence["slices"] += 1
         inputs: dict[str, Any] = batch.model_inputs()
         hidden = None
         if not self.first:
             del inputs["input_ids"]
-            hidden = self.ahead.receive(self._like(batch), self.stage - 1).requires_grad_()
+            hidden = _link(self.ahead).receive(self._like(batch), self.stage - 1).requires_grad_()
             inputs["hidden"] = hidden
         if self.last:
             loss = runtime.module(**inputs, num_items_in_batch=num_valid, use_cache=False).loss
+            self._check_kept(batch)
             return _Live(hidden, loss), loss.detach()
         del inputs["labels"], inputs["shift_labels"]
         out = runtime.module(**inputs, use_cache=False)
-        self.ahead.send(out.detach(), self.stage + 1)
+        self._check_kept(batch)
+        _link(self.ahead).send(out.detach(), self.stage + 1)
         return _Live(hidden, get_gradient_edge(out)), None
 
     def _backward(self, runtime: Runtime, batch: Batch, live: _Live) -> None:
         """Backward of the current slice."""
         gradient = None
         if not self.last:
-            gradient = self.back.receive(self._like(batch), self.stage + 1)
+            gradient = _link(self.back).receive(self._like(batch), self.stage + 1)
         runtime.backward(live.output, gradient)
-        for attention in self.attentions:
-            attention.forget()
+        if batch.layout.part is not None:
+            for attention in self.attentions:
+                attention.forget(batch.layout.part)
         if live.hidden is not None:
             assert live.hidden.grad is not None, "a loss depends on its input"
-            self.back.send(live.hidden.grad, self.stage - 1)
+            _link(self.back).send(live.hidden.grad, self.stage - 1)
+
+    def _cut(self, batch: Batch, micro_batch: int, part: int, borders: list[int]) -> Batch:
+        """Part `part` of a micro-batch; its documents stay those of the whole sequence."""
+        span = slice(borders[part], borders[part + 1])
+        at = Part(micro_batch, part, self.slices) if self.slices > 1 else None
+        return replace(
+            batch,
+            input_ids=batch.input_ids[:, span],
+            shift_labels=batch.shift_labels[:, span].contiguous(),
+            position_ids=batch.position_ids[:, span],
+            layout=replace(batch.layout, part=at),
+        )
+
+    def _check_kept(self, batch: Batch) -> None:
+        """Raise `ValueError` if an attention module computed a slice as if it were a whole sequence."""
+        at = batch.layout.part
+        if at is None or at.index == at.count - 1:
+            return
+        if not all(attention.holds(at) for attention in self.attentions):
+            raise ValueError(
+                "the model's layers do not pass keyword arguments on to their attention, so it does not know "
+                "the slices of the sequence; use slices: 1"
+            )
 
     def _like(self, batch: Batch) -> Tensor:
         """Uninitialized tensor [B, s, E] for the slice's hidden states, or for their gradient."""
@@ -160,18 +189,9 @@ class Pipeline:
         return torch.empty(*ids.shape, self.hidden_size, dtype=self.dtype, device=ids.device)
 
 
-def _place(unit: Unit) -> tuple[int, int]:
-    return unit.micro_batch, unit.part
-
-
-def _cut(batch: Batch, start: int, stop: int) -> Batch:
-    """Tokens `start` to `stop`; documents stay those of the whole sequence."""
-    return replace(
-        batch,
-        input_ids=batch.input_ids[:, start:stop],
-        shift_labels=batch.shift_labels[:, start:stop].contiguous(),
-        position_ids=batch.position_ids[:, start:stop],
-    )
+def _link(link: Link | None) -> Link:
+    assert link is not None, "several stages have links"
+    return link
 
 
 def links(mesh: DeviceMesh) -> tuple[Link, Link]:

@@ -9,16 +9,16 @@ dim.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from alst_impl.ops.attention.attend import attend
-from alst_impl.ops.attention.flash import Documents, Rest, merge_, operators
+from alst_impl.layout import Documents, Layout, Part, reached
+from alst_impl.ops.attention.cores.base import Core
+from alst_impl.ops.attention.flash import Rest, merge_, operators
+from alst_impl.ops.autograd import apply
 
 
 class _Range(NamedTuple):
@@ -36,7 +36,7 @@ class _Block(NamedTuple):
     ranges: list[_Range]
 
 
-def _blocks(batch: int, start: int, stop: int, documents: Documents) -> list[_Block]:
+def _blocks(batch: int, start: int, stop: int, documents: Documents | None) -> list[_Block]:
     """Blocks that cover each visible (query, key) pair once, for queries in `start` to `stop`."""
     if documents is None:
         return [_block(slice(0, batch), start, start, stop, 0)]
@@ -73,7 +73,7 @@ class _Sliced(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, documents: Documents, scale: float, query: Tensor, *keys_values: Tensor
+        ctx: Any, documents: Documents | None, scale: float, query: Tensor, *keys_values: Tensor
     ) -> Tensor:
         key, value = torch.cat(keys_values[::2], dim=2), torch.cat(keys_values[1::2], dim=2)
         stop, forward = key.shape[2], operators(query.device).forward
@@ -149,7 +149,7 @@ def sliced_attention(
     earlier: Sequence[tuple[Tensor, Tensor]],
     *,
     scale: float,
-    documents: Documents = None,
+    documents: Documents | None = None,
 ) -> Tensor:
     """Causal attention of a slice: query [B, H, s, D], key and value [B, K, s, D] -> [B, H, s, D].
 
@@ -157,7 +157,7 @@ def sliced_attention(
     are lengths over the whole sequence. Parts merge in fp32 (or wider). Local.
     """
     keys_values = [x for pair in [*earlier, (key, value)] for x in pair]
-    return _Sliced.apply(documents, scale, query, *keys_values)  # type: ignore[no-any-return, no-untyped-call]
+    return apply(_Sliced, documents, scale, query, *keys_values)
 
 
 # -- keys and values of earlier slices ------------------------------------------------------------
@@ -184,32 +184,14 @@ class _WithLater(torch.autograd.Function):
         return grads[0] if later is None else grads[0] + later, None
 
 
-@dataclass
-class Current:
-    """The current slice, out of `parts`; the pipeline sets it before each forward and backward."""
-
-    parts: int
-    micro_batch: int = 0
-    part: int = 0
-
-    @contextlib.contextmanager
-    def whole(self) -> Iterator[None]:
-        """Context in which sequences are not sliced, and no keys and values are kept."""
-        parts, self.parts = self.parts, 1
-        try:
-            yield
-        finally:
-            self.parts = parts
-
-
 class SliceAttention:
-    """One layer's attention over the current slice of the current micro-batch.
+    """One layer's attention over the slice that `Layout.part` names.
 
     The backwards of a micro-batch run last slice first.
     """
 
-    def __init__(self, current: Current, backend: str) -> None:
-        self._current, self._backend = current, backend
+    def __init__(self, core: Core) -> None:
+        self._core = core
         self._kept: dict[tuple[int, int], _Kept] = {}
 
     def __call__(
@@ -218,48 +200,45 @@ class SliceAttention:
         key: Tensor,
         value: Tensor,
         *,
+        layout: Layout | None,
         scale: float,
         window: int | None,
-        documents: tuple[tuple[int, ...], ...] | None,
     ) -> Tensor:
-        """query [B, H, s, D], key and value [B, K, s, D] -> [B, H, s, D]; the rest as in `attend`."""
-        at = self._current
-        if at.parts == 1:
-            return attend(
-                query,
-                key,
-                value,
-                scale=scale,
-                window=window,
-                documents=documents,
-                backend=self._backend,
-            )
-        kept = [self._kept[at.micro_batch, part] for part in range(at.part)]
+        """query [B, H, s, D], key and value [B, K, s, D] -> [B, H, s, D]; whole sequences go to the core."""
+        layout = reached(layout, query.shape[2], shards=1)
+        at = layout.part
+        if at is None:
+            return self._core(query, key, value, layout=layout, scale=scale, window=window)
+        kept = [self._kept[at.micro_batch, index] for index in range(at.index)]
         earlier = [(pair.key, pair.value) for pair in kept]
         _refuse_window(window, sum(pair.key.shape[2] for pair in kept) + key.shape[2])
-        if at.part < at.parts - 1:
-            key, value = self._shared(key, value)
+        if at.index < at.count - 1:
+            key, value = self._shared(at, key, value)
+        documents = layout.documents
         return sliced_attention(query, key, value, earlier, scale=scale, documents=documents)
 
-    def _shared(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def _shared(self, at: Part, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values whose gradients include those from later slices."""
-        place = self._current.micro_batch, self._current.part
-        if place not in self._kept:  # it is when forward runs again
-            self._kept[place] = _Kept(key, value)
-        kept = self._kept[place]
+        if not self.holds(at):  # it does when forward runs again
+            self._kept[at.micro_batch, at.index] = _Kept(key, value)
+        kept = self._kept[at.micro_batch, at.index]
         return (
-            _WithLater.apply(key, lambda: kept.key.grad),  # type: ignore[no-untyped-call]
-            _WithLater.apply(value, lambda: kept.value.grad),  # type: ignore[no-untyped-call]
+            apply(_WithLater, key, lambda: kept.key.grad),
+            apply(_WithLater, value, lambda: kept.value.grad),
         )
 
-    def forget(self) -> None:
-        """Drop the current slice's keys and values, after its backward."""
-        self._kept.pop((self._current.micro_batch, self._current.part), None)
+    def holds(self, at: Part) -> bool:
+        """Whether the keys and values of the slice are kept."""
+        return (at.micro_batch, at.index) in self._kept
+
+    def forget(self, at: Part) -> None:
+        """Drop the slice's keys and values, after its backward."""
+        self._kept.pop((at.micro_batch, at.index), None)
 
 
 def _refuse_window(window: int | None, seen: int) -> None:
     if window is not None and window < seen:
         raise ValueError(
-            f"a sliding window ({window}) shorter than the sequence is not supported by attention over "
-            "slices; use slices: 1"
+            f"attention over slices does not support a sliding window ({window}) shorter than the sequence; "
+            "use slices: 1"
         )

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from alst_impl.methods.base import AXES
+from alst_impl.layout import AXES
 from harness.cells.cell import Cell
 from harness.cells.prediction import Simulated
 from harness.cells.units import bytes_text, tokens_text

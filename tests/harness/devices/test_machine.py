@@ -90,10 +90,10 @@ def test_a_machine_without_a_gpu_is_refused(run: Any, monkeypatch: pytest.Monkey
     """The error names the missing driver, and nothing runs."""
 
     def absent() -> None:
-        raise ValueError("no NVIDIA driver answers here (NVML: NVML Shared Library Not Found)")
+        raise ValueError("found no NVIDIA driver (NVML: NVML Shared Library Not Found)")
 
     monkeypatch.setattr(nvml, "library", absent)
-    assert_refused(run(), "world 'cuda'", "no NVIDIA driver answers here")
+    assert_refused(run(), "world 'cuda'", "found no NVIDIA driver")
 
 
 def test_another_device_is_refused(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,10 +210,10 @@ def test_a_device_without_a_row_is_refused() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"world": "cpu", "hardware": "cpu", "attention": "sdpa_cudnn"}, ["CUDA kernel", "'cpu'"]),
+        ({"world": "cpu", "hardware": "cpu", "attention": "sdpa_cudnn"}, ["CUDA device", "'cpu'"]),
         (
             {"world": "phantom", "attention": "flash_attention_2"},
-            ["PyTorch's own kernels", "use attention 'sdpa_flash'"],
+            ["PyTorch's own attention kernels", "use attention 'sdpa_flash'"],
         ),
         ({"world": "cpu", "expandable_segments": True}, ["expandable_segments", "leave it out"]),
         ({"method": "layerwise", "attention": "sdpa_cudnn"}, ["layerwise", "use sdpa or"]),

@@ -91,7 +91,7 @@ def test_equal_work_waits_less_than_equal_length() -> None:
             {},
             "gpt_neox .* not llama",
         ),
-        ({"method": "baseline"}, {}, "method 'baseline' is none; use 'seq1f1b'"),
+        ({"method": "baseline"}, {}, "method 'baseline' is not one; use 'seq1f1b'"),
         ({}, {"tp": 3}, r"pp x tp \(8 x 3\) must divide world_size \(8\)"),
     ],
 )
@@ -105,7 +105,7 @@ def test_impossible_schedules_are_refused(
 
 def test_tp_is_for_schedules() -> None:
     """No method is tensor-parallel, so only world `schedule` takes tp."""
-    with pytest.raises(ValueError, match=r"tp \(2\) is for world 'schedule'"):
+    with pytest.raises(ValueError, match=r"tp \(2\) needs world 'schedule'"):
         make_cell(
             {
                 "model": "tiny-llama",

@@ -18,7 +18,6 @@ from alst_impl.models import materialize, published
 from harness.gate.gradients import Truth, compare, samples_of
 from harness.gate.truth import gradients_of
 from harness.gate.verdict import EPSILON, broken_promises, explain_failure, known_factor
-from harness.records.record import RankEvidence
 
 
 def test_epsilons_are_those_of_the_dtypes() -> None:
@@ -30,7 +29,7 @@ TRAIN = TrainConfig(
     model="tiny-llama", method={"name": "alst", "sp": 4}, seqlen=100, world_size=8, dtype="float32"
 )
 SP2 = Spec(name="alst", options={"sp": 2})
-EVIDENCE = RankEvidence(local_seqlen=25, tiles=3, exchanges=4, offloaded_bytes=5)
+EVIDENCE = {"local_seqlen": 25, "tiles": 3, "exchanges": 4, "offloaded_bytes": 5}
 
 
 @pytest.fixture
@@ -202,7 +201,7 @@ def test_other_ratio_is_not_named() -> None:
 @pytest.mark.parametrize("counter", ["tiles", "exchanges", "offloaded_bytes", "local_seqlen"])
 def test_method_that_did_nothing_is_caught(counter: str) -> None:
     """A counter that stays at zero on one rank contradicts the method's options."""
-    idle = EVIDENCE.model_copy(update={counter: 0})
+    idle = {**EVIDENCE, counter: 0}
     (problem,) = broken_promises(TRAIN, [EVIDENCE, idle])
     assert counter in problem
     assert "rank 1" in problem
@@ -210,7 +209,7 @@ def test_method_that_did_nothing_is_caught(counter: str) -> None:
 
 def test_unsharded_sequence_is_caught() -> None:
     """A rank that saw more than its share contradicts the method's options."""
-    whole = EVIDENCE.model_copy(update={"local_seqlen": 100})
+    whole = {**EVIDENCE, "local_seqlen": 100}
     assert broken_promises(TRAIN, [whole])
     assert not broken_promises(TRAIN, [EVIDENCE])
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from alst_impl import hf
-from alst_impl.data import Batch
+from alst_impl.layout import Layout
 from alst_impl.methods.base import Method
-from alst_impl.ops.attention import ulysses
+from alst_impl.ops.attention.cores.base import Kernel
 from harness.cells.cell import make_cell
 from harness.judge import probes
 from harness.processes.client import submit
@@ -57,8 +57,9 @@ def findings(
         {"engine": "fsdp2", "batch_size": 2},
         {"model": "tiny-mistral", "overrides": {"sliding_window": 13}},
         {"method": {"name": "baseline"}, "world_size": 2},
+        {"method": {"name": "usp", "cp": 2, "sp": 2, "tiles": 3}, "data": {"documents": 1}},
     ],
-    ids=["plain", "zero3", "fsdp2-batch-2", "window", "baseline"],
+    ids=["plain", "zero3", "fsdp2-batch-2", "window", "baseline", "zigzag"],
 )
 def test_right_training_passes_every_probe(settings: dict[str, Any]) -> None:
     """Sharded, tiled, packed and windowed training, and the stock model."""
@@ -70,7 +71,7 @@ def test_right_training_passes_every_probe(settings: dict[str, Any]) -> None:
 def test_findings_give_their_numbers() -> None:
     """Without numbers, a probe that checked nothing would look the same."""
     found = findings()
-    assert found["shard length"].detail == "[34] of 67 tokens at sp=2"
+    assert found["shard length"].detail == "[34] of 67 tokens on each of 2 ranks"
     assert "logits 12 rows, MLP 12 rows; a tile has 12" in found["tiles"].detail
     assert found["causality"].detail.startswith("token 33 changed; 33 to ")
     assert "dp 0" in found["token streams"].detail
@@ -78,17 +79,21 @@ def test_findings_give_their_numbers() -> None:
 
 
 def _forget_documents(monkeypatch: pytest.MonkeyPatch) -> None:
-    attend = ulysses.attend
-    monkeypatch.setattr(
-        ulysses, "attend", lambda *args, **options: attend(*args, **{**options, "documents": None})
-    )
+    attend = Kernel.__call__
+
+    def forgetful(self: Kernel, *args: Any, layout: Layout, **options: Any) -> Any:
+        return attend(self, *args, layout=replace(layout, documents=None), **options)
+
+    monkeypatch.setattr(Kernel, "__call__", forgetful)
 
 
 def _see_the_future(monkeypatch: pytest.MonkeyPatch) -> None:
-    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: Any) -> Any:
+    def attend(
+        _: Kernel, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **__: Any
+    ) -> Any:
         return torch.nn.functional.scaled_dot_product_attention(query, key, value, enable_gqa=True)
 
-    monkeypatch.setattr(ulysses, "attend", attend)
+    monkeypatch.setattr(Kernel, "__call__", attend)
 
 
 def _do_not_tile(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,20 +101,11 @@ def _do_not_tile(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _do_not_shard(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Method, "shard", lambda _self, batch, _mesh: batch)
+    monkeypatch.setattr(Method, "shard", lambda _self, batch, layout: replace(batch, layout=layout))
 
 
 def _give_every_rank_the_first_shard(monkeypatch: pytest.MonkeyPatch) -> None:
-    def shard(_: Method, batch: Batch, mesh: Any) -> Batch:
-        local = -(-batch.input_ids.shape[1] // mesh["sp"].size())
-        return replace(
-            batch,
-            input_ids=batch.input_ids[:, :local],
-            shift_labels=batch.shift_labels[:, :local],
-            position_ids=batch.position_ids[:, :local],
-        )
-
-    monkeypatch.setattr(Method, "shard", shard)
+    monkeypatch.setattr(Method, "shard", lambda _self, batch, layout: layout.cut(batch, 0))
 
 
 def _give_every_rank_one_sample(monkeypatch: pytest.MonkeyPatch) -> None:

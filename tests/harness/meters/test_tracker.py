@@ -47,25 +47,25 @@ def test_adopted_tensors_count_once() -> None:
     """Existing parameters count from the start, in-place results are not new, and meta tensors do not count."""
     weight, shared = nn.Parameter(floats(2)), floats(1)
     with Tracker() as tracker:
-        tracker.adopt([weight, weight.detach().view(-1), None], "parameters")
+        tracker.adopt([weight, weight.detach().view(-1), None])
         shared.add_(1)  # never adopted, so never counted
         hollow = torch.empty(KIB, device="meta")
         assert tracker.live_bytes == 2 * KIB
         output = weight * 2
-        tracker.adopt([output, hollow], "outputs")
+        tracker.adopt([output, hollow])
         assert tracker.live_bytes == 4 * KIB
     assert tracker.peak_bytes == 4 * KIB
 
 
-def test_adopt_rest_finds_all_other_tensors() -> None:
+def test_adopt_finds_all_other_tensors() -> None:
     """A bucket that only an engine references counts, too, and only once."""
     bucket, weight = floats(64), floats(2)
     gc.collect()  # frees garbage of other tests beforehand
     with Tracker() as tracker:
-        tracker.adopt([weight], "parameters")
-        tracker.adopt_rest()
+        tracker.adopt([weight])
+        tracker.adopt()
         before = tracker.live_bytes
-        tracker.adopt_rest()
+        tracker.adopt()
         assert tracker.live_bytes == before
         del bucket
         assert tracker.live_bytes == before - 64 * KIB
@@ -141,7 +141,7 @@ def test_backward_is_seen_inside_checkpoints_and_custom_functions(reentrant: boo
     """Allocations of recomputation and nested backward in the autograd engine count."""
     x = floats(4).requires_grad_()
     with Tracker() as tracker:
-        tracker.adopt([x], "parameters")
+        tracker.adopt([x])
         y = checkpoint(lambda t: Square.apply(t.sin()), x, use_reentrant=reentrant)
         assert tracker.live_bytes == 8 * KIB  # x, y
         tracker.phase("backward")
@@ -198,7 +198,7 @@ def test_llama_step_agrees_with_the_allocator(checkpointing: bool) -> None:
     ids = torch.randint(0, 1024, (1, 1024))
     step(model, ids)
     with Tracker() as tracker:
-        tracker.adopt([*model.parameters(), *model.buffers(), ids], "parameters")
+        tracker.adopt([*model.parameters(), *model.buffers(), ids])
         base = tracker.live_bytes
         step(model, ids)
         assert tracker.live_bytes == base

@@ -80,7 +80,7 @@ def test_cell_is_measured(tmp_path: Path) -> None:
     ] * 2
     assert {"forward", "backward", "update"} <= readings.memory[0].phase_peak_bytes.keys()
     assert readings.memory[0].host_peak_bytes > 0
-    assert readings.evidence[0].exchanges > 0
+    assert readings.evidence[0]["exchanges"] > 0
     assert readings.num_parameters == 918_144
     assert any(name.endswith("_backward") for name in readings.memory[0].attention)
     assert readings.gate is not None

@@ -158,7 +158,7 @@ def host_only(replacement: Callable[..., None] | None, original: Any, name: str)
             return original(*args, **kwargs)
         if replacement is None:
             raise NotImplementedError(
-                f"one rank without the others has no {name} of host memory; run all ranks"
+                f"'{name}' of host memory needs all ranks, but one rank runs alone; run all ranks"
             )
         asked = signature.bind(*args, **kwargs).arguments
         asynchronous = asked.pop("async_op", False)
@@ -186,7 +186,7 @@ def on_host() -> dict[str, Callable[..., None] | None]:
             tensor.mul_(dist.get_world_size(group))
         elif op not in (dist.ReduceOp.MAX, dist.ReduceOp.MIN, dist.ReduceOp.AVG):
             raise NotImplementedError(
-                f"one rank without the others cannot reduce by {op}; run all ranks"
+                f"a rank that runs alone cannot reduce by {op}; run all ranks"
             )
 
     def all_gather(tensor_list: Any, tensor: Any, group: Any = None) -> None:
@@ -255,7 +255,8 @@ def own(src: int | None, group: Any, group_src: int | None) -> None:
     )
     if sender != dist.get_rank(group):
         raise NotImplementedError(
-            f"rank {dist.get_rank()} without the others waits for what rank {src or 0} holds; run that rank, or all"
+            f"rank {dist.get_rank()} runs alone, but waits for an object from rank {src or 0}; run that rank, or all "
+            "ranks"
         )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 
 from alst_impl.config import TrainConfig
 from alst_impl.data import Batch
+from alst_impl.layout import Layout
 from alst_impl.models import Initializer
 from alst_impl.placement import Placement
 from alst_impl.step import accumulate_gradients, check, start
@@ -51,16 +53,17 @@ placement = Placement(
 )
 method, running = start(config, mesh, placement, Undrawn(0))
 tokens = torch.zeros(1, config.seqlen, dtype=torch.long)
-batch = Batch(tokens, tokens, torch.arange(config.seqlen)[None])
+whole = Batch(tokens, tokens, torch.arange(config.seqlen)[None], Layout(config.seqlen))
+batch = method.shard(whole, replace(method.layout(config.seqlen), mesh=mesh))
 running.start_step(1)
-accumulate_gradients(method, running, [method.shard(batch, mesh).to(placement.device)])
+accumulate_gradients(method, running, [batch.to(placement.device)])
 running.update()
 print(
     json.dumps(
         {
-            "local": placement.evidence.local_seqlen,
-            "tiles": placement.evidence.tiles,
-            "offloaded": [placement.evidence.offloaded_bytes, *on_host],
+            "local": placement.evidence["local_seqlen"],
+            "tiles": placement.evidence["tiles"],
+            "offloaded": [placement.evidence["offloaded_bytes"], *on_host],
             "kernels": sorted(runtime.kernels()),
         }
     )

@@ -1,0 +1,247 @@
+"""The interface of a core attention, and causal kernels behind it. Imports torch inside functions.
+
+Legend: B batch, S sequence, H query heads, K kv heads (K divides H), D head dim, T tokens of all samples.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from alst_impl.config import Frozen, Spec
+from alst_impl.layout import Documents, Layout
+from alst_impl.plugin import load
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Core(Frozen):
+    """Attention of whole sequences of some heads: which keys a query sees, and how that is computed."""
+
+    cpu: ClassVar[bool] = False
+    """Whether it runs on a CPU."""
+    flash: ClassVar[bool] = False
+    """Whether PyTorch's flash kernel may be called in its place, as methods do that need its log-sum-exp."""
+
+    def missing(self) -> str | None:
+        """Error message if a package that the core needs is not installed; None if nothing is missing."""
+        return None
+
+    @abstractmethod
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        layout: Layout,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        """query [B, H, S, D], key and value [B, K, S, D] -> [B, H, S, D] in their dtype, for S tokens of `layout`.
+
+        `window` is the number of keys that a query sees, itself included; None for all. Raises `ValueError`
+        if the core is not installed or does not support the window. Never makes an S x S mask.
+        """
+
+    def visible_pairs(self, layout: Layout, window: int | None = None) -> int:
+        """(query, key) pairs that one head computes for all samples of `layout`, padding included.
+
+        By default causal within each document, of which a query sees the last `window` keys.
+        """
+        samples = layout.documents or ((layout.padded,),)
+        return sum(_pairs(length, window) for lengths in samples for length in lengths)
+
+
+def _pairs(length: int, window: int | None) -> int:
+    near = length if window is None else min(window, length)
+    return near * (near + 1) // 2 + (length - near) * near
+
+
+class Kernel(Core):
+    """A fused causal kernel. Documents take one call if the kernel has one for them, else one call each."""
+
+    windows: ClassVar[bool] = False
+    """Whether windows shorter than the sequence are supported, block by block through PyTorch's attention."""
+    packs: ClassVar[bool] = False
+    """Whether `packed` takes all documents in one call."""
+
+    @abstractmethod
+    def causal(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """query [B, H, S, D], key and value [B, K, S, D] -> [B, H, S, D], causal."""
+
+    def packed(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        offsets: Tensor,
+        longest: int,
+        scale: float,
+    ) -> Tensor:
+        """query [T, H, D], key and value [T, K, D] -> [T, H, D], causal within each document.
+
+        `offsets` (int32 [N + 1]) are the starts of N documents and the end of the last; `longest` is the
+        number of tokens of the longest one.
+        """
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        layout: Layout,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        import torch
+
+        documents = layout.documents
+        if window is not None and window < query.shape[2] and not self.windows:
+            name = type(self).__module__.rsplit(".", 1)[-1]
+            raise ValueError(
+                f"attention '{name}' does not support a sliding window ({window}) shorter than the sequence "
+                f"({query.shape[2]} tokens); use attention 'sdpa'"
+            )
+        if documents is None:
+            return self._windowed(query, key, value, scale, window)
+        if window is None and self.packs:
+            return self._in_one_call(query, key, value, scale, documents)
+        samples = []
+        for index, lengths in enumerate(documents):
+            sample = [x[index : index + 1].split(list(lengths), dim=2) for x in (query, key, value)]
+            parts = [
+                self._windowed(q, k, v, scale, window) for q, k, v in zip(*sample, strict=True)
+            ]
+            samples.append(torch.cat(parts, dim=2))
+        return torch.cat(samples)
+
+    def _in_one_call(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, documents: Documents
+    ) -> Tensor:
+        """All documents of all samples in one call."""
+        import torch
+
+        batch, _, seqlen, _ = query.shape
+        lengths = [length for sample in documents for length in sample]
+        offsets = torch.tensor([0, *lengths], device=query.device).cumsum(0).to(torch.int32)
+        # [B, H, S, D] -> [B * S, H, D]
+        flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
+        out = self.packed(flat[0], flat[1], flat[2], offsets, max(lengths), scale)
+        # [B * S, H, D] -> [B, H, S, D]
+        whole: Tensor = out.unflatten(0, (batch, seqlen))
+        return whole.transpose(1, 2)
+
+    def _windowed(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        """Attention within one document; with a shorter window, block by block of queries: O(S * window) memory."""
+        import torch
+
+        seqlen = query.shape[2]
+        if window is None or window >= seqlen:
+            return self.causal(query, key, value, scale)
+        blocks = []
+        for start in range(0, seqlen, window):
+            stop = min(start + window, seqlen)
+            first = max(start - window + 1, 0)
+            distance = (
+                torch.arange(start, stop, device=query.device)[:, None]
+                - torch.arange(first, stop, device=query.device)[None, :]
+            )
+            blocks.append(
+                torch.nn.functional.scaled_dot_product_attention(
+                    query[:, :, start:stop],
+                    key[:, :, first:stop],
+                    value[:, :, first:stop],
+                    attn_mask=(distance >= 0) & (distance < window),
+                    scale=scale,
+                    enable_gqa=query.shape[1] != key.shape[1],
+                )
+            )
+        return torch.cat(blocks, dim=2)
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """PyTorch's causal attention, in the layout of `Kernel.causal`."""
+    import torch
+
+    return torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+    )
+
+
+class FlashAttention(Kernel):
+    """The functions of a flash-attn package."""
+
+    packs: ClassVar[bool] = True
+    module: ClassVar[str]
+    """The module that provides the functions."""
+    source: ClassVar[str]
+    """The package or build that contains the module."""
+
+    def missing(self) -> str | None:
+        if importlib.util.find_spec(self.module.partition(".")[0]) is not None:
+            return None
+        return self._needs()
+
+    def _needs(self) -> str:
+        name = type(self).__module__.rsplit(".", 1)[-1]
+        return (
+            f"attention '{name}' needs {self.source}, which is not installed; or use 'sdpa_flash'"
+        )
+
+    def _functions(self) -> Any:
+        """Import `module`. Raises `ValueError` if it is missing: there is no fallback."""
+        try:
+            return importlib.import_module(self.module)
+        except ImportError as error:
+            raise ValueError(f"{self._needs()} ({' '.join(str(error).split())})") from None
+
+    def causal(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        # [B, H, S, D] -> [B, S, H, D]: views; the kernel takes any strides as long as D is contiguous
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        attention = self._functions().flash_attn_func
+        return output(attention(query, key, value, softmax_scale=scale, causal=True)).transpose(
+            1, 2
+        )
+
+    def packed(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        offsets: Tensor,
+        longest: int,
+        scale: float,
+    ) -> Tensor:
+        attention = self._functions().flash_attn_varlen_func
+        result = attention(
+            query,
+            key,
+            value,
+            cu_seqlens_q=offsets,
+            cu_seqlens_k=offsets,
+            max_seqlen_q=longest,
+            max_seqlen_k=longest,
+            softmax_scale=scale,
+            causal=True,
+        )
+        return output(result)
+
+
+def output(result: Any) -> Tensor:
+    """The attention output; some versions return it together with its statistics."""
+    out: Tensor = result[0] if isinstance(result, tuple) else result
+    return out
+
+
+def load_core(name: str) -> Core:
+    """The core attention `name`. Raises `ValueError` for an unknown name, naming the known ones."""
+    # `load` returns a concrete class; mypy cannot see that.
+    return load("alst_impl.ops.attention.cores", Core, Spec(name=name))  # type: ignore[type-abstract]

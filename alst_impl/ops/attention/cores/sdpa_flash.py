@@ -1,0 +1,50 @@
+"""PyTorch's flash kernel; inputs that it does not support are an error."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from alst_impl.ops.attention.cores.base import Kernel, output, sdpa
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class SdpaFlash(Kernel):
+    """The kernel that the project's records are made with."""
+
+    flash: ClassVar[bool] = True
+    packs: ClassVar[bool] = True
+
+    def causal(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return sdpa(query, key, value, scale)
+
+    def packed(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        offsets: Tensor,
+        longest: int,
+        scale: float,
+    ) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        grouped: dict[str, Any] = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
+        causal = (-1, 0)  # every key before a query, none after it
+        result = varlen_attn(
+            query,
+            key,
+            value,
+            offsets,
+            offsets,
+            longest,
+            longest,
+            scale=scale,
+            window_size=causal,
+            **grouped,
+        )
+        return output(result)
