@@ -17,10 +17,7 @@ import torch
 from torch import Tensor
 
 from alst_impl.config import DataConfig
-from alst_impl.layout import Layout
-
-IGNORE_INDEX = -100
-"""Label that the loss ignores, as in `torch.nn.functional.cross_entropy`."""
+from alst_impl.layout import IGNORE_INDEX, Layout
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from alst_impl.data import Batch
 
+IGNORE_INDEX = -100
+"""Label that the loss ignores, as in `torch.nn.functional.cross_entropy`."""
 AXES = ("dp", "pp", "cp", "sp")
 """Axes of a mesh: data, pipeline, context (ring) and sequence (Ulysses) parallel.
 `dp` ranks hold different samples; `pp` splits the layers; `cp` and `sp` split the sequence."""
@@ -57,9 +59,9 @@ class Layout:
     part: Part | None = None
     """The slice of the sequence that a pipeline computes now; None for all tokens."""
     documents: Documents | None = None
-    """Packed documents of each sample, padding included; None if a sample is one document."""
+    """Packed documents of each sample; None if a sample is one document. In a shard, padding is one of them."""
     mesh: DeviceMesh | None = field(default=None, compare=False, repr=False)
-    """The ranks; None in a plan that no process runs."""
+    """The ranks; None in a plan that no process runs. A mesh, and so a shard, stays in its process."""
 
     @property
     def chunks(self) -> int:
@@ -93,7 +95,7 @@ class Layout:
 
     @property
     def ranks(self) -> int:
-        """Number of ranks that share samples, in one pipeline or several parts of the sequence."""
+        """Ranks of a group: pp x cp x sp."""
         return self.pp * self.shards
 
     @property
@@ -102,14 +104,17 @@ class Layout:
         return self.shards == 1 and self.part is None and self.documents is None
 
     def size(self, axis: str) -> int:
-        """Number of ranks along `axis`. Along `dp` it is 1: a layout is of the ranks that share samples."""
-        return 1 if axis == "dp" else int(getattr(self, axis))
+        """Ranks of the group along `axis`: pp, cp or sp."""
+        return {"pp": self.pp, "cp": self.cp, "sp": self.sp}[axis]
 
     def group(self, axis: str) -> ProcessGroup | None:
         """Process group of this rank along `axis`; None if it is alone there."""
         if self.size(axis) == 1:
             return None
-        assert self.mesh is not None, "a plan has no process groups"
+        if self.mesh is None:
+            raise ValueError(
+                f"a plan of {self.ranks} ranks has no process groups; bind it to a mesh"
+            )
         return self.mesh.get_group(axis)
 
     def spans(self, shard: int) -> list[slice]:
@@ -150,8 +155,6 @@ class Layout:
         """
         import torch
 
-        from alst_impl.data import IGNORE_INDEX, Batch
-
         length, documents = batch.input_ids.shape[1], batch.layout.documents
         if length != self.length:
             raise ValueError(f"a layout of {self.length} tokens cannot cut samples of {length}")
@@ -175,7 +178,8 @@ class Layout:
         stages = self.group("pp") if shard is None else None
         if stages is not None and stages.rank() < self.pp - 1:
             labels = torch.full_like(labels, IGNORE_INDEX)
-        return Batch(
+        return replace(
+            batch,
             input_ids=held(padded(batch.input_ids, 0)),
             shift_labels=labels,
             position_ids=held(positions),
@@ -195,7 +199,12 @@ class Layout:
 
 
 def sizes(layouts: Sequence[Layout]) -> dict[str, int]:
-    """Size of every axis of a plan: its groups along `dp`, the others within a group."""
+    """Size of every axis of a plan: its groups along `dp`, the others within a group.
+
+    Raises `ValueError` unless the groups are of equal shape, as on a mesh.
+    """
+    if len({tuple(each.size(axis) for axis in AXES[1:]) for each in layouts}) != 1:
+        raise ValueError("a plan needs at least one group, and groups of equal shape")
     return {axis: len(layouts) if axis == "dp" else layouts[0].size(axis) for axis in AXES}
 
 
@@ -216,13 +225,12 @@ def make_mesh(layouts: Sequence[Layout], device: str) -> DeviceMesh:
 def reached(layout: Layout | None, length: int, shards: int) -> Layout:
     """The layout of a call of attention; without one, `length` tokens that one rank holds.
 
-    Raises `ValueError` if `shards` ranks share samples and the layout did not reach attention.
+    Raises `ValueError` unless it is of `shards` ranks that share each sample.
     """
-    if layout is not None:
-        return layout
-    if shards > 1:
+    found = Layout(length) if layout is None else layout
+    if found.shards != shards:
         raise ValueError(
-            f"{shards} ranks share each sample, but their layout did not reach attention: the model's layers do "
-            "not pass keyword arguments on to their attention; use method 'baseline'"
+            f"{shards} ranks share each sample, but attention got a batch that {found.shards} share: shard it "
+            "(Method.shard, or alst.shard in a loop of your own), and pass `layout` on to the model"
         )
-    return Layout(length)
+    return found

@@ -35,8 +35,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import PreTrainedModel
 
 from alst_impl import hf, safeguards
-from alst_impl.data import IGNORE_INDEX, Batch
-from alst_impl.layout import Layout
+from alst_impl.data import Batch
+from alst_impl.layout import IGNORE_INDEX, Layout
 from alst_impl.methods.alst import Alst
 from alst_impl.methods.base import check_shardable
 from alst_impl.placement import Evidence, Placement
@@ -49,8 +49,9 @@ TOLD_NAMES = 3
 class Shard:
     """What `shard` passes to the model's forward beside tensors, in a class that engines pass on unchanged."""
 
-    def __init__(self, num_labels: int, num_items: int, divisor: Tensor) -> None:
+    def __init__(self, num_labels: int, num_items: int, divisor: Tensor, layout: Layout) -> None:
         self.num_labels, self.num_items, self.divisor = num_labels, num_items, divisor
+        self.layout = layout
 
 
 @dataclass
@@ -91,7 +92,7 @@ class LongSequence:
         a step of several micro-batches needs it. The `.loss` of that call is scaled: its mean over all ranks
         is the stock model's loss, and the mean of the gradients is the stock model's gradient.
 
-        Raises `ValueError` on all ranks if positions restart (packed documents need `alst_impl.data.Batch`),
+        Raises `ValueError` on all ranks if positions restart (packed documents are not supported here),
         if ranks of one sp group hold different samples, if `num_items` is wrong for the step, if parameters
         differ between ranks, or if `fully_shard` does not average gradients over all ranks.
         """
@@ -99,7 +100,8 @@ class LongSequence:
             position_ids = torch.arange(input_ids.shape[1]).expand_as(input_ids)
         elif bool((position_ids.diff(dim=1) != 1).any()):
             raise ValueError(
-                "position_ids restart inside a sample: pass a Batch with its documents instead"
+                "position_ids restart inside a sample, but alst.shard(...) takes one document per sample; do "
+                "not pack documents"
             )
         shifted = torch.nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
         whole = Batch(
@@ -112,8 +114,10 @@ class LongSequence:
         layout = Layout(input_ids.shape[1], sp=self._guard.sp, mesh=self.mesh)
         local = layout.cut(whole).to(self.device)
         divisor = torch.tensor(max(declared, 1), device=self.device)
-        told = Shard(num_labels, declared, divisor)
-        return {**local.model_inputs(), "use_cache": False, "shard": told}
+        told = Shard(num_labels, declared, divisor, layout)
+        inputs = local.model_inputs()
+        inputs.pop("layout", None)
+        return {**inputs, "use_cache": False, "shard": told}
 
     def count(self, labels: Iterable[Tensor]) -> Tensor:
         """Valid labels of one optimizer step on all ranks, int64 scalar: the `num_items` of `shard`. Collective.
@@ -248,6 +252,8 @@ def _guarded_forward(model: PreTrainedModel, *args: Any, shard: Any = None, **kw
             "num_items_in_batch comes beside alst.shard(...), which counts labels itself; call "
             "model(**alst.shard(...)) alone (in a Trainer: override compute_loss and return that loss)"
         )
+    if not shard.layout.trivial:
+        kwargs["layout"] = shard.layout
     output = guard.inner(*args, **kwargs, num_items_in_batch=shard.divisor)
     output.loss = output.loss * guard.world_size
     guard.labels.watch(output.loss, shard.num_labels, shard.num_items)

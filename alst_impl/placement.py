@@ -23,7 +23,7 @@ Evidence = dict[str, int]
 
 
 def no_evidence() -> Evidence:
-    """All counters at 0. Counting under another name is a `KeyError`."""
+    """All counters at 0. Adding to a counter of another name is a `KeyError`."""
     return dict.fromkeys(COUNTERS, 0)
 
 

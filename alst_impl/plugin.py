@@ -22,13 +22,14 @@ def names(package: str) -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(paths) if m.name != "base")
 
 
-def load(package: str, base: type[T], spec: Spec) -> T:
+def load(package: str, base: type[T], spec: Spec, kind: str | None = None) -> T:
     """The one subclass of `base` in module `package.<spec.name>`, made from `spec.options`.
 
-    Raises `ValueError` for an unknown name or option, naming the known ones.
+    Raises `ValueError` for an unknown name or option, naming the known ones. `kind` is what users call the
+    plug-in; None for the package's name.
     """
     if spec.name not in names(package):
-        kind = package.rsplit(".", 1)[-1].removesuffix("s")
+        kind = kind or package.rsplit(".", 1)[-1].removesuffix("s")
         raise ValueError(f"unknown {kind} '{spec.name}'; use one of {', '.join(names(package))}")
     module = importlib.import_module(f"{package}.{spec.name}")
     (cls,) = (

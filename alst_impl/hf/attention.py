@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from alst_impl.hf.structure import attention_modules
+from alst_impl.hf.structure import attention_modules, decoder_layers
 from alst_impl.layout import Layout
 
 ATTENTION = "alst"
@@ -35,7 +35,7 @@ class Attention(Protocol):
     ) -> Tensor:
         """query [B, H, S/P, D], key and value [B, K, S/P, D] -> [B, H, S/P, D].
 
-        `layout` is the batch's; None if it is trivial, or if the model did not pass it on.
+        `layout` is the batch's; None if it is trivial.
         """
         ...
 
@@ -86,7 +86,7 @@ def _attention(
         query,
         key,
         value,
-        layout=layout,
+        layout=_layout(module, layout),
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         window=sliding_window,
     )
@@ -113,6 +113,10 @@ def use_attentions(model: PreTrainedModel, attentions: Sequence[Attention]) -> N
     for module, attention in zip(attention_modules(model), attentions, strict=True):
         vars(module)["config"]._attn_implementation = ATTENTION
         vars(module)["alst_attention"] = attention
+        vars(module)["noted_layout"] = None
+
+    for layer in decoder_layers(model):
+        layer.register_forward_pre_hook(_note_layout, with_kwargs=True)
 
     def refuse_mask(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Transformers builds no mask for our attention, so a padding mask would be ignored silently.
@@ -120,6 +124,31 @@ def use_attentions(model: PreTrainedModel, attentions: Sequence[Attention]) -> N
             _refuse_mask(kwargs.get("attention_mask", args[1] if len(args) > 1 else None))
 
     model.base_model.register_forward_pre_hook(refuse_mask, with_kwargs=True)
+
+
+def _note_layout(layer: nn.Module, _: Any, kwargs: dict[str, Any]) -> None:
+    """Note the layout that a decoder layer is called with, for attention to which the layer does not pass it."""
+    for module in layer.modules():
+        if "noted_layout" in vars(module):
+            vars(module)["noted_layout"] = kwargs.get("layout")
+
+
+def _layout(module: nn.Module, passed: Layout | None) -> Layout | None:
+    """The layout of a call of attention: `passed`, or else the one that its decoder layer was called with last.
+
+    A layer that is recomputed is called with the right one unless other samples have run since, as in a
+    pipeline, which is refused.
+    """
+    if passed is not None:
+        vars(module).pop("noted_layout", None)
+        return passed
+    noted: Layout | None = vars(module).get("noted_layout")
+    if noted is not None and (noted.pp > 1 or noted.part is not None):
+        raise ValueError(
+            f"layers do not pass keyword arguments on to their {type(module).__name__}, which a pipeline needs; "
+            "use method 'alst'"
+        )
+    return noted
 
 
 @contextmanager

@@ -44,6 +44,7 @@ ATTENTION_FIELDS = {
     "is_causal",
     "layer_idx",
     "layer_type",
+    "noted_layout",
     "num_attention_heads",
     "num_heads",
     "num_key_value_groups",

@@ -53,8 +53,8 @@ class Method(Frozen):
     def plan(self, lengths: Sequence[int], world_size: int) -> list[Layout]:
         """Layouts of a micro-batch of samples of `lengths`, one for each group of ranks that share samples.
 
-        By default a grid: `world_size` ranks in groups of equal size, in which every sample has room. Several
-        groups are replicas of each other along the mesh's axis `dp`.
+        By default a grid: `world_size` ranks in groups of equal shape, each with the layout of the longest
+        sample. The groups lie side by side along the mesh's axis `dp`.
         """
         layout = self.layout(max(lengths))
         return [layout] * (world_size // layout.ranks)

@@ -110,13 +110,14 @@ class DeepspeedAlst(Method):
     def shard(self, batch: Batch, layout: Layout) -> Batch:
         """DeepSpeed's own data loader shards the batch."""
         group = layout.group("sp")
-        if group is None or layout.mesh is None:
+        if group is None:
             return batch
+        assert layout.mesh is not None, "it has a group"
         import torch
         from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPDataLoaderAdapter
 
-        from alst_impl.data import IGNORE_INDEX
         from alst_impl.data import Batch as Shard
+        from alst_impl.layout import IGNORE_INDEX
 
         labels = torch.nn.functional.pad(batch.shift_labels[:, :-1], (1, 0), value=IGNORE_INDEX)
         whole = {"input_ids": batch.input_ids, "labels": labels, "position_ids": batch.position_ids}

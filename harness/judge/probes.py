@@ -58,7 +58,7 @@ class _Probe:
         self.whole = self.corpus.batch(range(first, first + size))
 
     def streams(self) -> Finding:
-        """The ranks of one sp group hold one sample together; each dp rank has another sample."""
+        """The ranks that share a sample hold it together; each dp rank has another sample."""
         shard = self.method.shard(self.whole, self.layout)
         dp, held = self.mesh["dp"], stream_hash(self._gathered(shard.input_ids))
         found = _all([dp.get_local_rank(), held, stream_hash(self.whole.input_ids)])
@@ -170,9 +170,8 @@ class _Probe:
                 parts = [torch.empty_like(shards) for _ in range(group.size())]
                 dist.all_gather(parts, shards, group=group)
                 shards = torch.cat(parts)
-        if (
-            shard.shape[1] != self.layout.local
-        ):  # not what the layout says, which probe `shards` tells
+        # Probe `shards` tells of a shard that is not what the layout says.
+        if shard.shape[1] != self.layout.local:
             return torch.cat(shards.unbind(), dim=1)[:, : self.train.seqlen]
         return self.layout.whole(shards.unbind())
 

@@ -37,16 +37,17 @@ from harness.predict.attempts import (
     with_train,
 )
 from harness.predict.depth import at_depth, structure
-from harness.predict.longest import (
+from harness.predict.longest import exceeded, longest, memory_limit, near_longest, use_on_roomy
+from harness.predict.stretch import (
     Use,
-    exceeded,
-    longest,
-    memory_limit,
-    near_longest,
+    is_deep,
     num_layers,
     period_of,
+    stretched_cost,
+    stretched_holdings,
+    stretched_use,
     use_of,
-    use_on_roomy,
+    with_few_layers,
 )
 from harness.processes.apart import apart
 from harness.processes.jobs import Rank
@@ -78,6 +79,8 @@ class Forecast(Frozen):
 class Around(Frozen):
     """Results of the runs of a cell besides the step at its own length."""
 
+    few: tuple[Step, Step] | None
+    """Counted and explained steps with few layers; None if `cell` has few itself."""
     cost: Cost
     slope: float
     """Increase of allocated bytes per token of one rank."""
@@ -97,12 +100,13 @@ def forecast(rank: Rank, cell: Cell) -> Forecast:
     rank.progress("running a step on a phantom device")
     # Concurrent, because the full step takes about as long as all runs with few layers.
     calls: list[Callable[[], Step | Around]] = [
-        partial(roomy, rank, cell, explained=True),
+        partial(roomy, rank, cell, explained=not is_deep(cell)),
         partial(_around, rank, cell),
     ]
     step, around = apart(calls)
     assert isinstance(step, Step)
     assert isinstance(around, Around)
+    step = _explained(rank, cell, step, around)
     step, fits = _on_its_device(rank, cell, step)
     search = None
     if cell.simulation.search:
@@ -124,13 +128,27 @@ def bare(rank: Rank, cell: Cell) -> Prediction:
 def _around(rank: Rank, cell: Cell) -> Around:
     """Work, slope and memory uses of `cell`, from steps that run one after the other."""
     assert cell.simulation is not None
-    cost, more = counted(rank, cell), longer(cell)
-    uses = {of.train.seqlen: use_on_roomy(rank, of) for of in (cell, more)}
+    more = longer(cell)
+    few = with_few_layers(rank, cell, counted=True, explained=True) if is_deep(cell) else None
+    cost = counted(rank, cell) if few is None else stretched_cost(cell, *few)
+    own = use_on_roomy(rank, cell) if few is None else stretched_use(cell, *few)
+    uses = {cell.train.seqlen: own, more.train.seqlen: use_on_roomy(rank, more)}
     here, beyond = (uses[of.train.seqlen].device for of in (cell, more))
     tokens = (more.train.seqlen - cell.train.seqlen) / sequence_parallel(cell.train)
     if cell.simulation.search:
         uses = near_longest(rank, cell, uses)
-    return Around(cost=cost, slope=(beyond - here) / tokens, uses=uses)
+    return Around(few=few, cost=cost, slope=(beyond - here) / tokens, uses=uses)
+
+
+def _explained(rank: Rank, cell: Cell, step: Step, around: Around) -> Step:
+    """`step` with the allocations alive at its peak: stretched from few layers where that adds up."""
+    if around.few is None:
+        return step
+    holdings = stretched_holdings(cell, *around.few, step.allocated_bytes)
+    if holdings is None:
+        rank.progress("looking for what is alive at the peak")
+        return apart([partial(roomy, rank, cell, explained=True)])[0]
+    return step.model_copy(update={"holdings": holdings})
 
 
 def _on_its_device(rank: Rank, cell: Cell, step: Step) -> tuple[Step, bool]:
@@ -156,7 +174,7 @@ def _part(rank: Rank, cell: Cell) -> Forecast:
 
 
 def counted(rank: Rank, cell: Cell) -> Cost:
-    """Counted work of a step of `cell`. If layers are alike, it is extrapolated linearly from two depths."""
+    """Counted work of a step of `cell` with few layers. Beyond two that are alike it is extrapolated linearly."""
     period, layers = period_of(cell), num_layers(cell)
     straight = structure(cell.train).layers_alike and layers % period == 0 and layers > 2 * period
     depths = (period, 2 * period) if straight else (layers,)

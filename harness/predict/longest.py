@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import NamedTuple
 
 from alst_impl.config import TrainConfig
 from alst_impl.methods.base import layouts, load_method
@@ -25,9 +24,8 @@ from harness.predict.attempts import (
     host_memory_bytes,
     roomy,
     sequence_parallel,
-    with_train,
 )
-from harness.predict.depth import at_depth, structure
+from harness.predict.stretch import Use, is_deep, stretched_use, use_of, with_few_layers
 from harness.processes.apart import apart
 from harness.processes.jobs import Rank
 
@@ -38,29 +36,16 @@ PRECISION = 0.015
 FULL = 0.975
 """Assumed share of the allocator's capacity that a step can allocate. Rounded blocks and
 fragmentation take the rest."""
-SMALL = (2, 4)
-"""Depths, in periods of the method, of the two models to extrapolate from."""
-DEEP = 8
-"""Minimum depth, in periods, of a model that is extrapolated."""
 LOOKS = 2
 """Number of lengths that are tried with few layers."""
 
 
-class Use(NamedTuple):
-    """Bytes of one device and of one node's host memory, either used by a step or available."""
-
-    device: float
-    host: float
-
-
 def use_on_roomy(rank: Rank, cell: Cell) -> Use:
     """Memory use of a step that may not fit: extrapolated from few layers if possible, else from the full model."""
-    if not _is_deep(cell):
+    if not is_deep(cell):
         (step,) = apart([partial(roomy, rank, cell)])
         return use_of(cell, step)
-    few, more = (with_train(cell, at_depth(cell.train, depth)) for depth in depths(cell))
-    (near,), (far,) = (apart([partial(roomy, rank, each)]) for each in (few, more))
-    return stretched(cell, near, far)
+    return stretched_use(cell, *with_few_layers(rank, cell))
 
 
 def near_longest(rank: Rank, cell: Cell, known: dict[int, Use]) -> dict[int, Use]:
@@ -68,36 +53,10 @@ def near_longest(rank: Rank, cell: Cell, known: dict[int, Use]) -> dict[int, Use
     extrapolation is not possible.
     """
     unit, found = STEP * sequence_parallel(cell.train), dict(known)
-    for _ in range(LOOKS if _is_deep(cell) else 0):
+    for _ in range(LOOKS if is_deep(cell) else 0):
         seqlen = max(int(_crossing(cell, found) / unit), 1) * unit
         found[seqlen] = use_on_roomy(rank, at_length(cell, seqlen))
     return found
-
-
-def _is_deep(cell: Cell) -> bool:
-    """Whether memory use can be extrapolated from few layers."""
-    pipelined = layouts(cell.train)[0].pp > 1
-    deep = num_layers(cell) >= DEEP * period_of(cell) and num_layers(cell) % period_of(cell) == 0
-    return deep and not pipelined and structure(cell.train).layers_alike
-
-
-def depths(cell: Cell) -> tuple[int, int]:
-    """Number of layers of the two models to extrapolate from."""
-    near, far = SMALL
-    return near * period_of(cell), far * period_of(cell)
-
-
-def stretched(cell: Cell, near: Step, far: Step) -> Use:
-    """Memory use of a step with all layers, extrapolated from two steps with few."""
-    few, more = depths(cell)
-    times = (num_layers(cell) - few) / (more - few)
-    uses = (use_of(cell, step) for step in (near, far))
-    return Use(*(a + times * (b - a) for a, b in zip(*uses, strict=True)))
-
-
-def use_of(cell: Cell, step: Step) -> Use:
-    """Memory use of `step`."""
-    return Use(device=step.allocated_bytes, host=host_bytes(cell, step))
 
 
 def memory_limit(cell: Cell) -> Limit:
@@ -173,16 +132,6 @@ def _crossing(cell: Cell, known: dict[int, Use]) -> float:
         for before, held, limit in zip(near, there, limits, strict=True)
     ]
     return max(min(meets), 1.0)
-
-
-def num_layers(cell: Cell) -> int:
-    """Number of layers of the full model."""
-    return field(published(cell.train.model, cell.train.overrides), "num_hidden_layers")
-
-
-def period_of(cell: Cell) -> int:
-    """Number of layers after which a step repeats itself, on every stage."""
-    return load_method(cell.train.method).period() * layouts(cell.train)[0].pp
 
 
 def _heads_are_spent(config: TrainConfig) -> bool:

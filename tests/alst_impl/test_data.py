@@ -13,8 +13,8 @@ from training import config_of
 
 from alst_impl import step
 from alst_impl.config import DataConfig
-from alst_impl.data import IGNORE_INDEX, LABEL_MASKS, Batch, Corpus
-from alst_impl.layout import Layout
+from alst_impl.data import LABEL_MASKS, Batch, Corpus
+from alst_impl.layout import IGNORE_INDEX, Layout
 from alst_impl.methods.base import load_method
 
 if TYPE_CHECKING:

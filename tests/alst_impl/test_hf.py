@@ -8,10 +8,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 from training import config_of
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    NemotronConfig,
+    PreTrainedModel,
+    StableLmConfig,
+)
 
 from alst_impl import hf, models
-from alst_impl.layout import Layout
+from alst_impl.layout import Layout, Part
 from alst_impl.ops.attention.cores.base import load_core
 from alst_impl.ops.attention.ulysses import UlyssesAttention
 from alst_impl.placement import Evidence, no_evidence
@@ -108,6 +115,40 @@ def test_attention_gets_no_mask(name: str) -> None:
     windows = [options["window"] for _, options in seen]
     expected = {"tiny-gemma3": [96, None], "tiny-mistral": [96, 96]}
     assert windows == expected.get(name, [None, None])
+
+
+@pytest.mark.parametrize(
+    "config_class", [StableLmConfig, NemotronConfig], ids=lambda c: c.model_type
+)
+def test_packed_documents_reach_every_attention(config_class: Any) -> None:
+    """Also of models whose layers keep their keyword arguments to themselves, and when a layer is recomputed."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 260}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config_class(**sizes, **heads)).double().train()
+    positions = torch.tensor([*range(5), *range(6)]).expand(2, 11)
+    inputs = {"input_ids": IDS, "position_ids": positions, "use_cache": False}
+    gradients = []
+    for ours in (False, True):
+        layout = {"layout": Layout(11, documents=((5, 6),) * 2)} if ours else {}
+        if ours:
+            wrap(model)
+        model.zero_grad()
+        model(**inputs, **layout).logits.square().mean().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    for name, stock in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], stock, rtol=1e-9, atol=1e-12)
+
+
+def test_a_pipeline_needs_layers_that_pass_on_their_arguments() -> None:
+    """Other micro-batches run between a layer's forward and its recomputation."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 260, "num_hidden_layers": 1}
+    config = NemotronConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    model = AutoModelForCausalLM.from_config(config)
+    wrap(model)
+    for layout in (Layout(11, pp=2, documents=((5, 6),) * 2), Layout(22, part=Part(0, 0, 2))):
+        with pytest.raises(ValueError, match="NemotronAttention, which a pipeline needs"):
+            model(input_ids=IDS, layout=layout, use_cache=False)
 
 
 def test_an_attention_mask_is_refused() -> None:

@@ -393,10 +393,10 @@ def test_autocast_is_refused() -> None:
         ),
         ({"stream": True, "offload": False}, {}, "stream keeps tiles in host memory"),
         ({"eight_bits": True, "offload": False}, {}, "set eight_bits: false"),
-        ({"every": 3}, {}, r"every 3, but tiny-llama has 2 layers"),
+        ({"every": 3}, {}, r"every .3. is more than the 2 layers"),
         ({"every": 2, "keep_attention": True}, {}, "set keep_attention: false or every: 1"),
         ({"overlap": True}, {}, "exchanges between ranks, but sp is 1"),
-        ({}, {"checkpoint": False}, "set it to true"),
+        ({}, {"checkpoint": False}, "set checkpoint: true"),
         ({"sp": 3}, {"world_size": 3}, "num_attention_heads"),
     ],
 )

@@ -124,8 +124,9 @@ def test_a_call_without_its_layout_is_refused_if_ranks_share_samples() -> None:
     """Each rank would attend to its own tokens only."""
     attention = UlyssesAttention(load_core("sdpa"), no_evidence(), shards=2)
     q, k, v = whole(HEADS, 1), whole(2, 2), whole(2, 3)
-    with pytest.raises(ValueError, match=r"2 ranks share each sample.* use method 'baseline'"):
-        attention(q, k, v, layout=None, scale=0.5, window=None)
+    for layout in (None, Layout(SEQLEN, documents=((5, 7), (12,))), Layout(SEQLEN, sp=4)):
+        with pytest.raises(ValueError, match=r"2 ranks share each sample.*: shard it"):
+            attention(q, k, v, layout=layout, scale=0.5, window=None)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ Grads = tuple[Tensor, Tensor, Tensor]
 
 
 class Operators(NamedTuple):
-    """Forward and backward of one fused kernel.
+    """Forward and backward of one fused kernel; callers use `forward` and `backward`.
 
     `forward(query [B,H,S,D], key [B,K,T,D], value [B,K,T,D], mask [S,T] or None, causal, scale)` returns the
     output [B,H,S,D], its log-sum-exp [B,H,S] in fp32 (or wider), and the `Rest`. A mask must contain all that

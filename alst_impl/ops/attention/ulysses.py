@@ -95,10 +95,6 @@ class UlyssesAttention:
     shards: int = 1
     """Ranks that share a sample. If there are several, a call without its layout is refused."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> UlyssesAttention:
-        """Returns itself: a copied model counts its evidence together with the original."""
-        return self
-
     def __call__(
         self,
         query: Tensor,

@@ -139,11 +139,9 @@ class Pipeline:
             inputs["hidden"] = hidden
         if self.last:
             loss = runtime.module(**inputs, num_items_in_batch=num_valid, use_cache=False).loss
-            self._check_kept(batch)
             return _Live(hidden, loss), loss.detach()
         del inputs["labels"], inputs["shift_labels"]
         out = runtime.module(**inputs, use_cache=False)
-        self._check_kept(batch)
         _link(self.ahead).send(out.detach(), self.stage + 1)
         return _Live(hidden, get_gradient_edge(out)), None
 
@@ -171,17 +169,6 @@ class Pipeline:
             position_ids=batch.position_ids[:, span],
             layout=replace(batch.layout, part=at),
         )
-
-    def _check_kept(self, batch: Batch) -> None:
-        """Raise `ValueError` if an attention module computed a slice as if it were a whole sequence."""
-        at = batch.layout.part
-        if at is None or at.index == at.count - 1:
-            return
-        if not all(attention.holds(at) for attention in self.attentions):
-            raise ValueError(
-                "the model's layers do not pass keyword arguments on to their attention, so it does not know "
-                "the slices of the sequence; use slices: 1"
-            )
 
     def _like(self, batch: Batch) -> Tensor:
         """Uninitialized tensor [B, s, E] for the slice's hidden states, or for their gradient."""

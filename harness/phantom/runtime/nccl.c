@@ -87,9 +87,11 @@ static __thread broadcast *held;
 static __thread int depth, num_held;
 static bool equal_parts(const broadcast *a, const broadcast *b) { return a->c == b->c && a->count == b->count && a->type == b->type; }
 static void gather(const broadcast *own) {
-    int parts = 0;
-    for (int i = 0; i < num_held; i++) parts += equal_parts(own, held + i);
-    if (parts != own->c->size) return;
+    for (int root = 0; root < own->c->size; root++) {
+        int parts = 0;
+        for (int i = 0; i < num_held; i++) parts += equal_parts(own, held + i) && held[i].root == root;
+        if (parts != 1) return;
+    }
     for (int i = 0; i < num_held; i++)
         if (equal_parts(own, held + i)) result(own->to, held[i].to, own->count, own->type, -1, own->c, 1);
 }

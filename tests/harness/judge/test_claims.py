@@ -190,7 +190,7 @@ def test_a_ratio_is_of_two_longest_sequences(checkout: Measurement) -> None:
 def test_a_ratio_without_its_base_is_refused(checkout: Measurement, old: str, new: str) -> None:
     """It is refused when the experiment is read."""
     record.write_text(paths.experiment("told"), RATIO.replace(old, new))
-    with pytest.raises(ValueError, match="claim 'times': over is"):
+    with pytest.raises(ValueError, match="claim 'times': 'over' is"):
         load_experiment(paths.experiment("told"))
 
 

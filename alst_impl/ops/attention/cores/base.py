@@ -48,9 +48,10 @@ class Core(Frozen):
         """
 
     def visible_pairs(self, layout: Layout, window: int | None = None) -> int:
-        """(query, key) pairs that one head computes for all samples of `layout`, padding included.
+        """(query, key) pairs of one head over the documents of `layout`; without documents, of one sample.
 
-        By default causal within each document, of which a query sees the last `window` keys.
+        Padding is included. By default causal within each document, of which a query sees the last `window`
+        keys.
         """
         samples = layout.documents or ((layout.padded,),)
         return sum(_pairs(length, window) for lengths in samples for length in lengths)
@@ -243,5 +244,6 @@ def output(result: Any) -> Tensor:
 
 def load_core(name: str) -> Core:
     """The core attention `name`. Raises `ValueError` for an unknown name, naming the known ones."""
+    cores, spec = "alst_impl.ops.attention.cores", Spec(name=name)
     # `load` returns a concrete class; mypy cannot see that.
-    return load("alst_impl.ops.attention.cores", Core, Spec(name=name))  # type: ignore[type-abstract]
+    return load(cores, Core, spec, kind="attention")  # type: ignore[type-abstract]

@@ -1,0 +1,68 @@
+"""A step that is stretched from few layers equals the step with all layers, on phantom devices."""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import partial
+from typing import Any
+
+import pytest
+from phantoms import NEEDED, cell
+
+from harness.cells.cell import Cell
+from harness.cells.prediction import Holding
+from harness.processes.client import submit
+from harness.processes.jobs import Rank
+
+pytestmark = NEEDED
+
+LAYERS = 12
+
+
+def both(rank: Rank, payload: dict[str, Any]) -> dict[str, Any]:
+    """Body of a rank: use, work and holdings of a step, stretched and of the step itself."""
+    sys.path += os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    from harness.predict import stretch
+    from harness.predict.attempts import roomy
+    from harness.predict.fits import counted
+    from harness.processes.apart import apart
+
+    of = Cell(**payload["cell"])
+    few = stretch.with_few_layers(rank, of, counted=True, explained=True)
+    step = apart([partial(roomy, rank, of, counted=True, explained=True)])[0]
+    stretched = stretch.stretched_holdings(of, *few, step.allocated_bytes)
+    return {
+        "deep": stretch.is_deep(of),
+        "uses": [list(stretch.stretched_use(of, *few)), list(stretch.use_of(of, step))],
+        "costs": [c.model_dump() for c in (stretch.stretched_cost(of, *few), counted(rank, of))],
+        "holdings": [h and sorted(_by_line(h)) for h in (stretched, step.holdings)],
+        "too much": stretch.stretched_holdings(of, *few, 2 * step.allocated_bytes),
+    }
+
+
+def _by_line(holdings: list[Holding]) -> list[tuple[str, int, int]]:
+    """Line, bytes and number of tensors of each holding with a line."""
+    return [(h.operator + (h.location or h.category), h.nbytes, h.count) for h in holdings]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "alst", "sp": 2},
+        {"name": "layerwise", "sp": 2, "every": 1},
+        {"name": "alst", "sp": 2, "offload": False},
+    ],
+    ids=["offload", "layerwise", "checkpoints on the device"],
+)
+def test_few_layers_tell_of_all(method: dict[str, Any]) -> None:
+    """Bytes are equal to the byte, at every line that allocates, and FLOPs to the last one."""
+    of = cell(method=method, world_size=2, seqlen=4096, overrides={"num_hidden_layers": LAYERS})
+    payload = {"cell": of.model_dump(mode="json")}
+    ending = submit(f"{__name__}:both", payload, 1, of.timeout_s, accelerator="phantom")
+    assert ending.how == "finished", ending
+    (found,) = ending.results
+    assert found["deep"]
+    for stretched, full in (found["uses"], found["costs"], found["holdings"]):
+        assert stretched == full
+    assert found["too much"] is None
