@@ -37,6 +37,9 @@ with contextlib.suppress(ImportError):  # an extra
     # Compiling this operator takes a minute or more; without it DeepSpeed's collectives use gloo.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 torch.set_num_threads(1)
+# A fork renews PyTorch's thread pool at its first use. Two threads that use it first find none ("Invalid thread
+# pool!", ATen/ParallelOpenMP.cpp), so it is used here, where there is one thread.
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 # Imported modules hold half a million objects. Freezing them keeps the garbage collector of a forked rank from
 # scanning them, which costs a second when DeepSpeed starts.
 gc.collect()
