@@ -298,7 +298,7 @@ def enable(
     check_shardable(model.config.to_dict(), method.sp, "alst", type(model).__name__)
     device = next(model.parameters()).device
     placement = Placement(device, torch.device(host))
-    method.enable(model, placement, attention)
+    method.enable(model, placement, attention, method.sp)
     if checkpoint:
         method.checkpoint(model, placement)
     model.train()

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from alst_impl.config import TrainConfig
 from alst_impl.layout import Layout
-from alst_impl.methods.base import Tiled, check_sharded
+from alst_impl.methods.base import Tiled, check_sharded, layouts
 
 if TYPE_CHECKING:
     from torch.distributed import DeviceMesh
@@ -36,12 +36,17 @@ class Alst(Tiled):
     def apply(
         self, model: PreTrainedModel, config: TrainConfig, mesh: DeviceMesh, placement: Placement
     ) -> None:
-        self.enable(model, placement, config.attention)
+        self.enable(model, placement, config.attention, layouts(config)[0].shards)
 
-    def enable(self, model: PreTrainedModel, placement: Placement, attention: str) -> None:
-        """Add sequence parallelism and tiling to `model`, in place; `attention` names the core attention."""
+    def enable(
+        self, model: PreTrainedModel, placement: Placement, attention: str, shards: int
+    ) -> None:
+        """Add sequence parallelism and tiling to `model`, in place, for `shards` ranks that share a sample.
+
+        `attention` names the core attention.
+        """
         from alst_impl.ops.attention.cores.base import load_core
         from alst_impl.ops.attention.ulysses import UlyssesAttention
 
         core = load_core(attention)
-        self.attach(model, UlyssesAttention(core, placement.evidence, self.sp), placement)
+        self.attach(model, UlyssesAttention(core, placement.evidence, shards), placement)

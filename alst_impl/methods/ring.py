@@ -8,7 +8,7 @@ from pydantic import Field
 
 from alst_impl.config import TrainConfig
 from alst_impl.layout import Layout
-from alst_impl.methods.base import Tiled, check_flash_by_name, check_sharded
+from alst_impl.methods.base import Tiled, check_flash_by_name, check_sharded, layouts
 from alst_impl.models import published, window
 
 if TYPE_CHECKING:
@@ -78,6 +78,6 @@ class Ring(Tiled):
         from alst_impl.ops.attention.ring import RingAttention
         from alst_impl.ops.attention.ulysses import UlyssesAttention
 
-        evidence, shards = placement.evidence, self.cp * self.shards_of_place()
+        evidence, shards = placement.evidence, layouts(config)[0].shards
         core = RingAttention(evidence) if self.cp > 1 else load_core(config.attention)
         self.attach(model, UlyssesAttention(core, evidence, shards), placement)
