@@ -63,32 +63,14 @@ def _pairs(length: int, window: int | None) -> int:
 
 
 class Kernel(Core):
-    """A fused causal kernel. Documents take one call if the kernel has one for them, else one call each."""
+    """A fused causal kernel. Documents take one call each, but for a `PackingKernel`."""
 
     windows: ClassVar[bool] = False
     """Whether windows shorter than the sequence are supported, block by block through PyTorch's attention."""
-    packs: ClassVar[bool] = False
-    """Whether `packed` takes all documents in one call."""
 
     @abstractmethod
     def causal(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """query [B, H, S, D], key and value [B, K, S, D] -> [B, H, S, D], causal."""
-
-    def packed(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        offsets: Tensor,
-        longest: int,
-        scale: float,
-    ) -> Tensor:
-        """query [T, H, D], key and value [T, K, D] -> [T, H, D], causal within each document.
-
-        `offsets` (int32 [N + 1]) are the starts of N documents and the end of the last; `longest` is the
-        number of tokens of the longest one.
-        """
-        raise NotImplementedError
 
     def __call__(
         self,
@@ -111,8 +93,8 @@ class Kernel(Core):
             )
         if documents is None:
             return self._windowed(query, key, value, scale, window)
-        if window is None and self.packs:
-            return self._in_one_call(query, key, value, scale, documents)
+        if window is None and isinstance(self, PackingKernel):
+            return self.in_one_call(query, key, value, scale, documents)
         samples = []
         for index, lengths in enumerate(documents):
             sample = [x[index : index + 1].split(list(lengths), dim=2) for x in (query, key, value)]
@@ -121,22 +103,6 @@ class Kernel(Core):
             ]
             samples.append(torch.cat(parts, dim=2))
         return torch.cat(samples)
-
-    def _in_one_call(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float, documents: Documents
-    ) -> Tensor:
-        """All documents of all samples in one call."""
-        import torch
-
-        batch, _, seqlen, _ = query.shape
-        lengths = [length for sample in documents for length in sample]
-        offsets = torch.tensor([0, *lengths], device=query.device).cumsum(0).to(torch.int32)
-        # [B, H, S, D] -> [B * S, H, D]
-        flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
-        out = self.packed(flat[0], flat[1], flat[2], offsets, max(lengths), scale)
-        # [B * S, H, D] -> [B, H, S, D]
-        whole: Tensor = out.unflatten(0, (batch, seqlen))
-        return whole.transpose(1, 2)
 
     def _windowed(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
@@ -168,6 +134,42 @@ class Kernel(Core):
         return torch.cat(blocks, dim=2)
 
 
+class PackingKernel(Kernel):
+    """A kernel that takes all documents of all samples in one call."""
+
+    @abstractmethod
+    def packed(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        offsets: Tensor,
+        longest: int,
+        scale: float,
+    ) -> Tensor:
+        """query [T, H, D], key and value [T, K, D] -> [T, H, D], causal within each document.
+
+        `offsets` (int32 [N + 1]) are the starts of N documents and the end of the last; `longest` is the
+        number of tokens of the longest one.
+        """
+
+    def in_one_call(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, documents: Documents
+    ) -> Tensor:
+        """All documents of all samples in one call."""
+        import torch
+
+        batch, _, seqlen, _ = query.shape
+        lengths = [length for sample in documents for length in sample]
+        offsets = torch.tensor([0, *lengths], device=query.device).cumsum(0).to(torch.int32)
+        # [B, H, S, D] -> [B * S, H, D]
+        flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
+        out = self.packed(flat[0], flat[1], flat[2], offsets, max(lengths), scale)
+        # [B * S, H, D] -> [B, H, S, D]
+        whole: Tensor = out.unflatten(0, (batch, seqlen))
+        return whole.transpose(1, 2)
+
+
 def sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """PyTorch's causal attention, in the layout of `Kernel.causal`."""
     import torch
@@ -177,10 +179,9 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     )
 
 
-class FlashAttention(Kernel):
+class FlashAttention(PackingKernel):
     """The functions of a flash-attn package."""
 
-    packs: ClassVar[bool] = True
     module: ClassVar[str]
     """The module that provides the functions."""
     source: ClassVar[str]

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from alst_impl.ops.attention.cores.base import Kernel, output, sdpa
+from alst_impl.ops.attention.cores.base import PackingKernel, output, sdpa
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class SdpaFlash(Kernel):
+class SdpaFlash(PackingKernel):
     """The kernel that the project's records are made with."""
 
     flash: ClassVar[bool] = True
-    packs: ClassVar[bool] = True
 
     def causal(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         from torch.nn.attention import SDPBackend, sdpa_kernel
