@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from alst_impl.layout import Documents, Layout
 from alst_impl.ops.attention.cores.base import load_core
+from alst_impl.ops.attention.variant import Variant
 
 
 def attend(
@@ -17,7 +20,12 @@ def attend(
     window: int | None = None,
     documents: Documents | None = None,
     backend: str = "sdpa",
+    **more: Any,
 ) -> Tensor:
-    """query [B, H, S, D], key and value [B, K, S, D] -> [B, H, S, D], through the core `backend`."""
+    """query [B, H, S, D], key and value [B, K, S, D] -> [B, H, S, D], through the core `backend`.
+
+    `more` are further fields of `Variant`.
+    """
     layout = Layout(query.shape[2], documents=documents)
-    return load_core(backend)(query, key, value, layout=layout, scale=scale, window=window)
+    variant = Variant(scale, window, **more)
+    return load_core(backend)(query, key, value, layout=layout, variant=variant)

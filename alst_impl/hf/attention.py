@@ -14,6 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from alst_impl.hf.structure import attention_modules, decoder_layers
 from alst_impl.layout import Layout
+from alst_impl.ops.attention.variant import Variant
 
 ATTENTION = "alst"
 """Name of our attention in transformers' registry.
@@ -30,8 +31,7 @@ class Attention(Protocol):
         value: Tensor,
         *,
         layout: Layout | None,
-        scale: float,
-        window: int | None,
+        variant: Variant,
     ) -> Tensor:
         """query [B, H, S/P, D], key and value [B, K, S/P, D] -> [B, H, S/P, D].
 
@@ -57,6 +57,8 @@ def _attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     layout: Layout | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -72,25 +74,43 @@ def _attention(
             f"attention got {query.shape[2]} queries and {key.shape[2]} keys: a key/value cache is not supported in "
             "training; generate with the stock model, `with alst.disabled(): model.generate(...)`"
         )
-    for name in ("s_aux", "softcap", "position_bias"):
-        if kwargs.get(name) is not None:
-            raise ValueError(
-                f"attention with '{name}' is not supported here; use method 'baseline' with attention 'sdpa', "
-                "which leaves the choice to transformers"
-            )
+    if kwargs.get("position_bias") is not None:
+        raise ValueError(
+            "attention with 'position_bias' is not supported here: kernels add no bias to scores; use method "
+            "'baseline' with attention 'sdpa', which leaves the choice to transformers"
+        )
     if dropout:
         raise ValueError(
             f"attention_dropout ({dropout}) is not supported here; set it to 0 in the model's configuration"
         )
-    out = attend(
-        query,
-        key,
-        value,
-        layout=_layout(module, layout),
+    kind = layer_type(module)
+    variant = Variant(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        window=sliding_window,
+        window=_limit(module, kind, "sliding", sliding_window, "sliding_window"),
+        chunk=_limit(module, kind, "chunked", None, "attention_chunk_size"),
+        softcap=softcap,
+        sinks=s_aux,
     )
+    out = attend(query, key, value, layout=_layout(module, layout), variant=variant)
     return out.transpose(1, 2).contiguous(), None
+
+
+def layer_type(module: nn.Module) -> str:
+    """The type of the attention's layer, such as "full_attention"; "" if the configuration has none."""
+    types = getattr(getattr(module, "config", None), "layer_types", None)
+    index = getattr(module, "layer_idx", None)
+    return "" if types is None or index is None else types[index]
+
+
+def _limit(module: nn.Module, kind: str, word: str, passed: int | None, field: str) -> int | None:
+    """The limit on visible keys: `passed`, or the configuration's if the layer's type says that it has one.
+
+    Some models pass none, because their mask shows it.
+    """
+    if passed is not None or word not in kind:
+        return passed
+    found: int | None = getattr(module.config, field, None)
+    return found
 
 
 AttentionInterface.register(ATTENTION, _attention)

@@ -13,6 +13,7 @@ from torch import Tensor
 from training import config_of
 
 from alst_impl.layout import Layout
+from alst_impl.ops.attention import tiles
 from alst_impl.ops.attention.cores.base import FlashAttention, Kernel, load_core
 from alst_impl.plugin import names
 from alst_impl.step import check
@@ -30,9 +31,15 @@ def qkv(seqlen: int, batch: int = 2, heads: int = 4, kv_heads: int = 2) -> list[
     return [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
 
-def masked(tensors: list[Tensor], window: int | None, documents: Documents) -> Tensor:
-    """Textbook attention with scores, an S x S mask and softmax."""
-    query, key, value = tensors
+def masked(
+    tensors: list[Tensor],
+    window: int | None,
+    documents: Documents,
+    chunk: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Textbook attention with scores, an S x S mask and softmax. A fourth tensor holds the sinks."""
+    query, key, value, *sinks = tensors
     copies = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(copies, dim=1) for x in (key, value))
     seqlen = query.shape[2]
@@ -43,8 +50,15 @@ def masked(tensors: list[Tensor], window: int | None, documents: Documents) -> T
     if documents is not None:
         owner = [torch.arange(len(d)).repeat_interleave(torch.tensor(d)) for d in documents]
         allowed = allowed & torch.stack([o[:, None] == o[None] for o in owner])
-    scores = (query @ key.transpose(2, 3) * 0.7).masked_fill(~allowed[:, None], -torch.inf)
-    return scores.softmax(-1) @ value
+    if chunk is not None:
+        allowed = allowed & (i // chunk == j // chunk)
+    scores = query @ key.transpose(2, 3) * 0.7
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~allowed[:, None], -torch.inf)
+    for sink in sinks:
+        scores = torch.cat([scores, sink[None, :, None, None].expand(*scores.shape[:3], 1)], dim=3)
+    return scores.softmax(-1)[..., :seqlen] @ value
 
 
 DOCUMENTS = ((5, 1, 11), (17,))
@@ -57,7 +71,7 @@ DOCUMENTS = ((5, 1, 11), (17,))
         (name, window)
         for name, core in CORES.items()
         for window in (None, 1, 2, 4, 5, 16, 17, 18)
-        if isinstance(core, Kernel) and core.cpu and (core.windows or (window or 17) >= 17)
+        if isinstance(core, Kernel) and core.cpu and (core.tiles or (window or 17) >= 17)
     ],
 )
 def test_attention_equals_the_explicit_mask(
@@ -75,6 +89,43 @@ def test_attention_equals_the_explicit_mask(
         results.append([out.detach(), *(x.grad for x in tensors)])
     for ours, truth in zip(*results, strict=True):
         torch.testing.assert_close(ours, truth, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("documents", [None, DOCUMENTS])
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("chunk", [None, 6])
+@pytest.mark.parametrize("softcap", [None, 0.5])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_variants_equal_the_explicit_mask(
+    documents: Documents,
+    window: int | None,
+    chunk: int | None,
+    softcap: float | None,
+    with_sinks: bool,
+) -> None:
+    """Output and every gradient are equal for soft-caps, sinks and chunks, alone and combined, with windows."""
+    results = []
+    for ours in (True, False):
+        tensors = qkv(17)
+        sinks = torch.linspace(-1, 2, 4, dtype=torch.float64, requires_grad=True)
+        more = [sinks] if with_sinks else []
+        if ours:
+            limits: dict[str, Any] = {"chunk": chunk, "softcap": softcap}
+            limits["sinks"] = sinks if with_sinks else None
+            out = attend(*tensors, scale=0.7, window=window, documents=documents, **limits)
+        else:
+            out = masked([*tensors, *more], window, documents, chunk, softcap)
+        (out * torch.linspace(1, 2, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
+        results.append([out.detach(), *(x.grad for x in [*tensors, *more])])
+    for ours_, truth in zip(*results, strict=True):
+        torch.testing.assert_close(ours_, truth, rtol=1e-11, atol=1e-12)
+
+
+def test_blocks_of_queries_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of keys, values and sinks are sums over blocks of queries."""
+    monkeypatch.setattr(tiles, "ROWS", 5)
+    for window in (None, 4):
+        test_variants_equal_the_explicit_mask(None, window, None, 0.5, True)
 
 
 def flash_attn(monkeypatch: pytest.MonkeyPatch, module: str, returns_statistics: bool) -> list[str]:

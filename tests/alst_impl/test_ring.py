@@ -20,6 +20,7 @@ from alst_impl.layout import Layout, make_mesh
 from alst_impl.methods.base import layouts, load_method
 from alst_impl.ops.attention.ring import RingAttention, meeting
 from alst_impl.ops.attention.ulysses import UlyssesAttention
+from alst_impl.ops.attention.variant import Variant
 from alst_impl.placement import no_evidence
 from harness.commands.predict import cell_of
 from harness.gate.verdict import TOLERANCES
@@ -77,7 +78,7 @@ def through_ring(
         for i, h in enumerate(heads, 1)
     ]
     upstream = of_place(whole(HEADS, 4, dtype), place, places, zigzag).chunk(sp, dim=2)
-    out = attention(*local, layout=layout, scale=SCALE, window=None)
+    out = attention(*local, layout=layout, variant=Variant(SCALE))
     grads = torch.autograd.grad(out, local, upstream[part])
     # Keys and values are passed P - 1 times in each direction. Their gradients are passed once
     # more, to return to their owner.

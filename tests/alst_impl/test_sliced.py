@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint as stock_checkpoint
 
 from alst_impl.layout import Layout, Part
 from alst_impl.ops.attention.cores.base import load_core
+from alst_impl.ops.attention.variant import Variant
 from alst_impl.ops.memory.offload import checkpoint
 from alst_impl.ops.pipeline.schedule import seq1f1b
 from alst_impl.ops.pipeline.sliced import SliceAttention, sliced_attention
@@ -90,7 +91,7 @@ class Layer(torch.nn.Module):
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         self.calls += 1
-        out = self.attention(*self.project(x), layout=layout, scale=SCALE, window=None)
+        out = self.attention(*self.project(x), layout=layout, variant=Variant(SCALE))
         return out.transpose(1, 2).flatten(2)
 
 
@@ -152,4 +153,4 @@ def test_a_short_window_is_refused() -> None:
     attention = SliceAttention(load_core("sdpa"))
     q, k, v = tensors(2)
     with pytest.raises(ValueError, match=r"a sliding window \(8\) .*use slices: 1"):
-        attention(q, k, v, layout=Layout(46, part=Part(0, 0, 2)), scale=SCALE, window=8)
+        attention(q, k, v, layout=Layout(46, part=Part(0, 0, 2)), variant=Variant(SCALE, 8))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from alst_impl.ops.attention.ulysses import (
     replicate_kv_heads,
     sequence_to_heads,
 )
+from alst_impl.ops.attention.variant import Variant
 from alst_impl.placement import no_evidence
 
 if TYPE_CHECKING:
@@ -76,15 +77,14 @@ def attention_over_ranks(
         tensors = [whole(HEADS, 1), whole(num_kv_heads, 2), whole(num_kv_heads, 3)]
         upstream = whole(HEADS, 4)
         full = [x.clone().requires_grad_() for x in tensors]
-        options: dict[str, Any] = {"scale": 0.3, "window": window}
-        expected = attend(*full, documents=documents, **options)
+        expected = attend(*full, documents=documents, scale=0.3, window=window)
         (expected * upstream).sum().backward()
 
         evidence = no_evidence()
         attention = UlyssesAttention(load_core("sdpa"), evidence, degree)
         layout = Layout(SEQLEN, sp=degree, documents=documents, mesh=mesh)
         local = [of_sequence(x, rank, degree) for x in tensors]
-        out = attention(*local, layout=layout, **options)
+        out = attention(*local, layout=layout, variant=Variant(0.3, window))
         (out * upstream.chunk(degree, dim=2)[rank]).sum().backward()
         torch.testing.assert_close(out, expected.chunk(degree, dim=2)[rank], rtol=1e-12, atol=1e-12)
         for ours, truth in zip(local, full, strict=True):
@@ -113,9 +113,7 @@ def test_without_a_group_attention_is_plain() -> None:
     """At sp 1 there is no exchange."""
     evidence = no_evidence()
     q, k, v = whole(HEADS, 1), whole(2, 2), whole(2, 3)
-    out = UlyssesAttention(load_core("sdpa"), evidence)(
-        q, k, v, layout=None, scale=0.5, window=None
-    )
+    out = UlyssesAttention(load_core("sdpa"), evidence)(q, k, v, layout=None, variant=Variant(0.5))
     assert torch.equal(out, attend(q, k, v, scale=0.5))
     assert evidence["exchanges"] == 0
 
@@ -126,7 +124,7 @@ def test_a_call_without_its_layout_is_refused_if_ranks_share_samples() -> None:
     q, k, v = whole(HEADS, 1), whole(2, 2), whole(2, 3)
     for layout in (None, Layout(SEQLEN, documents=((5, 7), (12,))), Layout(SEQLEN, sp=4)):
         with pytest.raises(ValueError, match=r"2 ranks share each sample.*: shard it"):
-            attention(q, k, v, layout=layout, scale=0.5, window=None)
+            attention(q, k, v, layout=layout, variant=Variant(0.5))
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from alst_impl.layout import Documents
+from alst_impl.ops.attention.variant import Variant
+from alst_impl.ops.autograd import apply
 from alst_impl.ops.memory.tiling import accumulation_dtype
 
 Rest = Sequence[Any]
@@ -292,3 +294,51 @@ def attend_backward(
 
 def _added(sums: list[Tensor], more: Sequence[Tensor]) -> list[Tensor]:
     return [total.add_(addend) for total, addend in zip(sums, more, strict=True)]
+
+
+def supports(query: Tensor, value: Tensor) -> bool:
+    """Whether the kernel takes such tensors: equal head dims, and on CUDA a dtype of 16 bits."""
+    dtypes = (torch.float16, torch.bfloat16)
+    return query.shape[-1] == value.shape[-1] and (
+        query.device.type != "cuda" or query.dtype in dtypes
+    )
+
+
+def add_sinks(out: Tensor, logsumexp: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """`out` [B, H, S, D] and `logsumexp` [B, H, S] with one more score per head, `sinks` [H], without a value.
+
+    They are what `attend_backward` needs to be exact, because it forms the weights as exp(score - logsumexp).
+    """
+    total = torch.logaddexp(logsumexp, sinks.to(logsumexp.dtype)[:, None])
+    return (out * (logsumexp - total).exp()[..., None]).to(out.dtype), total
+
+
+def sinks_gradient(grad: Tensor, out: Tensor, logsumexp: Tensor, sinks: Tensor) -> Tensor:
+    """Gradient of `sinks` [H], from the output's gradient [B, H, S, D] and what `add_sinks` returned."""
+    weight = (sinks.to(logsumexp.dtype)[:, None] - logsumexp).exp()
+    along = (grad * out).sum(dim=-1, dtype=logsumexp.dtype)
+    return -(weight * along).sum(dim=(0, 2)).to(sinks.dtype)
+
+
+class _WithSinks(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, scale: float, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor
+    ) -> Tensor:
+        out, logsumexp, ctx.rests = attend_with_logsumexp(query, key, value, scale=scale)
+        out, logsumexp = add_sinks(out, logsumexp, sinks)
+        ctx.scale = scale
+        ctx.save_for_backward(query, key, value, out, logsumexp, sinks)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, logsumexp, sinks = ctx.saved_tensors
+        (grad,) = grads
+        found = attend_backward(grad, query, key, value, out, logsumexp, ctx.rests, scale=ctx.scale)
+        return None, *found, sinks_gradient(grad, out, logsumexp, sinks)
+
+
+def attend_with_sinks(query: Tensor, key: Tensor, value: Tensor, variant: Variant) -> Tensor:
+    """query [B, H, S, D], key and value [B, K, S, D] -> [B, H, S, D], causal, with the sinks of `variant`."""
+    return apply(_WithSinks, variant.scale, query, key, value, variant.sinks)

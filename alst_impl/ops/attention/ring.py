@@ -26,6 +26,7 @@ from torch.distributed import ProcessGroup, Work
 
 from alst_impl.layout import Layout
 from alst_impl.ops.attention import flash
+from alst_impl.ops.attention.variant import Variant
 from alst_impl.ops.autograd import apply
 from alst_impl.placement import Evidence
 
@@ -86,8 +87,7 @@ class RingAttention:
         value: Tensor,
         *,
         layout: Layout,
-        scale: float,
-        window: int | None,
+        variant: Variant,
     ) -> Tensor:
         """query [B, H, s, D], key and value [B, K, s, D] -> [B, H, s, D] in their dtype. Collective.
 
@@ -95,8 +95,9 @@ class RingAttention:
         no mask but the causal one.
         """
         documents, group = layout.documents is not None, layout.group("cp")
-        if documents or (window is not None and window < layout.length):
-            hidden = "packed documents" if documents else f"a window of {window} tokens"
+        variant = variant.over(layout.length)
+        if documents or variant.chunk or variant.needs():
+            hidden = "packed documents" if documents else variant.says()
             raise ValueError(
                 f"ring attention over {layout.length} tokens does not support {hidden}; use method 'alst' or "
                 "'baseline'"
@@ -105,7 +106,7 @@ class RingAttention:
         return apply(
             _RingFunction,
             Ring(group, layout.order == "zigzag", self.evidence),
-            scale,
+            variant.scale,
             query,
             key,
             value,

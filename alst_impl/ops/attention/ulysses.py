@@ -7,7 +7,7 @@ Legend: B batch, S sequence, P sequence-parallel degree, H query heads, K kv hea
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 from alst_impl.layout import Layout, reached
 from alst_impl.ops.attention.cores.base import Core
 from alst_impl.ops.attention.ring import RingAttention
+from alst_impl.ops.attention.variant import Variant
 from alst_impl.ops.autograd import apply
 from alst_impl.placement import Evidence
 
@@ -85,6 +86,13 @@ def replicate_kv_heads(x: Tensor, degree: int) -> Tensor:
     return x if copies == 1 else x.repeat_interleave(copies, dim=1)
 
 
+def _of_heads(variant: Variant, group: ProcessGroup) -> Variant:
+    """The variant of this rank's query heads."""
+    if variant.sinks is None:
+        return variant
+    return replace(variant, sinks=variant.sinks.chunk(group.size())[group.rank()])
+
+
 @dataclass(frozen=True)
 class UlyssesAttention:
     """Attention over sequences that are sharded along axis `sp` of their layout; without shards, the core itself."""
@@ -102,20 +110,18 @@ class UlyssesAttention:
         value: Tensor,
         *,
         layout: Layout | None,
-        scale: float,
-        window: int | None,
+        variant: Variant,
     ) -> Tensor:
         """query [B, H, S/P, D], key and value [B, K, S/P, D] -> [B, H, S/P, D]. Collective.
 
-        `window` refers to the whole sequence. `layout` may be None for whole samples of one document.
+        `variant` refers to the whole sequence and all heads. `layout` may be None for whole samples of one document.
         """
         layout = reached(layout, query.shape[2], self.shards)
         group = layout.group("sp")
-        options: Any = {"layout": layout, "scale": scale, "window": window}
         if group is None:
-            return self.core(query, key, value, **options)
+            return self.core(query, key, value, layout=layout, variant=variant)
         key, value = (replicate_kv_heads(x, group.size()) for x in (key, value))
         query, key, value = (sequence_to_heads(x, group) for x in (query, key, value))
-        out = self.core(query, key, value, **options)
+        out = self.core(query, key, value, layout=layout, variant=_of_heads(variant, group))
         self.evidence["exchanges"] += 4
         return heads_to_sequence(out, group)

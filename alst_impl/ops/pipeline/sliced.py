@@ -18,6 +18,7 @@ from torch import Tensor
 from alst_impl.layout import Documents, Layout, Part, reached
 from alst_impl.ops.attention.cores.base import Core
 from alst_impl.ops.attention.flash import Rest, merge_, operators
+from alst_impl.ops.attention.variant import Variant
 from alst_impl.ops.autograd import apply
 
 
@@ -201,21 +202,22 @@ class SliceAttention:
         value: Tensor,
         *,
         layout: Layout | None,
-        scale: float,
-        window: int | None,
+        variant: Variant,
     ) -> Tensor:
         """query [B, H, s, D], key and value [B, K, s, D] -> [B, H, s, D]; whole sequences go to the core."""
         layout = reached(layout, query.shape[2], shards=1)
         at = layout.part
         if at is None:
-            return self._core(query, key, value, layout=layout, scale=scale, window=window)
+            return self._core(query, key, value, layout=layout, variant=variant)
         kept = [self._kept[at.micro_batch, index] for index in range(at.index)]
         earlier = [(pair.key, pair.value) for pair in kept]
-        _refuse_window(window, sum(pair.key.shape[2] for pair in kept) + key.shape[2])
+        _refuse(variant, sum(pair.key.shape[2] for pair in kept) + key.shape[2])
         if at.index < at.count - 1:
             key, value = self._shared(at, key, value)
         documents = layout.documents
-        return sliced_attention(query, key, value, earlier, scale=scale, documents=documents)
+        return sliced_attention(
+            query, key, value, earlier, scale=variant.scale, documents=documents
+        )
 
     def _shared(self, at: Part, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values whose gradients include those from later slices."""
@@ -236,9 +238,7 @@ class SliceAttention:
         self._kept.pop((at.micro_batch, at.index), None)
 
 
-def _refuse_window(window: int | None, seen: int) -> None:
-    if window is not None and window < seen:
-        raise ValueError(
-            f"attention over slices does not support a sliding window ({window}) shorter than the sequence; "
-            "use slices: 1"
-        )
+def _refuse(variant: Variant, seen: int) -> None:
+    variant = variant.over(seen)
+    if variant.chunk is not None or variant.needs():
+        raise ValueError(f"attention over slices does not support {variant.says()}; use slices: 1")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from alst_impl.config import Frozen, Spec
 from alst_impl.layout import Documents, Layout
+from alst_impl.ops.attention.variant import Variant
 from alst_impl.plugin import load
 
 if TYPE_CHECKING:
@@ -32,19 +33,12 @@ class Core(Frozen):
 
     @abstractmethod
     def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        layout: Layout,
-        scale: float,
-        window: int | None,
+        self, query: Tensor, key: Tensor, value: Tensor, *, layout: Layout, variant: Variant
     ) -> Tensor:
         """query [B, H, S, D], key and value [B, K, S, D] -> [B, H, S, D] in their dtype, for S tokens of `layout`.
 
-        `window` is the number of keys that a query sees, itself included; None for all. Raises `ValueError`
-        if the core is not installed or does not support the window. Never makes an S x S mask.
+        Raises `ValueError` if the core is not installed or does not support the variant. Never makes an S x S
+        mask.
         """
 
     def visible_pairs(self, layout: Layout, window: int | None = None) -> int:
@@ -65,73 +59,80 @@ def _pairs(length: int, window: int | None) -> int:
 class Kernel(Core):
     """A fused causal kernel. Documents take one call each, but for a `PackingKernel`."""
 
-    windows: ClassVar[bool] = False
-    """Whether windows shorter than the sequence are supported, block by block through PyTorch's attention."""
+    native: ClassVar[frozenset[str]] = frozenset()
+    """Parts of a variant that the kernel computes itself, as `Variant.needs` names them."""
+    tiles: ClassVar[bool] = False
+    """Whether what the kernel does not compute itself is computed block by block through PyTorch."""
 
     @abstractmethod
-    def causal(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """query [B, H, S, D], key and value [B, K, S, D] -> [B, H, S, D], causal."""
+    def causal(self, query: Tensor, key: Tensor, value: Tensor, variant: Variant) -> Tensor:
+        """query [B, H, S, D], key and value [B, K, S, D] -> [B, H, S, D], causal, with the `native` parts of `variant`."""
 
     def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        layout: Layout,
-        scale: float,
-        window: int | None,
+        self, query: Tensor, key: Tensor, value: Tensor, *, layout: Layout, variant: Variant
     ) -> Tensor:
         import torch
 
-        documents = layout.documents
-        if window is not None and window < query.shape[2] and not self.windows:
+        batch, _, seqlen, _ = query.shape
+        variant = variant.over(seqlen)
+        documents = variant.documents(batch, seqlen, layout.documents)
+        missing = variant.needs() - self.native
+        if missing and not self.tiles:
             name = type(self).__module__.rsplit(".", 1)[-1]
             raise ValueError(
-                f"attention '{name}' does not support a sliding window ({window}) shorter than the sequence "
-                f"({query.shape[2]} tokens); use attention 'sdpa'"
+                f"attention '{name}' does not support {variant.says(missing)} ({seqlen} tokens); use attention 'sdpa'"
             )
         if documents is None:
-            return self._windowed(query, key, value, scale, window)
-        if window is None and isinstance(self, PackingKernel):
-            return self.in_one_call(query, key, value, scale, documents)
+            return self._document(query, key, value, variant)
+        if not missing and isinstance(self, PackingKernel):
+            return self.in_one_call(query, key, value, variant, documents)
         samples = []
         for index, lengths in enumerate(documents):
             sample = [x[index : index + 1].split(list(lengths), dim=2) for x in (query, key, value)]
-            parts = [
-                self._windowed(q, k, v, scale, window) for q, k, v in zip(*sample, strict=True)
-            ]
+            parts = [self._document(q, k, v, variant) for q, k, v in zip(*sample, strict=True)]
             samples.append(torch.cat(parts, dim=2))
         return torch.cat(samples)
 
-    def _windowed(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
-    ) -> Tensor:
-        """Attention within one document; with a shorter window, block by block of queries: O(S * window) memory."""
-        import torch
+    def _document(self, query: Tensor, key: Tensor, value: Tensor, variant: Variant) -> Tensor:
+        """Attention within one document."""
+        variant = variant.over(query.shape[2])
+        missing = variant.needs() - self.native
+        if not missing:
+            return self.causal(query, key, value, variant)
+        if missing == {"window"}:
+            return _windowed(query, key, value, variant)
+        from alst_impl.ops.attention import flash, tiles
 
-        seqlen = query.shape[2]
-        if window is None or window >= seqlen:
-            return self.causal(query, key, value, scale)
-        blocks = []
-        for start in range(0, seqlen, window):
-            stop = min(start + window, seqlen)
-            first = max(start - window + 1, 0)
-            distance = (
-                torch.arange(start, stop, device=query.device)[:, None]
-                - torch.arange(first, stop, device=query.device)[None, :]
+        if missing == {"sinks"} and flash.supports(query, value):
+            return flash.attend_with_sinks(query, key, value, variant)
+        return tiles.attend(query, key, value, variant)
+
+
+def _windowed(query: Tensor, key: Tensor, value: Tensor, variant: Variant) -> Tensor:
+    """Attention with a window through PyTorch's kernels, block by block of queries: O(S * window) memory."""
+    import torch
+
+    seqlen, window = query.shape[2], variant.window
+    assert window is not None, "without a window one call is enough"
+    blocks = []
+    for start in range(0, seqlen, window):
+        stop = min(start + window, seqlen)
+        first = max(start - window + 1, 0)
+        distance = (
+            torch.arange(start, stop, device=query.device)[:, None]
+            - torch.arange(first, stop, device=query.device)[None, :]
+        )
+        blocks.append(
+            torch.nn.functional.scaled_dot_product_attention(
+                query[:, :, start:stop],
+                key[:, :, first:stop],
+                value[:, :, first:stop],
+                attn_mask=(distance >= 0) & (distance < window),
+                scale=variant.scale,
+                enable_gqa=query.shape[1] != key.shape[1],
             )
-            blocks.append(
-                torch.nn.functional.scaled_dot_product_attention(
-                    query[:, :, start:stop],
-                    key[:, :, first:stop],
-                    value[:, :, first:stop],
-                    attn_mask=(distance >= 0) & (distance < window),
-                    scale=scale,
-                    enable_gqa=query.shape[1] != key.shape[1],
-                )
-            )
-        return torch.cat(blocks, dim=2)
+        )
+    return torch.cat(blocks, dim=2)
 
 
 class PackingKernel(Kernel):
@@ -145,16 +146,16 @@ class PackingKernel(Kernel):
         value: Tensor,
         offsets: Tensor,
         longest: int,
-        scale: float,
+        variant: Variant,
     ) -> Tensor:
-        """query [T, H, D], key and value [T, K, D] -> [T, H, D], causal within each document.
+        """query [T, H, D], key and value [T, K, D] -> [T, H, D], causal within each document, as `causal`.
 
         `offsets` (int32 [N + 1]) are the starts of N documents and the end of the last; `longest` is the
         number of tokens of the longest one.
         """
 
     def in_one_call(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float, documents: Documents
+        self, query: Tensor, key: Tensor, value: Tensor, variant: Variant, documents: Documents
     ) -> Tensor:
         """All documents of all samples in one call."""
         import torch
@@ -164,7 +165,7 @@ class PackingKernel(Kernel):
         offsets = torch.tensor([0, *lengths], device=query.device).cumsum(0).to(torch.int32)
         # [B, H, S, D] -> [B * S, H, D]
         flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
-        out = self.packed(flat[0], flat[1], flat[2], offsets, max(lengths), scale)
+        out = self.packed(flat[0], flat[1], flat[2], offsets, max(lengths), variant)
         # [B * S, H, D] -> [B, H, S, D]
         whole: Tensor = out.unflatten(0, (batch, seqlen))
         return whole.transpose(1, 2)
@@ -205,13 +206,22 @@ class FlashAttention(PackingKernel):
         except ImportError as error:
             raise ValueError(f"{self._needs()} ({' '.join(str(error).split())})") from None
 
-    def causal(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    native: ClassVar[frozenset[str]] = frozenset({"window", "softcap"})
+
+    def causal(self, query: Tensor, key: Tensor, value: Tensor, variant: Variant) -> Tensor:
         # [B, H, S, D] -> [B, S, H, D]: views; the kernel takes any strides as long as D is contiguous
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         attention = self._functions().flash_attn_func
-        return output(attention(query, key, value, softmax_scale=scale, causal=True)).transpose(
-            1, 2
-        )
+        return output(attention(query, key, value, **self._options(variant))).transpose(1, 2)
+
+    def _options(self, variant: Variant) -> dict[str, Any]:
+        """Keyword arguments of the package's functions."""
+        options: dict[str, Any] = {"softmax_scale": variant.scale, "causal": True}
+        if variant.window is not None:
+            options["window_size"] = (variant.window - 1, 0)  # keys before and after a query
+        if variant.softcap is not None:
+            options["softcap"] = variant.softcap
+        return options
 
     def packed(
         self,
@@ -220,7 +230,7 @@ class FlashAttention(PackingKernel):
         value: Tensor,
         offsets: Tensor,
         longest: int,
-        scale: float,
+        variant: Variant,
     ) -> Tensor:
         attention = self._functions().flash_attn_varlen_func
         result = attention(
@@ -231,8 +241,7 @@ class FlashAttention(PackingKernel):
             cu_seqlens_k=offsets,
             max_seqlen_q=longest,
             max_seqlen_k=longest,
-            softmax_scale=scale,
-            causal=True,
+            **self._options(variant),
         )
         return output(result)
 

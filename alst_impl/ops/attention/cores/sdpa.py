@@ -9,13 +9,15 @@ from alst_impl.ops.attention.cores.base import Kernel, sdpa
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from alst_impl.ops.attention.variant import Variant
+
 
 class Sdpa(Kernel):
-    """The default: it runs everywhere, and supports windows."""
+    """The default: it runs everywhere, and supports every variant."""
 
     cpu: ClassVar[bool] = True
     flash: ClassVar[bool] = True
-    windows: ClassVar[bool] = True
+    tiles: ClassVar[bool] = True
 
-    def causal(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        return sdpa(query, key, value, scale)
+    def causal(self, query: Tensor, key: Tensor, value: Tensor, variant: Variant) -> Tensor:
+        return sdpa(query, key, value, variant.scale)

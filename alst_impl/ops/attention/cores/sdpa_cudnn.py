@@ -9,12 +9,14 @@ from alst_impl.ops.attention.cores.base import Kernel, sdpa
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from alst_impl.ops.attention.variant import Variant
+
 
 class SdpaCudnn(Kernel):
     """Documents take one call each."""
 
-    def causal(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def causal(self, query: Tensor, key: Tensor, value: Tensor, variant: Variant) -> Tensor:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            return sdpa(query, key, value, scale)
+            return sdpa(query, key, value, variant.scale)

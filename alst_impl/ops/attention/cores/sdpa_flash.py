@@ -9,17 +9,19 @@ from alst_impl.ops.attention.cores.base import PackingKernel, output, sdpa
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from alst_impl.ops.attention.variant import Variant
+
 
 class SdpaFlash(PackingKernel):
     """The kernel that the project's records are made with."""
 
     flash: ClassVar[bool] = True
 
-    def causal(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def causal(self, query: Tensor, key: Tensor, value: Tensor, variant: Variant) -> Tensor:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return sdpa(query, key, value, scale)
+            return sdpa(query, key, value, variant.scale)
 
     def packed(
         self,
@@ -28,7 +30,7 @@ class SdpaFlash(PackingKernel):
         value: Tensor,
         offsets: Tensor,
         longest: int,
-        scale: float,
+        variant: Variant,
     ) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
@@ -42,7 +44,7 @@ class SdpaFlash(PackingKernel):
             offsets,
             longest,
             longest,
-            scale=scale,
+            scale=variant.scale,
             window_size=causal,
             **grouped,
         )
