@@ -15,6 +15,7 @@ COUNTERS = {
     "exchanges": "sequence <-> heads all-to-alls issued",
     "rotations": "sends of keys and values, or of their gradients, to the next rank of a ring",
     "offloaded_bytes": "bytes of checkpointed layer inputs copied to the host",
+    "gathers": "runs of modules that mix tokens otherwise than by attention, on the tokens of all ranks",
     "slices": "forward passes of sequence slices through a pipeline stage",
 }
 """What a run counts as proof that the long-sequence code ran."""

@@ -41,7 +41,7 @@ def config_of(**settings: Any) -> TrainConfig:
 
 def corpus_of(config: TrainConfig) -> Corpus:
     """The samples of a run."""
-    vocab_size = models.published(config.model, config.overrides)["vocab_size"]
+    vocab_size = models.described(config.model, config.overrides)["vocab_size"]
     return Corpus(config.data, config.seqlen, config.seed, vocab_size, config.accumulation > 1)
 
 

@@ -12,6 +12,7 @@ from alst_impl.hf.attention import (
     use_attentions,
 )
 from alst_impl.hf.checkpointing import checkpoint_layers, stock_checkpointing
+from alst_impl.hf.gathered import gather_mixers
 from alst_impl.hf.instances import bound, set_forward
 from alst_impl.hf.stages import keep_stage
 from alst_impl.hf.structure import (
@@ -19,6 +20,8 @@ from alst_impl.hf.structure import (
     decoder_layers,
     final_norms,
     head_name,
+    mixers,
+    refuse_positions_of_shards,
     token_wise_modules,
 )
 from alst_impl.hf.tiling import tile_loss, tile_module
@@ -31,8 +34,11 @@ __all__ = [
     "checkpoint_layers",
     "decoder_layers",
     "final_norms",
+    "gather_mixers",
     "head_name",
     "keep_stage",
+    "mixers",
+    "refuse_positions_of_shards",
     "set_forward",
     "stock_attention",
     "stock_checkpointing",

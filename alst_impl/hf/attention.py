@@ -4,6 +4,7 @@ Legend: B batch, S sequence, P sequence-parallel degree, H query heads, K kv hea
 """
 
 import copy
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -12,13 +13,24 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from alst_impl.hf.structure import attention_modules, decoder_layers
+from alst_impl.hf.structure import attention_modules, decoder_of
 from alst_impl.layout import Layout
 from alst_impl.ops.attention.variant import Variant
 
 ATTENTION = "alst"
 """Name of our attention in transformers' registry.
 No mask function is registered under it, so transformers builds no S x S mask."""
+
+
+HARMLESS = {
+    "cache_position",
+    "input_ids",
+    "labels",
+    "num_items_in_batch",
+    "position_ids",
+    "shift_labels",
+}
+"""Tensors that models pass to attention and that change nothing in it."""
 
 
 class Attention(Protocol):
@@ -74,11 +86,12 @@ def _attention(
             f"attention got {query.shape[2]} queries and {key.shape[2]} keys: a key/value cache is not supported in "
             "training; generate with the stock model, `with alst.disabled(): model.generate(...)`"
         )
-    if kwargs.get("position_bias") is not None:
-        raise ValueError(
-            "attention with 'position_bias' is not supported here: kernels add no bias to scores; use method "
-            "'baseline' with attention 'sdpa', which leaves the choice to transformers"
-        )
+    for name, given in kwargs.items():
+        if isinstance(given, Tensor) and name not in HARMLESS:
+            raise ValueError(
+                f"attention with '{name}' is not supported here: kernels compute scores from query and key alone; "
+                "use method 'baseline' with attention 'sdpa', which leaves the choice to transformers"
+            )
     if dropout:
         raise ValueError(
             f"attention_dropout ({dropout}) is not supported here; set it to 0 in the model's configuration"
@@ -129,28 +142,35 @@ def use_attentions(model: PreTrainedModel, attentions: Sequence[Attention]) -> N
         if config is not None:  # its own copy: two models may have been built from one object
             vars(module)["config"] = copy.deepcopy(config, memo)
     vars(model)["stock_attention"] = model.config._attn_implementation
-    model.config._attn_implementation = ATTENTION
-    for module, attention in zip(attention_modules(model), attentions, strict=True):
+    modules = attention_modules(model)
+    if modules:  # else the model's masks stay those of its own attention
+        model.config._attn_implementation = ATTENTION
+    for module, attention in zip(modules, attentions, strict=True):
         vars(module)["config"]._attn_implementation = ATTENTION
         vars(module)["alst_attention"] = attention
         vars(module)["noted_layout"] = None
 
-    for layer in decoder_layers(model):
-        layer.register_forward_pre_hook(_note_layout, with_kwargs=True)
+    decoder_of(model).register_forward_pre_hook(_note_layout, with_kwargs=True)
 
     def refuse_mask(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Transformers builds no mask for our attention, so a padding mask would be ignored silently.
         if base.config._attn_implementation == ATTENTION:  # type: ignore[union-attr]
             _refuse_mask(kwargs.get("attention_mask", args[1] if len(args) > 1 else None))
 
-    model.base_model.register_forward_pre_hook(refuse_mask, with_kwargs=True)
+    decoder_of(model).register_forward_pre_hook(refuse_mask, with_kwargs=True)
 
 
-def _note_layout(layer: nn.Module, _: Any, kwargs: dict[str, Any]) -> None:
-    """Note the layout that a decoder layer is called with, for attention to which the layer does not pass it."""
-    for module in layer.modules():
+def _note_layout(
+    decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Note the layout that the decoder is called with, for modules to which its layers do not pass it."""
+    for module in decoder.modules():
         if "noted_layout" in vars(module):
             vars(module)["noted_layout"] = kwargs.get("layout")
+    takes = inspect.signature(decoder.forward).parameters
+    if not any(each.kind is each.VAR_KEYWORD for each in takes.values()):
+        kwargs = {name: value for name, value in kwargs.items() if name != "layout"}
+    return args, kwargs
 
 
 def _layout(module: nn.Module, passed: Layout | None) -> Layout | None:

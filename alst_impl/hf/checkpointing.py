@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import PreTrainedModel
 
 from alst_impl.ops.memory.offload import HostOffload, checkpoint
@@ -25,8 +26,21 @@ def checkpoint_layers(model: PreTrainedModel, offload: HostOffload | None) -> No
     Later calls of the switch turn ours on and off: a trainer that asks for PyTorch's checkpointing gets ours.
     """
 
-    def run_checkpointed(layer: Callable[..., Any], hidden_states: Tensor, *args: Any) -> Tensor:
-        return checkpoint(lambda x: layer(x, *args), hidden_states, offload)
+    def run_checkpointed(layer: partial[Any], hidden_states: Tensor, *args: Any) -> Any:
+        # The layer gets further arguments with gradients in some models (Gemma 3n).
+        leaves, structure = tree_flatten((args, layer.keywords))
+        places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
+
+        def run(x: Tensor, *more: Tensor) -> Any:
+            if not more:
+                return layer(x, *args)
+            given = list(leaves)
+            for place, tensor in zip(places, more, strict=True):
+                given[place] = tensor
+            positional, named = tree_unflatten(given, structure)
+            return layer.func(*layer.args, x, *positional, **named)
+
+        return checkpoint(run, hidden_states, offload, [leaves[place] for place in places])
 
     for part in model.modules():
         if isinstance(part, PreTrainedModel):

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from alst_impl.hf.structure import decoder_layers, final_norms
+from alst_impl.hf.structure import decoder_layers, decoder_of, final_norms
 
 
 class _Elsewhere(nn.Module):
@@ -67,7 +67,7 @@ def keep_stage(model: PreTrainedModel, kept: range) -> None:
             if last:
                 output: CausalLMOutputWithPast = whole(**kwargs)
                 return output
-            model.base_model(**kwargs)
+            decoder_of(model)(**kwargs)
             out = ends[-1].seen
             assert out is not None, "the last layer is another stage's"
             return out

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeModelOutputWithPast
 
 from alst_impl.hf.instances import bound, set_forward
-from alst_impl.hf.structure import head_name
+from alst_impl.hf.structure import decoder_name, decoder_of, head_name, returned_values
 from alst_impl.ops.memory.loss import TokenLoss, tiled_loss
 from alst_impl.ops.memory.tiling import run_as, tiled
 from alst_impl.placement import Evidence
@@ -26,12 +26,14 @@ def tile_module(
 ) -> None:
     """Make `module`'s forward run in tiles of the sequence. For modules that map [B, S, ..., E] token-wise.
 
-    Without `recompute`, the activations of all tiles are kept for backward.
+    Without `recompute`, the activations of all tiles are kept for backward. A call with fewer axes or further
+    arguments runs untiled, which is as exact.
 
     A query or key norm may get [B, H, S, D]. It normalizes each head separately, so tiling over heads is
     exact too.
     """
-    vars(module)["tiling"] = _Tiling(module.forward, tiles, evidence, recompute)
+    rest = returned_values(module) - 1
+    vars(module)["tiling"] = _Tiling(module.forward, tiles, evidence, recompute, rest)
     run_as(module, bound(module, _tiled_forward))
 
 
@@ -39,45 +41,73 @@ def tile_module(
 class _Tiling:
     """State of a tiled module's forward."""
 
-    stock: Callable[..., Tensor]
+    stock: Callable[..., Any]
     tiles: Tiles
     evidence: Evidence
     recompute: bool
+    rest: int
+    """Number of further values that the module returns and its layer drops."""
 
 
-def _tiled_forward(module: nn.Module, hidden_states: Tensor) -> Tensor:
-    if hidden_states.dim() < 3:
-        raise ValueError(
-            f"{type(module).__name__} is called on {hidden_states.dim()} axes, not on "
-            "[batch, sequence, ..., hidden]: it cannot be tiled along the sequence"
-        )
+def _first(several: Callable[[Tensor], Any], x: Tensor) -> Tensor:
+    first: Tensor = several(x)[0]
+    return first
+
+
+def _tiled_forward(module: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
     tiling: _Tiling = vars(module)["tiling"]
+    if hidden_states.dim() < 3 or args or kwargs:
+        return tiling.stock(hidden_states, *args, **kwargs)
     count = min(tiling.tiles(hidden_states), hidden_states.shape[1])
     tiling.evidence["tiles"] += count
+    fn = partial(_first, tiling.stock) if tiling.rest else tiling.stock
     if tiling.recompute:
-        return tiled(tiling.stock, hidden_states, count)
-    rows = -(-hidden_states.shape[1] // count)
-    tiles = [tiling.stock(tile) for tile in hidden_states.split(rows, dim=1)]
-    return torch.cat(tiles, dim=1)
+        out = tiled(fn, hidden_states, count)
+    else:
+        rows = -(-hidden_states.shape[1] // count)
+        out = torch.cat([fn(tile) for tile in hidden_states.split(rows, dim=1)], dim=1)
+    return (out, *[None] * tiling.rest) if tiling.rest else out
 
 
-class _Given(nn.Module):
-    """Stand-in for a decoder whose output is given. Returns transformers' output class with the most fields."""
+class _Output(MoeModelOutputWithPast):
+    """A decoder's output in which fields of other output classes are None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+class _StandIn(nn.Module):
+    """Stand-in for a module of the model. It has the module's attributes, and owns no parameter."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._module = [module]  # in a list, so that the module stays registered in one place only
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["_module"][0], name)
+
+
+class _Given(_StandIn):
+    """Stand-in for a decoder whose output is given. Some models call its part `decoder` instead (OPT)."""
+
+    @property
+    def decoder(self) -> nn.Module:
+        return self
 
     def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> MoeModelOutputWithPast:
-        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
+        return _Output(last_hidden_state=inputs_embeds)
 
 
-class _Projection(nn.Module):
+class _Projection(_StandIn):
     """The head's own projection, without the hooks that engines register on the head."""
 
     def __init__(self, head: nn.Module) -> None:
-        super().__init__()
-        self._head = [head]  # in a list, so that the head stays registered in one place only
+        super().__init__(head)
         self._stock = type(head).forward
 
     def forward(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self._stock(self._head[0], hidden)
+        logits: Tensor = self._stock(self._module[0], hidden)
         return logits
 
 
@@ -122,7 +152,7 @@ def _forward_with_tiled_loss(
     if "stock_forward" not in vars(head):
         vars(head)["stock_forward"] = head.forward
         set_forward(head, _head_forward)
-    hidden = model.base_model(*args, **kwargs).last_hidden_state
+    hidden = decoder_of(model)(*args, **kwargs).last_hidden_state
     wanted = _LossOfHead(
         _epilogue(model, name, head), shift_labels, count, vars(model)["tiled_loss"]
     )
@@ -185,7 +215,11 @@ def _epilogue(model: PreTrainedModel, name: str, head: nn.Module) -> PreTrainedM
     # `copy.copy` does not work on classes that `fully_shard` creates.
     epilogue: PreTrainedModel = object.__new__(type(model))
     vars(epilogue).update(vars(model))
-    vars(epilogue)["_modules"] = {model.base_model_prefix: _Given(), name: _Projection(head)}
+    given: dict[str, nn.Module] = {
+        decoder_name(model): _Given(decoder_of(model)),
+        name: _Projection(head),
+    }
+    vars(epilogue)["_modules"] = {**model._modules, **given}
     return epilogue
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 class Alst(Tiled):
     """Every part is an option, so that the paper's ablation is a sweep."""
 
+    knows: ClassVar[frozenset[str]] = frozenset({"softcap", "sinks", "chunks", "mixers"})
     sp: int = Field(default=1, ge=1)
     """Sequence-parallel degree: ranks that share one sample."""
 
     def check(self, config: TrainConfig) -> None:
-        check_sharded(config, self.sp, "alst")
+        check_sharded(config, self.sp, "alst", knows=self.knows)
         super().check(config)
 
     def layout(self, length: int) -> Layout:

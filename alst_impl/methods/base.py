@@ -9,12 +9,12 @@ from pydantic import Field
 
 from alst_impl.config import Frozen, Precision, Spec, TrainConfig
 from alst_impl.layout import Layout
-from alst_impl.models import field, published, rotary_by_longest, unsupported
+from alst_impl.models import described, field, rotary_by_longest, unsupported
 from alst_impl.ops.attention.cores.base import load_core
 from alst_impl.plugin import load
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from torch import Tensor
     from torch.distributed import DeviceMesh
@@ -35,6 +35,9 @@ class Method(Frozen):
 
     recomputes_layers: ClassVar[bool] = True
     """Whether each layer runs two forwards and one backward per step, as in published runs."""
+
+    knows: ClassVar[frozenset[str]] = frozenset()
+    """Features of models (`alst_impl.models.FEATURES`) that the method computes exactly, if it shards sequences."""
 
     def require(self) -> None:
         """Raise `ValueError`, naming the extra, if a package that `apply` needs is not installed."""
@@ -154,7 +157,10 @@ class Tiled(Method):
         """Install `attention` and the tiling in `model`, in place."""
         from alst_impl import hf
 
+        if attention.shards > 1:
+            hf.refuse_positions_of_shards(model)
         hf.use_attention(model, attention)
+        hf.gather_mixers(model, placement.evidence, attention.shards)
         tiles, evidence, config = self.tiles, placement.evidence, model.config
 
         def tiles_of_hidden(x: Tensor) -> int:
@@ -164,7 +170,8 @@ class Tiled(Method):
             logits = x.shape[0] * x.shape[1] * config.vocab_size  # which may have been resized
             return tiles or -(-logits * 4 // LOGITS_TILE_BYTES)
 
-        mlps, norms = hf.token_wise_modules(model)
+        tiled = self.tile_mlp or self.tile_norm
+        mlps, norms = hf.token_wise_modules(model) if tiled else ([], [])
         for module in (mlps if self.tile_mlp else []) + (norms if self.tile_norm else []):
             hf.tile_module(module, tiles_of_hidden, evidence)
         if self.tile_loss:
@@ -183,8 +190,13 @@ def divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def check_sharded(config: TrainConfig, sp: int, method: str, cp: int = 1) -> None:
-    """Raise `ValueError` unless `cp` and `sp` divide the ranks and the model can be sharded exactly over both."""
+def check_sharded(
+    config: TrainConfig, sp: int, method: str, cp: int = 1, knows: Collection[str] = ()
+) -> None:
+    """Raise `ValueError` unless `cp` and `sp` divide the ranks and the model can be sharded exactly over both.
+
+    `knows` are the features of models (`alst_impl.models.FEATURES`) that the method computes exactly.
+    """
     for axis, degree, ranks in (("cp", cp, config.world_size), ("sp", sp, config.world_size // cp)):
         if ranks % degree:
             of = "world_size" if ranks == config.world_size else "world_size / cp"
@@ -192,20 +204,22 @@ def check_sharded(config: TrainConfig, sp: int, method: str, cp: int = 1) -> Non
                 f"{axis} ({degree}) must divide {of} ({ranks}) for method '{method}'; "
                 f"use {axis} in {divisors(ranks)}"
             )
-    fields = published(config.model, config.overrides)
-    check_shardable(fields, sp, method, config.model)
+    fields = described(config.model, config.overrides)
+    check_shardable(fields, sp, method, config.model, knows)
     check_rotary(fields, "cp", cp, config.model)
 
 
-def check_shardable(fields: dict[str, Any], sp: int, method: str, model: str) -> None:
+def check_shardable(
+    fields: dict[str, Any], sp: int, method: str, model: str, knows: Collection[str] = ()
+) -> None:
     """Raise `ValueError` unless a model with configuration `fields` can be sharded exactly over `sp`."""
-    heads = field(fields, "num_attention_heads")
+    heads = field(fields, "num_attention_heads") if "num_attention_heads" in fields else sp
     if heads % sp:
         raise ValueError(
             f"num_attention_heads ({heads}) must be divisible by sp ({sp}) for method '{method}'; "
             f"use sp in {divisors(heads)}"
         )
-    reason = unsupported(fields)
+    reason = unsupported(fields, knows)
     if reason:
         raise ValueError(
             f"model '{model}' has {reason}, which method '{method}' cannot shard exactly; "

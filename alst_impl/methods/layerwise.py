@@ -9,7 +9,7 @@ from pydantic import Field
 from alst_impl.config import Precision, TrainConfig
 from alst_impl.layout import Layout
 from alst_impl.methods.base import Method, check_flash_by_name, check_sharded
-from alst_impl.models import field, published
+from alst_impl.models import described, field
 from alst_impl.ops.layerwise.headgroups import HeadGroups
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class Layerwise(Method):
             raise ValueError(
                 "overlap hides exchanges between ranks, but sp is 1; set overlap: false"
             )
-        fields = published(config.model, config.overrides)
+        fields = described(config.model, config.overrides)
         if self.every > field(fields, "num_hidden_layers"):
             raise ValueError(
                 f"every ({self.every}) is more than the {field(fields, 'num_hidden_layers')} layers of "

@@ -9,7 +9,7 @@ from pydantic import Field
 from alst_impl.config import TrainConfig
 from alst_impl.layout import Layout
 from alst_impl.methods.base import Tiled, check_flash_by_name, check_sharded, layouts
-from alst_impl.models import published, window
+from alst_impl.models import described, window
 
 if TYPE_CHECKING:
     from torch.distributed import DeviceMesh
@@ -57,7 +57,7 @@ class Ring(Tiled):
                 f"packed documents ({config.data.documents}) would see each other in the ring of method "
                 f"'{name}'; use documents: 1, or method 'alst'"
             )
-        visible = window(published(config.model, config.overrides))
+        visible = window(described(config.model, config.overrides))
         if visible is not None and visible < config.seqlen:
             raise ValueError(
                 f"model '{config.model}' has a sliding window of {visible}, less than seqlen "

@@ -12,7 +12,7 @@ from alst_impl.engines.base import load_engine
 from alst_impl.layout import Layout
 from alst_impl.methods.base import Method, check_flash_by_name, check_rotary, divisors
 from alst_impl.methods.layerwise import LOSS_ROWS
-from alst_impl.models import field, published, unsupported, window
+from alst_impl.models import described, field, unsupported, window
 from alst_impl.ops.pipeline.schedule import equal_flops, equal_lengths
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Seq1F1B(Method):
     False keeps the logits of all slices on the last stage until their backward, as in the paper."""
 
     def check(self, config: TrainConfig) -> None:
-        fields = published(config.model, config.overrides)
+        fields = described(config.model, config.overrides)
         layers = field(fields, "num_hidden_layers")
         if config.world_size % self.pp:
             raise ValueError(
@@ -106,6 +106,12 @@ class Seq1F1B(Method):
         from alst_impl.ops.pipeline.executor import Pipeline, links
         from alst_impl.ops.pipeline.sliced import SliceAttention
 
+        others = hf.mixers(model) if self.slices > 1 else []
+        if others:
+            raise ValueError(
+                f"{type(others[0]).__name__} mixes tokens otherwise than by attention, which slices would cut apart; "
+                "use slices: 1"
+            )
         stage = mesh.get_local_rank("pp") if self.pp > 1 else 0
         layers = hf.decoder_layers(model)
         # Counts every expert as used. This affects only how well slices are balanced.
@@ -122,7 +128,7 @@ class Seq1F1B(Method):
             num_stages=self.pp,
             slices=self.slices,
             attentions=attentions,
-            borders=partial(self.borders, per_token, published(config.model, config.overrides)),
+            borders=partial(self.borders, per_token, described(config.model, config.overrides)),
             ahead=ahead,
             back=back,
             hidden_size=model.config.hidden_size,

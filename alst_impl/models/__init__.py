@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -59,13 +60,30 @@ def published(model: str, overrides: dict[str, Any] | None = None) -> dict[str, 
     return {**config, **(overrides or {})}
 
 
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+"""Sizes that every decoder has, by the names that most configurations give them."""
+DERIVED = (*SIZES, "num_key_value_heads", "head_dim", "sliding_window", "layer_types")
+"""What `described` reads from a configuration object."""
+
+
+def described(model: str, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
+    """As `published`, with the sizes of the text model under their usual names.
+
+    Some configurations name them otherwise (`n_embd`), nest them (`text_config`), or leave them to the defaults of
+    their class. transformers, and so torch, is imported for these alone. Raises `ValueError` as `published` does.
+    """
+    fields = published(model, overrides)
+    if all(key in fields for key in SIZES):
+        return fields
+    text = _configuration(model, fields).get_text_config(decoder=True)
+    found = {key: value for key in DERIVED if (value := getattr(text, key, None)) is not None}
+    return {**text.to_dict(), **fields, **found}
+
+
 def field(fields: dict[str, Any], key: str) -> int:
     """The size `fields[key]`. Raises `ValueError` naming `key` if it is missing or not a positive integer."""
     if key not in fields:
-        raise ValueError(
-            f"the configuration of model_type '{fields['model_type']}' has no '{key}'; models that name "
-            "their sizes otherwise, or keep them in a nested configuration, are not supported"
-        )
+        raise ValueError(f"the configuration of model_type '{fields['model_type']}' has no '{key}'")
     value = fields[key]
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(
@@ -75,28 +93,51 @@ def field(fields: dict[str, Any], key: str) -> int:
     return value
 
 
-UNSUPPORTED = {
-    "attn_logit_softcapping": "soft-capped attention logits",
-    "use_bidirectional_attention": "bidirectional attention",
-    "attention_chunk_size": "chunked attention",
-    "attention_dropout": "attention dropout",
-    "linear_conv_kernel_dim": "linear attention layers",
-    "mamba_d_state": "state-space layers",
-    "output_router_logits": "a router loss, which shards would each compute alone",
+FEATURES = {
+    "softcap": "soft-capped attention logits",
+    "sinks": "attention sinks",
+    "chunks": "chunked attention",
+    "mixers": "layers that mix tokens otherwise than by attention",
+    "bidirectional": "bidirectional attention",
+    "dropout": "attention dropout",
+    "router loss": "a router loss, which shards would each compute alone",
+    "shared keys": "layers that use other layers' keys and values, which checkpoints cut off from their gradients",
 }
-"""Configuration fields that, when set, turn on a feature that sharding or tiling would silently change."""
+"""Features of a model that a method has to know, because it changes the training otherwise."""
+_FIELDS = {
+    "attn_logit_softcapping": "softcap",
+    "attention_chunk_size": "chunks",
+    "linear_conv_kernel_dim": "mixers",
+    "mamba_d_state": "mixers",
+    "use_bidirectional_attention": "bidirectional",
+    "attention_dropout": "dropout",
+    "output_router_logits": "router loss",
+    "num_kv_shared_layers": "shared keys",
+}
+"""Configuration fields that, when set, turn a feature on."""
+_LAYERS = {"full_attention": None, "sliding_attention": None, "chunked_attention": "chunks"}
+"""Known entries of `layer_types`; all others are mixers."""
 
 
-def unsupported(fields: dict[str, Any]) -> str | None:
-    """Why a model with this configuration cannot be sharded along the sequence; None if it can."""
-    for key, meaning in UNSUPPORTED.items():
-        if fields.get(key):
-            return f"{meaning} ({key}={fields[key]!r})"
+def features(fields: dict[str, Any]) -> dict[str, str]:
+    """Features of `FEATURES` that the configuration turns on, each with the field that says so."""
+    found = {
+        feature: f"{key}={fields[key]!r}" for key, feature in _FIELDS.items() if fields.get(key)
+    }
     if fields["model_type"] == "gpt_oss":
-        return "attention sinks (model_type=gpt_oss)"
+        found["sinks"] = "model_type=gpt_oss"
     for index, kind in enumerate(fields.get("layer_types") or []):
-        if kind not in ("full_attention", "sliding_attention"):
-            return f"{kind} in layer {index} (layer_types)"
+        feature = _LAYERS.get(kind, "mixers")
+        if feature is not None:
+            found.setdefault(feature, f"{kind} in layer {index} of layer_types")
+    return found
+
+
+def unsupported(fields: dict[str, Any], known: Collection[str] = ()) -> str | None:
+    """A feature of this configuration that a method does not know, in words; None if it knows all. `known` are its."""
+    for feature, where in features(fields).items():
+        if feature not in known:
+            return f"{FEATURES[feature]} ({where})"
     return None
 
 
@@ -129,22 +170,27 @@ def has_weights(model: str) -> bool:
 
 def hf_config(config: TrainConfig) -> PreTrainedConfig:
     """The transformers configuration of a run. No code that came with a model is ever executed."""
+    return _configuration(config.model, published(config.model, config.overrides))
+
+
+def _configuration(model: str, fields: dict[str, Any]) -> PreTrainedConfig:
+    """The configuration of `model` with all its `fields`."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoConfig
 
-    fields = published(config.model, config.overrides)
+    fields = copy.deepcopy(fields)  # transformers keeps nested ones
     fields.pop("auto_map", None)
     model_type = fields.pop("model_type")
     if model_type not in CONFIG_MAPPING:
         raise ValueError(
-            f"model '{config.model}': the installed transformers does not know model_type '{model_type}'"
+            f"model '{model}': the installed transformers does not know model_type '{model_type}'"
         )
     try:
         return AutoConfig.for_model(model_type, **fields)
     except StrictDataclassError as error:
         said = " ".join(str(error).split())
         raise ValueError(
-            f"model '{config.model}': transformers refuses its configuration: {said}"
+            f"model '{model}': transformers refuses its configuration: {said}"
         ) from None
 
 
@@ -163,7 +209,22 @@ def build(config: TrainConfig) -> tuple[PreTrainedModel, Initializer]:
         )
         if config.lora is not None:
             add_adapters(model, config.lora)
+    _to_meta(model)
     return model, Initializer(config.seed, config.model if has_weights(config.model) else None)
+
+
+def _to_meta(model: PreTrainedModel) -> None:
+    """Move parameters that a constructor made elsewhere (with `torch.normal`) to the meta device, keeping ties.
+
+    They would differ between ranks.
+    """
+    import torch
+
+    for parameter in list(model.parameters()):
+        if not parameter.is_meta:
+            moved = torch.nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+            for holder, key in _holders(model, parameter):
+                holder._parameters[key] = moved
 
 
 def add_adapters(model: PreTrainedModel, lora: LoraConfig) -> None:
@@ -227,18 +288,24 @@ class Initializer:
             for name, b in module._buffers.items()
         }
         digest = hashlib.sha256(f"{self.seed}/{path}".encode()).digest()
+        owner = _owner(model, path)
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-            _owner(model, path)._init_weights(shell)
+            owner._init_weights(shell)
+            for name, value in [*shell._parameters.items(), *shell._buffers.items()]:
+                # The constructor initializes it, or the module around it. Its distribution is free, so that of
+                # most weights serves. A module's persistent state, such as a factor, would lose its meaning.
+                if value is not None and value.isnan().any() and name in module._parameters:
+                    value.normal_(std=getattr(owner.config, "initializer_range", None) or 0.02)
         drawn = {
             k: v.detach()
             for k, v in {**shell._parameters, **shell._buffers}.items()
             if v is not None
         }
         for name, value in drawn.items():
-            # NaN means that `_init_weights` did not set the tensor.
+            # NaN means that `_init_weights` did not set the tensor: its constructor did.
             if value.isnan().any():
-                raise ValueError(f"{type(model).__name__} does not initialise '{path}.{name}'")
+                drawn[name] = _constructed(model).get_buffer(f"{path}.{name}".lstrip("."))
         return _as_held(drawn, module)
 
     def fill(self, model: PreTrainedModel, part: nn.Module, device: torch.device) -> None:
@@ -267,6 +334,26 @@ class Initializer:
         return AutoModelForCausalLM.from_pretrained(
             str(self.weights), local_files_only=True, use_safetensors=True
         )
+
+
+def _constructed(model: PreTrainedModel) -> PreTrainedModel:
+    """`model` with the buffers that its constructors compute, and parameters on the meta device. Kept on `model`."""
+    import torch
+    from torch.nn.modules.module import register_module_parameter_registration_hook
+
+    def to_meta(_: nn.Module, __: str, parameter: nn.Parameter | None) -> Any:
+        if parameter is None:
+            return None
+        return torch.nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+
+    if "constructed" not in vars(model):
+        hook = register_module_parameter_registration_hook(to_meta)
+        try:
+            vars(model)["constructed"] = [type(model)(copy.deepcopy(model.config))]
+        finally:
+            hook.remove()
+    constructed: PreTrainedModel = vars(model)["constructed"][0]
+    return constructed
 
 
 def _as_held(values: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:

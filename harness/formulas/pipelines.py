@@ -14,7 +14,7 @@ from typing import Any
 from alst_impl.config import Frozen, TrainConfig
 from alst_impl.methods.base import layouts, load_method
 from alst_impl.methods.seq1f1b import Seq1F1B, layers_of
-from alst_impl.models import field, published
+from alst_impl.models import described, field
 from alst_impl.ops.pipeline.schedule import Span, Unit, bubble, makespan, orders, peak_live, play
 from harness.cells.hardware import Hardware, load_hardware
 from harness.cells.prediction import Flops, Prediction
@@ -97,7 +97,7 @@ def staged(train: TrainConfig, tp: int, hardware: str) -> Staged:
         raise ValueError(
             f"pp x tp ({method.pp} x {tp}) must divide world_size ({train.world_size}); use a multiple"
         )
-    fields = published(train.model, train.overrides)
+    fields = described(train.model, train.overrides)
     shape = flops.shape_of(fields, parameters_of(fields))
     per_token = 2 * (shape.num_parameters - 2 * shape.num_lookup_parameters) / shape.num_layers
     return Staged(

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from alst_impl.config import DType, Frozen, LoraConfig, OptimizerConfig, TrainConfig
 from alst_impl.data import Corpus
 from alst_impl.methods.base import layouts
-from alst_impl.models import materialize, published
+from alst_impl.models import described, materialize, published
 from harness.gate import truth
 from harness.gate.verdict import (
     ROUNDED,
@@ -45,7 +45,7 @@ TRUTH = Path(truth.__file__)
 
 def corpus_of(train: TrainConfig) -> Corpus:
     """The samples of a run. With accumulation, micro-batches have unequal numbers of labels."""
-    vocab_size = published(train.model, train.overrides)["vocab_size"]
+    vocab_size = described(train.model, train.overrides)["vocab_size"]
     return Corpus(train.data, train.seqlen, train.seed, vocab_size, uneven=train.accumulation > 1)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from alst_impl.config import Frozen, TrainConfig
 from alst_impl.methods.base import layouts, load_method
-from alst_impl.models import published
+from alst_impl.models import described
 from harness.cells.cell import Cell
 from harness.cells.hardware import load_hardware
 from harness.cells.prediction import (
@@ -255,7 +255,7 @@ def _sequences(config: TrainConfig) -> int:
 
 def _shape(cell: Cell, step: Step) -> flops.Shape:
     assert step.readings.num_parameters
-    fields = published(cell.train.model, cell.train.overrides)
+    fields = described(cell.train.model, cell.train.overrides)
     return flops.shape_of(fields, step.readings.num_parameters)
 
 

@@ -11,7 +11,7 @@ from functools import partial
 
 from alst_impl.config import TrainConfig
 from alst_impl.methods.base import layouts, load_method
-from alst_impl.models import field, published
+from alst_impl.models import described, field
 from harness.cells.cell import Cell
 from harness.cells.prediction import Limit, SearchResult
 from harness.predict.attempts import (
@@ -140,6 +140,6 @@ def _heads_are_spent(config: TrainConfig) -> bool:
     fields = type(method).model_fields
     if "sp" not in fields or "cp" in fields:  # a ring takes any number of ranks
         return False
-    heads = field(published(config.model, config.overrides), "num_attention_heads")
+    heads = field(described(config.model, config.overrides), "num_attention_heads")
     largest = math.gcd(config.world_size, heads)
     return layouts(config)[0].sp == largest < config.world_size

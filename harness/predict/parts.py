@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from alst_impl import hf
-from alst_impl.models import published
+from alst_impl.models import described
 from alst_impl.placement import Placement
 from alst_impl.step import micro_batches, start
 from harness.predict.depth import at_depth
@@ -38,7 +38,7 @@ def run_part(rank: Rank, cell: Cell, world: World) -> RankReadings:
         method, runtime = start(train, mesh, placement, world.initializer(cell))
         model: Any = getattr(runtime.module, "module", runtime.module)  # DeepSpeed wraps it
         (batch,) = micro_batches(train, world.corpus(train), method, mesh, 0, world.device)
-        width: int = published(train.model, train.overrides)["hidden_size"]
+        width: int = described(train.model, train.overrides)["hidden_size"]
         hidden = torch.empty(
             *batch.input_ids.shape,
             width,

@@ -11,7 +11,7 @@ from typing import Any
 
 from alst_impl.config import Spec
 from alst_impl.methods.base import divisors
-from alst_impl.models import field, published
+from alst_impl.models import described, field
 from harness.cells.cell import Cell
 from harness.cells.prediction import Option, Plan, Rung
 from harness.predict.attempts import GIB, capacity_bytes, host_memory_bytes
@@ -64,7 +64,7 @@ def _rungs(rank: Rank, cell: Cell, gpus: int) -> Iterator[list[Option]]:
     rung on which the smallest of all degrees fits.
     """
     train = cell.train
-    heads: int = field(published(train.model, train.overrides), "num_attention_heads")
+    heads: int = field(described(train.model, train.overrides), "num_attention_heads")
     degrees = [sp for sp in divisors(gpus) if heads % sp == 0]
 
     def at(sp: int, rung: Rung) -> Option:
@@ -109,7 +109,7 @@ def _rungs(rank: Rank, cell: Cell, gpus: int) -> Iterator[list[Option]]:
 
 def _nothing_fits(closest: Option, cell: Cell) -> Plan:
     p, train = closest.prediction, cell.train
-    heads = field(published(train.model, train.overrides), "num_attention_heads")
+    heads = field(described(train.model, train.overrides), "num_attention_heads")
     device = f"{(p.reserved_bytes or 0) / GIB:.1f} GiB per GPU, where the allocator has {capacity_bytes(cell) / GIB:.1f}"
     what = {
         "gpu_memory": device,

@@ -6,7 +6,7 @@ from functools import partial
 from typing import NamedTuple
 
 from alst_impl.methods.base import layouts, load_method
-from alst_impl.models import field, published
+from alst_impl.models import described, field
 from harness.cells.cell import Cell
 from harness.cells.prediction import Cost, Holding
 from harness.predict.attempts import Step, host_bytes, roomy, with_train
@@ -31,7 +31,7 @@ class Use(NamedTuple):
 
 def num_layers(cell: Cell) -> int:
     """Number of layers of the full model."""
-    return field(published(cell.train.model, cell.train.overrides), "num_hidden_layers")
+    return field(described(cell.train.model, cell.train.overrides), "num_hidden_layers")
 
 
 def period_of(cell: Cell) -> int:

@@ -10,7 +10,7 @@ from statistics import median
 from typing import NamedTuple
 
 from alst_impl.methods.base import layouts
-from alst_impl.models import published
+from alst_impl.models import described
 from harness.cells.hardware import load_hardware
 from harness.formulas.flops import model_causal, shape_of
 from harness.records.record import CudaMemory, Measurement, ParameterGate, Readings
@@ -78,7 +78,7 @@ def _mfu(m: Measurement) -> float | None:
     peak = load_hardware(m.cell.hardware).bf16_flops
     if seconds is None or peak is None or m.readings is None or m.readings.num_parameters is None:
         return None
-    shape = shape_of(published(t.model, t.overrides), m.readings.num_parameters)
+    shape = shape_of(described(t.model, t.overrides), m.readings.num_parameters)
     return _samples(m) * model_causal(shape, t.seqlen) / (seconds * t.world_size * peak)
 
 

@@ -112,7 +112,7 @@ def test_attention_gets_no_mask(name: str) -> None:
     assert masks == [None, None]
     assert [shape for shape, _ in seen] == [(2, 8, 11, 16)] * 2
     assert all(options["layout"] is layout for _, options in seen)
-    windows = [options["window"] for _, options in seen]
+    windows = [options["variant"].window for _, options in seen]
     expected = {"tiny-gemma3": [96, None], "tiny-mistral": [96, 96]}
     assert windows == expected.get(name, [None, None])
 
@@ -174,9 +174,9 @@ def test_a_padding_mask_given_to_the_model_is_refused() -> None:
         model(input_ids=IDS, attention_mask=mask, use_cache=False)
 
 
-@pytest.mark.parametrize("name", ["s_aux", "softcap", "position_bias"])
+@pytest.mark.parametrize("name", ["position_bias", "of_another_model"])
 def test_attention_that_sharding_would_change_is_refused(name: str) -> None:
-    """Sinks, soft caps and biases belong to heads or positions of the full model."""
+    """A tensor that attention is not known to get may belong to heads or positions of the full model."""
     model = build()
     wrap(model)
     with pytest.raises(ValueError, match=f"'{name}' is not supported"):

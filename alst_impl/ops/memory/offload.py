@@ -224,52 +224,59 @@ class _Checkpoint(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        run: Callable[[Tensor], Tensor],
+        run: Callable[..., Any],
         offload: HostOffload | None,
         incoming: _Incoming,
         x: Tensor,
-    ) -> Tensor:
+        *more: Tensor,
+    ) -> Any:
         ctx.run, ctx.offload, ctx.incoming = run, offload, incoming
-        if offload is None:
-            ctx.save_for_backward(x)
-        else:
-            ctx.parked = offload.store(x)
+        ctx.parked = None if offload is None else offload.store(x)
+        ctx.save_for_backward(*([x] if offload is None else []), *more)
         with FirstRun(x.device) as ctx.first:
-            return run(x)
+            return run(x, *more)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.offload is None:
-            (x,) = ctx.saved_tensors
-        else:
-            x = ctx.offload.load(ctx.parked)
-            ctx.parked = None
-        x = x.detach().requires_grad_()
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = list(ctx.saved_tensors)
+        x = saved.pop(0) if ctx.offload is None else ctx.offload.load(ctx.parked)
+        ctx.parked = None
+        given = [tensor.detach().requires_grad_() for tensor in (x, *saved)]
         with torch.enable_grad():
             with ctx.first.again().part():
-                out = ctx.run(x)
-            start = apply(_Outgoing, partial(ctx.incoming.give, grads[0]), out)
+                out = ctx.run(*given)
+            if isinstance(out, Tensor):
+                ends = [apply(_Outgoing, partial(ctx.incoming.give, grads[0]), out)]
+                of_ends: list[Tensor | None] = [None]
+            else:
+                pairs = zip(out, grads, strict=True)
+                found = [(end, grad) for end, grad in pairs if grad is not None]
+                found = [(end, grad) for end, grad in found if end.requires_grad]
+                ends, of_ends = [end for end, _ in found], [grad for _, grad in found]
         # Backward needs the graph, not the value: the layer's output is freed here.
         del out
-        torch.autograd.backward(start)
-        return None, None, None, x.grad
+        torch.autograd.backward(ends, of_ends)
+        return None, None, None, *(tensor.grad for tensor in given)
 
 
 def checkpoint(
-    run: Callable[[Tensor], Tensor], x: Tensor, offload: HostOffload | None = None
-) -> Tensor:
-    """`run(x)`, recomputed in backward; `x` is kept on the host if `offload` is given.
+    run: Callable[..., Any],
+    x: Tensor,
+    offload: HostOffload | None = None,
+    more: Sequence[Tensor] = (),
+) -> Any:
+    """`run(x, *more)`, recomputed in backward; `x` is kept on the host if `offload` is given.
 
-    `run` maps a tensor to a tensor and may use parameters: their gradients accumulate as in an ordinary
-    backward. It runs again with the same random numbers and autocast. Local.
+    `run` returns a tensor or a tuple and may use parameters: their gradients accumulate as in an ordinary
+    backward. Gradients reach x and `more`. It runs again with the same random numbers and autocast. Local.
     """
     if not torch.is_grad_enabled():
-        return run(x)
+        return run(x, *more)
     if not x.requires_grad:
         # Frozen embeddings: the layer's own parameters still need this node in the graph.
         x = x.detach().requires_grad_()
     incoming = _Incoming()
-    out = apply(_Checkpoint, run, offload, incoming, x)
-    if out.grad_fn is not None:
+    out: Any = apply(_Checkpoint, run, offload, incoming, x, *more)
+    if not isinstance(out, tuple) and out.grad_fn is not None:
         out.grad_fn.register_prehook(incoming.catch)
     return out
