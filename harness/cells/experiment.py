@@ -87,12 +87,27 @@ class Experiment(Frozen):
         """The rows of the matrix that run, with their cells. Raises `ValueError` as `cells` does."""
         return [(row, self._matrix_cell(row)) for row in self.rows if row.refused is None]
 
+    def all_rows(self) -> list[Row]:
+        """Every combination of levels, those that cannot be cells with their error message."""
+        assert self.matrix is not None
+        found = []
+        for levels in self.matrix.rows():
+            try:
+                make_cell(merge(self.base, self.matrix.settings(levels)))
+            except ValueError as error:
+                found.append(Row(levels=levels, refused=str(error)))
+            else:
+                found.append(Row(levels=levels, refused=None))
+        return found
+
     def refusals(self) -> list[Row]:
         """The refused rows of the matrix, each with its current error message.
 
         Raises `ValueError` for a row that is accepted, or refused for another reason than its rule gives.
         """
         assert self.matrix is not None
+        if self.matrix.every:
+            return [row for row in self.rows if row.refused is not None]
         found = []
         for levels in self.matrix.refusals():
             row, rule = Row(levels=levels, refused=None), self.matrix.rule(levels)
@@ -153,7 +168,9 @@ def load_experiment(path: Path) -> Experiment:
     path = paths.located(path)
     experiment = read_experiment(path)
     try:
-        if experiment.matrix:
+        if experiment.matrix and experiment.matrix.every:
+            experiment = experiment.model_copy(update={"rows": experiment.all_rows()})
+        elif experiment.matrix:
             rows = grid.read(path.with_suffix(".csv"), experiment.matrix)
             experiment = experiment.model_copy(update={"rows": rows})
         cells = experiment.cells()

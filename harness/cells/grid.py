@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic import model_validator
+
 from alst_impl.config import Frozen
 
 REFUSED = "refused"
@@ -43,13 +45,27 @@ class Matrix(Frozen):
     factors: dict[str, dict[str, dict[str, Any]]]
     """Factor -> level -> settings of a cell. In a refused row, factors that the rule does not name
     have their first level."""
-    triples: list[list[str]]
+    models: str | None = None
+    """Folder of model configurations: a factor `model` with a level for each of its JSON files."""
+    every: bool = False
+    """Run every combination of levels instead of a covering array. What is refused, is found when it is run."""
+    triples: list[list[str]] = []
     """Groups of factors that are covered with strength 3: every combination of levels of three
     factors in a group occurs in a row. All factors are covered with strength 2."""
     part: list[str] = []
     """Factors of the subset that tests run. The subset has every pair of their levels that the full matrix has."""
     refused: list[Rule] = []
     """Combinations that `alst_impl` refuses. No row that runs contains one."""
+
+    @model_validator(mode="after")
+    def models_are_a_factor(self) -> Matrix:
+        if self.models is None or "model" in self.factors:
+            return self
+        files = sorted(Path(self.models).glob("*.json"))
+        if not files:
+            raise ValueError(f"matrix: no model configurations (*.json) in folder {self.models}")
+        models = {file.stem: {"model": str(file)} for file in files}
+        return self.model_copy(update={"factors": {"model": models, **self.factors}})
 
     def settings(self, levels: Levels) -> dict[str, Any]:
         """Cell settings of a row, merged over factors. `world_size` is `dp` times the method's other degrees."""
@@ -68,6 +84,9 @@ class Matrix(Frozen):
 
     def rows(self) -> list[Levels]:
         """Generate the rows that run: a covering array. Deterministic; needs covertable (extra `dev`)."""
+        if self.every:
+            combinations = itertools.product(*self.factors.values())
+            return [dict(zip(self.factors, levels, strict=True)) for levels in combinations]
         try:
             from covertable import make
         except ImportError:

@@ -21,7 +21,7 @@ from harness.cells.experiment import Experiment, load_experiment, read_experimen
 from harness.cells.grid import Matrix, Row
 from harness.commands.run import DEFAULT_RESULTS, record_path, truth_cache
 from harness.gate.verdict import judgement
-from harness.records import record
+from harness.records import families, record
 from harness.records.record import Measurement, Outcome
 from harness.run.measure import final, measure
 from harness.run.ranks import truths
@@ -31,7 +31,9 @@ CORRECTNESS = paths.experiment("correctness")
 
 
 def matrix(
-    experiment: Annotated[Path, typer.Argument(help="An experiment with a matrix.")] = CORRECTNESS,
+    experiment: Annotated[
+        Path, typer.Argument(help="An experiment with a matrix, or its name.")
+    ] = CORRECTNESS,
     part: Annotated[
         str,
         typer.Option(
@@ -46,7 +48,11 @@ def matrix(
         bool, typer.Option("--force", help="Run cells that have a record again.")
     ] = False,
     write: Annotated[
-        bool, typer.Option("--write", help="Run nothing; write the rows of the experiment again.")
+        bool,
+        typer.Option(
+            "--write",
+            help="Run nothing; write the rows again, or the table of outcomes of a matrix of every combination.",
+        ),
     ] = False,
     results: Annotated[
         Path, typer.Option("--results", help="Folder of records and caches.")
@@ -55,12 +61,13 @@ def matrix(
     """Compare every gradient and the first update of each cell with those of the stock model.
 
     Records are kept: an interrupted run resumes, and a cell runs again after the code has changed.
-    Exit code 0: every cell passed; 1: a cell failed; 2: cannot be run.
+    Exit code 0: every cell passed, or was refused with a reason; 1: a cell failed; 2: cannot be run.
 
-    Example: alst matrix --part 1/4
+    Example: alst matrix --part 1/4; alst matrix families
     """
+    experiment = _named(experiment)
     if write:
-        return _write(experiment)
+        return _write(experiment, results)
     loaded = load_experiment(experiment)
     if loaded.matrix is None:
         raise ValueError(f"{experiment} has no matrix; use 'alst run {experiment}'")
@@ -69,17 +76,42 @@ def matrix(
     console = Console()
     done = list(run(console, loaded, chosen(loaded, part), jobs, force, results))
     _report(console, done, refused, time.monotonic() - begin)
-    return 0 if all(m.outcome is Outcome.OK for _, m in done) else 1
+    return 0 if all(m.outcome in (Outcome.OK, Outcome.REFUSED) for _, m in done) else 1
 
 
-def _write(experiment: Path) -> int:
-    """Make the rows and write them beside the experiment."""
+def _named(experiment: Path) -> Path:
+    """The YAML of an experiment that is given by name: in a folder of its own, or beside the others."""
+    if experiment.suffix or len(experiment.parts) > 1:
+        return experiment
+    own = paths.EXPERIMENTS / experiment / f"{experiment}.yaml"
+    return own if paths.located(own).exists() else paths.experiment(str(experiment))
+
+
+def _write(experiment: Path, results: Path) -> int:
+    """Make the rows and write them beside the experiment, or the table of outcomes of every combination."""
     loaded = read_experiment(experiment)
     if loaded.matrix is None:
         raise ValueError(f"{experiment} has no matrix: there are no rows to write")
+    if loaded.matrix.every:
+        return _write_outcomes(load_experiment(experiment), results)
     path = experiment.with_suffix(".csv")
     record.write_text(path, grid.text_of(made_rows(loaded, loaded.matrix)))
     print(path)
+    return 0
+
+
+def _write_outcomes(experiment: Experiment, results: Path) -> int:
+    """Write the table of outcomes from the records in `results`, which must be complete."""
+    ran = {str(row.levels): cell for row, cell in experiment.matrix_cells()}
+    found = []
+    for row in experiment.rows:
+        cell = ran.get(str(row.levels))
+        measured = None if cell is None else final(record_path(results, experiment, cell.key), cell)
+        if cell is not None and measured is None:
+            raise ValueError(f"{row.label} has no record of this code; run 'alst matrix' first")
+        found.append(families.family(row, measured, judgement(measured) if measured else ""))
+    record.write_text(families.PATH, families.text_of(found))
+    print(families.PATH)
     return 0
 
 
@@ -127,7 +159,8 @@ def run(
         try:
             for row, measurement in _ended(pool, experiment, work, force, results):
                 progress.advance(task)
-                style = None if measurement.outcome is Outcome.OK else "red"
+                fine = measurement.outcome in (Outcome.OK, Outcome.REFUSED)
+                style = None if fine else "red"
                 line = f"{row.label}\n    {judgement(measurement)}"
                 console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
                 yield row, measurement
@@ -176,8 +209,8 @@ def _report(
     for outcome, count in sorted(counts.items()):
         if outcome is not Outcome.OK:
             console.print(f"{count} {outcome}")
-    passed = counts[Outcome.OK]
+    passed, found = counts[Outcome.OK], counts[Outcome.REFUSED]
     console.print(
-        f"{len(done)} cells run: {passed} passed, {len(done) - passed} failed; {len(refused)} refused "
-        f"with their reasons; {seconds:.0f} s"
+        f"{len(done)} cells run: {passed} passed, {len(done) - passed - found} failed; {len(refused) + found} "
+        f"refused with their reasons; {seconds:.0f} s"
     )

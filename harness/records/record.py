@@ -22,6 +22,8 @@ class Outcome(StrEnum):
     """How a cell ended. A closed set: every run ends as one of these."""
 
     OK = "ok"
+    REFUSED = "refused"
+    """The library refused the model or the settings when it saw them, with its reason."""
     DOES_NOT_FIT = "does_not_fit"
     """The predicted step ran to its end, but needs more memory than the machine has."""
     GPU_OOM = "gpu_oom"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 from harness.cells.cell import Cell
@@ -115,8 +117,16 @@ def classify(ending: Ending) -> tuple[Outcome, str | None]:
         return Outcome.HOST_OOM, line
     if ending.error == "NanLoss":
         return Outcome.NAN_LOSS, line
+    if _refusal(ending):
+        return Outcome.REFUSED, ending.message
     text = f"{ending.error} {ending.message} {ending.trace}".lower()
     return _named(text) or Outcome.SETUP_ERROR, line
+
+
+def _refusal(ending: Ending) -> bool:
+    """Whether the library itself raised a `ValueError`: the last line of the trace that names a file is its own."""
+    files = re.findall(r'File "([^"]+)"', ending.trace or "")
+    return ending.error == "ValueError" and bool(files) and "alst_impl" in Path(files[-1]).parts
 
 
 def _named(text: str) -> Outcome | None:

@@ -281,3 +281,59 @@ def test_published_models_can_be_sharded() -> None:
     assert [models.unsupported(models.published(name)) for name in models.names()] == [None] * len(
         models.names()
     )
+
+
+@pytest.mark.parametrize(
+    ("fields", "sizes"),
+    [
+        ({"model_type": "gpt2", "n_embd": 48, "n_layer": 3, "n_head": 4}, (48, 3, 4)),
+        (
+            {
+                "model_type": "gemma3",
+                "text_config": {
+                    "hidden_size": 40,
+                    "num_hidden_layers": 5,
+                    "num_attention_heads": 8,
+                },
+            },
+            (40, 5, 8),
+        ),
+        ({"model_type": "llama"}, (4096, 32, 32)),
+    ],
+    ids=["other names", "nested", "defaults"],
+)
+def test_sizes_are_read_from_the_configuration_object(
+    fields: dict[str, object], sizes: tuple[int, int, int], tmp_path: Path
+) -> None:
+    """Also where a `config.json` names them otherwise, nests them, or leaves them out."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(fields))
+    found = models.described(str(path))
+    keys = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+    assert tuple(models.field(found, key) for key in keys) == sizes
+
+
+FAMILIES = Path(__file__).parents[1] / "families"
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("diffllama", "model.layers.0.self_attn.lambda_q1"),  # drawn by the constructor, on the CPU
+        ("qwen3_next", "model.layers.0.mlp.gate.weight"),  # drawn by the module around it
+        ("apertus", "model.layers.0.mlp.act_fn.beta"),  # a constant of the constructor
+    ],
+)
+def test_weights_that_transformers_does_not_draw_are_the_same_in_every_process(
+    name: str, tensor: str
+) -> None:
+    """They depend on the seed alone, whatever the state of the random generators."""
+    config = config_of().model_copy(
+        update={"model": str(FAMILIES / f"{name}.json"), "overrides": {}}
+    )
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        found.append(models.materialize(config).state_dict()[tensor])
+    assert found[0].isfinite().all()
+    assert torch.equal(found[0], found[1])

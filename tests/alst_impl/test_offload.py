@@ -146,3 +146,34 @@ def test_tiles_fill_their_pinned_buffers(tile_mib: int) -> None:
         HostTiles(HostOffload(placement), 1_000, 1, tile_mib * 2**20, torch.int8)
     taken = sum(1 << (x.numel() - 1).bit_length() for x in on_host)
     assert taken <= 1.15 * 1_000 * tile_mib * 2**20
+
+
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_layers_may_take_and_return_several_tensors(offloaded: bool) -> None:
+    """Gradients reach the input and a further argument, from every value that is used; others may be None or ids."""
+
+    def run(x: Tensor, extra: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        return x * extra.sum(), x.square() + extra, torch.arange(3), None
+
+    results = []
+    for plain in (True, False):
+        x, extra = torch.linspace(1, 2, 6).view(2, 3), torch.linspace(3, 4, 3)
+        for tensor in (x, extra):
+            tensor.requires_grad_()
+        offload = HostOffload(placed()[0]) if offloaded else None
+        first, second, *rest = run(x, extra) if plain else checkpoint(run, x, offload, more=[extra])
+        (first.sum() + 2 * second.square().sum()).backward()
+        assert rest[1] is None
+        results.append([first.detach(), second.detach(), rest[0], x.grad, extra.grad])
+    for ours, stock in zip(*reversed(results), strict=True):
+        torch.testing.assert_close(ours, stock)
+
+
+def test_a_value_that_nobody_uses_gets_no_gradient() -> None:
+    """Backward goes through the used value alone."""
+    x, extra = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    used, _ = checkpoint(lambda x, e: (x * 2, e * 3), x, None, more=[extra])
+    used.sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [2, 2]
+    assert extra.grad is None or not extra.grad.any()

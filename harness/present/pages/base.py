@@ -9,6 +9,8 @@ from pathlib import Path
 from harness.cells import paths
 from harness.judge.claims import Evidence, evidence
 from harness.present.kinds import is_compared, is_repeated, is_simulated, is_timed
+from harness.records import families
+from harness.records.families import Family
 from harness.records.table import Results, committed, measured_part
 
 
@@ -54,6 +56,11 @@ class Committed:
     """All committed results, in the order of the experiments' names."""
 
     kept: list[Kept]
+
+    @cached_property
+    def families(self) -> list[Family]:
+        """How tiny models of every type trained with each method."""
+        return families.committed()
 
     @cached_property
     def recorded(self) -> list[Results]:
