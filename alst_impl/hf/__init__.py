@@ -14,6 +14,7 @@ from alst_impl.hf.attention import (
 from alst_impl.hf.checkpointing import checkpoint_layers, stock_checkpointing
 from alst_impl.hf.gathered import gather_mixers
 from alst_impl.hf.instances import bound, set_forward
+from alst_impl.hf.router import use_router_loss, wants_router_loss
 from alst_impl.hf.stages import keep_stage
 from alst_impl.hf.structure import (
     attention_modules,
@@ -47,4 +48,6 @@ __all__ = [
     "token_wise_modules",
     "use_attention",
     "use_attentions",
+    "use_router_loss",
+    "wants_router_loss",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeModelOutputWithPast
 
+from alst_impl.hf import router
 from alst_impl.hf.instances import bound, set_forward
 from alst_impl.hf.structure import decoder_name, decoder_of, head_name, returned_values
 from alst_impl.ops.memory.loss import TokenLoss, tiled_loss
@@ -152,11 +153,18 @@ def _forward_with_tiled_loss(
     if "stock_forward" not in vars(head):
         vars(head)["stock_forward"] = head.forward
         set_forward(head, _head_forward)
+    routers = "router_loss" in vars(model)
+    if routers:
+        router.start(model, shift_labels.device)
+        kwargs["output_router_logits"] = False  # its logits are not kept
     hidden = decoder_of(model)(*args, **kwargs).last_hidden_state
     wanted = _LossOfHead(
         _epilogue(model, name, head), shift_labels, count, vars(model)["tiled_loss"]
     )
-    return CausalLMOutputWithPast(loss=head(hidden, wanted))
+    loss = head(hidden, wanted)
+    if routers:
+        loss = router.finish(model, loss, shift_labels, count, kwargs.get("layout"))
+    return CausalLMOutputWithPast(loss=loss)
 
 
 class _LossOfHead:
@@ -231,6 +239,8 @@ def _token_loss(epilogue: PreTrainedModel, hidden: Tensor, labels: Tensor, count
         shift_labels=labels,
         num_items_in_batch=count,
         use_cache=False,
+        # A router loss is added to the sum over tiles.
+        **({"output_router_logits": False} if "router_loss" in vars(epilogue) else {}),
     )
     loss: Tensor = output.loss
     return loss

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 class Alst(Tiled):
     """Every part is an option, so that the paper's ablation is a sweep."""
 
-    knows: ClassVar[frozenset[str]] = frozenset({"softcap", "sinks", "chunks", "mixers"})
+    knows: ClassVar[frozenset[str]] = frozenset(
+        {"softcap", "sinks", "chunks", "mixers", "router loss"}
+    )
     sp: int = Field(default=1, ge=1)
     """Sequence-parallel degree: ranks that share one sample."""
 

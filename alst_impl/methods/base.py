@@ -176,6 +176,13 @@ class Tiled(Method):
             hf.tile_module(module, tiles_of_hidden, evidence)
         if self.tile_loss:
             hf.tile_loss(model, tiles_of_logits, evidence)
+        if hf.wants_router_loss(model):
+            if not self.tile_loss:
+                raise ValueError(
+                    "a router loss (output_router_logits) over shards is computed beside the tiled loss, but tile_loss "
+                    "is false; set tile_loss: true"
+                )
+            hf.use_router_loss(model)
 
     def checkpoint(self, model: PreTrainedModel, placement: Placement) -> None:
         from alst_impl import hf

@@ -10,7 +10,7 @@ This file shares no code with the code that it judges, because an error in share
 is ignored) and `position_ids`, int64 [N, S], of every micro-batch of one optimizer step on all ranks.
 
 GRADIENTS get the gradient of each parameter, tied ones once, and `loss`: the sum of all token losses divided by the
-number of labels. A model whose step draws random numbers has no truth: exit code `REFUSED` and one line on stderr.
+number of labels, and a router loss if the configuration asks for it (`output_router_logits`). A model whose step draws random numbers has no truth: exit code `REFUSED` and one line on stderr.
 """
 
 from __future__ import annotations
@@ -59,9 +59,10 @@ def gradients_of(model: Any, samples: dict[str, torch.Tensor]) -> dict[str, torc
         samples["input_ids"], samples["labels"], samples["position_ids"], strict=True
     ):
         # Without an attention mask, transformers separates packed documents by their positions.
-        logits = model(
+        output = model(
             input_ids=ids[None], position_ids=positions[None], attention_mask=None, use_cache=False
-        ).logits
+        )
+        logits = output.logits
         assert logits.dtype == dtype
         # Transformers computes a loss in fp32 or wider.
         wide = logits[0, :-1].to(torch.promote_types(dtype, torch.float32))
@@ -69,6 +70,10 @@ def gradients_of(model: Any, samples: dict[str, torch.Tensor]) -> dict[str, torc
             wide, labels[1:], ignore_index=-100, reduction="sum"
         )
         loss = losses / count
+        router_loss = getattr(output, "aux_loss", None)
+        if router_loss is not None:  # the mean over samples, by label
+            share = (labels[1:] != -100).sum() / count
+            loss = loss + model.router_aux_loss_coef * router_loss * share
         loss.backward()
         total += loss.detach()
     found = {

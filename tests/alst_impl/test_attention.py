@@ -132,15 +132,18 @@ def flash_attn(monkeypatch: pytest.MonkeyPatch, module: str, returns_statistics:
     """Fake functions of a flash-attn package, in its layouts. Returns the calls that they receive."""
     calls: list[str] = []
 
-    def one(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def one(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
         assert q.shape[0] == k.shape[0] == v.shape[0]
+        assert options["causal"]
+        before, after = options.get("window_size", (-1, 0))
+        assert after == 0
+        limits = {"window": before + 1 or None, "softcap": options.get("softcap")}
         heads = [x.transpose(0, 1)[None] for x in (q, k, v)]  # [S, H, D] -> [1, H, S, D]
-        return attend(*heads, scale=scale)[0].transpose(0, 1)
+        return attend(*heads, scale=options["softmax_scale"], **limits)[0].transpose(0, 1)
 
-    def dense(q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, causal: bool) -> Any:
+    def dense(q: Tensor, k: Tensor, v: Tensor, **more: Any) -> Any:
         calls.append("dense")
-        assert causal
-        out = torch.stack([one(*sample, softmax_scale) for sample in zip(q, k, v, strict=True)])
+        out = torch.stack([one(*sample, more) for sample in zip(q, k, v, strict=True)])
         return (out, None) if returns_statistics else out
 
     def varlen(q: Tensor, k: Tensor, v: Tensor, **more: Any) -> Any:
@@ -150,7 +153,7 @@ def flash_attn(monkeypatch: pytest.MonkeyPatch, module: str, returns_statistics:
         lengths = offsets.diff().tolist()
         assert max(lengths) == more["max_seqlen_q"] == more["max_seqlen_k"]
         parts = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
-        out = torch.cat([one(*part, more["softmax_scale"]) for part in parts])
+        out = torch.cat([one(*part, more) for part in parts])
         return (out, None) if returns_statistics else out
 
     fake = SimpleNamespace(flash_attn_func=dense, flash_attn_varlen_func=varlen)
@@ -162,17 +165,25 @@ def flash_attn(monkeypatch: pytest.MonkeyPatch, module: str, returns_statistics:
 
 @pytest.mark.parametrize("statistics", [False, True])
 @pytest.mark.parametrize("documents", [None, DOCUMENTS])
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (4, None), (None, 0.5), (4, 0.5)])
 @pytest.mark.parametrize("name", sorted(MODULES))
 def test_a_kernel_of_a_package_is_called_in_its_layout(
-    monkeypatch: pytest.MonkeyPatch, name: str, documents: Documents, statistics: bool
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    window: int | None,
+    softcap: float | None,
+    documents: Documents,
+    statistics: bool,
 ) -> None:
     """The sequence dim comes before heads and kv heads are not repeated. Packed documents take one
-    call with offsets.
+    call with offsets. The kernel gets the window and the soft-cap.
     """
     calls = flash_attn(monkeypatch, MODULES[name], statistics)
     tensors = [x.detach() for x in qkv(17)]
-    out = attend(*tensors, scale=0.7, documents=documents, backend=name)
-    torch.testing.assert_close(out, masked(tensors, None, documents), rtol=1e-11, atol=1e-12)
+    limits = {"window": window, "softcap": softcap}
+    out = attend(*tensors, scale=0.7, documents=documents, backend=name, **limits)
+    expected = masked(tensors, window, documents, softcap=softcap)
+    torch.testing.assert_close(out, expected, rtol=1e-11, atol=1e-12)
     assert calls == ["dense" if documents is None else "varlen"]
 
 
