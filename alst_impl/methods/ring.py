@@ -9,7 +9,7 @@ from pydantic import Field
 from alst_impl.config import TrainConfig
 from alst_impl.layout import Layout
 from alst_impl.methods.base import Tiled, check_flash_by_name, check_sharded, layouts
-from alst_impl.models import described, window
+from alst_impl.models import described
 
 if TYPE_CHECKING:
     from torch.distributed import DeviceMesh
@@ -52,16 +52,12 @@ class Ring(Tiled):
                 f"seqlen ({config.seqlen}) must be at least {fewest}: placement '{self.placement}' at cp ({self.cp}) "
                 "makes as many chunks, and each needs a token; use a smaller cp"
             )
-        if config.data.documents > 1:
+        softcap = described(config.model, config.overrides).get("attn_logit_softcapping")
+        if softcap:
             raise ValueError(
-                f"packed documents ({config.data.documents}) would see each other in the ring of method "
-                f"'{name}'; use documents: 1, or method 'alst'"
-            )
-        visible = window(described(config.model, config.overrides))
-        if visible is not None and visible < config.seqlen:
-            raise ValueError(
-                f"model '{config.model}' has a sliding window of {visible}, less than seqlen "
-                f"({config.seqlen}), which the ring of method '{name}' does not support; use method 'alst'"
+                f"model '{config.model}' has soft-capped attention logits (attn_logit_softcapping={softcap}), which "
+                f"the ring of method '{name}' does not support: it merges what PyTorch's flash kernel returns, which "
+                "has no soft-cap; use method 'alst'"
             )
 
     def heaviest_rank(self, world_size: int) -> int:

@@ -18,7 +18,8 @@ from alst_impl.config import Spec
 from alst_impl.data import Batch
 from alst_impl.layout import Layout, make_mesh
 from alst_impl.methods.base import layouts, load_method
-from alst_impl.ops.attention.ring import RingAttention, meeting
+from alst_impl.ops.attention.meetings import meeting
+from alst_impl.ops.attention.ring import RingAttention
 from alst_impl.ops.attention.ulysses import UlyssesAttention
 from alst_impl.ops.attention.variant import Variant
 from alst_impl.placement import no_evidence

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,40 +26,15 @@ from torch.distributed import ProcessGroup, Work
 
 from alst_impl.layout import Layout
 from alst_impl.ops.attention import flash
+from alst_impl.ops.attention.meetings import Meeting, Shape, Sight
 from alst_impl.ops.attention.variant import Variant
 from alst_impl.ops.autograd import apply
 from alst_impl.placement import Evidence
 
-Shape = tuple[int, int]
-
-
-class Meeting(NamedTuple):
-    """Which of one rank's s queries attend to which of another rank's s keys."""
-
-    queries: slice
-    keys: slice
-    causal: bool
-    """Whether each query sees only the keys up to its own position; else it sees all of these."""
-
-    @property
-    def shape(self) -> Shape:
-        """Numbers of queries and keys."""
-        return self.queries.stop - self.queries.start, self.keys.stop - self.keys.start
-
-
-def meeting(rank: int, source: int, local: int, *, zigzag: bool) -> Meeting | None:
-    """The queries of `rank` that attend to keys of `source`; None if every query comes before every key."""
-    whole, half = slice(0, local), local // 2
-    if source == rank:
-        return Meeting(whole, whole, causal=True)
-    if source < rank:
-        return Meeting(whole, slice(0, half) if zigzag else whole, causal=False)
-    return Meeting(slice(half, local), whole, causal=False) if zigzag else None
-
 
 @dataclass
 class _Passing:
-    """A started exchange: a tensor to the next rank, and one from the previous rank."""
+    """A started exchange: a tensor to one rank, and one of the same shape from another."""
 
     works: Sequence[Work]
     sent: Tensor | None
@@ -89,28 +64,30 @@ class RingAttention:
         layout: Layout,
         variant: Variant,
     ) -> Tensor:
-        """query [B, H, s, D], key and value [B, K, s, D] -> [B, H, s, D] in their dtype. Collective.
+        """query [B, H, s, D], key [B, K, s, D], value [B, K, s, V] -> [B, H, s, V] in their dtype. Collective.
 
-        Raises `ValueError` for packed documents and for a window shorter than the sequence: the ring supports
-        no mask but the causal one.
+        Raises `ValueError` for soft-capped scores.
         """
-        documents, group = layout.documents is not None, layout.group("cp")
-        variant = variant.over(layout.length)
-        if documents or variant.chunk or variant.needs():
-            hidden = "packed documents" if documents else variant.says()
-            raise ValueError(
-                f"ring attention over {layout.length} tokens does not support {hidden}; use method 'alst' or "
-                "'baseline'"
-            )
+        group, dim = layout.group("cp"), value.shape[3]
         assert group is not None, "a ring has several ranks"
-        return apply(
-            _RingFunction,
-            Ring(group, layout.order == "zigzag", self.evidence),
-            variant.scale,
-            query,
-            key,
-            value,
-        )
+        if variant.softcap is not None:
+            raise ValueError(
+                f"the ring of {layout.cp} ranks does not support {variant.says(['softcap'])}: it merges what PyTorch's "
+                "flash kernel returns, which has no soft-cap; use method 'alst'"
+            )
+        ring = Ring(group, Sight.of(layout, variant, query.shape[0]), self.evidence)
+        query, key, value = _of_equal_dims(query, key, value)
+        out = apply(_RingFunction, ring, variant.scale, query, key, value, variant.sinks)
+        return out if out.shape[3] == dim else out[..., :dim]
+
+
+def _of_equal_dims(*tensors: Tensor) -> list[Tensor]:
+    """The tensors with zeros up to the longest last dim. Scores and sums of values stay the same."""
+    dim = max(x.shape[-1] for x in tensors)
+    return [
+        x if x.shape[-1] == dim else torch.nn.functional.pad(x, (0, dim - x.shape[-1]))
+        for x in tensors
+    ]
 
 
 @dataclass(frozen=True)
@@ -118,43 +95,46 @@ class Ring:
     """The ranks of a ring, and how keys and values travel between them."""
 
     group: ProcessGroup
-    zigzag: bool
+    sight: Sight
     evidence: Evidence
 
-    def meeting(self, source: int, local: int) -> Meeting | None:
-        """`meeting` of this rank's queries with the keys of `source`."""
-        return meeting(self.group.rank(), source, local, zigzag=self.zigzag)
+    def meetings(self, source: int) -> list[Meeting]:
+        """Calls for this rank's queries and the keys of `source`."""
+        return list(self.sight.meetings(self.group.rank(), source))
 
-    def pass_on(self, x: Tensor) -> _Passing:
-        """Start to send `x` to the next rank and to receive a tensor of its shape from the previous one. Collective."""
+    def pass_on(self, x: Tensor, by: int) -> _Passing:
+        """Start to send `x` to the rank `by` places ahead, and to receive such a tensor from as far behind. Collective."""
         size, rank = self.group.size(), self.group.rank()
+        if by % size == 0:
+            return _Passing([], None, x)
         received = torch.empty_like(x)
         works = dist.batch_isend_irecv(
             [
-                dist.P2POp(dist.isend, x, group=self.group, group_peer=(rank + 1) % size),
-                dist.P2POp(dist.irecv, received, group=self.group, group_peer=(rank - 1) % size),
+                dist.P2POp(dist.isend, x, group=self.group, group_peer=(rank + by) % size),
+                dist.P2POp(dist.irecv, received, group=self.group, group_peer=(rank - by) % size),
             ]
         )
         self.evidence["rotations"] += 1
         return _Passing(works, x, received)
 
-    def rotate(self, mine: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Yield (rank, its tensor) for every rank, this one first. The next tensor arrives while one is used.
+    def rotate(self, mine: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+        """Yield (rank, places to go, its tensor) for every rank whose keys any rank sees so far away, this one first.
 
+        The next tensor arrives while one is used. Gradients that follow it by as many places end at its owner.
         The caller must drop each tensor before it asks for the next, so that there are never more than two.
         """
         size, rank = self.group.size(), self.group.rank()
-        held, order = mine, range(size)
-        for step in order:
-            passing = None if step == order[-1] else self.pass_on(held)
-            yield (rank - step) % size, held
+        held, offsets = mine, self.sight.offsets()
+        for offset, following in zip(offsets, [*offsets[1:], size], strict=True):
+            passing = self.pass_on(held, following - offset) if following < size else None
+            yield (rank - offset) % size, following - offset, held
             if passing is not None:
                 held = passing.wait()
             del passing
 
 
 def _forward(
-    ring: Ring, query: Tensor, pair: Tensor, scale: float
+    ring: Ring, query: Tensor, pair: Tensor, scale: float, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor, dict[Shape, flash.Rest]]:
     """Output [B,H,s,D] in the dtype of `query`, log-sum-exp [B,H,s], and the kernel's `Rest` by shape.
 
@@ -164,20 +144,32 @@ def _forward(
     wide = torch.promote_types(query.dtype, torch.float32)
     rests: dict[Shape, flash.Rest] = {}
     out = logsumexp = query.new_empty(0)
-    for source, (key, value) in ring.rotate(pair):
-        met = ring.meeting(source, query.shape[2])
-        if met is not None:
-            queries, keys, causal = met
+    for source, _, (key, value) in ring.rotate(pair):
+        met = ring.meetings(source)
+        own = source == ring.group.rank()  # the first one, whose keys every query sees some of
+        if own and len(met) > 1:
+            out = query.new_zeros(query.shape, dtype=wide)
+            logsumexp = query.new_full(query.shape[:3], float("-inf"), dtype=wide)
+        for each in met:
             block, of_block, rest = forward(
-                query[:, :, queries], key[:, :, keys], value[:, :, keys], None, causal, scale
+                each.of_queries(query),
+                each.of_keys(key),
+                each.of_keys(value),
+                None,
+                each.causal,
+                scale,
             )
-            rests.setdefault(met.shape, rest)
-            if source == ring.group.rank():  # the first one: its own keys, which every query sees
+            rests.setdefault(each.shape, rest)
+            block, of_block = each.restored(block), each.restored(of_block)
+            if own and len(met) == 1:
                 out, logsumexp = block.to(wide), of_block
             else:
-                flash.merge_(out[:, :, queries], logsumexp[:, :, queries], block, of_block)
+                place = each.samples, slice(None), each.queries
+                flash.merge_(out[place], logsumexp[place], block, of_block)
             del block, of_block, rest
         del key, value
+    if sinks is not None:
+        out, logsumexp = flash.add_sinks(out, logsumexp, sinks)
     return out.to(query.dtype), logsumexp, rests
 
 
@@ -196,32 +188,33 @@ def _backward(
     wide = torch.promote_types(query.dtype, torch.float32)
     grad_query = torch.zeros_like(query, dtype=wide)
     passing: _Passing | None = None
-    for source, (key, value) in ring.rotate(pair):
-        met = ring.meeting(source, query.shape[2])
-        grads: flash.Grads | None = None
-        if met is not None:
-            queries, keys, causal = met
+
+    def arrived() -> Tensor:
+        """Gradients of the keys and values at hand from the ranks that had them before."""
+        return torch.zeros_like(pair, dtype=wide) if passing is None else passing.wait()
+
+    for source, by, (key, value) in ring.rotate(pair):
+        totals: Tensor | None = None
+        for each in ring.meetings(source):
             grads = backward(
-                grad[:, :, queries],
-                query[:, :, queries],
-                key[:, :, keys],
-                value[:, :, keys],
-                out[:, :, queries],
-                logsumexp[:, :, queries],
-                rests[met.shape],
+                each.of_queries(grad),
+                each.of_queries(query),
+                each.of_keys(key),
+                each.of_keys(value),
+                each.of_queries(out),
+                each.of_queries(logsumexp),
+                rests[each.shape],
                 None,
-                causal,
+                each.causal,
                 scale,
             )
-            grad_query[:, :, queries] += grads[0]
+            grad_query[each.samples, :, each.queries] += each.restored(grads[0])
+            totals = arrived() if totals is None else totals
+            for total, found in zip(totals, grads[1:], strict=True):
+                total[each.samples, :, each.keys] += each.restored(found)
+            del grads, total, found
         del key, value
-        # Gradients of these keys from the previous ranks arrive here, and go on to the next rank.
-        totals = torch.zeros_like(pair, dtype=wide) if passing is None else passing.wait()
-        if met is not None and grads is not None:
-            totals[0][:, :, met.keys] += grads[1]
-            totals[1][:, :, met.keys] += grads[2]
-        del grads
-        passing = ring.pass_on(totals)
+        passing = ring.pass_on(arrived() if totals is None else totals, by)
         del totals
     assert passing is not None
     return grad_query, passing.wait()
@@ -230,19 +223,28 @@ def _backward(
 class _RingFunction(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, ring: Ring, scale: float, query: Tensor, key: Tensor, value: Tensor
+        ctx: Any,
+        ring: Ring,
+        scale: float,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor | None,
     ) -> Tensor:
         pair = torch.stack([key, value])  # one message; and the copies can outlive what they are of
-        out, logsumexp, ctx.rests = _forward(ring, query, pair, scale)
+        out, logsumexp, ctx.rests = _forward(ring, query, pair, scale, sinks)
         ctx.ring, ctx.scale = ring, scale
-        ctx.save_for_backward(query, pair, out, logsumexp)
+        ctx.save_for_backward(query, pair, out, logsumexp, sinks)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, pair, out, logsumexp = ctx.saved_tensors
+        query, pair, out, logsumexp, sinks = ctx.saved_tensors
         grad_query, grad_pair = _backward(
             ctx.ring, grads[0], query, pair, out, logsumexp, ctx.rests, ctx.scale
         )
         grad_key, grad_value = grad_pair.to(pair.dtype)
-        return None, None, grad_query.to(query.dtype), grad_key, grad_value
+        of_sinks = None
+        if sinks is not None:  # of this rank's queries
+            of_sinks = flash.sinks_gradient(grads[0], out, logsumexp, sinks)
+        return None, None, grad_query.to(query.dtype), grad_key, grad_value, of_sinks
