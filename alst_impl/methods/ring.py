@@ -29,7 +29,9 @@ class Ring(Tiled):
     placement: Literal["zigzag", "contiguous"] = "zigzag"
     """Which tokens a rank holds.
     `contiguous`: one chunk, so the last rank attends to all keys and the first only to its own. `zigzag`: one
-    chunk from the front and its mirror image from the back, so all ranks have equal work."""
+    chunk from the front and its mirror image from the back, so all ranks have equal work. If every layer has a
+    short window, all ranks have equal work in `contiguous`, too, and keys travel to the next ranks alone; in
+    `zigzag` they travel both ways."""
 
     def shards_of_place(self) -> int:
         """Number of ranks that share a position in the ring and split its heads."""
@@ -65,7 +67,10 @@ class Ring(Tiled):
         return world_size - 1
 
     def promises(self, config: TrainConfig) -> set[str]:
-        return super().promises(config) | ({"rotations"} if self.cp > 1 else set())
+        # Documents and chunks may end where the ranks' tokens do, so that no key has to travel.
+        chunked = published(config.model, config.overrides).get("attention_chunk_size")
+        travels = self.cp > 1 and config.data.documents == 1 and not chunked
+        return super().promises(config) | ({"rotations"} if travels else set())
 
     def apply(
         self, model: PreTrainedModel, config: TrainConfig, mesh: DeviceMesh, placement: Placement

@@ -4,6 +4,8 @@ Source: Ring Self-Attention (arXiv:2105.13120), in blockwise form (arXiv:2310.01
 A block is attention of this rank's queries to one rank's keys: an output and its log-sum-exp. Blocks merge
 into attention over all keys. The backward of a block needs only the merged output and log-sum-exp, so blocks
 are recomputed. Gradients of keys and values travel with them, and end on the rank that they belong to.
+Under a window or with documents, keys and values skip ranks that see none of them (`meetings`). Sinks join in once,
+after the last block.
 
 The error does not grow with the ring. The kernel rounds each block to the dtype once. The output is a convex
 combination of blocks, formed in fp32 (or wider) and rounded once more at the end, so its error is at most
