@@ -34,7 +34,7 @@ class Alst(Tiled):
         return Layout(length, sp=self.sp)
 
     def promises(self, config: TrainConfig) -> set[str]:
-        return super().promises(config) | ({"exchanges"} if self.sp > 1 else set())
+        return super().promises(config) | ({"exchanges/gathers"} if self.sp > 1 else set())
 
     def apply(
         self, model: PreTrainedModel, config: TrainConfig, mesh: DeviceMesh, placement: Placement

@@ -82,7 +82,10 @@ class Method(Frozen):
         hf.stock_checkpointing(model, use_reentrant=False)
 
     def promises(self, config: TrainConfig) -> set[str]:
-        """Counters of `Evidence` that must be non-zero after a step, as proof that the method ran."""
+        """Counters of `Evidence` that must be non-zero after a step, as proof that the method ran.
+
+        "exchanges/gathers" means one of the two: a model may have attention, other mixers, or both.
+        """
         return set()
 
     def precision(self, config: TrainConfig) -> Precision:
@@ -252,6 +255,11 @@ def check_flash_by_name(config: TrainConfig, method: str) -> None:
             f"method '{method}' calls PyTorch's flash kernel by name, but attention is "
             f"'{config.attention}'; use sdpa or sdpa_flash"
         )
+
+
+def counted(evidence: dict[str, int], promise: str) -> int:
+    """The count that a promise names: of one counter, or of several that stand for each other ("exchanges/gathers")."""
+    return sum(evidence[name] for name in promise.split("/"))
 
 
 def layouts(config: TrainConfig) -> list[Layout]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -24,6 +24,9 @@ class Ring(Tiled):
     Everything except attention is the same as in ALST, so that a comparison is one of attentions.
     """
 
+    knows: ClassVar[frozenset[str]] = frozenset(
+        {"softcap", "sinks", "chunks", "mixers", "router loss"}
+    )
     cp: int = Field(default=1, ge=1)
     """Context-parallel degree: ranks in a ring."""
     placement: Literal["zigzag", "contiguous"] = "zigzag"
@@ -42,7 +45,7 @@ class Ring(Tiled):
 
     def check(self, config: TrainConfig) -> None:
         name = type(self).__name__.lower()
-        check_sharded(config, self.shards_of_place(), name, self.cp)
+        check_sharded(config, self.shards_of_place(), name, self.cp, self.knows)
         super().check(config)
         if self.cp == 1:
             return
@@ -68,9 +71,9 @@ class Ring(Tiled):
 
     def promises(self, config: TrainConfig) -> set[str]:
         # Documents and chunks may end where the ranks' tokens do, so that no key has to travel.
-        chunked = published(config.model, config.overrides).get("attention_chunk_size")
+        chunked = described(config.model, config.overrides).get("attention_chunk_size")
         travels = self.cp > 1 and config.data.documents == 1 and not chunked
-        return super().promises(config) | ({"rotations"} if travels else set())
+        return super().promises(config) | ({"rotations/gathers"} if travels else set())
 
     def apply(
         self, model: PreTrainedModel, config: TrainConfig, mesh: DeviceMesh, placement: Placement

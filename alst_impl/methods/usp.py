@@ -18,4 +18,4 @@ class Usp(Ring):
         return self.sp
 
     def promises(self, config: TrainConfig) -> set[str]:
-        return super().promises(config) | ({"exchanges"} if self.sp > 1 else set())
+        return super().promises(config) | ({"exchanges/gathers"} if self.sp > 1 else set())

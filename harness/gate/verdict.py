@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from alst_impl.config import DType, Frozen, Precision, TrainConfig
 from alst_impl.layout import sizes
-from alst_impl.methods.base import layouts, load_method
+from alst_impl.methods.base import counted, layouts, load_method
 from harness.records.record import Gate, Measurement, ParameterGate
 
 
@@ -164,7 +164,7 @@ def broken_promises(train: TrainConfig, evidence: list[dict[str, int]]) -> list[
     expected = layouts(train)[0].local
     for rank, counters in enumerate(evidence):
         for name in sorted(promised):
-            value = counters[name]
+            value = counted(counters, name)
             if value == 0:
                 problems.append(
                     f"rank {rank}: method '{train.method.name}' promises {name}, counted 0"

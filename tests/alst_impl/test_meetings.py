@@ -12,7 +12,7 @@ from torch import Tensor
 from training import assert_same_gradients, config_of, run_steps, truth_of
 
 from alst_impl.layout import Documents, Layout, make_mesh
-from alst_impl.methods.base import load_method
+from alst_impl.methods.base import counted, load_method
 from alst_impl.ops.attention import meetings
 from alst_impl.ops.attention.meetings import Meeting, Sight
 from alst_impl.ops.attention.ring import RingAttention
@@ -283,7 +283,7 @@ def test_every_gradient_is_the_stock_models(
     assert_same_gradients(run.gradients, expected.gradients, exact.ratio, exact.cosine)
     assert abs(run.losses[0] - expected.losses[0]) <= 1e-6 * expected.losses[0]
     method_ = load_method(config.method)
-    assert all(run.evidence[name] > 0 for name in method_.promises(config))
+    assert all(counted(run.evidence, promise) > 0 for promise in method_.promises(config))
 
 
 # -- refusals -------------------------------------------------------------------------------------
