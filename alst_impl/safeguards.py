@@ -18,8 +18,9 @@ BITS = 2**62 - 1
 
 
 def digest(batch: Batch) -> int:
-    """Checksum of the tokens, labels, positions and shape of `batch`, which is on the CPU."""
-    low = high = zlib.crc32(repr(tuple(batch.input_ids.shape)).encode())
+    """Checksum of the tokens, labels, positions, documents and shape of `batch`, which is on the CPU."""
+    shape = (tuple(batch.input_ids.shape), batch.layout.documents)
+    low = high = zlib.crc32(repr(shape).encode())
     for tensor in (batch.input_ids, batch.shift_labels, batch.position_ids):
         data = tensor.contiguous().numpy().data
         low, high = zlib.crc32(data, low), zlib.adler32(data, high)
@@ -47,33 +48,52 @@ def is_deepspeed(model: nn.Module) -> bool:
     return any(hasattr(p, "ds_id") or hasattr(p, "_hp_mapping") for p in model.parameters())
 
 
-def check_sharding(model: nn.Module, world_size: int) -> None:
-    """Raise `ValueError` unless `fully_shard` averages the gradients of all its parameters over all ranks."""
+def is_sharded(model: nn.Module) -> bool:
+    """Whether gradients of `model` are sharded, or may be stored outside `.grad`."""
+    return is_deepspeed(model) or any(isinstance(p, DTensor) for p in model.parameters())
+
+
+def check_sharding(model: nn.Module, world_size: int, averaged: int) -> None:
+    """Raise `ValueError` unless an engine that shards parameters divides sums over all ranks by `averaged`."""
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor) and parameter.device_mesh.size() != world_size:
             raise ValueError(
                 f"parameter '{name}' is sharded over {parameter.device_mesh.size()} of {world_size} ranks, "
                 "so gradients of the others would stay apart; shard it over a mesh of all ranks"
             )
+    reduction = "mean" if averaged == world_size else "sum"
+    if averaged != world_size and (is_deepspeed(model) or _is_fsdp1(model)):
+        raise ValueError(
+            f"reduction 'sum' leaves gradients to be summed over ranks, but the engine averages them over "
+            f"{world_size}; use enable(..., reduction='mean')"
+        )
     for module in model.modules():
-        for factor in _divide_factors(module):
-            if factor != world_size:
+        for factor in _divide_factors(module, world_size):
+            if factor != averaged:
                 raise ValueError(
-                    f"set_gradient_divide_factor({factor:g}) on {type(module).__name__}: gradients have to "
-                    f"be averaged over all {world_size} ranks; leave the factor alone"
+                    f"{type(module).__name__} divides sums of gradients by {factor:g} "
+                    f"(set_gradient_divide_factor), but reduction '{reduction}' needs {averaged} on {world_size} "
+                    "ranks; leave the factor alone and use reduction 'mean'"
                 )
 
 
-def _divide_factors(module: nn.Module) -> Iterator[float]:
-    """Gradient divide factors that a user set on `fully_shard`'s groups; no public API returns them."""
+def _is_fsdp1(model: nn.Module) -> bool:
+    return any(hasattr(p, "_fsdp_flattened") for p in model.parameters())
+
+
+def _divide_factors(module: nn.Module, default: int) -> Iterator[float]:
+    """What each of `fully_shard`'s groups divides gradients by: a user's factor, or `default`.
+
+    No public API returns them.
+    """
     state = module._get_fsdp_state() if hasattr(module, "_get_fsdp_state") else None  # type: ignore[operator]
     groups = getattr(state, "_fsdp_param_groups", None) or [
         getattr(state, "_fsdp_param_group", None)
     ]
     for group in groups:
-        factor = getattr(group, "gradient_divide_factor", None)
-        if factor is not None:
-            yield factor
+        if group is not None:
+            factor: float | None = getattr(group, "gradient_divide_factor", None)
+            yield default if factor is None else factor
 
 
 class StepLabels:
@@ -102,7 +122,7 @@ class StepLabels:
         if labels > declared:
             raise ValueError(
                 f"num_items ({declared}) is less than the {labels} labels of this micro-batch on all ranks; "
-                "pass alst.count(labels of all micro-batches of the step)"
+                "pass alst.count(all micro-batches of the step)"
             )
         if not self.begun:
             return
@@ -110,7 +130,7 @@ class StepLabels:
             raise ValueError(
                 f"no optimizer step since a backward that was divided by {self._declared} labels, and now "
                 f"comes a micro-batch of {labels} that is divided by {declared}: accumulated gradients "
-                "need one count; pass num_items=alst.count(labels of all micro-batches of the step) to "
+                "need one count; pass num_items=alst.count(all micro-batches of the step) to "
                 "each shard(), or call alst.forget() after dropping gradients"
             )
 
@@ -139,7 +159,7 @@ class StepLabels:
         if seen != declared:
             raise ValueError(
                 f"num_items was {declared}, but the micro-batches of this step hold {seen} labels; pass "
-                "alst.count(labels of all micro-batches of the step), which counts each sample once"
+                "alst.count(all micro-batches of the step), which counts each sample once"
             )
         if len(scales) > 1:
             _check_undivided(scales)

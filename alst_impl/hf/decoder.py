@@ -54,7 +54,12 @@ ATTENTION_FIELDS = {
 }
 """Allowed plain attributes: those that do not change the result, and those that are read here.
 Others, such as a multiplier or a soft-cap, are refused."""
-_OF_MODULES = {*vars(nn.Module()), "gradient_checkpointing", "_gradient_checkpointing_func"}
+_OF_MODULES = {
+    *vars(nn.Module()),
+    "_gradient_checkpointing_func",
+    "_is_hf_initialized",
+    "gradient_checkpointing",
+}
 
 
 def read(layer: nn.Module) -> Decoder:

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from training import assert_same_gradients
 
-from alst_impl.library import LongSequence, enable
+from alst_impl import LongSequence, LongSequenceTrainer, enable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -92,15 +92,15 @@ def under_engines(rank: int, world_size: int) -> None:
             shard_layers(model)
         elif of_zero:
             called = zero(model, int(engine[-1]), len(data))
-        count = alst.count(batch["labels"] for batch in data)
+        count = alst.count(data)
         for batch in data:
-            inputs = alst.shard(batch["input_ids"], batch["labels"], num_items=count)
+            inputs = alst.shard(batch, num_items=count)
             loss = called(**inputs).loss
             called.backward(loss, scale_wrt_gas=False) if of_zero else loss.backward()
             if of_zero and batch is not data[-1]:
                 called.step()
         if engine == "none":
-            alst.average_gradients()
+            alst.reduce_gradients()
         ours = (
             {n: safe_get_full_grad(p) for n, p in model.named_parameters()}
             if of_zero
@@ -123,14 +123,14 @@ def sharded_over_some(rank: int, world_size: int) -> None:
     model, alst = enabled(2)
     fully_shard(model, mesh=alst.mesh["dp"])
     with pytest.raises(ValueError, match="sharded over 1 of 2 ranks"):
-        alst.shard(**batch)
+        alst.shard(batch)
     model, alst = enabled(2)
     shard_layers(model)
     model.set_gradient_divide_factor(1.0)
     with pytest.raises(ValueError, match="set_gradient_divide_factor"):
-        alst.shard(**batch)
+        alst.shard(batch)
     with pytest.raises(ValueError, match="leave the call out"):
-        alst.average_gradients()
+        alst.reduce_gradients()
 
 
 def test_engines_that_do_not_average_over_all_ranks_are_refused(ranks: Ranks) -> None:
@@ -146,7 +146,7 @@ def accumulate(rank: int, world_size: int) -> None:
     data = batches()
 
     def micro_step(alst: LongSequence, model: Any, batch: dict[str, Tensor], **count: Any) -> None:
-        model(**alst.shard(**batch, **count)).loss.backward()
+        model(**alst.shard(batch, **count)).loss.backward()
 
     # Each micro-batch has its own mean, under any wrapper that holds the gradients.
     for wrap in (lambda m: m, DistributedDataParallel, lambda m: shard_layers(m) or m):
@@ -157,16 +157,16 @@ def accumulate(rank: int, world_size: int) -> None:
             micro_step(alst, called, data[1])
     model, alst = enabled(2, stock_model(torch.float32))
     engine = zero(model, 2, 2)
-    engine.backward(engine(**alst.shard(**data[0])).loss, scale_wrt_gas=False)
+    engine.backward(engine(**alst.shard(data[0])).loss, scale_wrt_gas=False)
     engine.step()
     with pytest.raises(ValueError, match="accumulated gradients need one count"):
-        alst.shard(**data[1])
+        alst.shard(data[1])
     # DeepSpeed divides again after the count, unless it is told not to.
     model, alst = enabled(2, stock_model(torch.float32))
     engine = zero(model, 2, 2)
-    count = alst.count(batch["labels"] for batch in data)
+    count = alst.count(data)
     for batch in data:
-        engine.backward(engine(**alst.shard(**batch, num_items=count)).loss)
+        engine.backward(engine(**alst.shard(batch, num_items=count)).loss)
         if batch is data[0]:
             engine.step()
     with pytest.raises(ValueError, match="scale_wrt_gas=False"):
@@ -176,25 +176,25 @@ def accumulate(rank: int, world_size: int) -> None:
     micro_step(alst, model, data[0])
     model.zero_grad()
     micro_step(alst, model, data[1])
-    alst.average_gradients()
+    alst.reduce_gradients()
     sgd(model).step()
     # The count is doubled, as if summed over the two ranks. Then the loss is divided again.
     model, alst = enabled(2)
     for batch in data:
         micro_step(alst, model, batch, num_items=2 * count)
-    alst.average_gradients()
+    alst.reduce_gradients()
     with pytest.raises(ValueError, match=f"was {2 * count}, but .* hold {count} labels"):
         sgd(model).step()
     model, alst = enabled(2)
     for batch in data:
-        (model(**alst.shard(**batch, num_items=count)).loss / 2).backward()
-    alst.average_gradients()
+        (model(**alst.shard(batch, num_items=count)).loss / 2).backward()
+    alst.reduce_gradients()
     with pytest.raises(ValueError, match=r"multiplied by 0\.5 before backward"):
         sgd(model).step()
     with pytest.raises(ValueError, match="differs between ranks"):
-        alst.shard(**data[0], num_items=count + rank)
+        alst.shard(data[0], num_items=count + rank)
     with pytest.raises(ValueError, match=r"num_items \(3\) is less than"):
-        alst.shard(**data[0], num_items=3)
+        alst.shard(data[0], num_items=3)
 
 
 def test_labels_of_a_step_are_counted(ranks: Ranks) -> None:
@@ -217,23 +217,23 @@ def wrong_data(rank: int, world_size: int) -> None:
     data = batches()
     model, alst = enabled(2)
     with pytest.raises(ValueError, match="got different samples"):
-        alst.shard(**data[rank])
+        alst.shard(data[rank])
     other = {**data[0], "labels": data[0]["labels"].clone()}
     other["labels"][0, 3] = -100 if rank else 5
     with pytest.raises(ValueError, match="got different samples"):
-        alst.shard(**other)
+        alst.shard(other)
     with pytest.raises(ValueError, match="called without a shard"):
         model(**data[0])
     samples = [{"input_ids": b["input_ids"][0], "labels": b["labels"][0]} for b in data]
     loader = Accelerator(cpu=True).prepare(torch.utils.data.DataLoader(samples))
     with pytest.raises(ValueError, match="got different samples"):
-        alst.shard(**next(iter(loader)))
+        alst.shard(next(iter(loader)))
     # Gradients that were not averaged make the parameters differ between ranks.
-    model(**alst.shard(**data[0])).loss.backward()
+    model(**alst.shard(data[0])).loss.backward()
     sgd(model).step()
     model.zero_grad()
-    with pytest.raises(ValueError, match="gradients were not averaged"):
-        alst.shard(**data[0])
+    with pytest.raises(ValueError, match="gradients were not reduced"):
+        alst.shard(data[0])
 
 
 def test_ranks_of_one_sample_agree_on_it(ranks: Ranks) -> None:
@@ -273,6 +273,11 @@ def in_trainer(rank: int, world_size: int, folder: str) -> None:
         )
         return kind(model, arguments, train_dataset=data)
 
+    class LongSequential(LongSequenceTrainer, Trainer):
+        """Trainer on long sequences."""
+
+    with pytest.raises(ValueError, match="is not enabled; call enable"):
+        trainer(LongSequential, stock_model(), 1).train()
     model, _ = enabled(2)
     with pytest.raises(ValueError, match="called without a shard"):
         trainer(Trainer, model, 1).train()
@@ -281,11 +286,12 @@ def in_trainer(rank: int, world_size: int, folder: str) -> None:
 
     class Sharding(Trainer):
         def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
-            return model(**alst.shard(inputs["input_ids"], inputs["labels"])).loss
+            return model(**alst.shard(inputs)).loss
 
     with pytest.raises(ValueError, match="got different samples"):
         trainer(Sharding, model, 1).train()
 
+    # Without a count for the step.
     class SameSamples(Sharding):
         def get_train_dataloader(self) -> Any:
             return torch.utils.data.DataLoader(cast("Any", data), batch_size=2)
@@ -293,19 +299,9 @@ def in_trainer(rank: int, world_size: int, folder: str) -> None:
     with pytest.raises(ValueError, match="accumulated gradients need one count"):
         trainer(SameSamples, model, 2).train()
 
-    class Counted(SameSamples):
-        def get_batch_samples(self, *args: Any) -> Any:
-            samples, _ = super().get_batch_samples(*args)
-            return samples, alst.count(batch["labels"] for batch in samples)
-
-        def compute_loss(self, model: Any, inputs: Any, *_: Any, **options: Any) -> Any:
-            count = options["num_items_in_batch"]
-            inputs = alst.shard(inputs["input_ids"], inputs["labels"], num_items=count)
-            return model(**inputs).loss
-
     model, alst = enabled(2)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    right = trainer(Counted, model, 2)
+    right = trainer(LongSequential, model, 2)
     right.train()
     truth = stock_gradients(stock_model(), batches())
     moved = {name: before[name] - p.detach() for name, p in model.named_parameters()}
@@ -342,8 +338,8 @@ def generates(rank: int, world_size: int) -> None:
         with_mask = model.generate(padded, attention_mask=mask, max_new_tokens=8, do_sample=False)
         assert torch.equal(with_mask[:, 3:], expected)
     model.train()
-    model(**alst.shard(**batches()[0])).loss.backward()
-    alst.average_gradients()
+    model(**alst.shard(batches()[0])).loss.backward()
+    alst.reduce_gradients()
     assert_same_gradients(gradients_of(model), stock_gradients(stock_model(), batches()[:1]))
 
 
@@ -419,23 +415,23 @@ def changed_afterwards(rank: int, world_size: int) -> None:
         truth = stock_gradients(expected, data)
         model, alst = enabled(2, tiles=3)
         change(model)
-        model(**alst.shard(**data[0])).loss.backward()
-        alst.average_gradients()
+        model(**alst.shard(data[0])).loss.backward()
+        alst.reduce_gradients()
         try:
             assert_same_gradients(gradients_of(model), truth)
         except AssertionError as error:
             raise AssertionError(f"{change.__name__}: {error}") from None
     expected, adapted = adapted_model(), adapted_model()
     _, alst = enabled(2, adapted)
-    adapted(**alst.shard(**data[0])).loss.backward()
-    alst.average_gradients()
+    adapted(**alst.shard(data[0])).loss.backward()
+    alst.reduce_gradients()
     assert_same_gradients(gradients_of(adapted), stock_gradients(expected, data))
     with pytest.raises(ValueError, match="enabled already"):
         enabled(2, adapted)
     model, alst = enabled(2, tiles=3)
     model.loss_function = mean_of_its_own
     with pytest.raises(ValueError, match="'mean_of_its_own' is not a sum over tokens"):
-        model(**alst.shard(**data[0]))
+        model(**alst.shard(data[0]))
 
 
 def test_a_head_or_loss_replaced_after_enable_is_the_one_that_trains(ranks: Ranks) -> None:
@@ -453,7 +449,7 @@ def copied(rank: int, world_size: int) -> None:
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(1.5)
-    twin(**alst.shard(**data)).loss.backward()
+    twin(**alst.shard(data)).loss.backward()
     assert all(p.grad is None for p in model.parameters())
     for p in twin.parameters():
         dist.all_reduce(p.grad)
@@ -470,14 +466,14 @@ def unused(rank: int, world_size: int) -> None:
     """Body of a rank: a parameter that the loss does not use."""
     model, alst = enabled(2)
     model.extra = nn.Parameter(torch.ones(2, dtype=torch.float64))
-    model(**alst.shard(**batches()[0])).loss.backward()
+    model(**alst.shard(batches()[0])).loss.backward()
     with pytest.warns(UserWarning, match=r"1 trainable parameters have no gradient .* extra"):
-        alst.average_gradients()
+        alst.reduce_gradients()
     assert model.extra.grad is None
     model.extra.requires_grad_(False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        alst.average_gradients()
+        alst.reduce_gradients()
 
 
 def test_a_parameter_without_gradient_is_named(ranks: Ranks) -> None:

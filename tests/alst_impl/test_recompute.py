@@ -147,9 +147,11 @@ def sharded_gradients(rank: int, world_size: int) -> list[dict[str, Tensor]]:
     found = []
     for on in (True, False):
         model = phi3(0.3)
-        alst = library.enable(model, mesh, tile_norm=False, tile_mlp=False, checkpoint=on)
-        gradients_of(model, alst.shard(IDS, IDS))
-        alst.average_gradients()
+        alst = library.enable(
+            model, mesh, tile_norm=False, tile_mlp=False, checkpoint=on, offload=on
+        )
+        gradients_of(model, alst.shard({"input_ids": IDS, "labels": IDS}))
+        alst.reduce_gradients()
         found.append({name: p.grad for name, p in model.named_parameters()})
     return found
 

@@ -38,7 +38,7 @@ def gradients_of_zero3(rank: int, world_size: int) -> dict[str, Tensor]:
         model=model, optimizer=optimizer, config=settings, dist_init_required=False
     )
     ids, labels, _, _ = corpus_of(config_of()).sample(0)
-    loss = engine(**alst.shard(ids[None], labels[None])).loss
+    loss = engine(**alst.shard({"input_ids": ids[None], "labels": labels[None]})).loss
     engine.backward(loss)
     return {name: safe_get_full_grad(p) for name, p in engine.module.named_parameters()}
 

@@ -1,0 +1,250 @@
+"""What `enable` returns: everything that a training loop calls."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import DeviceMesh
+from torch.utils.data import Dataset
+from torch.utils.data.distributed import DistributedSampler
+from transformers import PreTrainedModel
+
+from alst_impl import safeguards
+from alst_impl.data import Batch
+from alst_impl.layout import IGNORE_INDEX
+from alst_impl.library.batches import read, shifted
+from alst_impl.library.guard import Guard, Reduction, Shard, part_names, stock_forward
+from alst_impl.library.setting import Setting
+from alst_impl.placement import Evidence
+
+TOLD_NAMES = 3
+"""Maximum number of parameters that a warning names."""
+
+
+@dataclass(frozen=True)
+class LongSequence:
+    """A model whose samples are each shared by several ranks of `mesh`."""
+
+    model: PreTrainedModel
+    """The transformers model itself, inside any wrapper of peft."""
+    mesh: DeviceMesh
+    """All ranks: `dp` ranks hold different samples, the ranks of the other axes share each sample."""
+    device: torch.device
+    """Where `shard` puts its tensors."""
+    reduction: Reduction
+    evidence: Evidence
+    """Counts of what the method did on this rank."""
+    _setting: Setting
+    _guard: Guard
+
+    def __deepcopy__(self, _: dict[int, Any]) -> LongSequence:
+        """This object: a copy of the model runs on the same ranks."""
+        return self
+
+    def shard(
+        self, batch: Mapping[str, Any], *, num_items: Tensor | int | None = None
+    ) -> dict[str, Any]:
+        """This rank's keyword arguments for `model(...)`, from a collator's batch of whole samples. Collective.
+
+        `batch` holds int64 tensors [B, S] on any device. `labels` are *not* shifted; -100 is ignored. An
+        `attention_mask` may pad right. Where `position_ids` restart, or at offsets `cu_seq_lens_q`, a packed
+        document begins. `num_items` is the number of valid labels of the whole optimizer step, as `count`
+        returns it; a step of several micro-batches needs it.
+
+        The `.loss` of that call is scaled for `reduction`: its mean (or sum) over all ranks is the stock model's
+        loss, and the mean (or sum) of the gradients is the stock model's gradient.
+
+        Raises `ValueError` on all ranks if the batch cannot be sharded exactly, if ranks that share a sample hold
+        different ones, if `num_items` is wrong for the step, if parameters differ between ranks, or if the
+        engine combines gradients otherwise.
+        """
+        self._check_model()
+        refusal, whole = None, None
+        try:
+            whole = read(batch)
+            self._setting.check_layout(whole.layout)
+        except ValueError as error:
+            refusal = error
+        num_labels = self._agreed_labels(whole, num_items, refusal)
+        assert whole is not None, "a refusal was raised"
+        declared = num_labels if num_items is None else int(num_items)
+        self._expect(num_labels, declared)
+        layout = replace(self._setting.method.layout(whole.layout.length), mesh=self.mesh)
+        local = self._setting.method.shard(whole, layout).to(self.device)
+        divisor = torch.tensor(max(declared, 1), device=self.device)
+        inputs = local.model_inputs()
+        inputs.pop("layout", None)
+        told = Shard(num_labels, declared, divisor, local.layout)
+        return {**inputs, "use_cache": False, "shard": told}
+
+    def sampler(
+        self,
+        dataset: Dataset[Any],
+        *,
+        shuffle: bool = True,
+        seed: int = 0,
+        drop_last: bool = False,
+    ) -> DistributedSampler[Any]:
+        """Indices of this rank's samples for a `DataLoader`: the same on ranks that share samples. Local.
+
+        Call its `set_epoch(epoch)` before each epoch, for another order. Every rank gets equally many: the last
+        ones repeat the first, or are dropped. Raises `ValueError` for a dataset without a length.
+        """
+        if not isinstance(dataset, Sized):
+            raise ValueError(
+                f"{type(dataset).__name__} has no length, so its samples cannot be dealt out by index; let it "
+                f"yield every {self._setting.groups}th sample, from alst.mesh.get_local_rank('dp') on"
+            )
+        return DistributedSampler(
+            dataset,
+            num_replicas=self._setting.groups,
+            rank=self._setting.group_of(dist.get_rank()),
+            shuffle=shuffle,
+            seed=seed,
+            drop_last=drop_last,
+        )
+
+    def count(self, batches: Iterable[Mapping[str, Any]]) -> Tensor:
+        """Valid labels of one optimizer step on all ranks, int64 scalar: the `num_items` of `shard`. Collective.
+
+        `batches` are this rank's micro-batches of the step, whole, as `shard` takes them.
+        """
+        valid = sum(int((shifted(batch["labels"]) != IGNORE_INDEX).sum()) for batch in batches)
+        total = torch.tensor(valid, device=self.device)
+        dist.all_reduce(total)
+        return total // self.shards  # whose ranks hold the same samples
+
+    def reduce_loss(self, loss: Tensor) -> Tensor:
+        """The mean loss over all valid labels of all ranks, for logs; a scalar without a graph. Collective.
+
+        `loss` is the loss of a step: the sum of its micro-batches' losses.
+        """
+        total = loss.detach().clone()
+        dist.all_reduce(total)
+        return total / self._averaged
+
+    def reduce_gradients(self) -> None:
+        """Combine every gradient over all ranks, by `reduction`; for a model without an engine. Collective.
+
+        A gradient that is missing on some ranks counts as zero there. A parameter without a gradient on any
+        rank is left alone, and a warning names it. Raises `ValueError` for a sharded model.
+        """
+        if safeguards.is_sharded(self.model):
+            raise ValueError(
+                "reduce_gradients() is for replicated parameters; fully_shard and DeepSpeed reduce "
+                "gradients themselves: leave the call out"
+            )
+        named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        for name in self._without_gradient(named):
+            del named[name]
+        for parameter in named.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= self._averaged
+
+    def forget(self) -> None:
+        """Call this after dropping gradients without an optimizer step. Local."""
+        self._guard.labels.forget()
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Context in which the model is the stock one, to generate or to evaluate whole samples. Local.
+
+        Each rank computes its own input. MLPs and norms stay tiled, which is exact. Parameters that an engine
+        shards are still gathered at each call, so all ranks make equally many (`generate(synced_gpus=True)`).
+        """
+        with stock_forward(self.model):
+            yield
+
+    @property
+    def shards(self) -> int:
+        """Number of ranks that share each sample."""
+        return self._setting.shards
+
+    @property
+    def _averaged(self) -> int:
+        """Number of ranks that gradients are averaged over; 1 if they are summed."""
+        return self.mesh.size() if self.reduction == "mean" else 1
+
+    def _check_model(self) -> None:
+        """Raise `ValueError` if engines combine gradients otherwise, or if parts were replaced. Local."""
+        safeguards.check_sharding(self.model, self.mesh.size(), self._averaged)
+        if self._guard.parts is not None and self._guard.parts != part_names(self.model):
+            raise ValueError(
+                f"modules of the decoder layers of {type(self.model).__name__} were replaced after enable(), but "
+                f"method '{self._setting.name}' computes with those that it found; add adapters and the like "
+                "before enable()"
+            )
+
+    def _without_gradient(self, named: dict[str, torch.nn.Parameter]) -> list[str]:
+        """Names of parameters that have no gradient on any rank, with a warning. Collective."""
+        have = torch.tensor([p.grad is not None for p in named.values()], device=self.device).int()
+        missing = (have == 0).sum()
+        dist.all_reduce(missing)
+        if int(missing) == 0:
+            return []
+        dist.all_reduce(have)
+        without = [name for name, n in zip(named, have.tolist(), strict=True) if n == 0]
+        if without:
+            warnings.warn(
+                f"{len(without)} trainable parameters have no gradient on any rank: "
+                f"{', '.join(without[:TOLD_NAMES])}{', ...' if len(without) > TOLD_NAMES else ''}; "
+                "they are not part of the loss",
+                stacklevel=3,
+            )
+        return without
+
+    def _agreed_labels(
+        self, whole: Batch | None, num_items: Tensor | int | None, refusal: ValueError | None
+    ) -> int:
+        """Valid labels of this micro-batch on all ranks. Raises `ValueError` on all ranks if any differ. Collective."""
+        name, parameter = safeguards.witness(self.model)
+        table = torch.zeros(self.mesh.size(), 5, dtype=torch.int64, device=self.device)
+        row = table[dist.get_rank()]
+        row[0] = refusal is not None
+        if whole is not None:
+            row[1], row[2] = safeguards.digest(whole), whole.num_valid()
+        row[3] = safeguards.fingerprint(parameter)
+        row[4] = -1 if num_items is None else int(num_items)
+        # All ranks see the whole table, so all raise and none waits for another.
+        dist.all_reduce(table)
+        refused, samples, labels, parameters, counts = table.T.tolist()
+        if refusal is not None:
+            raise refusal
+        if any(refused):
+            raise ValueError(f"rank {refused.index(1)} refused its batch; its message says why")
+        groups = self._setting.ranks
+        if any(len({samples[rank] for rank in group}) > 1 for group in groups):
+            raise ValueError(
+                f"the {self.shards} ranks of a group that shares samples got different samples; give them "
+                "the same batches: DataLoader(..., sampler=alst.sampler(dataset)), no accelerator.prepare(loader), "
+                "and in a Trainer class MyTrainer(LongSequenceTrainer, Trainer)"
+            )
+        if len(set(parameters)) > 1:
+            raise ValueError(
+                f"parameter '{name}' differs between the {len(parameters)} ranks: gradients were not reduced "
+                "over all of them; call alst.reduce_gradients() before optimizer.step(), or wrap the "
+                "model in DDP, fully_shard or DeepSpeed over all ranks"
+            )
+        if len(set(counts)) > 1:
+            raise ValueError(
+                f"num_items ({num_items}) differs between ranks; pass alst.count(all micro-batches of the step), "
+                "which counts over all ranks"
+            )
+        return sum(int(labels[group[0]]) for group in groups)
+
+    def _expect(self, num_labels: int, declared: int) -> None:
+        if not torch.is_grad_enabled():
+            return
+        labels, parameters = self._guard.labels, list(self.model.parameters())
+        if not safeguards.is_sharded(self.model) and all(p.grad is None for p in parameters):
+            labels.forget()  # gradients were dropped, as a scaler does after an overflow
+        labels.expect(num_labels, declared)

@@ -1,0 +1,198 @@
+"""How an enabled model is shared: its method, its ranks, and the configuration that the method checks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import DeviceMesh
+from transformers import PreTrainedModel
+
+from alst_impl.config import DataConfig, LoraConfig, Spec, TrainConfig
+from alst_impl.layout import Layout, make_mesh
+from alst_impl.methods.base import Method, load_method
+
+SHARED = ("cp", "sp")
+"""Axes of a mesh whose ranks share each sample; also the fields of a method that give their sizes."""
+DTYPES = ("float64", "float32", "bfloat16")
+
+
+class _Described:
+    """A model's configuration in a folder of its own, where `TrainConfig.model` finds it."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.name = type(model).__name__
+        self._folder = TemporaryDirectory()
+        self.path = str(Path(self._folder.name, self.name))
+        Path(self.path).mkdir()
+        # All fields, also those that have the default value of their class.
+        model.config.to_json_file(Path(self.path, "config.json"), use_diff=False)
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Context in which errors name the model, not the folder."""
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(str(error).replace(self.path, self.name)) from None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A method for a model on all ranks of the process group."""
+
+    method: Method
+    config: TrainConfig
+    """The run as the method checks it. Sizes of batches are not known before the first one."""
+    ranks: list[list[int]]
+    """Ranks that share each sample, by group."""
+    _model: _Described
+    _checked: set[tuple[int, bool]] = field(default_factory=set)
+
+    @property
+    def name(self) -> str:
+        """The method's name."""
+        return self.config.method.name
+
+    @property
+    def groups(self) -> int:
+        """Number of groups of ranks with different samples."""
+        return len(self.ranks)
+
+    @property
+    def shards(self) -> int:
+        """Ranks that share each sample."""
+        return len(self.ranks[0])
+
+    def group_of(self, rank: int) -> int:
+        """The group of global rank `rank`."""
+        return next(index for index, group in enumerate(self.ranks) if rank in group)
+
+    def check_layout(self, layout: Layout) -> None:
+        """Raise `ValueError` if the method cannot compute whole samples of `layout` exactly. Local."""
+        documents = max(map(len, layout.documents), default=1) if layout.documents else 1
+        key = (layout.length, documents > 1)
+        if key in self._checked:
+            return
+        data = DataConfig(documents=documents)
+        with self._model.named():
+            self.method.check(
+                self.config.model_copy(update={"seqlen": layout.length, "data": data})
+            )
+        self._checked.add(key)
+
+
+def settle(
+    model: PreTrainedModel,
+    mesh: DeviceMesh | None,
+    spec: Spec,
+    config: dict[str, Any],
+) -> tuple[Setting, DeviceMesh]:
+    """The setting of `model` under the method of `spec`, and its mesh. Collective if `mesh` is None.
+
+    `config` holds fields of `TrainConfig`. Raises `ValueError` for what the method cannot do.
+    """
+    if not dist.is_initialized():
+        raise ValueError(
+            "enable() found no process group; start the script with torchrun and call "
+            "torch.distributed.init_process_group() first (TrainingArguments and Accelerator do)"
+        )
+    if mesh is not None:
+        spec = _with_degrees(mesh, spec)
+    method = load_method(spec)
+    described = _Described(model)
+    shards = method.layout(1).shards
+    asked = TrainConfig(
+        model=described.path,
+        method=spec,
+        seqlen=4 * shards,  # enough for any order of the tokens; batches are checked as they come
+        world_size=dist.get_world_size(),
+        dtype=_dtype(model),
+        lora=LoraConfig(rank=1) if _has_adapters(model) else None,
+        **config,
+    )
+    _check_calls_the_model(method, spec.name)
+    with described.named():
+        method.check(asked)
+    if mesh is None:
+        groups = [method.layout(1)] * (dist.get_world_size() // shards)
+        mesh = make_mesh(groups, _device_type(model))
+    return Setting(method, asked, _ranks(mesh), described), mesh
+
+
+def _check_calls_the_model(method: Method, name: str) -> None:
+    """Raise `ValueError` for a method that a user's loop cannot run by calling the model."""
+    own = [
+        hook
+        for hook in ("forward_backward", "micro_step", "loss", "shard", "mpu")
+        if getattr(type(method), hook) is not getattr(Method, hook)
+    ]
+    if own or method.layout(1).pp > 1:
+        raise ValueError(
+            f"method '{name}' runs its own schedule or loss, but a loop calls the model; use method 'alst', "
+            "'layerwise', 'ring' or 'usp', or `alst run` for the others"
+        )
+
+
+def _with_degrees(mesh: DeviceMesh, spec: Spec) -> Spec:
+    """`spec` with the sizes of the mesh's axes. Raises `ValueError` for another axis, size or number of ranks."""
+    names = mesh.mesh_dim_names or ()
+    if set(names) - {"dp", *SHARED}:
+        raise ValueError(
+            f"mesh has the axes {list(names)}; use dp (ranks with different samples) and sp or cp (ranks that share "
+            "each sample), or leave the mesh out: enable(model, sp=...)"
+        )
+    if mesh.size() != dist.get_world_size():
+        raise ValueError(
+            f"mesh has {mesh.size()} of {dist.get_world_size()} ranks; use a mesh of all ranks"
+        )
+    sizes = {axis: mesh[axis].size() if axis in names else 1 for axis in SHARED}
+    for axis, size in sizes.items():
+        asked = spec.options.get(axis, size)
+        if asked != size:
+            raise ValueError(
+                f"{axis} ({asked}) is not the size of the mesh's axis {axis} ({size}); leave {axis} out, "
+                "or leave the mesh out"
+            )
+    degrees = {axis: size for axis, size in sizes.items() if size > 1}
+    return Spec(name=spec.name, options={**spec.options, **degrees})
+
+
+def _ranks(mesh: DeviceMesh) -> list[list[int]]:
+    """Ranks that share each sample, `cp` before `sp`, by place along `dp`."""
+    names = list(mesh.mesh_dim_names or ())
+    order = [names.index(axis) for axis in ("dp", *SHARED) if axis in names]
+    places = mesh.mesh.permute(order)
+    groups: list[list[int]] = places.reshape(places.shape[0] if "dp" in names else 1, -1).tolist()
+    return groups
+
+
+def _dtype(model: PreTrainedModel) -> str:
+    name = str(model.dtype).removeprefix("torch.")
+    return name if name in DTYPES else "float32"
+
+
+def _has_adapters(model: PreTrainedModel) -> bool:
+    return any(".lora_" in name for name, _ in model.named_parameters())
+
+
+def device_of(model: PreTrainedModel, mesh: DeviceMesh) -> torch.device:
+    """The device that computes: the model's, or this process's one if an engine will move the model there."""
+    held = next(model.parameters()).device
+    if held.type not in ("cpu", "meta") or mesh.device_type == "cpu":
+        return held
+    return torch.device(mesh.device_type, torch.accelerator.current_device_index())
+
+
+def _device_type(model: PreTrainedModel) -> str:
+    held = next(model.parameters()).device.type
+    if held not in ("cpu", "meta"):
+        return held
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if accelerator is None or dist.get_backend() == "gloo" else accelerator.type
