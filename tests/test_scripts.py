@@ -61,7 +61,7 @@ def make_folder(folder: Path) -> tuple[Path, Path]:
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
-        num_attention_heads=4,
+        num_attention_heads=8,
         num_key_value_heads=2,
         head_dim=8,
         eos_token_id=0,

@@ -21,7 +21,7 @@ from alst_impl.data import Batch
 from alst_impl.layout import IGNORE_INDEX
 from alst_impl.library.batches import read, shifted
 from alst_impl.library.guard import Guard, Reduction, Shard, part_names, stock_forward
-from alst_impl.library.setting import Setting
+from alst_impl.library.setting import SHARED, Setting
 from alst_impl.placement import Evidence
 
 TOLD_NAMES = 3
@@ -116,19 +116,19 @@ class LongSequence:
 
         `batches` are this rank's micro-batches of the step, whole, as `shard` takes them.
         """
-        valid = sum(int((shifted(batch["labels"]) != IGNORE_INDEX).sum()) for batch in batches)
-        total = torch.tensor(valid, device=self.device)
+        valid = [int((shifted(batch["labels"]) != IGNORE_INDEX).sum()) for batch in batches]
+        total = torch.tensor(valid, dtype=torch.int64, device=self.device)
         dist.all_reduce(total)
-        return total // self.shards  # whose ranks hold the same samples
+        return (total // self.shards).sum()  # whose ranks hold the same samples
 
-    def reduce_loss(self, loss: Tensor) -> Tensor:
-        """The mean loss over all valid labels of all ranks, for logs; a scalar without a graph. Collective.
+    def reduce_loss(self, loss: Tensor) -> float:
+        """The mean loss over all valid labels of all ranks, for logs. Collective, and waits for the device.
 
         `loss` is the loss of a step: the sum of its micro-batches' losses.
         """
         total = loss.detach().clone()
         dist.all_reduce(total)
-        return total / self._averaged
+        return float(total) / self._averaged
 
     def reduce_gradients(self) -> None:
         """Combine every gradient over all ranks, by `reduction`; for a model without an engine. Collective.
@@ -207,39 +207,40 @@ class LongSequence:
     ) -> int:
         """Valid labels of this micro-batch on all ranks. Raises `ValueError` on all ranks if any differ. Collective."""
         name, parameter = safeguards.witness(self.model)
-        table = torch.zeros(self.mesh.size(), 5, dtype=torch.int64, device=self.device)
-        row = table[dist.get_rank()]
-        row[0] = refusal is not None
-        if whole is not None:
-            row[1], row[2] = safeguards.digest(whole), whole.num_valid()
-        row[3] = safeguards.fingerprint(parameter)
-        row[4] = -1 if num_items is None else int(num_items)
-        # All ranks see the whole table, so all raise and none waits for another.
-        dist.all_reduce(table)
-        refused, samples, labels, parameters, counts = table.T.tolist()
+        valid, seen = (0, 0) if whole is None else (whole.num_valid(), safeguards.digest(whole))
+        shared = [axis for axis in SHARED if axis in (self.mesh.mesh_dim_names or ())]
+        sample = torch.tensor([seen], device=self.device)
+        other = sum(_differ(sample, self.mesh.get_group(axis)) for axis in shared)
+        declared = sample.new_tensor([-1 if num_items is None else int(num_items)])
+        fingerprint = safeguards.fingerprint(parameter).to(self.device).view(1)
+        apart, counts = _differ(torch.cat([fingerprint, declared]), None).tolist()
+        # All ranks raise, so none waits for another.
+        told = sample.new_tensor([int(valid), refusal is not None, 0])
+        told[2:] = other
+        dist.all_reduce(told)
+        labels, refused, samples = told.tolist()
         if refusal is not None:
             raise refusal
-        if any(refused):
-            raise ValueError(f"rank {refused.index(1)} refused its batch; its message says why")
-        groups = self._setting.ranks
-        if any(len({samples[rank] for rank in group}) > 1 for group in groups):
+        if refused:
+            raise ValueError("another rank refused its batch; its message says why")
+        if samples:
             raise ValueError(
                 f"the {self.shards} ranks of a group that shares samples got different samples; give them "
                 "the same batches: DataLoader(..., sampler=alst.sampler(dataset)), no accelerator.prepare(loader), "
                 "and in a Trainer class MyTrainer(LongSequenceTrainer, Trainer)"
             )
-        if len(set(parameters)) > 1:
+        if apart:
             raise ValueError(
-                f"parameter '{name}' differs between the {len(parameters)} ranks: gradients were not reduced "
+                f"parameter '{name}' differs between the {self.mesh.size()} ranks: gradients were not reduced "
                 "over all of them; call alst.reduce_gradients() before optimizer.step(), or wrap the "
                 "model in DDP, fully_shard or DeepSpeed over all ranks"
             )
-        if len(set(counts)) > 1:
+        if counts:
             raise ValueError(
                 f"num_items ({num_items}) differs between ranks; pass alst.count(all micro-batches of the step), "
                 "which counts over all ranks"
             )
-        return sum(int(labels[group[0]]) for group in groups)
+        return int(labels) // self.shards  # whose ranks hold the same samples
 
     def _expect(self, num_labels: int, declared: int) -> None:
         if not torch.is_grad_enabled():
@@ -248,3 +249,11 @@ class LongSequence:
         if not safeguards.is_sharded(self.model) and all(p.grad is None for p in parameters):
             labels.forget()  # gradients were dropped, as a scaler does after an overflow
         labels.expect(num_labels, declared)
+
+
+def _differ(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Which of `values` (int64 [N]) differ between ranks of `group`, as int64 [N]. Collective."""
+    bounds = torch.stack([values, -values])
+    dist.all_reduce(bounds, dist.ReduceOp.MAX, group=group)
+    largest, smallest = bounds[0], -bounds[1]
+    return (largest != smallest).long()

@@ -118,7 +118,7 @@ class LongSequenceTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
         assert isinstance(loss, Tensor), "outputs were not asked for"
-        return self._alst.reduce_loss(loss), None, None
+        return loss.new_tensor(self._alst.reduce_loss(loss)), None, None
 
     @property
     def _alst(self) -> LongSequence:

@@ -23,7 +23,7 @@ for batches in steps(loader, args.steps, args.accumulate):
     alst.reduce_gradients()  # engines do it themselves
     optimizer.step()
     optimizer.zero_grad()
-    print(float(alst.reduce_loss(total)))
+    print(alst.reduce_loss(total))
 if dist.get_rank() == 0:
     model.save_pretrained(args.output)  # a stock model
 dist.destroy_process_group()

@@ -26,7 +26,7 @@ count, total = alst.count(batches), torch.zeros((), device=device)
 with torch.no_grad():
     for batch in batches:  # samples stay shared, so they may be as long as in training
         total += model(**alst.shard(batch, num_items=count)).loss
-loss = float(alst.reduce_loss(total))
+loss = alst.reduce_loss(total)
 prompt = data.tokenizer("def ", return_tensors="pt").to(device)
 with alst.disabled():  # the stock model, with its key/value cache
     text = model.generate(**prompt, max_new_tokens=8, do_sample=False)

@@ -66,7 +66,7 @@ def every_method(rank: int, world_size: int) -> None:
                 parts = [alst.model(**alst.shard(b, num_items=count)).loss for b in mine]
             stock, labels = stock_model(), int(count)
             losses = [stock(**b, num_items_in_batch=labels).loss for b in data]
-            assert float(alst.reduce_loss(sum(parts))) == pytest.approx(float(sum(losses)))
+            assert alst.reduce_loss(sum(parts)) == pytest.approx(float(sum(losses)))
             with alst.disabled(), torch.no_grad():
                 ids = data[0]["input_ids"]
                 assert torch.allclose(alst.model.eval()(ids).logits, stock.eval()(ids).logits)
@@ -192,7 +192,7 @@ def refuse(rank: int, world_size: int) -> None:
     with pytest.raises(ValueError, match="pass one of them"):
         alst.shard(other)
     # One rank's mistake is an error on all ranks, so that none waits.
-    with pytest.raises(ValueError, match="rank 1 refused its batch" if rank == 0 else "unknown"):
+    with pytest.raises(ValueError, match="another rank refused" if rank == 0 else "unknown"):
         alst.shard({**good, **({"pixel_values": ones} if rank else {})})
     with pytest.raises(ValueError, match="attention_mask is not supported"):
         alst.model(**alst.shard(good), attention_mask=ones)

@@ -1,13 +1,12 @@
-"""The README's example of the library, one sequence over all ranks."""
+"""A step of an enabled model, one sequence over all ranks."""
 
 import os
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from alst_impl.library import enable
+from alst_impl import enable
 
 dist.init_process_group("nccl")
 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -17,11 +16,10 @@ config = LlamaConfig(
 )  # fmt: skip
 model = LlamaForCausalLM(config).to("cuda", torch.bfloat16)
 optimizer = torch.optim.AdamW(model.parameters())
-mesh = init_device_mesh("cuda", (1, dist.get_world_size()), mesh_dim_names=("dp", "sp"))
-alst = enable(model, mesh)
+alst = enable(model, sp=dist.get_world_size())
 ids = torch.randint(0, 1000, (1, 32_768))
-loss = model(**alst.shard(ids, ids)).loss
+loss = model(**alst.shard({"input_ids": ids, "labels": ids})).loss
 loss.backward()
-alst.average_gradients()
+alst.reduce_gradients()
 optimizer.step()
 optimizer.zero_grad()
