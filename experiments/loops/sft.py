@@ -25,6 +25,7 @@ arguments = SFTConfig(  # starts the process group
     learning_rate=args.lr,
     lr_scheduler_type="constant",
     max_grad_norm=0.0,  # does not clip
+    save_strategy="no",
     report_to=[],
 )
 model = AutoModelForCausalLM.from_pretrained(args.model)

@@ -22,6 +22,7 @@ arguments = TrainingArguments(  # starts the process group
     lr_scheduler_type="constant",
     max_grad_norm=0.0,  # does not clip
     logging_steps=1,
+    save_strategy="no",
     report_to=[],
 )
 model = AutoModelForCausalLM.from_pretrained(args.model)

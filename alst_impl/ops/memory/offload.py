@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +25,13 @@ FILLED = 0.95
 """A piece that fills this share of a power of two is good enough."""
 PREFETCH_BYTES = 2**29
 """Larger inputs are not prefetched: a second one needs much memory, and the copy is short beside attention."""
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _as_it_stands(method: F) -> F:
+    """`method`, which torch.compile leaves alone: what it generates for side streams does not run."""
+    return cast("F", torch.compiler.disable(method))
 
 
 class OnHost:
@@ -50,6 +57,7 @@ class HostOffload:
         self._side = torch.cuda.Stream(placement.device) if self._streams else None
         self._last: OnHost | None = None
 
+    @_as_it_stands
     def store(self, x: Tensor) -> OnHost:
         """Start copying `x` to the host; the caller may drop `x` at once. Backward loads in reverse order."""
         parked = OnHost(x)
@@ -64,11 +72,13 @@ class HostOffload:
                 x.record_stream(self._side)
         return parked
 
+    @_as_it_stands
     def settle(self) -> None:
         """Later work on the current stream waits for all started copies, so it may overwrite what they copy."""
         if self._side is not None:
             torch.cuda.current_stream().wait_stream(self._side)
 
+    @_as_it_stands
     def put(self, x: Tensor, into: Tensor) -> None:
         """Start copying `x` to `into`, which `room` returned; the caller may drop `x` at once."""
         x = x.contiguous()
@@ -80,6 +90,7 @@ class HostOffload:
             self._copy([into], [x])
             x.record_stream(self._side)
 
+    @_as_it_stands
     def get(self, host: Tensor) -> Tensor:
         """Copy to the device what `put` stored in `host`."""
         self.settle()
@@ -99,6 +110,7 @@ class HostOffload:
         for target, piece in zip(into, pieces, strict=True):
             target.copy_(piece, non_blocking=self._streams)
 
+    @_as_it_stands
     def load(self, parked: OnHost) -> Tensor:
         """Return the input on the device, and prefetch the input that backward needs next if that is small."""
         self._fetch(parked)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from loops import SCRIPTS, arguments, make_folder
 from phantoms import NEEDED
 
 from harness.phantom.session import Result, run
@@ -143,6 +144,16 @@ def test_training_scripts_run_as_one_rank_of_eight(program: str, rank: int) -> N
     assert (process.rank, process.devices[0].device) == (rank, rank)
     # A mask of 8,192 x 8,192 would be the largest tensor.
     assert not any("mask" in held.where for held in process.devices[0].alive)
+
+
+@pytest.mark.parametrize("script", ["bare", "fsdp2", "zero3", "trainer"])
+def test_scripts_of_users_loops_run_as_one_rank_of_eight(script: str, tmp_path: Path) -> None:
+    """Unmodified, with real text, two micro-batches a step."""
+    argv = arguments(make_folder(tmp_path), tmp_path / "trained", sp=8, steps=2)
+    command = [sys.executable, str(SCRIPTS / f"{script}.py"), *argv]
+    result = run(command, "h100-80gb", gpus=8, rank=0, limit_s=120)
+    assert result.verdict == "fits", (result.reason, result.processes)
+    assert result.processes[0].devices[0].allocated_bytes > 0
 
 
 def test_all_ranks_run_under_a_launcher() -> None:
