@@ -5,8 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from alst_impl import LongSequence, enable
 
 LENGTH = 21
 
@@ -45,3 +49,26 @@ def stock_gradients(model: Any, data: list[dict[str, Tensor]]) -> dict[str, Tens
     for batch in data:
         model(**batch, num_items_in_batch=torch.tensor(num_items), use_cache=False).loss.backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def enabled(sp: int, model: Any = None, **options: Any) -> tuple[Any, LongSequence]:
+    """A small model under ALST, over `sp` ranks."""
+    model = stock_model() if model is None else model
+    mesh = init_device_mesh("cpu", (dist.get_world_size() // sp, sp), mesh_dim_names=("dp", "sp"))
+    return model, enable(model, mesh, **options)
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    """An optimizer over all parameters with a gradient."""
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def whole(gradient: Any) -> Tensor:
+    """The full gradient, even if `fully_shard` has sharded it."""
+    tensor: Tensor = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+    return tensor
+
+
+def gradients_of(model: nn.Module) -> dict[str, Tensor]:
+    """Full gradients by name."""
+    return {n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None}

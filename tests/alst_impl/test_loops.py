@@ -2,52 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import os
-import warnings
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-import peft
 import pytest
 import torch
-import torch.distributed as dist
-from small import batches, stock_gradients, stock_model
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from small import batches, enabled, gradients_of, sgd, stock_gradients, stock_model
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from training import assert_same_gradients
 
-from alst_impl import LongSequence, LongSequenceTrainer, enable
+from alst_impl import LongSequence, enable
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from conftest import Ranks
-
-
-def enabled(sp: int, model: Any = None, **options: Any) -> tuple[Any, LongSequence]:
-    """A small model under ALST, over `sp` ranks."""
-    model = stock_model() if model is None else model
-    mesh = init_device_mesh("cpu", (dist.get_world_size() // sp, sp), mesh_dim_names=("dp", "sp"))
-    return model, enable(model, mesh, **options)
-
-
-def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    """An optimizer over all parameters with a gradient."""
-    return torch.optim.SGD(model.parameters(), lr=0.1)
-
-
-def whole(gradient: Any) -> Tensor:
-    """The full gradient, even if `fully_shard` has sharded it."""
-    tensor: Tensor = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
-    return tensor
-
-
-def gradients_of(model: nn.Module) -> dict[str, Tensor]:
-    """Full gradients by name."""
-    return {n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None}
 
 
 # -- engines --------------------------------------------------------------------------------------
@@ -131,10 +100,28 @@ def sharded_over_some(rank: int, world_size: int) -> None:
         alst.shard(batch)
     with pytest.raises(ValueError, match="leave the call out"):
         alst.reduce_gradients()
+    # Sums: right under a factor of 1, refused under engines that average.
+    model, alst = enabled(2, reduction="sum")
+    shard_layers(model)
+    with pytest.raises(ValueError, match="reduction 'sum' needs 1"):
+        alst.shard(batch)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+    model(**alst.shard(batch)).loss.backward()
+    assert_same_gradients(gradients_of(model), stock_gradients(stock_model(), [batch]))
+    model, alst = enabled(2, reduction="sum")
+    wrapped = DistributedDataParallel(model)
+    with pytest.raises(ValueError, match="DistributedDataParallel averages"):
+        wrapped(**alst.shard(batch))
+    model, alst = enabled(2, stock_model(torch.float32), reduction="sum")
+    zero(model, 3)
+    with pytest.raises(ValueError, match="the engine averages them"):
+        alst.shard(batch)
 
 
 def test_engines_that_do_not_average_over_all_ranks_are_refused(ranks: Ranks) -> None:
-    """`fully_shard` over dp only and `fully_shard` with sums are refused."""
+    """`fully_shard` over dp only, and an average where sums are wanted or the other way, are refused."""
     ranks(2)(sharded_over_some)
 
 
@@ -209,13 +196,22 @@ LAUNCHER = {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
 # -- data -----------------------------------------------------------------------------------------
 
 
-def wrong_data(rank: int, world_size: int) -> None:
+METHODS: list[dict[str, Any]] = [
+    {"sp": 2},
+    {"sp": 2, "method": "layerwise"},
+    {"cp": 2, "method": "ring"},
+    {"sp": 1, "cp": 2, "method": "usp"},
+]
+
+
+def wrong_data(rank: int, world_size: int, options: dict[str, Any]) -> None:
     """Body of a rank: wrong inputs that common loops give to the ranks of one sample."""
     from accelerate import Accelerator
 
     os.environ.update(LAUNCHER)
     data = batches()
-    model, alst = enabled(2)
+    model = stock_model()
+    alst = enable(model, **options)
     with pytest.raises(ValueError, match="got different samples"):
         alst.shard(data[rank])
     other = {**data[0], "labels": data[0]["labels"].clone()}
@@ -234,248 +230,16 @@ def wrong_data(rank: int, world_size: int) -> None:
     model.zero_grad()
     with pytest.raises(ValueError, match="gradients were not reduced"):
         alst.shard(data[0])
-
-
-def test_ranks_of_one_sample_agree_on_it(ranks: Ranks) -> None:
-    """Different samples or labels, a loader that splits samples, a call without `shard` and a
-    missing average are refused.
-    """
-    ranks(2)(wrong_data)
-
-
-def in_trainer(rank: int, world_size: int, folder: str) -> None:
-    """Body of a rank: transformers' Trainer around an enabled model."""
-    from transformers import Trainer, TrainingArguments
-
-    os.environ.update(LAUNCHER)
-    data = [
-        {"input_ids": ids, "labels": labels}
-        for batch in batches()
-        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)
-    ]
-
-    def trainer(kind: type[Trainer], model: Any, accumulation: int) -> Trainer:
-        arguments = TrainingArguments(
-            folder,
-            use_cpu=True,
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=accumulation,
-            max_steps=1,
-            report_to=[],
-            save_strategy="no",
-            optim="sgd",
-            learning_rate=1.0,
-            lr_scheduler_type="constant",
-            max_grad_norm=0.0,
-            weight_decay=0.0,
-            disable_tqdm=True,
-            logging_steps=1,
-        )
-        return kind(model, arguments, train_dataset=data)
-
-    class LongSequential(LongSequenceTrainer, Trainer):
-        """Trainer on long sequences."""
-
-    with pytest.raises(ValueError, match="is not enabled; call enable"):
-        trainer(LongSequential, stock_model(), 1).train()
-    model, _ = enabled(2)
-    with pytest.raises(ValueError, match="called without a shard"):
-        trainer(Trainer, model, 1).train()
-
-    model, alst = enabled(2)
-
-    class Sharding(Trainer):
-        def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
-            return model(**alst.shard(inputs)).loss
-
-    with pytest.raises(ValueError, match="got different samples"):
-        trainer(Sharding, model, 1).train()
-
-    # Without a count for the step.
-    class SameSamples(Sharding):
-        def get_train_dataloader(self) -> Any:
-            return torch.utils.data.DataLoader(cast("Any", data), batch_size=2)
-
-    with pytest.raises(ValueError, match="accumulated gradients need one count"):
-        trainer(SameSamples, model, 2).train()
-
-    model, alst = enabled(2)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    right = trainer(LongSequential, model, 2)
-    right.train()
-    truth = stock_gradients(stock_model(), batches())
-    moved = {name: before[name] - p.detach() for name, p in model.named_parameters()}
-    assert_same_gradients(moved, truth)
-    stock = stock_model()
-    labels = sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches())
-    losses = [float(stock(**b, num_items_in_batch=labels).loss) for b in batches()]
-    assert right.state.log_history[0]["loss"] == pytest.approx(sum(losses), abs=1e-3)
-
-
-def test_transformers_trainer_is_exact_or_refused(ranks: Ranks, tmp_path: Path) -> None:
-    """Refused: the plain Trainer, one that shards its own samples, one that accumulates without a
-    count. Exact: one with all settings.
-    """
-    ranks(2)(in_trainer, str(tmp_path))
-
-
-# -- changes after enable -------------------------------------------------------------------------
-
-
-def generates(rank: int, world_size: int) -> None:
-    """Body of a rank: generation with an enabled model."""
-    prompt = batches()[0]["input_ids"][:1, :7]
-    expected = stock_model().eval().generate(prompt, max_new_tokens=8, do_sample=False)
-    model, alst = enabled(world_size)
-    model.eval()
-    match = "called without a shard" if world_size > 1 else "key/value cache"
-    with pytest.raises(ValueError, match=match):
-        model.generate(prompt, max_new_tokens=8, do_sample=False)
-    with alst.disabled():
-        assert torch.equal(model.generate(prompt, max_new_tokens=8, do_sample=False), expected)
-        padded = torch.nn.functional.pad(prompt, (3, 0))
-        mask = (torch.arange(10) >= 3).long()[None]
-        with_mask = model.generate(padded, attention_mask=mask, max_new_tokens=8, do_sample=False)
-        assert torch.equal(with_mask[:, 3:], expected)
-    model.train()
-    model(**alst.shard(batches()[0])).loss.backward()
-    alst.reduce_gradients()
-    assert_same_gradients(gradients_of(model), stock_gradients(stock_model(), batches()[:1]))
-
-
-@pytest.mark.parametrize("sp", [1, 2])
-def test_generation_is_the_stock_models_or_refused(ranks: Ranks, sp: int) -> None:
-    """Inside `disabled`, tokens are the stock model's, also with padding. Outside, generation is
-    refused with one line.
-    """
-    ranks(sp)(generates)
-
-
-def tenfold(logits: Tensor, labels: Tensor, vocab_size: int, **kwargs: Any) -> Tensor:
-    """A user's loss function: ten times the usual loss."""
-    from transformers.loss.loss_utils import ForCausalLMLoss
-
-    return 10 * ForCausalLMLoss(logits, labels, vocab_size, **kwargs)
-
-
-def mean_of_its_own(
-    logits: Tensor, labels: Tensor, vocab_size: int, shift_labels: Tensor, **_: Any
-) -> Tensor:
-    """A loss function that ignores the count."""
-    return nn.functional.cross_entropy(logits.view(-1, vocab_size), shift_labels.view(-1))
-
-
-def set_loss(model: Any) -> None:
-    """Another loss function."""
-    model.loss_function = tenfold
-
-
-def adapters(*targets: str, saved: tuple[str, ...] = ()) -> peft.LoraConfig:
-    """Adapters of `q_proj` and `targets` with fixed initial values that are not zero."""
-    torch.manual_seed(3)
-    return peft.LoraConfig(
-        r=2,
-        target_modules=["q_proj", *targets],
-        modules_to_save=list(saved),
-        init_lora_weights=False,
-    )
-
-
-def adapt_head(model: Any) -> None:
-    """Also put LoRA on the head."""
-    peft.get_peft_model(model, adapters("lm_head"))
-
-
-def save_head(model: Any) -> None:
-    """Also train the full head beside LoRA, as for new tokens."""
-    peft.get_peft_model(model, adapters(saved=("lm_head",)))
-
-
-def resize(model: Any) -> None:
-    """Add three tokens to the vocabulary."""
-    torch.manual_seed(4)
-    model.resize_token_embeddings(53)
-
-
-def adapted_model() -> Any:
-    """A model in peft's wrapper."""
     model = stock_model()
-    return peft.get_peft_model(model, adapters())
+    alst = enable(model, **options)
+    model(**alst.shard(data[0])).loss.backward()
+    with pytest.raises(ValueError, match="accumulated gradients need one count"):
+        alst.shard(data[1])
 
 
-CHANGES: list[Callable[[Any], None]] = [set_loss, adapt_head, save_head, resize]
-
-
-def changed_afterwards(rank: int, world_size: int) -> None:
-    """Body of a rank: head and loss function are replaced after `enable`."""
-    data = batches()[:1]
-    for change in CHANGES:
-        expected = stock_model()
-        change(expected)
-        truth = stock_gradients(expected, data)
-        model, alst = enabled(2, tiles=3)
-        change(model)
-        model(**alst.shard(data[0])).loss.backward()
-        alst.reduce_gradients()
-        try:
-            assert_same_gradients(gradients_of(model), truth)
-        except AssertionError as error:
-            raise AssertionError(f"{change.__name__}: {error}") from None
-    expected, adapted = adapted_model(), adapted_model()
-    _, alst = enabled(2, adapted)
-    adapted(**alst.shard(data[0])).loss.backward()
-    alst.reduce_gradients()
-    assert_same_gradients(gradients_of(adapted), stock_gradients(expected, data))
-    with pytest.raises(ValueError, match="enabled already"):
-        enabled(2, adapted)
-    model, alst = enabled(2, tiles=3)
-    model.loss_function = mean_of_its_own
-    with pytest.raises(ValueError, match="'mean_of_its_own' is not a sum over tokens"):
-        model(**alst.shard(data[0]))
-
-
-def test_a_head_or_loss_replaced_after_enable_is_the_one_that_trains(ranks: Ranks) -> None:
-    """Another loss function, LoRA on the head, a saved head and resized embeddings train. A loss
-    that ignores the count is refused.
+@pytest.mark.parametrize("options", METHODS, ids=lambda options: options.get("method", "alst"))
+def test_ranks_of_one_sample_agree_on_it(ranks: Ranks, options: dict[str, Any]) -> None:
+    """Different samples or labels, a loader that splits samples, a call without `shard`, missing
+    gradients of others and a step without its count are refused under every method.
     """
-    ranks(2)(changed_afterwards)
-
-
-def copied(rank: int, world_size: int) -> None:
-    """Body of a rank: a copy of an enabled model."""
-    data = batches()[0]
-    model, alst = enabled(2, tiles=3)
-    twin = copy.deepcopy(model)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(1.5)
-    twin(**alst.shard(data)).loss.backward()
-    assert all(p.grad is None for p in model.parameters())
-    for p in twin.parameters():
-        dist.all_reduce(p.grad)
-        p.grad /= world_size
-    assert_same_gradients(gradients_of(twin), stock_gradients(stock_model(), [data]))
-
-
-def test_a_copy_computes_with_its_own_weights(ranks: Ranks) -> None:
-    """Tests `copy.deepcopy` of an enabled model, as for averaged or reference weights."""
-    ranks(2)(copied)
-
-
-def unused(rank: int, world_size: int) -> None:
-    """Body of a rank: a parameter that the loss does not use."""
-    model, alst = enabled(2)
-    model.extra = nn.Parameter(torch.ones(2, dtype=torch.float64))
-    model(**alst.shard(batches()[0])).loss.backward()
-    with pytest.warns(UserWarning, match=r"1 trainable parameters have no gradient .* extra"):
-        alst.reduce_gradients()
-    assert model.extra.grad is None
-    model.extra.requires_grad_(False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        alst.reduce_gradients()
-
-
-def test_a_parameter_without_gradient_is_named(ranks: Ranks) -> None:
-    """Its gradient stays None, and a warning names it."""
-    ranks(2)(unused)
+    ranks(2)(wrong_data, options)
