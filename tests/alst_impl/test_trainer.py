@@ -194,3 +194,35 @@ def stops_and_goes_on(rank: int, world_size: int, folder: str) -> None:
 def test_a_trainer_resumes_within_an_epoch(ranks: Ranks, tmp_path: Path) -> None:
     """The order of samples is that of its epoch, also after the break."""
     ranks(2)(stops_and_goes_on, str(tmp_path))
+
+
+def under_zero(rank: int, world_size: int, folder: str, stage: int) -> dict[str, Any]:
+    """Body of a rank: Trainer with DeepSpeed. Returns the gradients, from the update of SGD."""
+    import deepspeed
+
+    rate = 1000.0  # the change of a weight is its gradient, without rounding beside the weight
+    zero = {
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    settings = {"deepspeed": zero, "gradient_accumulation_steps": 2, "learning_rate": rate}
+    arguments = options(folder, **settings)
+    model, _ = enabled(2, stock_model(torch.float32))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    long_trainer()(model, arguments, train_dataset=samples()).train()
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        return {name: (before[name] - p.detach()) / rate for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_trainer_with_deepspeed_has_the_gradients_of_the_stock_model(
+    ranks: Ranks, tmp_path: Path, stage: int
+) -> None:
+    """Two micro-batches under ZeRO 2 and 3, which average over ranks."""
+    truth = stock_gradients(stock_model(), batches())
+    for ours in ranks(2)(under_zero, str(tmp_path), stage):
+        assert_same_gradients(ours, truth)
