@@ -186,6 +186,12 @@ def stops_and_goes_on(rank: int, world_size: int, folder: str) -> None:
             trainer = long_trainer()(model, arguments, train_dataset=samples())
             trainer.train(resume_from_checkpoint=last != steps[0])
         trained.append({name: p.detach() for name, p in model.named_parameters()})
+    loader = trainer.get_train_dataloader()
+    epochs = []
+    for epoch in range(3):
+        loader.set_epoch(epoch)
+        epochs.append(torch.cat([batch["input_ids"] for batch in loader]))
+    assert not all(torch.equal(epochs[0], order) for order in epochs[1:])
     before = dict(stock_model().named_parameters())
     changes = [{n: before[n].detach() - p for n, p in each.items()} for each in trained]
     assert_same_gradients(changes[1], changes[0])
