@@ -1,107 +1,54 @@
-"""Reads the parts of an unmodified Hugging Face decoder layer, for `alst_impl.ops.layerwise`.
+"""Makes unmodified Hugging Face decoder layers run as `alst_impl.ops.layerwise`.
 
-`layerwise` computes norm, attention, residual, norm, MLP, residual. A layer with any other part computes
-something else, so it is refused with the name of that part.
+A layer whose parts are known (`alst_impl.hf.known`) projects the heads of one group at a time. Any other layer
+runs as it is, on tiles, around a tap in place of its attention (`alst_impl.hf.tap`).
 """
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from alst_impl import hf
+from alst_impl.hf import known
+from alst_impl.hf.tap import NO_ATTENTION, Tap, measure, refuse_parts
 from alst_impl.layout import Layout, reached
 from alst_impl.ops.layerwise.in_place import in_place
 from alst_impl.ops.layerwise.layer import Layerwise
-from alst_impl.ops.layerwise.parts import Call, Decoder, Heads
+from alst_impl.ops.layerwise.parts import Call, Decoder
 from alst_impl.ops.memory.offload import HostOffload
 from alst_impl.ops.memory.tiling import run_as
 
-LAYER = {
-    "input_layernorm",
-    "self_attn",
-    "post_attention_layernorm",
-    "mlp",
-    "resid_attn_dropout",
-    "resid_mlp_dropout",
-}
-"""Allowed modules of a layer. The last two are Phi-3's dropouts, which must have p=0."""
-SEPARATE = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"}
-FUSED = {"qkv_proj", "o_proj"}
-"""Allowed modules of an attention, with separate or with fused projections. The norms are per head."""
-MLP = {"gate_proj", "up_proj", "gate_up_proj", "down_proj", "act_fn", "activation_fn"}
-"""Allowed modules of an MLP. Any token-wise module would work, but not experts: their routing depends on values."""
-LAYER_FIELDS = {"hidden_size", "config", "layer_idx", "layer_type", "attention_type"}
-ATTENTION_FIELDS = {
-    "alst_attention",
-    "attention_dropout",
-    "config",
-    "head_dim",
-    "hidden_size",
-    "is_causal",
-    "layer_idx",
-    "layer_type",
-    "noted_layout",
-    "num_attention_heads",
-    "num_heads",
-    "num_key_value_groups",
-    "num_key_value_heads",
-    "scaling",
-    "sliding_window",
-}
-"""Allowed plain attributes: those that do not change the result, and those that are read here.
-Others, such as a multiplier or a soft-cap, are refused."""
-_OF_MODULES = {
-    *vars(nn.Module()),
-    "_gradient_checkpointing_func",
-    "_is_hf_initialized",
-    "gradient_checkpointing",
-}
+Prepare = Callable[[Decoder], Layerwise]
+"""Makes a decoder layer ready to run."""
 
 
-def read(layer: nn.Module) -> Decoder:
-    """The parts of `layer`. Raises `ValueError` for a part that `layerwise` does not support, naming it."""
-    attention = _child(layer, "self_attn")
-    fused = hasattr(attention, "qkv_proj")
-    _refuse_others(layer, LAYER, LAYER_FIELDS)
-    _refuse_others(attention, FUSED if fused else SEPARATE, ATTENTION_FIELDS)
-    _refuse_others(_child(layer, "mlp"), MLP, None)
-    for name, part in layer.named_modules():
-        if getattr(part, "p", 0):
-            raise ValueError(_unknown(layer, f"dropout ({name}, p={part.p})"))
-    dim = attention.head_dim
-    query, key, value = _projections(attention, dim, fused=fused)
-    before = _child(layer, "input_layernorm")
-    after, mlp = _child(layer, "post_attention_layernorm"), _child(layer, "mlp")
-    rotate = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
-    if rotate is None:
-        raise ValueError(_unknown(layer, "a rotary embedding that its module does not define"))
+def run_layers(model: PreTrainedModel, shards: int, prepare: Prepare) -> None:
+    """Make the decoder layers of `model` run as what `prepare` makes of them. Changes the instances only.
 
-    def feed_forward(residual: Tensor) -> Tensor:
-        out: Tensor = mlp(after(residual))
-        return out
-
-    return Decoder(
-        module=layer,
-        before=before,
-        query=query,
-        key=key,
-        value=value,
-        rotate=rotate,
-        output=_child(attention, "o_proj"),
-        feed_forward=feed_forward,
-        scale=attention.scaling,
-        window=_window(attention),
-    )
-
-
-def run_layers(model: PreTrainedModel, layers: list[Layerwise]) -> None:
-    """Make the decoder layers of `model` run as `layers`. Changes the instances only."""
-    for module, layer in zip(hf.decoder_layers(model), layers, strict=True):
-        run_as(module, _forward(layer))
+    `shards` ranks share each sample. Raises `ValueError` for a part that layers may not have. A layer of unknown
+    parts is prepared at its first call.
+    """
+    if getattr(model.config, "output_router_logits", False):
+        raise ValueError(
+            "method 'layerwise' computes experts by tile and has no router loss, but output_router_logits is true; set "
+            "it to false, or use method 'alst'"
+        )
+    layers = hf.decoder_layers(model)
+    taps = [Tap(layer) for layer in layers]
+    of_module = {m: tap for layer, tap in zip(layers, taps, strict=True) for m in layer.modules()}
+    # Layers whose parts are known never call it. But with it, transformers builds no mask, and a mask is refused.
+    attentions = hf.attention_modules(model)
+    hf.use_attentions(model, [of_module[module] for module in attentions])
+    for layer, tap in zip(layers, taps, strict=True):
+        refuse_parts(layer)
+        if not any(module in attentions for module in layer.modules()):
+            tap.refuse(NO_ATTENTION)
+        parts = known.read(layer)
+        run_as(layer, _Unread(tap, shards, prepare) if parts is None else _forward(prepare(parts)))
 
 
 def run_in_place(norm: nn.Module, size: int, offload: HostOffload) -> None:
@@ -128,70 +75,25 @@ def _forward(layer: Layerwise) -> Any:
                 "method 'layerwise' does not support a key/value cache; set use_cache=False"
             )
         layout = reached(layout, hidden_states.shape[1], layer.groups.degree)
-        return layer(hidden_states, Call(*position_embeddings, layout))
+        return layer(hidden_states, Call(layout, (), {"position_embeddings": position_embeddings}))
 
     return forward
 
 
-def _child(module: nn.Module, name: str) -> Any:
-    child = getattr(module, name, None)
-    if not isinstance(child, nn.Module):
-        raise ValueError(_unknown(module, f"no '{name}'"))
-    return child
+class _Unread:
+    """The forward of a layer of unknown parts, which its first call prepares."""
 
+    def __init__(self, tap: Tap, shards: int, prepare: Prepare) -> None:
+        self._tap, self._shards, self._prepare = tap, shards, prepare
+        self._layer: Layerwise | None = None
 
-def _refuse_others(module: nn.Module, modules: set[str], fields: set[str] | None) -> None:
-    """Raise `ValueError` for a child not in `modules`, any own parameter, or an attribute not in `fields`."""
-    for name, child in module.named_children():
-        if name not in modules:
-            raise ValueError(_unknown(module, f"'{name}' ({type(child).__name__})"))
-    for name, _ in module.named_parameters(recurse=False):
-        raise ValueError(_unknown(module, f"parameter '{name}'"))
-    if fields is None:
-        return
-    for name, value in vars(module).items():
-        if name not in _OF_MODULES | fields and value is not None:
-            raise ValueError(_unknown(module, f"'{name}' ({value!r})"))
-
-
-def _projections(attention: Any, dim: int, *, fused: bool) -> tuple[Heads, Heads, Heads]:
-    config = attention.config
-    num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
-    if fused:
-        linear = _linear(attention, "qkv_proj")
-        first_value = (num_heads + num_kv_heads) * dim
-        return (
-            Heads(linear, 0, num_heads, dim),
-            Heads(linear, num_heads * dim, num_kv_heads, dim),
-            Heads(linear, first_value, num_kv_heads, dim),
-        )
-    return (
-        Heads(_linear(attention, "q_proj"), 0, num_heads, dim, _norm(attention, "q_norm", dim)),
-        Heads(_linear(attention, "k_proj"), 0, num_kv_heads, dim, _norm(attention, "k_norm", dim)),
-        Heads(_linear(attention, "v_proj"), 0, num_kv_heads, dim),
-    )
-
-
-def _linear(attention: nn.Module, name: str) -> nn.Linear:
-    linear = _child(attention, name)
-    if type(linear) is not nn.Linear:  # an adapter or a quantized one computes something else
-        raise ValueError(_unknown(attention, f"'{name}' ({type(linear).__name__}, not nn.Linear)"))
-    return linear
-
-
-def _norm(attention: nn.Module, name: str, dim: int) -> nn.Module | None:
-    norm: nn.Module | None = getattr(attention, name, None)
-    if norm is not None and any(p.numel() != dim for p in norm.parameters()):
-        raise ValueError(_unknown(attention, f"'{name}' over more than one head"))
-    return norm
-
-
-def _window(attention: Any) -> int | None:
-    """The sliding window: the attention's own attribute, or else the configuration's (Mistral, Phi-3)."""
-    config_window = getattr(attention.config, "sliding_window", None)
-    window: int | None = getattr(attention, "sliding_window", config_window)
-    return window
-
-
-def _unknown(module: nn.Module, part: str) -> str:
-    return f"method 'layerwise' does not know a part of {type(module).__name__}: {part}; use method 'alst'"
+    def __call__(self, *args: Any, layout: Layout | None = None, **kwargs: Any) -> Any:
+        """As the layer's own forward. Raises `ValueError` for arguments that tiles cannot have."""
+        tap = self._tap
+        hidden, args, kwargs = tap.without_hidden(args, kwargs)
+        layout = reached(layout or tap.noted_layout(), hidden.shape[1], self._shards)
+        call = Call(layout, args, kwargs)
+        tap.refuse_arguments(hidden, call)
+        if self._layer is None:
+            self._layer = self._prepare(measure(tap, hidden, call))
+        return tap.returned(self._layer(hidden, call))

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 LOSS_ROWS = 2048
 """Maximum tokens of a loss tile: 1 GiB of fp32 logits with a vocabulary of 128K."""
 
+GROUPS = 4
+"""Maximum number of head groups by default where a group projects all heads: it multiplies the projections' cost."""
+
 SMALLEST_ROWS = 512
 """Minimum tokens of a tile by default. Smaller tiles cost a CPU more in call overhead than they save."""
 
@@ -30,6 +33,8 @@ class Layerwise(Method):
     """Our method: exact (but for `eight_bits`), with about four full-length layer inputs at the peak of backward."""
 
     recomputes_layers: ClassVar[bool] = False
+    knows: ClassVar[frozenset[str]] = frozenset({"softcap", "sinks", "chunks", "mixers"})
+    """Layers with other mixers than attention are refused by their parts."""
     sp: int = Field(default=1, ge=1)
     """Sequence-parallel degree: ranks that share one sample."""
     groups: int | None = Field(default=None, ge=1)
@@ -58,7 +63,7 @@ class Layerwise(Method):
     """Exchange a head group while attention of the previous one runs. Needs memory for one more head group."""
 
     def check(self, config: TrainConfig) -> None:
-        check_sharded(config, self.sp, "layerwise")
+        check_sharded(config, self.sp, "layerwise", knows=self.knows)
         if config.lora is not None:
             raise ValueError(
                 f"method 'layerwise' computes with the projections' own weights and would ignore adapters "
@@ -89,8 +94,9 @@ class Layerwise(Method):
                 f"keep_attention keeps the attention of every layer, but every ({self.every}) recomputes layers; "
                 "set keep_attention: false or every: 1"
             )
-        heads = field(fields, "num_attention_heads")
-        HeadGroups.of(heads, fields.get("num_key_value_heads") or heads, self.sp, self.groups)
+        if "num_attention_heads" in fields:
+            heads = field(fields, "num_attention_heads")
+            HeadGroups.of(heads, fields.get("num_key_value_heads") or heads, self.sp, self.groups)
 
     def layout(self, length: int) -> Layout:
         return Layout(length, sp=self.sp)
@@ -114,9 +120,8 @@ class Layerwise(Method):
     ) -> None:
         from alst_impl import hf
         from alst_impl.hf import decoder
-        from alst_impl.ops.attention.cores.base import load_core
-        from alst_impl.ops.attention.ulysses import UlyssesAttention
         from alst_impl.ops.layerwise.exchange import Exchange
+        from alst_impl.ops.layerwise.known import Known
         from alst_impl.ops.layerwise.layer import Layerwise as Layer
         from alst_impl.ops.layerwise.parts import Decoder
         from alst_impl.ops.memory.offload import HostOffload
@@ -124,18 +129,20 @@ class Layerwise(Method):
 
         group = mesh["sp"].get_group() if self.sp > 1 else None
         evidence = placement.evidence
-        # Layers never call this attention. But with it, transformers builds no mask, and a mask is refused.
-        hf.use_attention(model, UlyssesAttention(load_core(config.attention), evidence, self.sp))
         rows = self.rows or max(model.config.hidden_size, SMALLEST_ROWS)
         offload = HostOffload(placement) if self.offload else None
-        parts = [decoder.read(layer) for layer in hf.decoder_layers(model)]
-        segments = Segments(self.every, len(parts)) if self.every > 1 else None
+        num_layers = len(hf.decoder_layers(model))
+        segments = Segments(self.every, num_layers) if self.every > 1 else None
 
         def prepared(layer: Decoder) -> Layer:
             return Layer(
                 decoder=layer,
                 groups=HeadGroups.of(
-                    layer.query.num_heads, layer.key.num_heads, self.sp, self.groups
+                    layer.num_heads,
+                    layer.num_kv_heads,
+                    self.sp,
+                    self.groups,
+                    most=None if isinstance(layer, Known) else GROUPS,
                 ),
                 exchange=Exchange(group, evidence, self.overlap),
                 blocks=self.blocks,
@@ -148,7 +155,9 @@ class Layerwise(Method):
                 placement=placement,
             )
 
-        decoder.run_layers(model, [prepared(part) for part in parts])
+        if self.sp > 1:
+            hf.refuse_positions_of_shards(model)
+        decoder.run_layers(model, self.sp, prepared)
 
         def tiles(x: Tensor) -> int:
             return -(-x.shape[1] // rows)

@@ -33,6 +33,7 @@ from alst_impl import hf
 from alst_impl.config import TrainConfig
 from alst_impl.data import Batch
 from alst_impl.engines.base import Runtime, load_engine
+from alst_impl.hf.tap import Tap
 from alst_impl.layout import Layout, make_mesh
 from alst_impl.methods.base import layouts, load_method
 from alst_impl.models import Initializer
@@ -177,7 +178,8 @@ class Phantom(Cuda):
         super().stand(runtime)
         model: Any = getattr(runtime.module, "module", runtime.module)  # DeepSpeed wraps it
         for attention in hf.attention_modules(model):
-            attention.register_forward_pre_hook(lambda *_: self.on_layer())
+            if not isinstance(getattr(attention, "alst_attention", None), Tap):  # called by tile
+                attention.register_forward_pre_hook(lambda *_: self.on_layer())
 
     def track(self, step: Callable[[], object], runtime: Runtime) -> RankMemory:
         assert self._cell.simulation is not None

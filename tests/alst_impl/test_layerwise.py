@@ -17,7 +17,7 @@ from training import config_of, corpus_of, ratio_and_cosine, run_steps
 
 from alst_impl import hf, step
 from alst_impl.config import TrainConfig
-from alst_impl.hf import decoder
+from alst_impl.hf.tap import refuse_parts
 from alst_impl.methods.base import load_method
 from alst_impl.models import build, published
 from alst_impl.ops.attention.flash import attend_backward, attend_with_logsumexp
@@ -365,10 +365,10 @@ def test_dropout_is_refused_at_any_depth() -> None:
     """Backward recomputes parts of a layer in another order, so it would draw other random numbers."""
     model, _ = build(config_of())
     layer: Any = hf.decoder_layers(model)[0]
-    decoder.read(layer)
+    refuse_parts(layer)
     layer.mlp.act_fn = nn.Sequential(nn.SiLU(), nn.Dropout(0.1))
     with pytest.raises(ValueError, match=r"dropout \(mlp.act_fn.1, p=0.1\); use method 'alst'"):
-        decoder.read(layer)
+        refuse_parts(layer)
 
 
 def test_autocast_is_refused() -> None:

@@ -43,6 +43,11 @@ class Exchange:
     overlap: bool = False
     """Let started exchanges overlap with other work."""
 
+    @property
+    def rank(self) -> int:
+        """This rank's place in the group."""
+        return 0 if self.group is None else self.group.rank()
+
     def start(self, send: Tensor, into: Tensor | None = None) -> Arriving:
         """Start the exchange: [P, s, B, h, D] in send order -> [B, h, S, D], this rank's heads. Collective.
 

@@ -6,14 +6,13 @@ Legend as in `layer`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from alst_impl.ops.attention.flash import Rest, attend_with_logsumexp
+from alst_impl.ops.attention.flash import Rest
+from alst_impl.ops.layerwise.attention import HeadAttention
 from alst_impl.ops.layerwise.exchange import Exchange
 from alst_impl.ops.layerwise.headgroups import HeadGroups
 from alst_impl.ops.layerwise.parts import Attended, Begun, Call, Decoder, Group, by_token
@@ -47,22 +46,26 @@ class GroupedAttention:
         logsumexp = x.like.new_empty(shape, dtype=accumulation_dtype(x.like))
         rests: list[Rest] = []
         for each in self.by_group(x, call):
-            found, logsumexp[each.group], rests = attend_with_logsumexp(
-                each.query, each.key, each.value, **self.settings(call)
+            attention = self.attention(each.group, call, x.shape[0])
+            found, logsumexp[each.group], rests = attention.forward(
+                each.query, each.key, each.value
             )
             self.to_slot(found, out, each.group)
             del found, each  # before the next group's are made
         return Attended(out, logsumexp, rests)
 
-    def settings(self, call: Call) -> dict[str, Any]:
-        """Keyword arguments of the attention functions."""
-        decoder, seqlen = self.decoder, call.layout.padded
-        return {
-            "scale": decoder.scale,
-            "window": decoder.window,
-            "documents": call.layout.documents,
-            "block": None if self.blocks is None else -(-seqlen // self.blocks),
-        }
+    def attention(self, group: int, call: Call, batch: int) -> HeadAttention:
+        """Attention of this rank's heads of `group`, after they have been projected."""
+        variant = self.decoder.variant
+        if variant.sinks is not None:
+            variant = replace(variant, sinks=variant.sinks.detach()[self.heads(group)])
+        layout = call.layout
+        return HeadAttention.of(variant, batch, layout.padded, layout.documents, self.blocks)
+
+    def heads(self, group: int) -> list[int]:
+        """This rank's query heads of `group`."""
+        first = self.exchange.rank * self.groups.heads
+        return self.groups.query_heads(group)[first : first + self.groups.heads]
 
     def to_slot(self, x: Tensor, slots: Slots, group: int) -> None:
         """Send this rank's heads of `group` [B, h, S, D] to the ranks of their tokens. Collective."""
@@ -121,25 +124,19 @@ class GroupedAttention:
         decoder, groups = self.decoder, self.groups
         batch, local, _ = x.shape
         shape = groups.degree, local, batch
-        query = x.like.new_empty(*shape, groups.heads, decoder.query.dim)
-        of_query = decoder.query.select(groups.query_heads(group))
-        sent = None
+        query = x.like.new_empty(*shape, groups.heads, decoder.dim)
+        sent = kv_heads = None
         if kv_group is not None:
-            sent = x.like.new_empty(*shape, 2 * groups.kv_heads, decoder.key.dim)
-            heads = groups.key_heads(kv_group)
-            of_key, of_value = decoder.key.select(heads), decoder.value.select(heads)
-        for rows in self.tiles(x.shape[1]):
-            hidden = decoder.before(x.tile(rows))
-            q = decoder.query.split(F.linear(hidden, *of_query))
-            if sent is None:
-                q, _ = decoder.rotate(q, q[:, :0], *call.tile(rows))
-            else:
-                k = decoder.key.split(F.linear(hidden, *of_key))
-                q, k = decoder.rotate(q, k, *call.tile(rows))
-                v = decoder.value.split(F.linear(hidden, *of_value))
+            sent = x.like.new_empty(*shape, 2 * groups.kv_heads, decoder.dim)
+            kv_heads = groups.key_heads(kv_group)
+        project = decoder.projection(groups.query_heads(group), kv_heads)
+        for rows in self.tiles(local):
+            q, k, v = project(x.tile(rows), call.tile(rows))
+            if sent is not None and k is not None and v is not None:
                 sent[:, rows, :, : groups.kv_heads] = self._in_send_order(k)
                 sent[:, rows, :, groups.kv_heads :] = self._in_send_order(v)
             query[:, rows] = self._in_send_order(q)
+            del q, k, v
         return query, sent
 
     def tiles(self, local: int) -> Iterator[slice]:
@@ -154,7 +151,7 @@ class GroupedAttention:
         """Uninitialized slots in send order, a contiguous one for each group."""
         groups = self.groups
         batch, local, _ = x.shape
-        shape = groups.num_groups, groups.degree, local, batch, groups.heads, self.decoder.query.dim
+        shape = groups.num_groups, groups.degree, local, batch, groups.heads, self.decoder.dim
         if self.stream:
             assert self.offload is not None, "tiles wait on the host"
             return HostSlots(torch.Size(shape), self.size(local), x.like.new_empty(0), self.offload)
@@ -168,13 +165,13 @@ class GroupedAttention:
     def in_slots(self, x: Tensor) -> Tensor:
         """[B, rows, H D] -> [G, P, rows, B, h, D]."""
         groups = self.groups
-        shape = groups.degree, groups.num_groups, groups.heads, self.decoder.query.dim
+        shape = groups.degree, groups.num_groups, groups.heads, self.decoder.dim
         by_head: Tensor = x.unflatten(-1, shape)
         return by_head.permute(3, 2, 1, 0, 4, 5)
 
     def of_qkv(self, grad_query: Tensor, grad_key_value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of a tile of slots, in the layout in which `Decoder.qkv` returns query, key and value."""
-        query = by_token(grad_query).unflatten(-1, (-1, self.decoder.query.dim))
+        query = by_token(grad_query).unflatten(-1, (-1, self.decoder.dim))
         # [G', P, s, B, 2 k, D] -> [B, P, G', 2 k, s, D] -> 2 x [B, P, G', k, s, D]
         pair = grad_key_value.permute(3, 1, 0, 4, 2, 5).chunk(2, dim=3)
         # -> [B, K, copies, s, D]: the gradient of a head is the sum over its copies

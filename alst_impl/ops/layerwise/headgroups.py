@@ -23,9 +23,17 @@ class HeadGroups:
 
     @classmethod
     def of(
-        cls, num_heads: int, num_kv_heads: int, degree: int, num_groups: int | None
+        cls,
+        num_heads: int,
+        num_kv_heads: int,
+        degree: int,
+        num_groups: int | None,
+        most: int | None = None,
     ) -> HeadGroups:
-        """Create and check. Raises `ValueError` with the legal numbers of groups; None takes the largest."""
+        """Create and check. Raises `ValueError` with the legal numbers of groups.
+
+        None takes the largest one, of those that are at most `most`.
+        """
         whole = math.lcm(num_kv_heads, degree)
         if num_heads % whole:
             raise ValueError(
@@ -38,7 +46,8 @@ class HeadGroups:
             for n in range(1, heads + 1)
             if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)
         ]
-        chosen = legal[-1] if num_groups is None else num_groups
+        largest = max(n for n in legal if most is None or n <= most)
+        chosen = largest if num_groups is None else num_groups
         if chosen not in legal:
             raise ValueError(
                 f"groups ({chosen}) must split the {heads} query and {kv_heads} kv heads of a rank "

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from alst_impl.ops.autograd import apply
 from alst_impl.ops.layerwise.backward import backward
 from alst_impl.ops.layerwise.groups import GroupedAttention
-from alst_impl.ops.layerwise.parts import Attended, Call, by_token
+from alst_impl.ops.layerwise.parts import Attended, Call
 from alst_impl.ops.memory.parked import DeviceSlots, Parked, Resident, Rows
 from alst_impl.ops.memory.segment import Segment, Segments
 from alst_impl.ops.memory.tiling import parameters_of
@@ -79,23 +79,22 @@ class Layerwise(GroupedAttention):
 
         def again(hidden: Tensor) -> Tensor:
             # Calls the module, so that an engine gathers this layer's weights during another layer's backward.
-            out: Tensor = self.decoder.module(
-                hidden, position_embeddings=(call.cos, call.sin), layout=call.layout
-            )
-            return out
+            out = self.decoder.module(hidden, *call.args, layout=call.layout, **call.kwargs)
+            found: Tensor = out if isinstance(out, Tensor) else out[0]
+            return found
 
         return self.segments.join(x, again, self.keep, stays=not self.stream)
 
     def forward(self, x: Tensor, call: Call, into: Tensor | None = None) -> tuple[Tensor, Attended]:
         """The layer's output and attention's. `into`, if given, receives the layer's output and may be x itself."""
         self.placement.on_layer()
-        attended = self.attend(Resident(x), call)
+        resident = Resident(x)
+        attended = self.attend(resident, call)
         if self.offload is not None:
             self.offload.settle()
         y = torch.empty_like(x) if into is None else into
         for rows in self.tiles(x.shape[1]):
-            residual = x[:, rows] + self.decoder.output(by_token(attended.out.tile(rows)))
-            y[:, rows] = residual.add_(self.decoder.feed_forward(residual))
+            y[:, rows] = self.decoder.finish(resident, rows, attended.out, call.tile(rows))
             self.placement.evidence["tiles"] += 1
         return y, attended
 

@@ -1,4 +1,4 @@
-"""The parts of a decoder layer, and the inputs and results of its attention.
+"""A decoder layer as its attention, what comes before and what comes after; inputs and results of its attention.
 
 Legend as in `layer`.
 """
@@ -6,98 +6,77 @@ Legend as in `layer`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from alst_impl.layout import Layout
 from alst_impl.ops.attention.flash import Rest
+from alst_impl.ops.attention.variant import Variant
+from alst_impl.ops.layerwise.arguments import rows_of
 from alst_impl.ops.layerwise.exchange import Arriving
-from alst_impl.ops.memory.parked import Slots
-from alst_impl.ops.memory.tiling import TokenWise
-
-
-@dataclass(frozen=True)
-class Heads:
-    """A linear map of features to heads: rows `first` to `first + num_heads * dim` of `linear`."""
-
-    linear: nn.Linear
-    first: int
-    num_heads: int
-    dim: int
-    norm: nn.Module | None = None
-    """Applied to each head separately, before the rotary embedding."""
-
-    def select(self, heads: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        """Weight [len(heads) D, E] and bias of some heads; views if the heads are adjacent."""
-        starts = [self.first + head * self.dim for head in heads]
-        bias: Tensor | None = self.linear.bias
-        return (
-            self._rows(self.linear.weight, starts),
-            None if bias is None else self._rows(bias, starts),
-        )
-
-    def _rows(self, x: Tensor, starts: list[int]) -> Tensor:
-        if starts == list(range(starts[0], starts[0] + len(starts) * self.dim, self.dim)):
-            return x[starts[0] : starts[0] + len(starts) * self.dim]
-        return torch.cat([x[start : start + self.dim] for start in starts])
-
-    def split(self, x: Tensor) -> Tensor:
-        """[B, s, n D] -> [B, n, s, D], with each head normalized if there is a norm."""
-        x = x.unflatten(-1, (-1, self.dim))
-        return (x if self.norm is None else self.norm(x)).transpose(1, 2)
-
-
-Rotate = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(query [B,H,s,D], key [B,K,s,D], cos, sin [B,s,R]) -> query and key, rotated by position."""
-
-
-@dataclass(frozen=True)
-class Decoder:
-    """The parts of a decoder layer: norm, attention, residual, norm and MLP, residual."""
-
-    module: nn.Module
-    """The layer, which owns all parameters."""
-    before: TokenWise
-    """Norm before attention."""
-    query: Heads
-    key: Heads
-    value: Heads
-    rotate: Rotate
-    output: TokenWise
-    """Output projection: [B, s, H D] -> [B, s, E]."""
-    feed_forward: TokenWise
-    """Norm and MLP, without the residual."""
-    scale: float
-    """Scale of the attention logits."""
-    window: int | None
-    """Number of keys that a query sees, itself included; None without a sliding window."""
-
-    def qkv(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normed input [B, s, E] -> query [B, H, s, D], key and value [B, K, s, D]."""
-        parts = self.query, self.key, self.value
-        if self.query.linear is self.key.linear:
-            widths = [part.num_heads * part.dim for part in parts]
-            features = self.query.linear(hidden).split(widths, dim=-1)
-        else:
-            features = [part.linear(hidden) for part in parts]
-        query, key, value = (part.split(x) for part, x in zip(parts, features, strict=True))
-        return *self.rotate(query, key, cos, sin), value
+from alst_impl.ops.memory.parked import Rows, Slots
 
 
 @dataclass(frozen=True)
 class Call:
     """Arguments of a layer's call besides its input."""
 
-    cos: Tensor
-    """[1 or B, s, R], at this rank's positions."""
-    sin: Tensor
     layout: Layout
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
-    def tile(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """cos and sin of some rows."""
-        return self.cos[:, rows], self.sin[:, rows]
+    def tile(self, rows: slice) -> Call:
+        """The arguments for some rows; their tensors are views."""
+        local = self.layout.local
+        args, kwargs = (rows_of(x, rows, local) for x in (self.args, self.kwargs))
+        return replace(self, args=args, kwargs=kwargs)
+
+
+Projection = Callable[[Tensor, Call], tuple[Tensor, Tensor | None, Tensor | None]]
+"""(tile [B, s, E], its arguments) -> query [B, n, s, D] of some heads, key and value of some kv heads, if wanted."""
+
+
+class Decoder(Protocol):
+    """A decoder layer that mixes tokens only in one call of attention.
+
+    Query, key, value and output of attention have the same head dim here.
+    """
+
+    @property
+    def module(self) -> nn.Module:
+        """The layer, which owns all parameters."""
+
+    @property
+    def num_heads(self) -> int:
+        """H."""
+
+    @property
+    def num_kv_heads(self) -> int:
+        """K."""
+
+    @property
+    def dim(self) -> int:
+        """D."""
+
+    @property
+    def variant(self) -> Variant:
+        """What attention computes. Known once something has been projected; its sinks have the graph of that."""
+
+    def projection(self, heads: Sequence[int], kv_heads: Sequence[int] | None) -> Projection:
+        """Projects a tile to the given heads, without a graph; to queries alone if there are no `kv_heads`."""
+
+    def qkv(self, tile: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+        """Tile [B, s, E] -> query [B, H, s, D], key and value [B, K, s, D]. `call` is the tile's."""
+
+    def finish(self, x: Rows, rows: slice, out: Slots, call: Call) -> Tensor:
+        """Output of the layer for some rows, [B, rows, E], from its input and attention's output. No graph."""
+
+    def finish_with_graph(
+        self, x: Rows, rows: slice, attended: Tensor, call: Call
+    ) -> tuple[Tensor, Tensor]:
+        """As `finish`, from `attended` [B, rows, H D]. Returns a tensor whose gradient is that of the rows of x, and y."""
 
 
 @dataclass(frozen=True)

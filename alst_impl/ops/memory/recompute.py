@@ -40,6 +40,11 @@ class FirstRun:
         if self._states == _states(self._device):  # nothing random ran
             self._states = None
 
+    @property
+    def random(self) -> bool:
+        """Whether the computation drew random numbers, once it has run."""
+        return self._states is not None
+
     def again(self) -> Again:
         """A repetition from the beginning."""
         return Again(self._device, self._autocasts, self._states)
