@@ -121,7 +121,11 @@ def mixers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def _tree(module: nn.Module) -> ast.AST:
-    return ast.parse(textwrap.dedent(inspect.getsource(_forward_of(module))))
+    """The source of the module's forward, parsed; empty for code that has no file."""
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(_forward_of(module))))
+    except (OSError, TypeError):
+        return ast.Module([], [])
 
 
 def returned_values(module: nn.Module) -> int:

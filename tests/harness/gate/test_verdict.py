@@ -29,7 +29,7 @@ TRAIN = TrainConfig(
     model="tiny-llama", method={"name": "alst", "sp": 4}, seqlen=100, world_size=8, dtype="float32"
 )
 SP2 = Spec(name="alst", options={"sp": 2})
-EVIDENCE = {"local_seqlen": 25, "tiles": 3, "exchanges": 4, "offloaded_bytes": 5}
+EVIDENCE = {"local_seqlen": 25, "tiles": 3, "exchanges": 4, "gathers": 0, "offloaded_bytes": 5}
 
 
 @pytest.fixture
