@@ -205,7 +205,6 @@ def test_the_trainer_evaluates_whole_samples(
     assert found == pytest.approx(sum(sums) / labels, rel=1e-4)
 
 
-@pytest.mark.slow
 def test_a_script_runs_under_torchrun(folders: tuple[Path, Path], tmp_path: Path) -> None:
     """In processes of its own, with a process group of its own."""
     argv = arguments(folders, tmp_path, sp=2, steps=1, accumulate=1)

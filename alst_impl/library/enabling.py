@@ -9,7 +9,7 @@ from torch.distributed import DeviceMesh
 from transformers import PreTrainedModel
 
 from alst_impl.config import Spec
-from alst_impl.library.guard import Guard, Reduction, guard, part_names
+from alst_impl.library.guard import Guard, Reduction, guard, own_forwards, part_names
 from alst_impl.library.sequence import LongSequence
 from alst_impl.library.setting import device_of, settle
 from alst_impl.placement import Placement
@@ -55,6 +55,7 @@ def enable(
     spec = Spec(name=method, options=options)
     setting, mesh = settle(inner, mesh, spec, {"attention": attention, "checkpoint": checkpoint})
     placement = Placement(device_of(inner, mesh), torch.device(host))
+    before = set(own_forwards(inner))
     setting.method.apply(inner, setting.config, mesh, placement)
     if checkpoint:
         setting.method.checkpoint(inner, placement)
@@ -66,6 +67,7 @@ def enable(
             shards=setting.shards,
             scale=mesh.size() if reduction == "mean" else 1,
             whole_loss=not getattr(setting.method, "tile_loss", True),
+            changed=[module for module in own_forwards(inner) if module not in before],
             parts=part_names(inner) if method == "layerwise" else None,
         ),
     )

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import PreTrainedModel
@@ -47,6 +47,8 @@ class Guard:
     """Whether the model computes its loss from all logits of a shard at once."""
     parts: list[str] | None
     """Names of the modules in decoder layers that the method computes with itself; None if it calls them."""
+    changed: list[nn.Module]
+    """Modules inside the model whose forward the method replaced."""
     labels: StepLabels = field(default_factory=StepLabels)
     stock: bool = False
     """Whether the stock forward runs instead."""
@@ -63,6 +65,13 @@ def guard(model: PreTrainedModel, new: Callable[[Callable[..., Any]], Guard]) ->
     return made
 
 
+def own_forwards(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules inside `model` that have a forward of their own beside their class's."""
+    return [
+        module for module in model.modules() if module is not model and "forward" in vars(module)
+    ]
+
+
 def part_names(model: PreTrainedModel) -> list[str]:
     """Names of all modules in the decoder layers."""
     layers = hf.decoder_layers(model)
@@ -71,18 +80,17 @@ def part_names(model: PreTrainedModel) -> list[str]:
 
 @contextmanager
 def stock_forward(model: PreTrainedModel) -> Iterator[None]:
-    """Context in which `model` and its decoder layers run transformers' own forwards. Local."""
+    """Context in which `model` and all its modules run transformers' own forwards. Local."""
     made: Guard = vars(model)["guard"]
-    ours = [(layer, vars(layer).pop("forward", None)) for layer in hf.decoder_layers(model)]
+    ours = [(m, vars(m).pop("forward")) for m in made.changed if "forward" in vars(m)]
     made.stock = True
     try:
         with hf.stock_attention(model):
             yield
     finally:
         made.stock = False
-        for layer, forward in ours:
-            if forward is not None:
-                vars(layer)["forward"] = forward
+        for module, forward in ours:
+            vars(module)["forward"] = forward
 
 
 def _forward(model: PreTrainedModel, *args: Any, shard: Shard | None = None, **kwargs: Any) -> Any:

@@ -158,8 +158,8 @@ class LongSequence:
     def disabled(self) -> Iterator[None]:
         """Context in which the model is the stock one, to generate or to evaluate whole samples. Local.
 
-        Each rank computes its own input. MLPs and norms stay tiled, which is exact. Parameters that an engine
-        shards are still gathered at each call, so all ranks make equally many (`generate(synced_gpus=True)`).
+        Each rank computes its own input. Parameters that an engine shards are still gathered at each call, so
+        all ranks make equally many calls (`generate(synced_gpus=True)`).
         """
         with stock_forward(self.model):
             yield

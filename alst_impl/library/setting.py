@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,24 +21,22 @@ SHARED = ("cp", "sp")
 DTYPES = ("float64", "float32", "bfloat16")
 
 
+@dataclass(frozen=True)
 class _Described:
-    """A model's configuration in a folder of its own, where `TrainConfig.model` finds it."""
+    """A model's configuration as text, with all fields, also those that have the default value of their class."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.name = type(model).__name__
-        self._folder = TemporaryDirectory()
-        self.path = str(Path(self._folder.name, self.name))
-        Path(self.path).mkdir()
-        # All fields, also those that have the default value of their class.
-        model.config.to_json_file(Path(self.path, "config.json"), use_diff=False)
+    name: str
+    text: str
 
-    @contextmanager
-    def named(self) -> Iterator[None]:
-        """Context in which errors name the model, not the folder."""
-        try:
-            yield
-        except ValueError as error:
-            raise ValueError(str(error).replace(self.path, self.name)) from None
+    def check(self, method: Method, config: TrainConfig) -> None:
+        """`method.check` of a run with this model. Errors name the model's class."""
+        with TemporaryDirectory() as folder:
+            path = Path(folder, "config.json")  # where a run finds a model that is not published
+            path.write_text(self.text)
+            try:
+                method.check(config.model_copy(update={"model": str(path)}))
+            except ValueError as error:
+                raise ValueError(str(error).replace(str(path), self.name)) from None
 
 
 @dataclass(frozen=True)
@@ -81,10 +77,8 @@ class Setting:
         if key in self._checked:
             return
         data = DataConfig(documents=documents)
-        with self._model.named():
-            self.method.check(
-                self.config.model_copy(update={"seqlen": layout.length, "data": data})
-            )
+        config = self.config.model_copy(update={"seqlen": layout.length, "data": data})
+        self._model.check(self.method, config)
         self._checked.add(key)
 
 
@@ -106,10 +100,10 @@ def settle(
     if mesh is not None:
         spec = _with_degrees(mesh, spec)
     method = load_method(spec)
-    described = _Described(model)
+    described = _Described(type(model).__name__, model.config.to_json_string(use_diff=False))
     shards = method.layout(1).shards
     asked = TrainConfig(
-        model=described.path,
+        model=described.name,
         method=spec,
         seqlen=4 * shards,  # enough for any order of the tokens; batches are checked as they come
         world_size=dist.get_world_size(),
@@ -118,8 +112,7 @@ def settle(
         **config,
     )
     _check_calls_the_model(method, spec.name)
-    with described.named():
-        method.check(asked)
+    described.check(method, asked)
     if mesh is None:
         groups = [method.layout(1)] * (dist.get_world_size() // shards)
         mesh = make_mesh(groups, _device_type(model))
