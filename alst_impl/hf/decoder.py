@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from alst_impl import hf
 from alst_impl.hf import known
-from alst_impl.hf.tap import NO_ATTENTION, Tap, measure, refuse_parts
+from alst_impl.hf.tap import NO_ATTENTION, Tap, measure, refuse_cache, refuse_parts
 from alst_impl.layout import Layout, reached
 from alst_impl.ops.layerwise.in_place import in_place
 from alst_impl.ops.layerwise.layer import Layerwise
@@ -66,14 +66,10 @@ def _forward(layer: Layerwise) -> Any:
     def forward(
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
-        past_key_values: Any = None,
         layout: Layout | None = None,
-        **_: Any,
+        **others: Any,
     ) -> Tensor:
-        if past_key_values is not None:
-            raise ValueError(
-                "method 'layerwise' does not support a key/value cache; set use_cache=False"
-            )
+        refuse_cache(others)
         layout = reached(layout, hidden_states.shape[1], layer.groups.degree)
         return layer(hidden_states, Call(layout, (), {"position_embeddings": position_embeddings}))
 

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import Cache
 
 from alst_impl.layout import Layout
 from alst_impl.ops.attention.variant import Variant
@@ -28,7 +29,7 @@ from alst_impl.ops.memory.recompute import FirstRun
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.RNNBase)
 """Modules that let tokens depend on others."""
-NO_ATTENTION = "calls no attention through transformers' interface"
+NO_ATTENTION = "does not mix tokens in one call of transformers' attention interface alone"
 PROBE = 8
 """Rows on each side of the border of tiles that the first call checks."""
 BORDERS = 4
@@ -125,11 +126,8 @@ class Tap:
         if hidden.dim() != 3:
             self.refuse(f"has hidden states of {hidden.dim()} axes, not [batch, sequence, hidden]")
         named = dict(zip(self._names[1:], call.args, strict=False)) | call.kwargs
+        refuse_cache(named)
         for name, value in named.items():
-            if name == "past_key_values" and value is not None:
-                raise ValueError(
-                    "method 'layerwise' does not support a key/value cache; set use_cache=False"
-                )
             reason = unsliceable(name, value, call.layout.local)
             if reason is not None:
                 self.refuse(f"has an argument that tiles cannot have: {reason}")
@@ -145,6 +143,14 @@ def refusal(layer: nn.Module, does: str) -> str:
         f"method 'layerwise' cannot run {type(layer).__name__} in tiles, because it {does}; "
         "use method 'alst'"
     )
+
+
+def refuse_cache(arguments: dict[str, Any]) -> None:
+    """Raise `ValueError` for a key/value cache among a layer's `arguments`."""
+    if any(isinstance(value, Cache) for value in arguments.values()):
+        raise ValueError(
+            "method 'layerwise' does not support a key/value cache; set use_cache=False"
+        )
 
 
 def refuse_parts(layer: nn.Module) -> None:
@@ -219,9 +225,9 @@ def measure(tap: Tap, x: Tensor, call: Call) -> Tapped:
     """
     with FirstRun(x.device) as first:
         captured = _check_graph(tap, x, call)
-        _check_borders(tap, x, call)
     if first.random:
         tap.refuse("draws random numbers, as dropout does")
+    _check_borders(tap, x, call)
     widest = max(captured.query.shape[-1], captured.value.shape[-1])
     num_heads, num_kv_heads = captured.query.shape[1], captured.key.shape[1]
     return Tapped(tap, num_heads, num_kv_heads, -(-widest // 8) * 8, [captured.variant])
