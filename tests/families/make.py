@@ -85,8 +85,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "ernie4_5_moe": {"moe_k": 2, "moe_num_shared_experts": 1, "moe_layer_end_index": 1},
     "dory": {"num_hidden_layers": 6, "n_input_layers": 2, "n_recurrent_layers": 2, "n_output_layers": 2,
              "layer_types": ["sliding_attention", "mlp", "full_attention", "mlp", "sliding_attention", "mlp"]},
-    "dots3_note_text": {"per_layer_config": None, "shared_experts_intermediate_size": 48},
-    "gemma4_text": {"per_layer_config": None},
+    "gemma4_text": {"per_layer_config": {}},
     "deepseek_v4": {"mlp_layer_types": ["hash_moe", "moe"], "compress_rates":
                     {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8}},
     "inkling_text": {"unpadded_vocab_size": 260, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2,
