@@ -233,4 +233,9 @@ def reached(layout: Layout | None, length: int, shards: int) -> Layout:
             f"{shards} ranks share each sample, but attention got a batch that {found.shards} share: shard it "
             "(Method.shard, or alst.shard in a loop of your own), and pass `layout` on to the model"
         )
+    if found.part is None and found.local != length:
+        raise ValueError(
+            f"attention got {length} tokens of a sample, but its layout says {found.local}: run backward of a batch "
+            "before forward of one of another length, or pass `layout` on to every layer"
+        )
     return found

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from alst_impl.hf.structure import attention_modules, decoder_of
+from alst_impl.hf.structure import attention_modules, decoder_of, names_in_methods
 from alst_impl.layout import Layout
 from alst_impl.ops.attention.variant import Variant
 
@@ -96,11 +96,16 @@ def _attention(
         raise ValueError(
             f"attention_dropout ({dropout}) is not supported here; set it to 0 in the model's configuration"
         )
-    kind = layer_type(module)
+    if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+        raise ValueError(
+            f"{type(module).__name__} is not causal, but shards and kernels are; use method 'baseline' with attention "
+            "'sdpa', which leaves the mask to transformers"
+        )
+    shown: tuple[int | None, int | None] = vars(module).get("limits_of_mask", (None, None))
     variant = Variant(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        window=_limit(module, kind, "sliding", sliding_window, "sliding_window"),
-        chunk=_limit(module, kind, "chunked", None, "attention_chunk_size"),
+        window=shown[0] if sliding_window is None else sliding_window,
+        chunk=shown[1],
         softcap=softcap,
         sinks=s_aux,
     )
@@ -115,15 +120,23 @@ def layer_type(module: nn.Module) -> str:
     return "" if types is None or index is None else types[index]
 
 
-def _limit(module: nn.Module, kind: str, word: str, passed: int | None, field: str) -> int | None:
-    """The limit on visible keys: `passed`, or the configuration's if the layer's type says that it has one.
+def _limits_of_mask(module: nn.Module, called: set[str]) -> tuple[int | None, int | None]:
+    """(window, chunk) that the model's masks give the attention `module`, by its layer's type.
 
-    Some models pass none, because their mask shows it.
+    Some models pass no window to attention, because their mask shows it. `called` are names in the model's code.
     """
-    if passed is not None or word not in kind:
-        return passed
-    found: int | None = getattr(module.config, field, None)
-    return found
+    kind = layer_type(module)
+
+    def limit(word: str, make: str, name: str) -> int | None:
+        found: int | None = getattr(module.config, name, None)
+        if word in kind and found is None:
+            raise ValueError(
+                f"{type(module).__name__} is of type '{kind}', but its configuration has no {name}; set it"
+            )
+        return found if word in kind or (not kind and make in called) else None
+
+    window = limit("sliding", "create_sliding_window_causal_mask", "sliding_window")
+    return window, limit("chunked", "create_chunked_causal_mask", "attention_chunk_size")
 
 
 AttentionInterface.register(ATTENTION, _attention)
@@ -142,13 +155,14 @@ def use_attentions(model: PreTrainedModel, attentions: Sequence[Attention]) -> N
         if config is not None:  # its own copy: two models may have been built from one object
             vars(module)["config"] = copy.deepcopy(config, memo)
     vars(model)["stock_attention"] = model.config._attn_implementation
-    modules = attention_modules(model)
+    modules, called = attention_modules(model), names_in_methods(model)
     if modules:  # else the model's masks stay those of its own attention
         model.config._attn_implementation = ATTENTION
     for module, attention in zip(modules, attentions, strict=True):
         vars(module)["config"]._attn_implementation = ATTENTION
         vars(module)["alst_attention"] = attention
         vars(module)["noted_layout"] = None
+        vars(module)["limits_of_mask"] = _limits_of_mask(module, called)
 
     decoder_of(model).register_forward_pre_hook(_note_layout, with_kwargs=True)
 
@@ -164,23 +178,33 @@ def _note_layout(
     decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Note the layout that the decoder is called with, for modules to which its layers do not pass it."""
-    for module in decoder.modules():
-        if "noted_layout" in vars(module):
-            vars(module)["noted_layout"] = kwargs.get("layout")
+    note_layout(decoder, kwargs.get("layout"))
     takes = inspect.signature(decoder.forward).parameters
     if not any(each.kind is each.VAR_KEYWORD for each in takes.values()):
         kwargs = {name: value for name, value in kwargs.items() if name != "layout"}
     return args, kwargs
 
 
-def _layout(module: nn.Module, passed: Layout | None) -> Layout | None:
-    """The layout of a call of attention: `passed`, or else the one that its decoder layer was called with last.
+def note_layout(part: nn.Module, layout: Layout | None) -> None:
+    """Note `layout` for all modules inside `part` that may not get it as an argument."""
+    for module in part.modules():
+        if "noted_layout" in vars(module):
+            vars(module)["noted_layout"] = layout
 
-    A layer that is recomputed is called with the right one unless other samples have run since, as in a
-    pipeline, which is refused.
+
+def noted_layout(part: nn.Module) -> Layout | None:
+    """The layout that was noted last for modules inside `part`."""
+    noted = (vars(module).get("noted_layout") for module in part.modules())
+    return next((layout for layout in noted if layout is not None), None)
+
+
+def _layout(module: nn.Module, passed: Layout | None) -> Layout | None:
+    """The layout of a call of attention: `passed`, or else the one that was noted when its decoder was called.
+
+    Layers that are recomputed note the one of their first run again. A pipeline runs slices of other samples in
+    between, so there a layer has to pass it on.
     """
     if passed is not None:
-        vars(module).pop("noted_layout", None)
         return passed
     noted: Layout | None = vars(module).get("noted_layout")
     if noted is not None and (noted.pp > 1 or noted.part is not None):

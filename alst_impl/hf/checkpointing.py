@@ -5,10 +5,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import PreTrainedModel
 
+from alst_impl.hf.attention import note_layout, noted_layout
 from alst_impl.ops.memory.offload import HostOffload, checkpoint
 
 
@@ -28,10 +30,17 @@ def checkpoint_layers(model: PreTrainedModel, offload: HostOffload | None) -> No
 
     def run_checkpointed(layer: partial[Any], hidden_states: Tensor, *args: Any) -> Any:
         # The layer gets further arguments with gradients in some models (Gemma 3n).
+        part = layer.args[0] if layer.args else None
+        noted = noted_layout(part) if isinstance(part, nn.Module) else None
+
         leaves, structure = tree_flatten((args, layer.keywords))
         places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
 
         def run(x: Tensor, *more: Tensor) -> Any:
+            if (
+                isinstance(part, nn.Module) and torch.is_grad_enabled()
+            ):  # other samples may have run since
+                note_layout(part, noted)
             if not more:
                 return layer(x, *args)
             given = list(leaves)

@@ -38,6 +38,7 @@ ATTENTION_FIELDS = {
     "is_causal",
     "layer_idx",
     "layer_type",
+    "limits_of_mask",
     "noted_layout",
     "num_attention_heads",
     "num_heads",

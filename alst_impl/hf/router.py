@@ -101,6 +101,12 @@ def start(model: PreTrainedModel, device: torch.device) -> None:
     state.current = RouterStatistics(zeros, zeros.clone())
 
 
+def forget(model: PreTrainedModel) -> None:
+    """Before a forward that computes the model's own router loss: routers count nothing and add no gradient."""
+    if "router_loss" in vars(model):
+        vars(model)["router_loss"].current = None
+
+
 def finish(
     model: PreTrainedModel, loss: Tensor, labels: Tensor, count: Tensor, layout: Layout | None
 ) -> Tensor:
@@ -181,7 +187,9 @@ def _count(router: nn.Module, _: Any, output: Any) -> Any:
     probabilities = logits.float().softmax(dim=-1).flatten(0, -2).sum(dim=0)
     if found.gradient is None:
         chosen = logits.detach().topk(state.top_k, dim=-1).indices.flatten()
-        found.counts.scatter_add_(0, chosen, torch.ones_like(chosen, dtype=found.counts.dtype))
+        # In int64 first: adding ones to a large fp32 number is lost.
+        counts = torch.zeros_like(found.counts, dtype=torch.int64)
+        found.counts += counts.scatter_add_(0, chosen, torch.ones_like(chosen))
         found.probabilities += probabilities.detach()
         found.tokens += logits.shape[:-1].numel()
     if not torch.is_grad_enabled():

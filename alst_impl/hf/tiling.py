@@ -144,6 +144,7 @@ def _forward_with_tiled_loss(
 ) -> CausalLMOutputWithPast:
     shift_labels, count = kwargs.get("shift_labels"), kwargs.get("num_items_in_batch")
     if shift_labels is None or count is None:
+        router.forget(model)
         stock: CausalLMOutputWithPast = type(model).forward(model, *args, **kwargs)
         return stock
     for key in ("labels", "shift_labels", "num_items_in_batch"):
@@ -186,7 +187,7 @@ def _head_forward(
     loss_function = wanted.epilogue.loss_function
     if loss_function is not tiled.adds_up:
         if not loss_function.__module__.startswith("transformers."):
-            _check_adds_up(loss_function, token_loss, hidden, wanted.count)
+            check_adds_up(loss_function, token_loss, hidden, wanted.count)
         tiled.adds_up = loss_function
     num_tiles = min(tiled.tiles(hidden), hidden.shape[1])
     tiled.evidence["tiles"] += num_tiles
@@ -201,7 +202,7 @@ def _head_forward(
 
 
 @torch.no_grad()
-def _check_adds_up(
+def check_adds_up(
     loss_function: Callable[..., Any], token_loss: TokenLoss, hidden: Tensor, count: Tensor
 ) -> None:
     """Raise `ValueError` unless the loss is a sum over tokens divided by `num_items_in_batch`, so that tiles add up."""

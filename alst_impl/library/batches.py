@@ -55,6 +55,14 @@ def read(batch: Mapping[str, Any]) -> Batch:
     )
 
 
+def labels_of(batch: Mapping[str, Any]) -> Tensor:
+    """The labels of a collator's batch, not shifted. Raises `ValueError` if it has none."""
+    labels: Tensor | None = batch.get("labels")
+    if labels is None:
+        raise ValueError("batch has no 'labels'; a step is divided by their number")
+    return labels
+
+
 def shifted(labels: Tensor) -> Tensor:
     """The label of each position: `labels` [B, S] one place to the left, as a causal model's loss shifts them."""
     return torch.nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:].contiguous()

@@ -43,6 +43,12 @@ def enable(
     model or a setting that cannot be exact, naming the part.
     """
     inner = _inside(model)
+    adapters = getattr(model, "active_peft_config", None)
+    if getattr(adapters, "is_prompt_learning", False):
+        raise ValueError(
+            f"peft's {type(adapters).__name__} puts tokens of its own before each input, so each shard would begin with "
+            "them; use LoRA or another method that changes layers"
+        )
     if not isinstance(inner, PreTrainedModel):
         raise ValueError(
             f"{type(inner).__name__} is not a transformers model; call enable(model) before DDP, fully_shard, "

@@ -17,7 +17,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import PreTrainedModel
 
 from alst_impl import hf, safeguards
-from alst_impl.hf.tiling import _check_adds_up as check_adds_up
+from alst_impl.hf import router
+from alst_impl.hf.tiling import check_adds_up
 from alst_impl.layout import Layout
 from alst_impl.safeguards import StepLabels
 
@@ -84,6 +85,7 @@ def stock_forward(model: PreTrainedModel) -> Iterator[None]:
     made: Guard = vars(model)["guard"]
     ours = [(m, vars(m).pop("forward")) for m in made.changed if "forward" in vars(m)]
     made.stock = True
+    router.forget(model)
     try:
         with hf.stock_attention(model):
             yield
@@ -124,6 +126,13 @@ def _check_unsharded(made: Guard, kwargs: dict[str, Any]) -> None:
         )
     if kwargs.get("past_key_values") is not None:
         raise ValueError(f"an enabled model has no key/value cache; {stock}")
+    positions = kwargs.get("position_ids")
+    restart = positions is not None and bool((positions.diff(dim=-1) != 1).any())
+    if restart or kwargs.get("cu_seq_lens_q") is not None:
+        raise ValueError(
+            "position_ids restart or cu_seq_lens_q is given, but only alst.shard(batch) keeps packed documents apart; "
+            f"call model(**alst.shard(batch)); {stock}"
+        )
 
 
 def _check_engine(made: Guard) -> None:

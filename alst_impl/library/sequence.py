@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from alst_impl import safeguards
 from alst_impl.data import Batch
 from alst_impl.layout import IGNORE_INDEX
-from alst_impl.library.batches import read, shifted
+from alst_impl.library.batches import labels_of, read, shifted
 from alst_impl.library.guard import Guard, Reduction, Shard, part_names, stock_forward
 from alst_impl.library.setting import SHARED, Setting
 from alst_impl.placement import Evidence
@@ -70,6 +70,7 @@ class LongSequence:
         try:
             whole = read(batch)
             self._setting.check_layout(whole.layout)
+            self._check_router_loss(batch)
         except ValueError as error:
             refusal = error
         num_labels = self._agreed_labels(whole, num_items, refusal)
@@ -116,10 +117,18 @@ class LongSequence:
 
         `batches` are this rank's micro-batches of the step, whole, as `shard` takes them.
         """
-        valid = [int((shifted(batch["labels"]) != IGNORE_INDEX).sum()) for batch in batches]
+        valid = [int((shifted(labels_of(batch)) != IGNORE_INDEX).sum()) for batch in batches]
         total = torch.tensor(valid, dtype=torch.int64, device=self.device)
         dist.all_reduce(total)
         return (total // self.shards).sum()  # whose ranks hold the same samples
+
+    def _check_router_loss(self, batch: Mapping[str, Any]) -> None:
+        mask = batch.get("attention_mask")
+        if "router_loss" in vars(self.model) and mask is not None and not bool(mask.all()):
+            raise ValueError(
+                "a router loss (output_router_logits) counts every token of a batch, but attention_mask has padding; use "
+                "samples of one length, or packed ones"
+            )
 
     def reduce_loss(self, loss: Tensor) -> float:
         """The mean loss over all valid labels of all ranks, for logs. Collective, and waits for the device.

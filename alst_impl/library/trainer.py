@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sized
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,9 +52,10 @@ class LongSequenceTrainer(Trainer):
         enable(model, sp=2)
         MyTrainer(model, args, train_dataset=dataset).train()
 
-    Ranks that share samples get the same ones, labels are counted over the whole step, and losses are the
-    stock model's. Evaluation computes the loss of whole samples, too. Raises `ValueError` for options of the
-    trainer that replace the model's own loss, or that need logits of whole samples.
+    Ranks that share samples get the same ones, labels are counted over the whole step, and training losses are
+    the stock model's. Evaluation averages the losses of batches of whole samples; a number of samples that does
+    not divide into batches gives a warning. Raises `ValueError` for options of the trainer that replace the
+    model's own loss, or that need logits of whole samples.
     """
 
     loss_is_scaled_for_ga = True  # by the labels of the whole step
@@ -74,6 +76,13 @@ class LongSequenceTrainer(Trainer):
         self, eval_dataset: str | Dataset[Any] | None = None
     ) -> DataLoader[Any]:
         loader = super().get_eval_dataloader(eval_dataset)
+        size = self.args.eval_batch_size * (self.args.world_size // self._alst.shards)
+        if isinstance(loader.dataset, Sized) and len(loader.dataset) % size:
+            warnings.warn(
+                f"{len(loader.dataset)} samples do not divide into batches of {size}: ranks repeat samples and the last "
+                "batch weighs as much as the others in eval_loss; use a multiple",
+                stacklevel=2,
+            )
         return self._by_sample(loader, self.args.eval_batch_size, shuffle=False, drop_last=False)
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:

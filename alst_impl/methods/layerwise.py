@@ -33,7 +33,10 @@ class Layerwise(Method):
     """Our method: exact (but for `eight_bits`), with about four full-length layer inputs at the peak of backward."""
 
     recomputes_layers: ClassVar[bool] = False
-    knows: ClassVar[frozenset[str]] = frozenset({"softcap", "sinks", "chunks", "mixers"})
+    knows: ClassVar[frozenset[str]] = frozenset(
+        {"softcap", "sinks", "chunks", "mixers", "router loss"}
+    )
+    """What it does not compute, it refuses when it sees the layers."""
     """Layers with other mixers than attention are refused by their parts."""
     sp: int = Field(default=1, ge=1)
     """Sequence-parallel degree: ranks that share one sample."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
-from pathlib import Path
 from typing import Any
 
 from harness.cells.cell import Cell
+from harness.cells.paths import SOURCES
 from harness.gate.verdict import broken_promises, explain_failure
 from harness.processes.jobs import Ending
 from harness.records.provenance import provenance
@@ -124,9 +125,12 @@ def classify(ending: Ending) -> tuple[Outcome, str | None]:
 
 
 def _refusal(ending: Ending) -> bool:
-    """Whether the library itself raised a `ValueError`: the last line of the trace that names a file is its own."""
-    files = re.findall(r'File "([^"]+)"', ending.trace or "")
-    return ending.error == "ValueError" and bool(files) and "alst_impl" in Path(files[-1]).parts
+    """Whether the library itself raised a `ValueError`: the trace ends at a `raise` in one of its files."""
+    lines = re.findall(r'File "([^"]+)", line .*\n\s*(.*)', ending.trace or "")
+    if ending.error != "ValueError" or not lines:
+        return False
+    file, code = map(str, lines[-1])
+    return file.startswith(f"{SOURCES[0].resolve()}{os.sep}") and code.startswith("raise ")
 
 
 def _named(text: str) -> Outcome | None:

@@ -56,7 +56,8 @@ def test_every_rank_gets_the_whole_sequence_in_order(ranks: Ranks) -> None:
     for results in ranks(4)(gathered, plans):
         for plan, (whole, grad) in zip(plans, results, strict=True):
             assert torch.equal(whole, torch.arange(plan.padded).double())
-            assert set(grad.tolist()) <= {0.0, 1.0 + 2 + 3 + 4}  # position 0 has weight 0
+            assert set(grad.tolist()) - {0.0} == {1.0 + 2 + 3 + 4}
+            assert (grad == 0).sum() <= 1  # position 0 has weight 0
 
 
 @pytest.mark.parametrize(
@@ -110,4 +111,4 @@ def test_slices_of_a_pipeline_do_not_cut_mixers(ranks: Ranks) -> None:
     """A slice would restart them."""
     config = family("zaya", method={"name": "seq1f1b", "slices": 2})
     (messages,) = ranks(1)(refusals, [config])
-    assert "ZayaAttention mixes tokens" in messages[0] or "layers that mix tokens" in messages[0]
+    assert "layers that mix tokens" in messages[0]

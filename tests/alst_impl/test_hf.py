@@ -140,6 +140,50 @@ def test_packed_documents_reach_every_attention(config_class: Any) -> None:
         torch.testing.assert_close(gradients[1][name], stock, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "config_class", [StableLmConfig, NemotronConfig], ids=lambda c: c.model_type
+)
+def test_a_recomputed_layer_has_the_layout_of_its_own_forward(config_class: Any) -> None:
+    """Also if another batch with other documents ran forward in between."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 260}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config_class(**sizes, **heads)).double().train()
+    packed = ((5, 6), (3, 4, 4))
+    gradients = []
+    for ours in (False, True):
+        if ours:
+            wrap(model)
+        model.zero_grad()
+        total = torch.zeros((), dtype=torch.float64)
+        for documents in packed:
+            positions = torch.cat([torch.arange(n) for n in documents]).expand(2, 11)
+            layout = {"layout": Layout(11, documents=(documents,) * 2)} if ours else {}
+            output = model(input_ids=IDS, position_ids=positions, use_cache=False, **layout)
+            total = total + output.logits.square().mean()
+        total.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    for name, stock in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], stock, rtol=1e-9, atol=1e-12)
+
+
+def test_attention_that_is_not_causal_is_refused() -> None:
+    """Shards and kernels are causal."""
+    model = build()
+    wrap(model)
+    hf.attention_modules(model)[0].is_causal = False
+    with pytest.raises(ValueError, match="LlamaAttention is not causal"):
+        logits_of(model)
+
+
+def test_a_layout_of_another_length_is_refused() -> None:
+    """It would cut or gather the wrong tokens."""
+    model = build()
+    wrap(model)
+    with pytest.raises(ValueError, match="got 11 tokens of a sample, but its layout says 12"):
+        model(input_ids=IDS, layout=Layout(12, documents=((5, 7),) * 2), use_cache=False)
+
+
 def test_a_pipeline_needs_layers_that_pass_on_their_arguments() -> None:
     """Other micro-batches run between a layer's forward and its recomputation."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 260, "num_hidden_layers": 1}

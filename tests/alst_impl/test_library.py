@@ -16,7 +16,7 @@ from small import LENGTH, batches, stock_gradients, stock_model
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from training import assert_same_gradients
-from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3ForCausalLM
 
 import alst_impl
 from alst_impl import hf
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from conftest import Ranks
 
 Batch = dict[str, Any]
+
+
+FAMILIES = Path(__file__).parents[1] / "families"
 
 
 def gradients(alst: Any, *inputs: Batch, called: Any = None) -> dict[str, Tensor]:
@@ -210,6 +213,31 @@ def refuse(rank: int, world_size: int) -> None:
         alst_impl.enable(torch.nn.parallel.DistributedDataParallel(stock_model()), sp=2)
     with pytest.raises(ValueError, match="offload"):
         alst_impl.enable(stock_model(), sp=2, checkpoint=False)
+
+
+def refuse_alone(rank: int, world_size: int) -> None:
+    """Body of a rank: calls of a model that one rank has alone."""
+    alst = alst_impl.enable(stock_model(), sp=1)
+    for batch in (packed(), with_offsets(positions=False)):
+        with pytest.raises(ValueError, match=r"only alst\.shard\(batch\) keeps packed documents"):
+            alst.model(**batch, use_cache=False)
+    with pytest.raises(ValueError, match="batch has no 'labels'"):
+        alst.count([{"input_ids": batches()[0]["input_ids"]}])
+    ids = torch.arange(24).view(2, 12) + 20
+    fields = json.loads((FAMILIES / "qwen3_moe.json").read_text()) | {"output_router_logits": True}
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    routed = alst_impl.enable(AutoModelForCausalLM.from_config(config), sp=1)
+    mask = torch.ones_like(ids)
+    mask[1, -3:] = 0
+    with pytest.raises(ValueError, match=r"a router loss .* counts every token"):
+        routed.shard(
+            {"input_ids": ids, "labels": ids.masked_fill(mask == 0, -100), "attention_mask": mask}
+        )
+
+
+def test_calls_that_would_mix_documents_or_count_padding_are_refused(ranks: Ranks) -> None:
+    """Also where no sample is shared between ranks."""
+    ranks(1)(refuse_alone)
 
 
 def test_inexact_inputs_are_refused(ranks: Ranks) -> None:

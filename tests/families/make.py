@@ -78,6 +78,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_d_head": 16, "mamba_n_groups": 1},
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 32},
     "longcat_flash": {"zero_expert_num": 2, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "head_dim": 8},
+    "phimoe": {"sliding_window": 13},
     "nemotron_h": {"mamba_num_heads": 8},
     "xlstm": {"num_heads": 4, "chunk_size": 16},
     "gemma3n_text": {"num_kv_shared_layers": 0, "intermediate_size": [96, 96],
