@@ -196,7 +196,7 @@ def test_arguments_are_sliced_along_their_tokens() -> None:
         (torch.rand(1, 7, requires_grad=True), "requires a gradient"),
         (object(), "is a object"),
     ],
-    ids=str,
+    ids=["a mask", "in a tuple", "in a mapping", "with a gradient", "an object"],
 )
 def test_arguments_that_cannot_be_sliced_are_named(value: Any, reason: str) -> None:
     """The reason says which tensor it is, and its shape."""
