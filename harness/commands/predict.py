@@ -16,7 +16,7 @@ from rich.table import Table
 
 from alst_impl.config import Spec
 from alst_impl.methods.base import load_method
-from alst_impl.models import field, published
+from alst_impl.models import described, field
 from harness.cells.cell import Cell, make_cell
 from harness.cells.prediction import LIMITS, Cost, Holding, Prediction, SearchResult, Simulated
 from harness.cells.units import bytes_text, bytes_value, options_text, seconds_text
@@ -146,7 +146,7 @@ def cell_of(
 ) -> Cell:
     """The cell of a request, checked. Raises `ValueError` for an impossible one."""
     options = parsed(option or [])
-    fields = published(model)
+    fields = described(model)
     offered = type(load_method(Spec(name=method))).model_fields
     if "sp" in offered:
         left = max(gpus // _degree(options, "cp"), 1)

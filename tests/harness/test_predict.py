@@ -290,6 +290,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmo2": {},
     "granite": {},
     "starcoder2": {},
+    "gemma2": {"head_dim": 32},
+    "falcon": {},
+    "opt": {"word_embed_proj_dim": 256, "ffn_dim": 512},
+    "gpt2": {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
     "mistral": {"sliding_window": 256},
     "mixtral": {"num_local_experts": 4},
     "deepseek_v3": {
@@ -309,10 +313,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 """Model types without a file in this repository -> fields besides `SIZES`."""
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "gemma2": ({"head_dim": 32}, "soft-capped attention logits"),
-    "falcon": ({}, "has no module that uses transformers' attention interface"),
-    "opt": ({}, "cannot be tiled along the sequence"),
-    "gpt2": ({}, "has no 'num_attention_heads'"),
+    "whisper": ({}, "computes its loss by itself"),
+    "mbart": ({}, "would count positions from the start of each shard"),
+    "gemma3n_text": ({"num_kv_shared_layers": 1}, "layers that use other layers' keys and values"),
 }
 """Model types that cannot be predicted -> the structure that prevents it."""
 SIZES = {
@@ -329,7 +332,7 @@ def family(folder: Path, model_type: str, fields: dict[str, Any]) -> str:
     """A config.json in the format of transformers."""
     from transformers import AutoConfig
 
-    sizes = SIZES if model_type != "gpt2" else {}
+    sizes = SIZES if model_type in (*FAMILIES, "gemma3n_text") and model_type != "gpt2" else {}
     AutoConfig.for_model(model_type, **{**sizes, **fields}).save_pretrained(folder)
     return str(folder / "config.json")
 

@@ -12,6 +12,7 @@ import torch
 from alst_impl import hf
 from alst_impl.layout import Layout
 from alst_impl.methods.base import Method
+from alst_impl.ops.attention import ulysses
 from alst_impl.ops.attention.cores.base import Kernel
 from harness.cells.cell import make_cell
 from harness.judge import probes
@@ -101,6 +102,8 @@ def _do_not_tile(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _do_not_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Attention would refuse such a batch.
+    monkeypatch.setattr(ulysses, "reached", lambda layout, *_: layout)
     monkeypatch.setattr(Method, "shard", lambda _self, batch, layout: replace(batch, layout=layout))
 
 
