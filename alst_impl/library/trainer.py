@@ -152,7 +152,7 @@ class LongSequenceTrainer(Trainer):
             batch_sampler=_Batches(sampler, size, drop_last=drop_last),
             collate_fn=loader.collate_fn,
             num_workers=loader.num_workers,
-            pin_memory=loader.pin_memory,
+            pin_memory=False,  # shard() reads whole samples on the host, and sends a part of them
             worker_init_fn=loader.worker_init_fn,
             persistent_workers=loader.persistent_workers,
             prefetch_factor=loader.prefetch_factor,
