@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PositiveInt,
     model_serializer,
     model_validator,
 )
@@ -56,10 +59,30 @@ class DataConfig(Frozen):
     """`python-stdlib` (sources of Python's own library) or a path to a text file or folder."""
     tokenizer: str = "bytes"
     """`bytes` (token = byte) or a local folder of a Hugging Face tokenizer."""
-    documents: int = Field(default=1, ge=1)
-    """Documents packed into one sample, each with positions from 0; 1 is one unpacked document."""
+    documents: PositiveInt | tuple[PositiveInt, ...] = 1
+    """Documents packed into one sample, each with positions from 0: their number, with random lengths, or their
+    lengths, which repeat until the sample is full. 1 is one unpacked document."""
     mask: LabelMask = "none"
     """Which labels are ignored: see `alst_impl.data.LABEL_MASKS`."""
+
+    @property
+    def packed(self) -> bool:
+        """Whether samples hold several documents."""
+        return self.documents != 1
+
+    def lengths(self, seqlen: int, seed: int, index: int) -> tuple[int, ...]:
+        """Document lengths of sample `index` of `seqlen` tokens."""
+        return self.drawn_lengths(seqlen, np.random.default_rng([seed, index]))
+
+    def drawn_lengths(self, seqlen: int, rng: np.random.Generator) -> tuple[int, ...]:
+        """Document lengths of a sample of `seqlen` tokens; `rng` draws them if only their number is given."""
+        if isinstance(self.documents, tuple):
+            ends = np.cumsum(np.tile(self.documents, -(-seqlen // sum(self.documents))))
+        else:
+            count = min(self.documents, seqlen)
+            ends = np.sort(rng.permutation(seqlen - 1)[: count - 1] + 1)
+        borders = [0, *(int(end) for end in ends if end < seqlen), seqlen]
+        return tuple(stop - start for start, stop in pairwise(borders))
 
 
 class OptimizerConfig(Frozen):

@@ -173,16 +173,10 @@ class Corpus:
             )
         return document
 
-    def lengths(self, rng: np.random.Generator) -> tuple[int, ...]:
-        """Unequal document lengths that add up to `seqlen`."""
-        count = min(self.config.documents, self.seqlen)
-        cuts = np.sort(rng.permutation(self.seqlen - 1)[: count - 1] + 1)
-        return tuple(int(n) for n in np.diff([0, *cuts, self.seqlen]))
-
     def sample(self, index: int) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
         """Sample `index`: (input_ids, labels *unshifted*, position_ids), int64 [S], and document lengths."""
         rng = np.random.default_rng([self.seed, index])
-        lengths = self.lengths(rng)
+        lengths = self.config.drawn_lengths(self.seqlen, rng)
         tokens = np.concatenate([self._document(n, rng) for n in lengths])
         positions = np.concatenate([np.arange(n) for n in lengths])
         valid = np.ones(self.seqlen, dtype=bool)  # over positions of the shifted labels
@@ -207,5 +201,5 @@ class Corpus:
             input_ids=torch.stack(ids),
             shift_labels=shifted.contiguous(),
             position_ids=torch.stack(positions),
-            layout=Layout(self.seqlen, documents=lengths if self.config.documents > 1 else None),
+            layout=Layout(self.seqlen, documents=lengths if self.config.packed else None),
         )

@@ -19,6 +19,7 @@ from alst_impl.hf.stages import keep_stage
 from alst_impl.hf.structure import (
     attention_modules,
     decoder_layers,
+    expert_parameters,
     final_norms,
     head_name,
     mixers,
@@ -34,6 +35,7 @@ __all__ = [
     "bound",
     "checkpoint_layers",
     "decoder_layers",
+    "expert_parameters",
     "final_norms",
     "gather_mixers",
     "head_name",

@@ -224,3 +224,9 @@ def head_name(model: PreTrainedModel) -> str:
     raise ValueError(
         f"{type(model).__name__} has no output embedding among its children: no loss to tile"
     )
+
+
+def expert_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters of the routed experts: of all modules that are named `experts`, as transformers does."""
+    experts = (module for name, module in model.named_modules() if name.endswith(".experts"))
+    return [parameter for module in experts for parameter in module.parameters()]

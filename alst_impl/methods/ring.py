@@ -72,7 +72,7 @@ class Ring(Tiled):
     def promises(self, config: TrainConfig) -> set[str]:
         # Documents and chunks may end where the ranks' tokens do, so that no key has to travel.
         chunked = described(config.model, config.overrides).get("attention_chunk_size")
-        travels = self.cp > 1 and config.data.documents == 1 and not chunked
+        travels = self.cp > 1 and not config.data.packed and not chunked
         return super().promises(config) | ({"rotations/gathers"} if travels else set())
 
     def apply(

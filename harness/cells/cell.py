@@ -32,6 +32,9 @@ class Simulation(Frozen):
     """Tensor-parallel ranks of each stage in world `schedule`: world_size is dp x pp x tp."""
     host_memory_bytes: int | None = Field(default=None, gt=0)
     """Host memory of one node; None uses the hardware row's value."""
+    timed_as: str | None = None
+    """Core attention whose published speed the modelled time assumes; None for the cell's own. Phantom devices run
+    PyTorch's kernels only, so that the bytes are theirs."""
     search: bool = True
     """Also search for the longest sequence that fits."""
     timeline: bool = False
@@ -86,8 +89,9 @@ class Cell(Frozen):
         silent: dict[str, Any] = {}
         if self.simulation is None:
             silent["simulation"] = True
-        elif self.simulation.tp == 1:
-            silent["simulation"] = {"tp"}
+        else:
+            unset = {"tp": self.simulation.tp == 1, "timed_as": self.simulation.timed_as is None}
+            silent["simulation"] = {name for name, left_out in unset.items() if left_out}
         if self.expandable_segments is None:
             silent["expandable_segments"] = True
         for comparison in ("update", "followed"):
@@ -228,6 +232,8 @@ def _check_simulation(cell: Cell) -> None:
             )
     assert cell.simulation is not None
     simulation = cell.simulation
+    if simulation.timed_as is not None:
+        load_core(simulation.timed_as)
     if not cell.traits.executes:
         asked = {
             "part": simulation.part != "step",

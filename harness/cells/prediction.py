@@ -34,17 +34,42 @@ class Cost(Frozen):
     device_bytes: float
     """Bytes of operands and results of matrix products and attention, each counted once. Fusing
     other operators does not avoid this traffic."""
+    pointwise_bytes: float = 0.0
+    """Bytes that all other operators of the accelerator read and write, as they ran, unfused. 0 in old records."""
+    launches: float = 0.0
+    """Number of operators that ran on the accelerator. 0 in old records."""
     host_in_bytes: float
     """Bytes copied from host memory."""
     host_out_bytes: float
     """Bytes copied to host memory."""
     link_bytes: float
     """Bytes sent to other ranks."""
+    network_bytes: float = 0.0
+    """Those of `link_bytes` that are sent in groups with ranks on several nodes. 0 in old records."""
 
     @property
     def flops(self) -> float:
         """All FLOPs."""
         return self.matmul_flops + self.attention_flops
+
+
+class StepTime(Frozen):
+    """Modelled time of a step; see `harness.formulas.steptime`."""
+
+    seconds: float
+    low: float
+    """Least seconds that published steps leave possible."""
+    high: float
+    """Most seconds that published steps leave possible."""
+    parts: Mapping[str, float]
+    """Seconds by what they are spent on; they add up to `seconds`."""
+    basis: str
+    """Where the speeds are from."""
+
+    @property
+    def binds(self) -> str:
+        """What takes the most time."""
+        return max(self.parts, key=lambda part: self.parts[part])
 
 
 class Prediction(Frozen):
@@ -68,7 +93,12 @@ class Prediction(Frozen):
     limit: Limit
     """The limit that the step exceeds, or `none`."""
     flops: Flops
-    step_seconds_modelled: float
+    step_seconds_modelled: float | None
+    """None if the speed of the hardware or of the attention kernel on it is not known, or no work was counted."""
+    time: StepTime | None = None
+    """None in old records, and where `step_seconds_modelled` is or a schedule was played."""
+    time_unknown: str | None = None
+    """Why `step_seconds_modelled` is None."""
     cost: Cost | None = None
     """None if no work was counted."""
     least_seconds_modelled: float | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from typing import Annotated
 
@@ -71,7 +72,7 @@ def _print(found: Plan, title: str) -> None:
             ", ".join(offloaded) or "none",
             bytes_text(p.total_bytes),
             bytes_text(p.host_bytes),
-            seconds_text(p.step_seconds_modelled),
+            seconds_text(p.step_seconds_modelled or math.nan),
         )
     console = wide_console()
     console.print(table)

@@ -293,7 +293,23 @@ def _print_prediction(console: Console, cell: Cell, p: Prediction) -> None:
     )
     if p.cost is not None:
         _print_cost(console, p, p.cost, cell.train.world_size)
-    console.print(f"step: {seconds_text(p.step_seconds_modelled)} (modelled)", highlight=False)
+    console.print(_step_text(p), highlight=False)
+
+
+def _step_text(p: Prediction) -> str:
+    if p.time is None:
+        return f"step: time unknown: {p.time_unknown}"
+    low, high = seconds_text(p.time.low), seconds_text(p.time.high)
+    spent = sorted(p.time.parts.items(), key=lambda part: -part[1])
+    shares = [
+        f"{part} {share:.0%}"
+        for part, seconds in spent
+        if (share := seconds / p.time.seconds) >= 0.01
+    ]
+    return (
+        f"step: {seconds_text(p.time.seconds)}, between {low} and {high} (modelled); {', '.join(shares)}\n"
+        f"speeds: {p.time.basis}"
+    )
 
 
 def _print_holdings(console: Console, held: list[Holding]) -> None:

@@ -18,7 +18,7 @@ from alst_impl.models import described, field
 from alst_impl.ops.pipeline.schedule import Span, Unit, bubble, makespan, orders, peak_live, play
 from harness.cells.hardware import Hardware, load_hardware
 from harness.cells.prediction import Flops, Prediction
-from harness.formulas import flops, roofline
+from harness.formulas import flops
 
 ACTIVATION_BYTES = 34
 """Activation bytes of one layer per token and hidden unit, in bf16. Attention scores are not stored
@@ -34,11 +34,12 @@ ATTENTION_BACKWARD = 2.5
 and two in forward."""
 LINEAR_BACKWARD = 2.0
 """Backward time over forward time of matrix products, without recomputation."""
-SPEED = 1.5526
-"""Fitted factor on the rates of `harness.formulas.roofline` after scaling them to the hardware's
-peak: Megatron-LM on A100."""
+LINEAR_SHARE = 0.4520963
+"""Share of the peak that matrix products reach: fitted, Megatron-LM on A100."""
+ATTENTION_SHARE = 0.5256934
+"""Share of the peak that causal attention reaches, masked scores not counted: fitted together with `LINEAR_SHARE`."""
 FITTED_ON = "seq1f1b-7b-32k-8-1f1b"
-"""The claim whose throughput `SPEED` was fitted on. It is not evidence."""
+"""The claim whose throughput both shares were fitted on. It is not evidence."""
 
 
 class Staged(Frozen):
@@ -143,11 +144,16 @@ def _seconds(s: Staged, stage: int, start: int, stop: int) -> tuple[float, float
         linear += 2 * s.vocab_size * shape.hidden_size * (stop - start)
     pairs = (stop * (stop + 1) - start * (start + 1)) // 2
     attention = 4 * layers * shape.num_heads * shape.head_dim * pairs
-    speed = SPEED * s.tp * roofline.speed(s.hardware)
-    return (
-        linear / (roofline.LINEAR_RATE * speed),
-        attention / (roofline.ATTENTION_RATE * speed),
-    )
+    peak = s.tp * _peak(s.hardware)
+    return linear / (LINEAR_SHARE * peak), attention / (ATTENTION_SHARE * peak)
+
+
+def _peak(hardware: Hardware) -> float:
+    if hardware.bf16_flops is None:
+        raise ValueError(
+            f"hardware '{hardware.name}' has no bf16_flops, which world 'schedule' needs"
+        )
+    return hardware.bf16_flops
 
 
 def held(s: Staged) -> dict[str, int]:
@@ -183,7 +189,7 @@ def prediction(s: Staged) -> Prediction:
         limit="none" if fits else "gpu_memory",
         flops=Flops(
             paper_formula=sequences * flops.paper_formula(s.shape, seqlen),
-            model_causal=sequences * flops.model_causal(s.shape, seqlen),
+            model_causal=sequences * flops.model_causal(s.shape, [seqlen]),
         ),
         step_seconds_modelled=makespan(played(s)),
     )

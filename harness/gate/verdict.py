@@ -200,7 +200,7 @@ def known_factor(ratio: float, train: TrainConfig) -> str | None:
 
 def _labels(train: TrainConfig, axes: dict[str, int]) -> dict[str, float]:
     """Numbers of labels of a step and of a rank, if only the last position of each sample is ignored."""
-    if train.data.mask != "none" or train.data.documents > 1 or train.accumulation > 1:
+    if train.data.mask != "none" or train.data.packed or train.accumulation > 1:
         return {}
     labels = (train.seqlen - 1) * train.batch_size * axes["dp"]
     return {"the number of labels": labels, "the number of labels / sp": labels / axes["sp"]}

@@ -153,7 +153,7 @@ def predicted(
     if quantity == "step_seconds":
         return seconds
     if quantity == "tokens_per_second":
-        return tokens_of_step(m.cell) / seconds
+        return None if seconds is None else tokens_of_step(m.cell) / seconds
     if quantity == "allocated_bytes":
         return m.simulated.prediction.allocated_bytes / 2**30
     return m.simulated.prediction.total_bytes / 2**30

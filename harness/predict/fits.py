@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from alst_impl.config import Frozen, TrainConfig
+from alst_impl.engines.base import load_engine
 from alst_impl.methods.base import layouts, load_method
 from alst_impl.models import described
 from harness.cells.cell import Cell
@@ -23,7 +24,7 @@ from harness.cells.prediction import (
     Simulated,
 )
 from harness.devices.outside import outside_bytes
-from harness.formulas import flops, pipelines, roofline
+from harness.formulas import flops, pipelines, roofline, steptime
 from harness.predict.attempts import (
     Step,
     at_length,
@@ -200,7 +201,7 @@ def _prediction(
     cell: Cell, step: Step, cost: Cost | None, fits: bool, slope: float | None
 ) -> Prediction:
     """The prediction from a completed step."""
-    config, row = cell.train, load_hardware(cell.hardware)
+    config = cell.train
     total = step.reserved_bytes + outside_bytes(config)
     host = host_bytes(cell, step)
     limit: Limit = "none"
@@ -219,9 +220,8 @@ def _prediction(
         fits=limit == "none",
         limit=limit,
         flops=_flops(cell, step),
-        step_seconds_modelled=_seconds(cell, step, cost),
         cost=cost,
-        least_seconds_modelled=cost and roofline.least_seconds(cost, row, config.world_size),
+        **_time(cell, step, cost),
     )
 
 
@@ -253,28 +253,37 @@ def _sequences(config: TrainConfig) -> int:
     return config.batch_size * config.accumulation * len(layouts(config))
 
 
-def _shape(cell: Cell, step: Step) -> flops.Shape:
-    assert step.readings.num_parameters
-    fields = described(cell.train.model, cell.train.overrides)
-    return flops.shape_of(fields, step.readings.num_parameters)
-
-
 def _flops(cell: Cell, step: Step) -> Flops:
-    shape, sequences = _shape(cell, step), _sequences(cell.train)
+    config, readings = cell.train, step.readings
+    fields = described(config.model, config.overrides)
+    shape = flops.shape_of(fields, readings.num_parameters, readings.num_expert_parameters)
+    documents = config.data.lengths(config.seqlen, config.seed, 0)
     return Flops(
-        paper_formula=sequences * flops.paper_formula(shape, cell.train.seqlen),
-        model_causal=sequences * flops.model_causal(shape, cell.train.seqlen),
+        paper_formula=_sequences(config) * flops.paper_formula(shape, config.seqlen),
+        model_causal=_sequences(config) * flops.model_causal(shape, documents),
     )
 
 
-def _seconds(cell: Cell, step: Step, cost: Cost | None) -> float:
-    """Modelled time of a step: from the passes of the published runs if the method makes them, else
-    from its counted work.
-    """
+def _time(cell: Cell, step: Step, cost: Cost | None) -> dict[str, Any]:
+    """The fields of a prediction that are about time."""
+    if cost is None:
+        return {
+            "step_seconds_modelled": None,
+            "time_unknown": "the work of the step was not counted",
+        }
+    assert cell.simulation is not None
     config, row = cell.train, load_hardware(cell.hardware)
-    if cost is None or (load_method(config.method).recomputes_layers and config.checkpoint):
-        one = roofline.seconds(_shape(cell, step), config.seqlen, row)
-        seconds = _sequences(config) * one / config.world_size
-    else:
-        seconds = roofline.seconds_of(cost, row)
-    return seconds / (1 - pipelines.waiting(config))
+    on_host = load_engine(config.engine).updates_on_host
+    found: dict[str, Any] = {"least_seconds_modelled": roofline.least_seconds(cost, row)}
+    try:
+        time = steptime.step_time(
+            cost,
+            row,
+            kernel=cell.simulation.timed_as or config.attention,
+            ranks=config.world_size,
+            host_parameters=step.readings.num_parameters if on_host else 0,
+            bubble=pipelines.waiting(config),
+        )
+    except steptime.Unknown as error:
+        return {**found, "step_seconds_modelled": None, "time_unknown": str(error)}
+    return {**found, "step_seconds_modelled": time.seconds, "time": time}

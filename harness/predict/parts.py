@@ -70,7 +70,7 @@ def run_part(rank: Rank, cell: Cell, world: World) -> RankReadings:
             evidence=dict(placement.evidence),
             cosine=[],
             gate=None,
-            num_parameters=num_parameters(runtime.module),
+            num_parameters=num_parameters(runtime.module.parameters()),
         )
 
 

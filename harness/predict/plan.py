@@ -51,7 +51,7 @@ def make_plan(rank: Rank, cell: Cell, gpus: int | None) -> Plan:
 
 def _cost(option: Option) -> tuple[float, int, int]:
     """Sort key: time per sample, then the rung, then communication."""
-    seconds = option.prediction.step_seconds_modelled / option.dp
+    seconds = (option.prediction.step_seconds_modelled or 0.0) / option.dp
     return seconds, LADDER.index(option.rung), option.sp
 
 

@@ -76,10 +76,12 @@ def _tokens_per_s(m: Measurement) -> float | None:
 def _mfu(m: Measurement) -> float | None:
     t, seconds = m.cell.train, value_of("step_s", m)
     peak = load_hardware(m.cell.hardware).bf16_flops
-    if seconds is None or peak is None or m.readings is None or m.readings.num_parameters is None:
+    r = m.readings
+    if seconds is None or peak is None or r is None or r.num_parameters is None:
         return None
-    shape = shape_of(described(t.model, t.overrides), m.readings.num_parameters)
-    return _samples(m) * model_causal(shape, t.seqlen) / (seconds * t.world_size * peak)
+    shape = shape_of(described(t.model, t.overrides), r.num_parameters, r.num_expert_parameters)
+    documents = t.data.lengths(t.seqlen, t.seed, 0)
+    return _samples(m) * model_causal(shape, documents) / (seconds * t.world_size * peak)
 
 
 METRICS = {

@@ -158,6 +158,8 @@ class Readings(Frozen):
     """The gradient comparison, if the cell asks for one."""
     num_parameters: int | None = None
     """Parameters of the model; tied ones count once. None in old records."""
+    num_expert_parameters: int = 0
+    """Those of routed experts. 0 in old records."""
     devices: list[DeviceReadings] = []
     """NVML readings of every device, in world `cuda` only."""
 

@@ -80,6 +80,7 @@ def readings_of(ranks: list[dict[str, Any]], devices: list[DeviceReadings]) -> R
         cosine=ranks[0]["cosine"],
         gate=ranks[0]["gate"],
         num_parameters=ranks[0]["num_parameters"],
+        num_expert_parameters=ranks[0]["num_expert_parameters"],
         devices=devices,
     )
 

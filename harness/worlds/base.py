@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import DeviceMesh
 
+from alst_impl import hf
 from alst_impl.config import Frozen, TrainConfig
 from alst_impl.data import Corpus
 from alst_impl.engines.base import Runtime
@@ -99,6 +100,8 @@ class RankReadings(Frozen):
     """Gradient comparison on rank 0; None if the cell does not request it."""
     num_parameters: int
     """Parameters of the model on this rank, tied ones counted once."""
+    num_expert_parameters: int = 0
+    """Those of routed experts."""
 
 
 def load_world(name: str) -> World:
@@ -165,7 +168,8 @@ class _Run:
             evidence=dict(self.placement.evidence),
             cosine=self.cosine,
             gate=gate,
-            num_parameters=num_parameters(self.runtime.module),
+            num_parameters=num_parameters(self.runtime.module.parameters()),
+            num_expert_parameters=num_parameters(hf.expert_parameters(self.runtime.module)),
         )
 
     def _batches(self, doing: str) -> list[Any]:
@@ -265,10 +269,10 @@ class _Run:
         return step
 
 
-def num_parameters(module: nn.Module) -> int:
-    """Number of parameters. Tied ones count once, sharded ones with their full size."""
+def num_parameters(parameters: Iterable[nn.Parameter]) -> int:
+    """Number of elements of `parameters`, of sharded ones with their full size."""
     # ZeRO-3 keeps the full size in `ds_numel`. A DTensor reports its full size.
-    return sum(int(getattr(p, "ds_numel", p.numel())) for p in module.parameters())
+    return sum(int(getattr(p, "ds_numel", p.numel())) for p in parameters)
 
 
 def attention_operators(operators: Iterable[str]) -> list[str]:

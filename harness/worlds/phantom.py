@@ -38,6 +38,7 @@ from alst_impl.layout import Layout, make_mesh
 from alst_impl.methods.base import layouts, load_method
 from alst_impl.models import Initializer
 from harness.cells.cell import Cell
+from harness.cells.hardware import load_hardware
 from harness.cells.prediction import Cost, Holding, Timeline
 from harness.meters import cost
 from harness.meters.timeline import timeline
@@ -212,7 +213,8 @@ class Phantom(Cuda):
 
     @contextmanager
     def watching(self) -> Iterator[Callable[[], list[str]]]:
-        meter = cost.Meter(host="cpu")
+        node = load_hardware(self._cell.hardware).devices_per_node
+        meter = cost.Meter(host="cpu", node=node)
         with Counting(meter) if self._counted else contextlib.nullcontext():
             yield lambda: phantom_agent.watch.attention(phantom_agent.runtime.kernels())
             self.on_layer()
@@ -234,7 +236,7 @@ class Phantom(Cuda):
 
     def corpus(self, config: TrainConfig) -> Any:
         """Blank samples if the data is unpacked and unmasked, because no kernel reads their content."""
-        plain = config.data.documents == 1 and config.data.mask == "none"
+        plain = not config.data.packed and config.data.mask == "none"
         return Blank(config) if plain else super().corpus(config)
 
     def skips_update(self) -> bool:

@@ -34,6 +34,8 @@ PREDICTED = [
     "limit",
     "flops",
     "step_seconds_modelled",
+    "time",
+    "time_unknown",
     "cost",
     "least_seconds_modelled",
 ]

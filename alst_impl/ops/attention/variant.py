@@ -60,6 +60,12 @@ class Variant:
         return [_cut(lengths, self.chunk) for lengths in documents or [[seqlen]] * batch]
 
 
+def visible_pairs(length: int, window: int | None = None) -> int:
+    """Query-key pairs of one head over a document of `length` tokens, each of which sees the last `window`."""
+    near = length if window is None else min(window, length)
+    return near * (near + 1) // 2 + (length - near) * near
+
+
 def _cut(lengths: Sequence[int], chunk: int) -> list[int]:
     parts, start = [], 0
     for length in lengths:

@@ -51,7 +51,7 @@ def _readings(cell: Cell, m: Measurement | None) -> list[str]:
         bytes_text(p.reserved_bytes) if p and p.reserved_bytes else MISSING,
         bytes_text(p.total_bytes) if p else MISSING,
         bytes_text(p.host_bytes) if p else MISSING,
-        seconds_text(p.step_seconds_modelled) if p else MISSING,
+        seconds_text(p.step_seconds_modelled) if p and p.step_seconds_modelled else MISSING,
         *_roofline(cell, p),
         f"{search.longest_tokens:,}" if search else MISSING,
         stops,

@@ -137,27 +137,6 @@ def test_every_committed_claim_finds_its_published_number(monkeypatch: pytest.Mo
     assert all(each.verdict is Verdict.NOT_MEASURED for each in found)
 
 
-def test_rows_of_the_time_model_are_marked_as_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows that the two rates were fitted on do not count as evidence."""
-    from harness.formulas.roofline import FITTED_ON
-
-    monkeypatch.chdir(ROOT)
-    experiments = [load_experiment(path) for path in paths.EXPERIMENTS.glob("paper_*.yaml")]
-    claims = [claim for e in experiments for _, claim in e.claims()]
-    for case in FITTED_ON:
-        seconds = look_up(
-            "alst_tflops_crosscheck", {"case": case}, "iteration_time_s_truncated"
-        ).value
-        same = [
-            claim
-            for claim in claims
-            if "step_seconds" in claim.columns
-            and look_up(claim.table, claim.row, claim.columns["step_seconds"]).value == seconds
-        ]
-        assert same
-        assert all("step_seconds" in claim.used_for_fit for claim in same)
-
-
 RATIO = """question: q
 source: s
 base: {model: tiny-llama, world: phantom, engine: fsdp2, hardware: h100-80gb}

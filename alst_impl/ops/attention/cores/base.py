@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from alst_impl.config import Frozen, Spec
 from alst_impl.layout import Documents, Layout
-from alst_impl.ops.attention.variant import Variant
+from alst_impl.ops.attention.variant import Variant, visible_pairs
 from alst_impl.plugin import load
 
 if TYPE_CHECKING:
@@ -48,12 +48,7 @@ class Core(Frozen):
         keys.
         """
         samples = layout.documents or ((layout.padded,),)
-        return sum(_pairs(length, window) for lengths in samples for length in lengths)
-
-
-def _pairs(length: int, window: int | None) -> int:
-    near = length if window is None else min(window, length)
-    return near * (near + 1) // 2 + (length - near) * near
+        return sum(visible_pairs(length, window) for lengths in samples for length in lengths)
 
 
 class Kernel(Core):
