@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PositiveInt,
@@ -19,6 +21,34 @@ DType = Literal["float64", "float32", "bfloat16"]
 Precision = DType | Literal["float8_e4m3fn"]
 """The coarsest format that rounds a gradient: the run's dtype, or a coarser one that a method's option uses."""
 LabelMask = Literal["none", "prefix", "rank", "border", "imbalance", "all"]
+
+
+def tokens(text: str) -> int:
+    """A length such as `131072`, `131_072`, `131,072`, `128K` or `1M`. K and M are 2**10 and 2**20.
+
+    Raises `ValueError` for anything else, and for a length below 1.
+    """
+    found = re.fullmatch(
+        r"([0-9][0-9_]*|[0-9]{1,3}(?:,[0-9]{3})+)(\.[0-9]+)?([KkMm]?)", text.strip()
+    )
+    count = 0.0
+    if found is not None:
+        scale = {"": 1, "K": 2**10, "M": 2**20}[found[3].upper()]
+        count = float(re.sub("[_,]", "", found[1]) + (found[2] or "")) * scale
+    if count < 1 or count != int(count):
+        raise ValueError(
+            f"'{text}' is not a length; write a number of tokens from 1, such as 131_072, or 128K, which is the same "
+            "(K is 1,024 and M is 1,048,576)"
+        )
+    return int(count)
+
+
+def _tokens(value: Any) -> Any:
+    return tokens(value) if isinstance(value, str) else value
+
+
+Tokens = Annotated[int, BeforeValidator(_tokens), Field(gt=0)]
+"""A length in tokens, or text as `tokens` takes it."""
 
 
 class Frozen(BaseModel):
@@ -125,7 +155,7 @@ class TrainConfig(Frozen):
     """File in `alst_impl/methods/` and its options."""
     engine: Spec = Spec(name="zero")
     """File in `alst_impl/engines/` and its options."""
-    seqlen: int = Field(gt=0)
+    seqlen: Tokens
     """Tokens of one sample, before sharding."""
     batch_size: int = Field(default=1, gt=0)
     """Samples per data-parallel rank and micro-batch."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
 import pkgutil
+from collections.abc import Iterable
 from functools import cache
 from typing import TypeVar
 
@@ -41,6 +43,13 @@ def load(package: str, base: type[T], spec: Spec, kind: str | None = None) -> T:
         return cls(**spec.options)
     except ValidationError as error:
         raise ValueError(explain(error, f"'{spec.name}'", sorted(cls.model_fields))) from None
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Words that offer the `known` names that are like `name`, or else all of them."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known)
+    return f"use {' or '.join(near)}" if near else f"use one of {', '.join(known)}"
 
 
 def explain(error: ValidationError, where: str, known: list[str]) -> str:

@@ -43,7 +43,7 @@ failed() {
 # The experiments name one hardware row; on another, copies of them do.
 row=$(alst devices | head -n 1 | cut -f 1)
 if [[ -z $row || $row == - ]]; then
-  echo "measure_gpu: no row of harness/cells/hardware.py is for this GPU; see 'alst devices' and add one" >&2
+  echo "measure_gpu: no file in harness/cells/hardware/rows is for this GPU; see 'alst devices' and add one" >&2
   exit 2
 fi
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from alst_impl.config import LoraConfig, TrainConfig
 from alst_impl.extras import require
+from alst_impl.plugin import nearest
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +29,26 @@ if TYPE_CHECKING:
 def names() -> list[str]:
     """Names of the published configurations."""
     return sorted(path.stem for path in Path(__file__).parent.glob("*.json"))
+
+
+def canonical(model: str) -> str:
+    """The name or path by which `published` finds `model`.
+
+    Case, `_` and an organisation before the name are forgiven. A name of a hub is a path into the local cache, if
+    it is there. Every other name is returned as it is.
+    """
+    if Path(model).exists():
+        return model
+    plain = model.rsplit("/", 1)[-1].lower().replace("_", "-")
+    if plain in names():
+        return plain
+    if model.count("/") == 1 and not model.startswith(("/", ".")):
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(model, "config.json")
+        if isinstance(cached, str):
+            return cached
+    return model
 
 
 def published(model: str, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -42,7 +63,7 @@ def published(model: str, overrides: dict[str, Any] | None = None) -> dict[str, 
         path = path / "config.json" if path.is_dir() else path
         if not path.is_file():
             raise ValueError(
-                f"unknown model '{model}'; use one of {', '.join(names())}, or a path to a config.json"
+                f"unknown model '{model}'; {nearest(model, names())}, or a path to a config.json"
             )
     try:
         config = json.loads(path.read_text())

@@ -32,6 +32,8 @@ class Simulation(Frozen):
     """Tensor-parallel ranks of each stage in world `schedule`: world_size is dp x pp x tp."""
     host_memory_bytes: int | None = Field(default=None, gt=0)
     """Host memory of one node; None uses the hardware row's value."""
+    margin: float = Field(default=0.0, ge=0, lt=1)
+    """Share of a device's memory that a step must leave free to fit."""
     timed_as: str | None = None
     """Core attention whose published speed the modelled time assumes; None for the cell's own. Phantom devices run
     PyTorch's kernels only, so that the bytes are theirs."""
@@ -90,7 +92,11 @@ class Cell(Frozen):
         if self.simulation is None:
             silent["simulation"] = True
         else:
-            unset = {"tp": self.simulation.tp == 1, "timed_as": self.simulation.timed_as is None}
+            unset = {
+                "tp": self.simulation.tp == 1,
+                "timed_as": self.simulation.timed_as is None,
+                "margin": not self.simulation.margin,
+            }
             silent["simulation"] = {name for name, left_out in unset.items() if left_out}
         if self.expandable_segments is None:
             silent["expandable_segments"] = True

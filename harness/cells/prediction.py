@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
-from alst_impl.config import Frozen
+from alst_impl.config import Frozen, TrainConfig
 
 Limit = Literal["gpu_memory", "host_memory", "heads", "none"]
 LIMITS: Mapping[Limit, str] = {
@@ -105,40 +105,43 @@ class Prediction(Frozen):
     """Lower bound on the time of `cost`: all resources at their datasheet peak, fully overlapped."""
 
 
-class Rung(Frozen):
-    """Options that one rung of the planner's ladder turns on."""
+class Planned(Frozen):
+    """One setting that fits, and its prediction."""
 
-    tiling: bool
-    """Tile MLP, norms, logits and loss. Costs almost no time."""
-    offload: bool
-    """Keep activation checkpoints in host memory. The copies overlap with the computation of long sequences."""
-    offload_states: bool
-    """Keep parameters, gradients and optimizer states in host memory. Layers are copied to the
-    device, and the update runs on the host."""
-
-
-class Option(Frozen):
-    """One configuration and its prediction."""
-
-    gpus: int
+    train: TrainConfig
     sp: int
+    """Sequence-parallel degree."""
+    cp: int
+    """Context-parallel degree."""
     dp: int
-    rung: Rung
+    """Samples of a step: groups of ranks that share none of their tokens."""
+    best: list[str]
+    """What no other setting of the plan does better: some of `fastest`, `fewest GPUs`, `longest`."""
+    tokens_per_second_per_gpu: float | None
+    """None if the time is unknown."""
+    mfu: float | None
+    """Causal model FLOPs over the peak FLOPs of the step's time."""
+    longest_tokens: int
+    """About the longest sequence that fits with these settings: extrapolated."""
+    advice: str
+    """What to change next."""
     prediction: Prediction
 
-    def as_json(self) -> dict[str, Any]:
-        """`settings`, and the keys of `alst predict --json`."""
-        settings = {"gpus": self.gpus, "sp": self.sp, "dp": self.dp, **self.rung.model_dump()}
-        return {"settings": settings, **self.prediction.model_dump(mode="json")}
+    @property
+    def gpus(self) -> int:
+        """Accelerators, over all nodes."""
+        return self.train.world_size
 
 
 class Plan(Frozen):
-    """Configurations that fit, or the reason why none does."""
+    """Settings that fit, or the reason why none does."""
 
-    options: list[Option]
-    """Cheapest first; empty if nothing fits."""
+    rows: list[Planned]
+    """Most tokens per second per GPU first; empty if nothing fits."""
+    tried: int
+    """Number of settings that were tried."""
     limit: Limit
-    """The limit that the closest configuration exceeds; `none` if something fits."""
+    """The limit that the closest setting exceeds; `none` if something fits."""
     reason: str | None
     """Why nothing fits, in one sentence; None if something fits."""
 

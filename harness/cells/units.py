@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 UNITS = {
@@ -24,6 +24,23 @@ def bytes_value(text: str) -> int:
             f"'{text}' is not a size; write a number and one of {', '.join(u for u in UNITS if u)}"
         )
     return int(float(found[1]) * UNITS[found[2]])
+
+
+def rate_value(text: str) -> float:
+    """Units per second of a rate such as `450GB/s` or `989.4TFLOPS`."""
+    size, _, _ = text.strip().partition("/s")
+    number, found = size, None
+    if text.strip().upper().endswith("FLOPS"):
+        number, found = size[: -len("FLOPS")], "FLOPS"
+    try:
+        return float(bytes_value(number + ("B" if found and number[-1:] in "KMGT" else "")))
+    except ValueError:
+        raise ValueError(f"'{text}' is not a rate; write such as 450GB/s or 989.4TFLOPS") from None
+
+
+def written(parse: Callable[[str], Any]) -> Callable[[Any], Any]:
+    """`parse` for text; other values as they are."""
+    return lambda value: parse(value) if isinstance(value, str) else value
 
 
 def bytes_text(value: float) -> str:

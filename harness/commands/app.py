@@ -8,6 +8,7 @@ from harness.commands import (
     claims,
     defects,
     gpu,
+    lists,
     matrix,
     phantom,
     plan,
@@ -33,6 +34,8 @@ app.command("defects")(defects.defects)
 app.command("predict")(predict.predict)
 app.command("search")(predict.search)
 app.command("plan")(plan.plan)
+app.command("models")(lists.models)
+app.command("hardware")(lists.hardware)
 app.command("claims")(claims.claims)
 app.command("compare")(claims.compare)
 app.command("devices")(gpu.devices)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import typer
 import yaml
+
+from alst_impl.config import tokens
 
 
 def parsed(pairs: list[str], flag: str = "--option") -> dict[str, Any]:
@@ -19,3 +22,11 @@ def parsed(pairs: list[str], flag: str = "--option") -> dict[str, Any]:
         except yaml.YAMLError:
             raise ValueError(f"{flag} {pair}: the value is not YAML; quote it") from None
     return options
+
+
+def length(text: str | int) -> int:
+    """A length as `alst_impl.config.tokens` takes it, as an option's parser."""
+    try:
+        return tokens(str(text))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None

@@ -3,77 +3,138 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 from rich.table import Table
 
-from harness.cells.prediction import Plan
-from harness.cells.units import bytes_text, seconds_text
-from harness.commands.predict import (
-    AsJson,
-    HardwareName,
-    HostMemory,
-    Model,
-    cell_of,
-    hush_transformers,
-    on_phantom,
-    wide_console,
-)
+from harness.cells.cell import Cell
+from harness.cells.hardware import load_hardware
+from harness.cells.prediction import Plan, Planned
+from harness.cells.units import bytes_text, number_text, options_text, seconds_text
+from harness.commands.predict import AsJson, hush_transformers, on_phantom, wide_console
+from harness.commands.request import Request, Seqlen, States, about, asking, engine_of
+
+UNKNOWN = "?"
 
 
+@asking
 def plan(
-    model: Model,
-    seqlen: Annotated[int, typer.Option(min=1, help="Tokens of one sample.")],
-    hardware: HardwareName = "h100-80gb",
+    request: Request,
+    seqlen: Seqlen,
     gpus: Annotated[
         int | None,
         typer.Option(
             min=1, help="Accelerators, over all nodes.", show_default="the fewest that suffice"
         ),
     ] = None,
-    host_memory: HostMemory = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A method to choose from: alst, layerwise, baseline, ring, usp; repeatable.",
+            show_default="alst, layerwise, baseline, and rings where heads do not divide the GPUs",
+        ),
+    ] = None,
+    states: Annotated[
+        States | None,
+        typer.Option(help="Where training states live.", show_default="whatever is better"),
+    ] = None,
+    emit: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Write a training script, its settings and run.sh for the first row.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> int:
-    """List the legal ALST settings with which SEQLEN tokens fit, cheapest first.
+    """Find the fastest settings with which SEQLEN tokens fit, the fewest GPUs, and the longest sequence.
 
     Exit code 1 and the reason if none fits.
 
-    Example: alst plan llama3.1-8b --seqlen 1_000_000 --hardware h100-80gb
+    Example: alst plan llama3.1-8b --seqlen 1_000_000 --gpus 8 --hardware h100-80gb --emit training
     """
-    cell = cell_of(model, seqlen, "alst", gpus or 1, hardware, host_memory)
+    cell = request.cell(seqlen, gpus or 1, "baseline", {}, states or "gpu")
     hush_transformers()
-    asked = {"cell": cell.model_dump(mode="json"), "gpus": gpus}
+    places: tuple[States, ...] = ("gpu", "host") if states is None else (states,)
+    asked = {
+        "cell": cell.model_dump(mode="json"),
+        "gpus": gpus,
+        "methods": method,
+        "engines": [engine_of(cell.train.engine.name, place) for place in places],
+    }
     (planned,) = on_phantom("harness.predict.plan:execute", asked, cell)
     found = Plan(**planned)
     if as_json:
-        print(json.dumps([option.as_json() for option in found.options]))
-    elif found.options:
-        _print(found, f"{model}, {seqlen:,} tokens on {hardware}")
+        print(json.dumps({**about(cell), **found.model_dump(mode="json")}))
+    elif found.rows:
+        _print(wide_console(), cell, found)
     if found.reason:
         print(f"alst: {found.reason} ({found.limit})", file=sys.stderr)
         return 1
     return 0
 
 
-def _print(found: Plan, title: str) -> None:
-    table = Table(title=title, title_justify="left")
-    headings = ("GPUs", "sp", "dp", "tiling", "offload", "total", "host / node", "step")
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "offload" else "right", no_wrap=True)
-    for option in found.options:
-        p, rung = option.prediction, option.rung
-        offloaded = ["checkpoints"] * rung.offload + ["states"] * rung.offload_states
-        table.add_row(
-            *map(str, (option.gpus, option.sp, option.dp)),
-            "on" if rung.tiling else "off",
-            ", ".join(offloaded) or "none",
-            bytes_text(p.total_bytes),
-            bytes_text(p.host_bytes),
-            seconds_text(p.step_seconds_modelled or math.nan),
+def _print(console: Console, cell: Cell, found: Plan) -> None:
+    train, row = cell.train, load_hardware(cell.hardware)
+    title = (
+        f"{train.model}, {train.seqlen:,} tokens on {cell.hardware}: best of {found.tried} settings"
+    )
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1))
+    headings = ("", "GPUs", "sp x cp x dp", "method", "states", "GPU", "host / node", "step")
+    rates = ("tokens/s/GPU", "MFU", "binds", "longest")
+    for heading in (*headings, *rates):
+        table.add_column(
+            heading, justify="left" if heading in ("", "method", "states", "binds") else "right"
         )
-    console = wide_console()
+    for each in found.rows:
+        table.add_row(
+            *_cells(
+                each,
+                row.memory_bytes,
+                cell.simulation.host_memory_bytes
+                if cell.simulation and cell.simulation.host_memory_bytes
+                else row.host_memory_bytes,
+            )
+        )
+    console.width = max(console.width, 150)  # a plan's rows are not wrapped
     console.print(table)
-    console.print("Bytes per GPU and time of a step are modelled. Cheapest first.")
+    for number, each in enumerate(found.rows, start=1):
+        console.print(f"{number}. next: {each.advice}", highlight=False)
+    first = found.rows[0].prediction
+    if first.time:
+        console.print(f"speeds: {first.time.basis}", highlight=False)
+
+
+def _cells(row: Planned, device: int, host: int | None) -> list[str]:
+    p = row.prediction
+    method = ", ".join([row.train.method.name, *options_text(_choices(row))])
+    offload = row.train.engine.options.get("offload")
+    of_host = f" of {bytes_text(host)}" if host else ""
+    step = UNKNOWN
+    if p.time is not None:
+        step = (
+            f"{seconds_text(p.time.seconds)} ({number_text(p.time.low)}-{number_text(p.time.high)})"
+        )
+    return [
+        ", ".join(row.best),
+        str(row.gpus),
+        f"{row.sp} x {row.cp} x {row.dp}",
+        method,
+        "host" if offload else "GPU",
+        f"{bytes_text(p.total_bytes)} of {bytes_text(device)}",
+        f"{bytes_text(p.host_bytes)}{of_host}",
+        step,
+        f"{row.tokens_per_second_per_gpu:,.0f}" if row.tokens_per_second_per_gpu else UNKNOWN,
+        f"{row.mfu:.0%}" if row.mfu else UNKNOWN,
+        p.time.binds if p.time else UNKNOWN,
+        f"{row.longest_tokens:,}",
+    ]
+
+
+def _choices(row: Planned) -> dict[str, object]:
+    """Options of the method but for its degrees."""
+    return {k: v for k, v in row.train.method.options.items() if k not in ("sp", "cp")}

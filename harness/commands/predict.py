@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,13 +13,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from alst_impl.config import Spec
-from alst_impl.methods.base import load_method
-from alst_impl.models import described, field
-from harness.cells.cell import Cell, make_cell
+from harness.cells.cell import Cell
 from harness.cells.prediction import LIMITS, Cost, Holding, Prediction, SearchResult, Simulated
-from harness.cells.units import bytes_text, bytes_value, options_text, seconds_text
+from harness.cells.units import bytes_text, options_text, seconds_text
 from harness.commands.options import parsed
+from harness.commands.request import Request, Seqlen, States, about, asking
 
 PATIENCE_S = 5.0
 """Time after which a running task shows its progress."""
@@ -29,21 +26,8 @@ SHOWN = 30
 WIDE = 180
 """Columns of `--explain`."""
 
-Model = Annotated[
-    str, typer.Argument(help="A published configuration by name, or a path to any config.json.")
-]
 Method = Annotated[str, typer.Option(help="A file in alst_impl/methods/.")]
 Gpus = Annotated[int, typer.Option(min=1, help="Accelerators, over all nodes.")]
-HardwareName = Annotated[
-    str,
-    typer.Option("--hardware", help="A row of harness/cells/hardware.py, or a YAML file with one."),
-]
-HostMemory = Annotated[
-    str | None,
-    typer.Option(
-        show_default="the hardware's", help="Host memory of one node, such as 4TB or 1900GiB."
-    ),
-]
 Options = Annotated[
     list[str] | None,
     typer.Option(
@@ -53,25 +37,24 @@ Options = Annotated[
         help="Any option of the method; repeatable. By default sp, then cp, is the largest legal degree.",
     ),
 ]
-OnDevice = Annotated[
-    bool,
+Where = Annotated[
+    States,
     typer.Option(
-        "--on-device",
-        help="Keep parameters, gradients and optimizer states on the GPUs instead of in host memory.",
+        "--states",
+        help="Where parameters, gradients and optimizer states live, and where the update runs.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
+@asking
 def predict(
-    model: Model,
-    seqlen: Annotated[int, typer.Option(min=1, help="Tokens of one sample.")],
+    request: Request,
+    seqlen: Seqlen,
     method: Method = "alst",
     gpus: Gpus = 8,
-    hardware: HardwareName = "h100-80gb",
-    host_memory: HostMemory = None,
     option: Options = None,
-    on_device: OnDevice = False,
+    states: Where = "host",
     explain: Annotated[
         bool,
         typer.Option(
@@ -84,16 +67,16 @@ def predict(
 
     PyTorch's own CUDA build (`make phantom` fetches it) runs the step on a phantom device, where memory is real and
     arithmetic is not. Its allocator counts the bytes. Memory outside the allocator and time are modelled.
-    Settings: bf16, one sample per sp ranks, checkpointed layers, engine fsdp2.
+    Layers are checkpointed. The time is counted work over the speeds that published steps reached.
 
     Example: alst predict llama3.1-8b --method alst --gpus 8 --seqlen 3_700_000 --hardware h100-80gb
     """
-    cell = cell_of(model, seqlen, method, gpus, hardware, host_memory, option, on_device)
+    cell = request.cell(seqlen, gpus, method, parsed(option or []), states)
     hush_transformers()
     found = forecast_of(cell)
     assert found.prediction is not None
     if as_json:
-        answer = found.prediction.model_dump(mode="json")
+        answer = {**about(cell), **found.prediction.model_dump(mode="json")}
         if explain:
             answer["alive_at_peak"] = [each.model_dump(mode="json") for each in found.holdings]
         print(json.dumps(answer))
@@ -104,14 +87,13 @@ def predict(
         _print_holdings(console, found.holdings)
 
 
+@asking
 def search(
-    model: Model,
+    request: Request,
     method: Method = "alst",
     gpus: Gpus = 8,
-    hardware: HardwareName = "h100-80gb",
-    host_memory: HostMemory = None,
     option: Options = None,
-    on_device: OnDevice = False,
+    states: Where = "host",
     as_json: AsJson = False,
 ) -> None:
     """Find the longest sequence that fits, the shortest that does not, and the limit between them.
@@ -120,62 +102,18 @@ def search(
 
     Example: alst search llama3.1-8b --method alst --gpus 8 --hardware h100-80gb
     """
-    cell = cell_of(model, GUESS, method, gpus, hardware, host_memory, option, on_device)
+    cell = request.cell(GUESS, gpus, method, parsed(option or []), states)
     hush_transformers()
     found = forecast_of(searching(cell)).search
     assert found is not None
     if as_json:
-        print(found.model_dump_json())
+        print(json.dumps({**about(cell), **found.model_dump(mode="json")}))
     else:
         _print_search(wide_console(), cell, found)
 
 
 GUESS = 1_048_576
 """Length at which a search begins."""
-
-
-def cell_of(
-    model: str,
-    seqlen: int,
-    method: str,
-    gpus: int,
-    hardware: str,
-    host_memory: str | None,
-    option: list[str] | None = None,
-    on_device: bool = False,
-) -> Cell:
-    """The cell of a request, checked. Raises `ValueError` for an impossible one."""
-    options = parsed(option or [])
-    fields = described(model)
-    offered = type(load_method(Spec(name=method))).model_fields
-    if "sp" in offered:
-        left = max(gpus // _degree(options, "cp"), 1)
-        options = {"sp": math.gcd(left, field(fields, "num_attention_heads")), **options}
-    if "cp" in offered:
-        options = {"cp": max(gpus // _degree(options, "sp"), 1), **options}
-    return make_cell(
-        {
-            "model": model,
-            "method": {"name": method, "options": options},
-            "engine": engine_of(method, on_device=on_device),
-            "seqlen": seqlen,
-            "world_size": gpus,
-            "dtype": "bfloat16",
-            "world": "phantom",
-            "hardware": hardware,
-            "simulation": {
-                "host_memory_bytes": None if host_memory is None else bytes_value(host_memory),
-                "search": False,
-            },
-        }
-    )
-
-
-def engine_of(method: str, *, on_device: bool) -> dict[str, Any]:
-    """The engine that shards training states over all ranks: `zero` for `deepspeed_alst`, else `fsdp2`."""
-    if method == "deepspeed_alst":
-        return {"name": "zero", "offload_optimizer": not on_device}
-    return {"name": "fsdp2", "offload": not on_device}
 
 
 def searching(cell: Cell) -> Cell:
@@ -210,19 +148,11 @@ def on_phantom(entry: str, payload: dict[str, Any], cell: Cell) -> list[dict[str
         ending = client.submit(entry, payload, 1, cell.timeout_s, heard, accelerator="phantom")
     if ending.how == "finished":
         return list(ending.results)
-    if ending.error == "ValueError":
+    if ending.error in {"ValueError", "TooLarge"}:
         raise ValueError(ending.message)
     raise RuntimeError(
         f"{cell.label} on a phantom device: {ending.error or ending.how}: {ending.message}"
     )
-
-
-def _degree(options: dict[str, Any], name: str) -> int:
-    """The option `name`, by default 1. Raises `ValueError` if it is not a number of ranks."""
-    given = options.get(name, 1)
-    if not isinstance(given, int) or given < 1:
-        raise ValueError(f"--option {name}={given}: a number of ranks is 1 or more")
-    return given
 
 
 def hush_transformers() -> None:

@@ -99,7 +99,7 @@ def known_device(library: Any) -> tuple[str, Device]:
     row = row_of(found[0])
     if row is None:
         raise ValueError(
-            f"device {found[0].index} is '{found[0].name}', which no row of harness/cells/hardware.py lists in its "
+            f"device {found[0].index} is '{found[0].name}', which no file in harness/cells/hardware/rows lists in its "
             f"device_names; add a row (there are {', '.join(name for name, r in ROWS.items() if r.device_names)})"
         )
     return row, found[0]

@@ -89,15 +89,15 @@ def paper_formula(shape: Shape, seqlen: int) -> float:
     return float(linear + 4 * passes * shape.num_layers * shape.hidden_size * seqlen**2)
 
 
-def model_causal(shape: Shape, documents: Sequence[int]) -> float:
+def model_causal(shape: Shape, documents: Sequence[int], frozen: float = 0.0) -> float:
     """FLOPs that training on one sequence of `documents` (their lengths) requires, without recomputation and
     without masked scores.
 
     6 (N - lookup - idle) S + 12 L H D pairs: three passes. Attention has two matrix products over the visible
-    query-key pairs.
+    query-key pairs. The share `frozen` of the parameters has no gradient, which saves them one pass.
     """
-    linear = linear_forward(shape, sum(documents))
-    return float(3 * (linear + attention_forward(shape, documents)))
+    linear = linear_forward(shape, sum(documents)) * (3 - frozen)
+    return float(linear + 3 * attention_forward(shape, documents))
 
 
 def linear_forward(shape: Shape, seqlen: int) -> int:

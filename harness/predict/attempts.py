@@ -7,6 +7,7 @@ import os
 
 import torch
 
+from alst_impl import models
 from alst_impl.config import Frozen, TrainConfig
 from alst_impl.methods.base import layouts, load_method
 from harness.cells.cell import Cell
@@ -56,6 +57,10 @@ class Step(Frozen):
         return max(self.memory.cuda.reserved_bytes.values())
 
 
+class TooLarge(ValueError):
+    """A step needs more memory than any device has."""
+
+
 class Exceeded(Frozen):
     """A step that ended in the allocator's out-of-memory error."""
 
@@ -88,10 +93,10 @@ def attempt(
 
 
 def roomy(rank: Rank, cell: Cell, *, counted: bool = False, explained: bool = False) -> Step:
-    """`attempt` on a device of `ROOMY_BYTES`. Raises `ValueError` if the step needs even more."""
+    """`attempt` on a device of `ROOMY_BYTES`. Raises `TooLarge` if the step needs even more."""
     found = attempt(rank, cell, ROOMY_BYTES, counted=counted, explained=explained)
     if isinstance(found, Exceeded):
-        raise ValueError(
+        raise TooLarge(
             f"seqlen ({cell.train.seqlen:,}) does not fit: a step takes more than {ROOMY_BYTES // GIB:,} GiB of a "
             "device; use a shorter sequence or more ranks"
         )
@@ -108,12 +113,13 @@ def _played(cell: Cell) -> list[int]:
 
 
 def capacity_bytes(cell: Cell) -> int:
-    """Memory for the allocator of one rank of `cell`: the device's usable memory less the memory
-    outside the allocator.
+    """Memory for the allocator of one rank of `cell`: the device's usable memory less the margin and the
+    memory outside the allocator.
     """
-    chip = load_hardware(cell.hardware).chip
+    chip, simulation = load_hardware(cell.hardware).chip, cell.simulation
     assert chip is not None
-    return chip.usable_bytes - outside_bytes(cell.train)
+    assert simulation is not None
+    return int(chip.usable_bytes * (1 - simulation.margin)) - outside_bytes(cell.train)
 
 
 def host_bytes(cell: Cell, step: Step) -> int:
@@ -131,13 +137,20 @@ def host_memory_bytes(cell: Cell) -> float:
 
 
 def require_thinkable(cell: Cell) -> None:
-    """Raise `ValueError`, before anything runs, if the token ids alone exceed a device's memory."""
-    ids = 8 * cell.train.batch_size * cell.train.seqlen // sequence_parallel(cell.train)
-    capacity = capacity_bytes(cell)
-    if ids > capacity:
-        raise ValueError(
-            f"seqlen ({cell.train.seqlen:,}) does not fit: the ids of a rank's tokens alone are {ids / GIB:,.0f} "
-            f"GiB, more than the {capacity / GIB:.0f} GiB of a device; use a shorter sequence or more ranks"
+    """Raise `TooLarge`, before anything runs, if one hidden state exceeds the memory of a device and of its share
+    of the host: every method keeps at least the output of one layer.
+    """
+    train, row = cell.train, load_hardware(cell.hardware)
+    hidden = models.field(models.described(train.model, train.overrides), "hidden_size")
+    width = hidden * {"float64": 8, "float32": 4, "bfloat16": 2}[train.dtype]
+    needed = width * train.batch_size * train.seqlen // sequence_parallel(train)
+    host = host_memory_bytes(cell) / min(train.world_size, row.devices_per_node)
+    capacity = capacity_bytes(cell) + (0 if math.isinf(host) else host)
+    if needed > capacity:
+        raise TooLarge(
+            f"seqlen ({train.seqlen:,}) does not fit: one hidden state of a rank's tokens alone is "
+            f"{needed / GIB:,.0f} GiB, more than the {capacity / GIB:,.0f} GiB of a device and its share of the host; "
+            "use a shorter sequence or more ranks"
         )
 
 

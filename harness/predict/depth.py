@@ -41,19 +41,27 @@ class Structure:
 
     num_parameters: int
     """All parameters, tied ones counted once."""
+    num_expert_parameters: int
+    """Those of routed experts."""
+    num_trained_parameters: int
+    """Those that the optimizer updates: all without adapters."""
     layers_alike: bool
     """Whether every decoder layer holds modules and parameters of the same types and shapes."""
 
 
 def structure(config: TrainConfig) -> Structure:
     """The structure of the model of `config`, from the model itself."""
-    fields = json.dumps(published(config.model, config.overrides), sort_keys=True)
+    fields = json.dumps(
+        [published(config.model, config.overrides), str(config.lora)], sort_keys=True
+    )
     if fields not in _STRUCTURES:
         model, _ = build(config)
         kinds = {_kind(layer) for layer in hf.decoder_layers(model)}
         types = set(published(config.model, config.overrides).get("layer_types") or ())
         _STRUCTURES[fields] = Structure(
             num_parameters=sum(p.numel() for p in model.parameters()),
+            num_expert_parameters=sum(p.numel() for p in hf.expert_parameters(model)),
+            num_trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
             layers_alike=len(kinds) == 1 and len(types) <= 1,
         )
     return _STRUCTURES[fields]

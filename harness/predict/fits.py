@@ -30,7 +30,6 @@ from harness.predict.attempts import (
     at_length,
     attempt,
     capacity_bytes,
-    host_bytes,
     host_memory_bytes,
     require_thinkable,
     roomy,
@@ -38,7 +37,14 @@ from harness.predict.attempts import (
     with_train,
 )
 from harness.predict.depth import at_depth, structure
-from harness.predict.longest import exceeded, longest, memory_limit, near_longest, use_on_roomy
+from harness.predict.longest import (
+    FULL,
+    exceeded,
+    longest,
+    memory_limit,
+    near_longest,
+    use_on_roomy,
+)
 from harness.predict.stretch import (
     Use,
     is_deep,
@@ -118,12 +124,29 @@ def forecast(rank: Rank, cell: Cell) -> Forecast:
     return Forecast(simulated=_seen(step, prediction, search), readings=step.readings)
 
 
-def bare(rank: Rank, cell: Cell) -> Prediction:
-    """Memory use of a step of `cell` and whether it fits, without its work, its slope and its holdings."""
+def estimate(rank: Rank, cell: Cell) -> Prediction:
+    """Memory use and time of a step of `cell`, from few layers if they are many and alike. No allocator says what
+    it reserves: the step fits if `FULL` of the capacity is not exceeded.
+
+    Raises `ValueError` if a step takes more than a phantom device can have.
+    """
     require_thinkable(cell)
+    if is_deep(cell):
+        few = with_few_layers(rank, cell, counted=True)
+        use, cost = stretched_use(cell, *few), stretched_cost(cell, *few)
+    else:
+        (step,) = apart([partial(roomy, rank, cell, counted=True)])
+        assert step.cost is not None
+        use, cost = use_of(cell, step), step.cost
+    fits = use.device <= FULL * capacity_bytes(cell)
+    return _assembled(cell, use, None, cost, fits)
+
+
+def confirmed(rank: Rank, cell: Cell, estimated: Prediction) -> Prediction:
+    """`estimated` with the memory use of a whole step of `cell` on a device of its size."""
     (step,) = apart([partial(roomy, rank, cell)])
     step, fits = _on_its_device(rank, cell, step)
-    return _prediction(cell, step, None, fits, None)
+    return _assembled(cell, use_of(cell, step), step.reserved_bytes, estimated.cost, fits)
 
 
 def _around(rank: Rank, cell: Cell) -> Around:
@@ -134,11 +157,20 @@ def _around(rank: Rank, cell: Cell) -> Around:
     cost = counted(rank, cell) if few is None else stretched_cost(cell, *few)
     own = use_on_roomy(rank, cell) if few is None else stretched_use(cell, *few)
     uses = {cell.train.seqlen: own, more.train.seqlen: use_on_roomy(rank, more)}
-    here, beyond = (uses[of.train.seqlen].device for of in (cell, more))
-    tokens = (more.train.seqlen - cell.train.seqlen) / sequence_parallel(cell.train)
+    slope = _slope(cell, more, uses)
+    if slope <= 0:  # a tile more makes each tile smaller; at twice the length that is averaged out
+        more = at_length(cell, 2 * cell.train.seqlen)
+        slope = _slope(cell, more, {**uses, more.train.seqlen: use_on_roomy(rank, more)})
     if cell.simulation.search:
         uses = near_longest(rank, cell, uses)
-    return Around(few=few, cost=cost, slope=(beyond - here) / tokens, uses=uses)
+    return Around(few=few, cost=cost, slope=slope, uses=uses)
+
+
+def _slope(cell: Cell, more: Cell, uses: dict[int, Use]) -> float:
+    """Increase of allocated bytes per token of one rank from `cell` to the longer `more`."""
+    here, beyond = (uses[of.train.seqlen].device for of in (cell, more))
+    tokens = (more.train.seqlen - cell.train.seqlen) / sequence_parallel(cell.train)
+    return (beyond - here) / tokens
 
 
 def _explained(rank: Rank, cell: Cell, step: Step, around: Around) -> Step:
@@ -197,31 +229,37 @@ def longer(cell: Cell) -> Cell:
     return at_length(cell, cell.train.seqlen + max(cell.train.seqlen // ranks // 50, 1) * ranks)
 
 
-def _prediction(
-    cell: Cell, step: Step, cost: Cost | None, fits: bool, slope: float | None
-) -> Prediction:
+def _prediction(cell: Cell, step: Step, cost: Cost, fits: bool, slope: float) -> Prediction:
     """The prediction from a completed step."""
-    config = cell.train
-    total = step.reserved_bytes + outside_bytes(config)
-    host = host_bytes(cell, step)
+    found = _assembled(cell, use_of(cell, step), step.reserved_bytes, cost, fits)
+    by_category = _by_category(step.holdings)
+    return found.model_copy(update={"bytes_per_local_token": slope, "by_category": by_category})
+
+
+def _assembled(
+    cell: Cell, use: Use, reserved_bytes: int | None, cost: Cost | None, fits: bool
+) -> Prediction:
+    """The prediction of a step that uses `use` and does `cost`."""
+    allocated, host = int(use.device), int(use.host)
+    total = (reserved_bytes or allocated) + outside_bytes(cell.train)
     limit: Limit = "none"
     if not fits:
         limit = memory_limit(cell)
     elif host > host_memory_bytes(cell):
         limit = "host_memory"
     return Prediction(
-        allocated_bytes=step.allocated_bytes,
-        reserved_bytes=step.reserved_bytes,
-        overhead_bytes=total - step.allocated_bytes,
+        allocated_bytes=allocated,
+        reserved_bytes=reserved_bytes,
+        overhead_bytes=total - allocated,
         total_bytes=total,
         host_bytes=host,
-        bytes_per_local_token=slope,
-        by_category=_by_category(step.holdings),
+        bytes_per_local_token=None,
+        by_category={},
         fits=limit == "none",
         limit=limit,
-        flops=_flops(cell, step),
+        flops=_flops(cell.train),
         cost=cost,
-        **_time(cell, step, cost),
+        **_time(cell, cost),
     )
 
 
@@ -253,18 +291,18 @@ def _sequences(config: TrainConfig) -> int:
     return config.batch_size * config.accumulation * len(layouts(config))
 
 
-def _flops(cell: Cell, step: Step) -> Flops:
-    config, readings = cell.train, step.readings
-    fields = described(config.model, config.overrides)
-    shape = flops.shape_of(fields, readings.num_parameters, readings.num_expert_parameters)
+def _flops(config: TrainConfig) -> Flops:
+    parts, fields = structure(config), described(config.model, config.overrides)
+    shape = flops.shape_of(fields, parts.num_parameters, parts.num_expert_parameters)
+    frozen = 1 - parts.num_trained_parameters / parts.num_parameters
     documents = config.data.lengths(config.seqlen, config.seed, 0)
     return Flops(
         paper_formula=_sequences(config) * flops.paper_formula(shape, config.seqlen),
-        model_causal=_sequences(config) * flops.model_causal(shape, documents),
+        model_causal=_sequences(config) * flops.model_causal(shape, documents, frozen),
     )
 
 
-def _time(cell: Cell, step: Step, cost: Cost | None) -> dict[str, Any]:
+def _time(cell: Cell, cost: Cost | None) -> dict[str, Any]:
     """The fields of a prediction that are about time."""
     if cost is None:
         return {
@@ -281,7 +319,7 @@ def _time(cell: Cell, step: Step, cost: Cost | None) -> dict[str, Any]:
             row,
             kernel=cell.simulation.timed_as or config.attention,
             ranks=config.world_size,
-            host_parameters=step.readings.num_parameters if on_host else 0,
+            host_parameters=structure(config).num_trained_parameters if on_host else 0,
             bubble=pipelines.waiting(config),
         )
     except steptime.Unknown as error:

@@ -1,133 +1,361 @@
-"""Plans configurations of ALST that fit a length on a machine, cheapest first.
+"""Plans the settings of a run: the fastest that fit, the fewest GPUs, the longest sequence.
 
-Options form a ladder: each rung frees device memory at some cost. On every rung the planner looks
-for the smallest sequence-parallel degree that fits, since a larger one only adds communication.
+A setting is a method with its options, degrees, and where the training states live. Every candidate is
+estimated from a step of few layers on a phantom device. What is shown then runs with all layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from alst_impl.config import Spec
-from alst_impl.methods.base import divisors
+from alst_impl.config import TrainConfig
+from alst_impl.methods.base import divisors, layouts
 from alst_impl.models import described, field
-from harness.cells.cell import Cell
-from harness.cells.prediction import Option, Plan, Rung
-from harness.predict.attempts import GIB, capacity_bytes, host_memory_bytes
-from harness.predict.fits import bare
+from harness.cells.cell import Cell, make_cell
+from harness.cells.hardware import load_hardware
+from harness.cells.prediction import Plan, Planned, Prediction
+from harness.formulas.rates import architecture
+from harness.predict.attempts import (
+    GIB,
+    TooLarge,
+    capacity_bytes,
+    host_memory_bytes,
+    sequence_parallel,
+)
+from harness.predict.depth import structure
+from harness.predict.fits import confirmed, estimate, longer
+from harness.predict.longest import FULL
+from harness.processes.apart import apart
 from harness.processes.jobs import Rank
 
 GPUS = (1, 2, 4, 8, 16, 32, 64)
-"""Numbers of GPUs that are tried if none is given. The smallest that fits is the cheapest."""
+"""Numbers of GPUs that are tried if none is given."""
+METHODS: dict[str, tuple[dict[str, Any], ...]] = {
+    "baseline": ({},),
+    "alst": (
+        {"tile_mlp": False, "tile_norm": False, "tile_loss": False, "offload": False},
+        {"offload": False},
+        {},
+    ),
+    "ring": ({"offload": False}, {}),
+    "usp": ({"offload": False}, {}),
+    "layerwise": ({"keep_attention": True}, {}, {"stream": True}),
+}
+"""Methods that a plan chooses from, each with sets of options: a ladder on which every rung takes less memory of
+the GPU and no less time.
+"""
+DEGREES = {
+    "alst": ("sp",),
+    "ring": ("cp",),
+    "usp": ("sp", "cp"),
+    "layerwise": ("sp",),
+    "baseline": (),
+}
+"""Degrees that each of them has."""
 
 
-LADDER = (
-    Rung(tiling=False, offload=False, offload_states=False),
-    Rung(tiling=True, offload=False, offload_states=False),
-    Rung(tiling=True, offload=True, offload_states=False),
-    Rung(tiling=True, offload=True, offload_states=True),
-)
-"""Rungs, cheapest first."""
+ENOUGH = 131_072
+"""Tokens of a rank from which a smaller degree is no faster: exchanges take about a hundredth of the time."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method with its options and the engine that holds the training states. Its degrees are left open."""
+
+    method: str
+    options: dict[str, Any]
+    engine: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A cell that is tried, and what came of it."""
+
+    cell: Cell
+    prediction: Prediction
+    longest_tokens: int = 0
+
+    @property
+    def speed(self) -> float:
+        """Tokens per second per GPU; 0 if the time is unknown."""
+        return tokens_per_second_per_gpu(self.cell.train, self.prediction) or 0.0
 
 
 def execute(rank: Rank, payload: dict[str, Any]) -> dict[str, Any]:
-    """`make_plan` for `payload["cell"]` on `payload["gpus"]` devices, as plain data."""
-    return make_plan(rank, Cell(**payload["cell"]), payload["gpus"]).model_dump(mode="json")
+    """`make_plan` for `payload`, as plain data."""
+    cell = Cell(**payload["cell"])
+    plan = make_plan(rank, cell, payload["gpus"], payload["methods"], payload["engines"])
+    return plan.model_dump(mode="json")
 
 
-def make_plan(rank: Rank, cell: Cell, gpus: int | None) -> Plan:
-    """Configurations of `cell` that fit on its hardware. Its method, engine and number of ranks are replaced."""
-    closest: Option | None = None
-    for count in (gpus,) if gpus else GPUS:
-        tried = [option for found in _rungs(rank, cell, count) for option in found]
-        fitting = [option for option in tried if option.prediction.fits]
-        if fitting:
-            return Plan(options=sorted(fitting, key=_cost), limit="none", reason=None)
-        closest = min([*tried, *([closest] if closest else [])], key=_excess)
-    assert closest is not None
-    return _nothing_fits(closest, cell)
+def make_plan(
+    rank: Rank,
+    cell: Cell,
+    gpus: int | None,
+    methods: Sequence[str] | None,
+    engines: Sequence[dict[str, Any]],
+) -> Plan:
+    """Settings with which the length of `cell` fits on `gpus` devices, or else on the fewest.
 
-
-def _cost(option: Option) -> tuple[float, int, int]:
-    """Sort key: time per sample, then the rung, then communication."""
-    seconds = (option.prediction.step_seconds_modelled or 0.0) / option.dp
-    return seconds, LADDER.index(option.rung), option.sp
-
-
-def _excess(option: Option) -> int:
-    return option.prediction.total_bytes
-
-
-def _rungs(rank: Rank, cell: Cell, gpus: int) -> Iterator[list[Option]]:
-    """One option per rung: the smallest degree that fits, else the largest degree. Ends after a
-    rung on which the smallest of all degrees fits.
+    All of `methods` are tried with all of `engines`; without `methods` all of `METHODS`, but rings only where
+    heads do not divide the GPUs. Method, engine and number of ranks of `cell` are replaced. Raises `ValueError`
+    for an unknown method, or if none can train the model.
     """
-    train = cell.train
-    heads: int = field(described(train.model, train.overrides), "num_attention_heads")
-    degrees = [sp for sp in divisors(gpus) if heads % sp == 0]
-
-    def at(sp: int, rung: Rung) -> Option:
-        rank.progress(f"trying sp {sp} on {gpus} GPUs, {_named(rung)}")
-        run = train.model_copy(
-            update={
-                "method": Spec.model_validate(
-                    {
-                        "name": "alst",
-                        "sp": sp,
-                        "tile_mlp": rung.tiling,
-                        "tile_norm": rung.tiling,
-                        "tile_loss": rung.tiling,
-                        "offload": rung.offload,
-                    }
-                ),
-                "engine": Spec.model_validate({"name": "fsdp2", "offload": rung.offload_states}),
-                "world_size": gpus,
-            }
+    unknown = [name for name in methods or () if name not in METHODS]
+    if unknown:
+        raise ValueError(
+            f"a plan does not know method '{unknown[0]}'; use some of {', '.join(METHODS)}"
         )
-        # The first step creates the optimizer states, unless they are on the host.
-        warmup = 0 if rung.offload_states else 1
-        of = cell.model_copy(update={"train": run, "warmup": warmup})
-        return Option(gpus=gpus, sp=sp, dp=gpus // sp, rung=rung, prediction=bare(rank, of))
-
-    for rung in LADDER:
-        largest = at(degrees[-1], rung)
-        if not largest.prediction.fits:
-            yield [largest]
-            continue
-        low, high = 0, len(degrees) - 1
-        while low < high:
-            middle = (low + high) // 2
-            if at(degrees[middle], rung).prediction.fits:
-                high = middle
-            else:
-                low = middle + 1
-        yield [largest if degrees[low] == degrees[-1] else at(degrees[low], rung)]
-        if low == 0:
-            return
-
-
-def _nothing_fits(closest: Option, cell: Cell) -> Plan:
-    p, train = closest.prediction, cell.train
-    heads = field(described(train.model, train.overrides), "num_attention_heads")
-    device = f"{(p.reserved_bytes or 0) / GIB:.1f} GiB per GPU, where the allocator has {capacity_bytes(cell) / GIB:.1f}"
-    what = {
-        "gpu_memory": device,
-        "heads": device,
-        "host_memory": f"{p.host_bytes / GIB:,.0f} GiB of host memory per node of "
-        f"{host_memory_bytes(cell) / GIB:,.0f}",
-    }.get(p.limit, p.limit)
-    cause = ""
-    if p.limit == "heads":
-        cause = f"; sp stops at {closest.sp} because it must divide {heads} heads and {closest.gpus} GPUs"
+    structure(cell.train)  # which forks then share
+    tried: list[Candidate] = []
+    for count in (gpus,) if gpus else GPUS:
+        chosen = methods or _sensible(cell, count)
+        found = list(_tried(rank, cell, count, chosen, engines))
+        tried += found
+        rows = _rows(rank, [each for each in found if each.prediction.fits])
+        if rows:
+            best = () if gpus else ("fewest GPUs",)
+            planned = [_planned(row, rows, best) for row in rows]
+            return Plan(rows=planned, tried=len(tried), limit="none", reason=None)
+    if not tried:
+        raise TooLarge(
+            f"seqlen ({cell.train.seqlen:,}) does not fit on {gpus or GPUS[-1]} x {cell.hardware}, by far; use a "
+            "shorter sequence or more GPUs"
+        )
+    closest = min(tried, key=lambda each: each.prediction.total_bytes)
     return Plan(
-        options=[],
-        limit=p.limit,
-        reason=f"{train.seqlen:,} tokens of {train.model} do not fit on {closest.gpus} x {cell.hardware}: "
-        f"the closest setting (sp {closest.sp}, {_named(closest.rung)}) needs {what}{cause}",
+        rows=[], tried=len(tried), limit=closest.prediction.limit, reason=_nothing_fits(closest)
     )
 
 
-def _named(rung: Rung) -> str:
-    on = [name.replace("_", " ") for name, value in rung.model_dump().items() if value]
-    return ", ".join(on) or "nothing offloaded or tiled"
+def _heads(cell: Cell) -> int:
+    return field(described(cell.train.model, cell.train.overrides), "num_attention_heads")
+
+
+def _sensible(cell: Cell, gpus: int) -> list[str]:
+    rings = _heads(cell) % gpus != 0
+    return [name for name in METHODS if rings or "cp" not in DEGREES[name]]
+
+
+def _tried(
+    rank: Rank,
+    cell: Cell,
+    gpus: int,
+    methods: Sequence[str],
+    engines: Sequence[dict[str, Any]],
+) -> Iterator[Candidate]:
+    """What `_of_ladder` finds for each of `methods`. Raises `ValueError` if all are refused."""
+    ladders, refused = [], ""
+    for name in methods:
+        ladder = []
+        for variant in (Variant(name, o, e) for e in engines for o in METHODS[name]):
+            try:
+                ladder.append(_family(cell, gpus, variant))
+            except ValueError as error:
+                refused = str(error)
+        ladders += [ladder] if ladder else []
+    if not ladders:
+        raise ValueError(refused)
+    for at in range(0, len(ladders), 2):
+        pair = ladders[at : at + 2]
+        named = " and ".join(ladder[0][0].train.method.name for ladder in pair)
+        rank.progress(f"trying settings of {named} on {gpus} GPUs")
+        for found in apart([partial(_of_ladder, rank, ladder) for ladder in pair]):
+            yield from found
+
+
+def _of_ladder(rank: Rank, ladder: list[list[Cell]]) -> list[Candidate]:
+    """Candidates of one method: the first rung that fits, at its smallest degree, and the last rung, which holds
+    the longest sequence. If the last rung does not fit, nothing does; there is none if it is too large for any device.
+
+    `ladder` has the cells of each rung by ascending degree.
+    """
+    try:
+        last = Candidate(ladder[-1][-1], estimate(rank, ladder[-1][-1]))
+    except TooLarge:
+        return []
+    if not last.prediction.fits:
+        return [last]
+    last = _with_longest(rank, last)
+    for rung in ladder[:-1]:
+        widest = _fitting(rank, rung[-1])
+        if widest is not None:
+            return [_narrowed(rank, rung, _with_longest(rank, widest)), last]
+    return [_narrowed(rank, ladder[-1], last), last]
+
+
+def _narrowed(rank: Rank, rung: list[Cell], widest: Candidate) -> Candidate:
+    """The candidate with the smallest degree of `rung` that fits and is worth a try; `widest` has the largest.
+
+    Memory goes by tokens of a rank, so that the degree follows from the longest sequence of `widest`.
+    """
+    shards = sequence_parallel(widest.cell.train)
+    for cell in rung[:-1]:
+        degree = sequence_parallel(cell.train)
+        longest = widest.longest_tokens * degree // shards
+        if cell.train.seqlen <= min(longest, degree * ENOUGH):
+            found = _fitting(rank, cell)
+            if found is not None:
+                return replace(found, longest_tokens=longest)
+    return widest
+
+
+def _family(cell: Cell, gpus: int, variant: Variant) -> list[Cell]:
+    """Cells of a variant by ascending degree. Raises `ValueError` if all of them are refused."""
+    found, refused = [], f"method '{variant.method}' has no degree for {gpus} GPUs"
+    for shards in divisors(gpus) if DEGREES[variant.method] else [1]:
+        degrees = _degrees(variant.method, shards, _heads(cell))
+        if degrees is None:
+            continue
+        changed = {
+            "method": {"name": variant.method, **degrees, **variant.options},
+            "engine": variant.engine,
+            "world_size": gpus,
+        }
+        same = cell.model_dump(exclude={"train", "warmup"})
+        try:
+            found.append(make_cell({**cell.train.model_dump(), **same, **changed}))
+        except ValueError as error:
+            refused = str(error)
+    if not found:
+        raise ValueError(refused)
+    return found
+
+
+def _degrees(name: str, shards: int, heads: int) -> dict[str, int] | None:
+    """Degrees whose product is `shards`; None if the method has none, or a simpler method has the same."""
+    if not DEGREES[name]:
+        return {}
+    if DEGREES[name] == ("sp", "cp"):
+        sp = max(d for d in divisors(shards) if heads % d == 0)
+        return {"sp": sp, "cp": shards // sp} if 1 < sp < shards else None
+    if name == "ring":
+        return {"cp": shards} if shards > 1 else None
+    return {"sp": shards} if heads % shards == 0 else None
+
+
+def _fitting(rank: Rank, cell: Cell) -> Candidate | None:
+    """The candidate of `cell`; None if it does not fit."""
+    try:
+        prediction = estimate(rank, cell)
+    except TooLarge:
+        return None
+    return Candidate(cell, prediction) if prediction.fits else None
+
+
+def _with_longest(rank: Rank, found: Candidate) -> Candidate:
+    return replace(found, longest_tokens=_longest(rank, found))
+
+
+def _longest(rank: Rank, found: Candidate) -> int:
+    """The length at which a line through two estimates meets the memory of the device or of the host."""
+    more = longer(found.cell)
+    there = estimate(rank, more)
+    limits = (
+        (
+            found.prediction.allocated_bytes,
+            there.allocated_bytes,
+            FULL * capacity_bytes(found.cell),
+        ),
+        (found.prediction.host_bytes, there.host_bytes, host_memory_bytes(found.cell)),
+    )
+    seqlen = found.cell.train.seqlen
+    tokens = more.train.seqlen - seqlen
+    meets = [
+        seqlen + (limit - here) * tokens / (beyond - here)
+        for here, beyond, limit in limits
+        if beyond > here
+    ]
+    return int(min(meets, default=seqlen))
+
+
+def _rows(rank: Rank, fitting: list[Candidate]) -> list[Candidate]:
+    """The candidates that no other is better than in both speed and length, and that fit with all layers."""
+    rows: list[Candidate] = []
+    for each in sorted(fitting, key=lambda each: (-each.speed, each.prediction.total_bytes)):
+        if rows and each.longest_tokens <= max(row.longest_tokens for row in rows):
+            continue
+        rank.progress(f"confirming {each.cell.label}")
+        found = replace(each, prediction=confirmed(rank, each.cell, each.prediction))
+        if found.prediction.fits:
+            rows.append(found)
+    return rows
+
+
+def _planned(row: Candidate, rows: list[Candidate], best: Sequence[str]) -> Planned:
+    """`row` among `rows`; `best` is what all of them are."""
+    train, p = row.cell.train, row.prediction
+    layout = layouts(train)[0]
+    ranks: dict[str, Callable[[Candidate], float]] = {
+        "fastest": lambda each: each.speed,
+        "longest": lambda each: each.longest_tokens,
+    }
+    leads = [name for name, of in ranks.items() if of(row) == max(map(of, rows))]
+    peak = load_hardware(row.cell.hardware).bf16_flops
+    seconds = p.step_seconds_modelled
+    return Planned(
+        train=train,
+        sp=layout.sp,
+        cp=layout.cp,
+        dp=len(layouts(train)),
+        best=[*leads, *best],
+        tokens_per_second_per_gpu=row.speed or None,
+        mfu=p.flops.model_causal / (seconds * train.world_size * peak)
+        if seconds and peak
+        else None,
+        longest_tokens=row.longest_tokens,
+        advice=_advice(row),
+        prediction=p,
+    )
+
+
+def tokens_per_second_per_gpu(train: TrainConfig, p: Prediction) -> float | None:
+    """Trained tokens of all samples of a step over its time and its GPUs."""
+    if p.step_seconds_modelled is None:
+        return None
+    samples = train.batch_size * train.accumulation * len(layouts(train))
+    return samples * train.seqlen / (p.step_seconds_modelled * train.world_size)
+
+
+def _advice(row: Candidate) -> str:
+    """What to change next, from what takes the most time."""
+    p, cell = row.prediction, row.cell
+    if p.time is None:
+        return p.time_unknown or ""
+    assert cell.simulation is not None
+    kernel = cell.simulation.timed_as or cell.train.attention
+    rates = architecture(load_hardware(cell.hardware))
+    if p.time.binds == "attention" and rates is not None:
+        fastest = max(rates.attention, key=lambda name: rates.attention[name].share)
+        gain = rates.attention[fastest].share / rates.attention[kernel].share
+        if gain > 1.05:
+            return f"attention {fastest}: {gain:.1f} times as fast as {kernel}"
+        return "attention binds: fewer tokens, more GPUs, or packed documents"
+    return {
+        "update on the host": "keep the training states on the GPUs, or accumulate more samples per step",
+        "links between GPUs": "a smaller degree, or more samples per step",
+        "copies to and from the host": "keep layer inputs on the GPUs",
+        "launches": "longer sequences or larger batches: the host cannot launch faster",
+        "waiting for other stages": "more slices or micro-batches",
+        "other operators": "fused operators (a compiled model, Liger kernels)",
+    }.get(p.time.binds, "matrix products bind: nothing is wasted but recomputation")
+
+
+def _nothing_fits(closest: Candidate) -> str:
+    p, cell = closest.prediction, closest.cell
+    train = cell.train
+    device = f"{p.total_bytes / GIB:.1f} GiB per GPU, where {capacity_bytes(cell) / GIB:.1f} are for the allocator"
+    needs = {
+        "host_memory": f"{p.host_bytes / GIB:,.0f} GiB of host memory per node of {host_memory_bytes(cell) / GIB:,.0f}"
+    }.get(p.limit, device)
+    cause = ""
+    if p.limit == "heads":
+        heads = field(described(train.model, train.overrides), "num_attention_heads")
+        cause = f"; sp stops at {sequence_parallel(train)} because it must divide {heads} heads and {train.world_size} GPUs"
+    return (
+        f"{train.seqlen:,} tokens of {train.model} do not fit on {train.world_size} x {cell.hardware}: the closest "
+        f"setting (method {train.method.name}) needs {needs}{cause}"
+    )

@@ -23,7 +23,8 @@ from alst_impl.ops.attention.ring import RingAttention
 from alst_impl.ops.attention.ulysses import UlyssesAttention
 from alst_impl.ops.attention.variant import Variant
 from alst_impl.placement import no_evidence
-from harness.commands.predict import cell_of
+from harness.commands.options import parsed
+from harness.commands.request import Request
 from harness.gate.verdict import TOLERANCES
 from harness.judge.defects import Defect, Edit, plant
 
@@ -340,7 +341,7 @@ def test_a_prediction_uses_all_ranks(
     method: str, option: list[str], expected: dict[str, int]
 ) -> None:
     """Ranks split the heads first and then form a ring, unless options say otherwise."""
-    cell = cell_of("llama3.1-8b", 1_000_000, method, 64, "h100-80gb", None, option)
+    cell = Request("llama3.1-8b").cell(1_000_000, 64, method, parsed(option))
     assert cell.train.method.options == expected
 
 

@@ -10,6 +10,7 @@ from typing import Any, get_args
 import pytest
 from phantoms import NEEDED, cell, measured, predicted
 
+from alst_impl.config import tokens
 from alst_impl.models import published
 from harness import __main__ as command_line
 from harness.cells.cell import Cell
@@ -169,6 +170,8 @@ def test_predict_prints_the_agreed_keys(
     assert not run(monkeypatch, *arguments)
     answer = json.loads(capsys.readouterr().out)
     alive = answer.pop("alive_at_peak")
+    assert answer.pop("asked")["hardware"] == "h100-80gb"
+    assert answer.pop("versions").keys() == {"alst-bench", "torch", "transformers"}
     assert list(answer) == PREDICTED
     assert list(answer["flops"]) == ["paper_formula", "model_causal"]
     assert answer["limit"] in get_args(Limit)
@@ -221,6 +224,8 @@ def test_search_prints_the_agreed_keys(
     arguments = ["--gpus", "2", "--hardware", hardware, "--json"]
     assert not run(monkeypatch, "search", str(model), *arguments)
     answer = json.loads(capsys.readouterr().out)
+    assert answer.pop("asked")["train"]["world_size"] == 2
+    assert answer.pop("versions")["torch"]
     assert list(answer) == [
         "longest_tokens",
         "shortest_failing_tokens",
@@ -241,7 +246,17 @@ def test_search_prints_the_agreed_keys(
         ("no-such --seqlen 64", ["no-such", "llama3.1-8b"]),
         ("tiny-llama --seqlen 0", ["--seqlen", "0"]),
         ("tiny-llama --seqlen 1.5", ["--seqlen", "1.5"]),
-        ("tiny-llama --seqlen many", ["--seqlen", "many"]),
+        ("tiny-llama --seqlen many", ["--seqlen", "many", "128K"]),
+        ("tiny-llama --seqlen 1,5K", ["--seqlen", "1,5K"]),
+        ("tiny-lama --seqlen 64", ["tiny-lama", "use tiny-llama"]),
+        ("tiny-llama --seqlen 1_000_000_000_000", ["one hidden state", "shorter sequence"]),
+        ("tiny-llama --seqlen 64 --hardware mi300x", ["mi300x", "ROCm"]),
+        ("tiny-llama --seqlen 64 --hardware h10", ["h10", "use h100"]),
+        ("tiny-llama --seqlen 64 --documents 0", ["--documents 0", "such as 16"]),
+        ("tiny-llama --seqlen 64 --lora many", ["--lora many", "such as 16"]),
+        ("tiny-llama --seqlen 64 --kernel magic", ["magic", "sdpa"]),
+        ("tiny-llama --seqlen 64 --engine plain", ["plain", "--states gpu"]),
+        ("tiny-llama --seqlen 64 --margin 2", ["--margin", "2"]),
         ("tiny-llama", ["--seqlen"]),
         ("tiny-llama --seqlen 64 --gpus 3 --option sp=3", ["sp (3)", "use sp in [1, 2, 4, 8]"]),
         ("tiny-llama --seqlen 64 --hardware abacus", ["abacus", "h100-80gb"]),
@@ -284,6 +299,54 @@ def test_bad_input_is_one_line(
     (line,) = printed.err.splitlines()
     assert all(word in line for word in words), line
     assert {path.name for path in tmp_path.iterdir()} == files.keys()
+
+
+def test_lengths_and_names_as_people_write_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """128K is 131,072 tokens, and case, an organisation and an alias are forgiven."""
+    arguments = ["predict", "Some/Tiny_LLAMA", "--seqlen", "4K", "--hardware", "H100", "--json"]
+    assert not run(monkeypatch, *arguments)
+    asked = json.loads(capsys.readouterr().out)["asked"]
+    assert asked["train"]["seqlen"] == 4_096
+    assert asked["train"]["model"] == "tiny-llama"
+    assert [tokens(text) for text in ("128K", "131_072", "131,072", "128_000", "1M")] == [
+        131_072,
+        131_072,
+        131_072,
+        128_000,
+        1_048_576,
+    ]
+
+
+def test_packed_documents_take_less_time() -> None:
+    """Attention of eight documents has an eighth of the pairs; the same holds for what training needs."""
+    whole = predicted(of(seqlen=16_384))
+    packed = predicted(of(seqlen=16_384, data={"documents": [2_048]}))
+    assert whole.cost is not None
+    assert packed.cost is not None
+    assert packed.cost.attention_flops == pytest.approx(whole.cost.attention_flops / 8, rel=0.01)
+    assert packed.flops.model_causal < whole.flops.model_causal
+
+
+def test_a_margin_is_left_free(tmp_path: Path) -> None:
+    """A step that takes all of a device fits without a margin only."""
+    held = predicted(of()).reserved_bytes
+    assert held is not None
+    hardware = written(tmp_path, small(held + MIB))
+    assert predicted(of(hardware)).fits
+    with_margin = {"search": False, "margin": 0.05}
+    assert not predicted(of(hardware, simulation=with_margin)).fits
+
+
+def test_adapters_need_less_work_and_no_host_update_of_frozen_weights() -> None:
+    """LoRA saves the weight gradients, and the host updates the adapters alone."""
+    whole, adapters = predicted(of()), predicted(of(lora={"rank": 4}))
+    assert adapters.flops.model_causal < whole.flops.model_causal
+    assert whole.time is not None
+    assert adapters.time is not None
+    part = "update on the host"
+    assert adapters.time.parts[part] < 0.5 * whole.time.parts[part]
 
 
 FAMILIES: dict[str, dict[str, Any]] = {

@@ -199,7 +199,7 @@ def test_predict_answers_from_a_phantom_device(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Shows allocated, reserved and total bytes, and the allocations at the peak if requested."""
-    command = "predict tiny-llama --seqlen 4_096 --gpus 2 --on-device --explain --json"
+    command = "predict tiny-llama --seqlen 4_096 --gpus 2 --states gpu --explain --json"
     code, out, _ = answered(command, monkeypatch, capsys)
     found = json.loads(out)
     assert (code, found["fits"]) == (0, True)
