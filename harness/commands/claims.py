@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -147,26 +148,61 @@ def is_twin(cell: Cell, experiment: Experiment) -> bool:
 
 
 def bring_up_to_date(simulated: list[tuple[Experiment, dict[str, Cell]]], results: Path) -> None:
-    """Run all cells that have no record of this code, one per core at a time."""
+    """Run all cells that have no record of this code, neither in `results` nor committed, one per core at a time.
+
+    Shows each cell that was run, and why.
+    """
     from harness.run.measure import measure_to
 
     jobs = [
-        (record_path(results, experiment, key), cell)
+        (record_path(results, experiment, key), cell, why)
         for experiment, cells in simulated
         for key, cell in cells.items()
+        if (why := _why_to_run(experiment, key, results)) is not None
     ]
     console = Console(stderr=True)
+    counted = sum(len(cells) for _, cells in simulated)
+    console.print(
+        f"{counted - len(jobs)} of {counted} cells have a record of this code", highlight=False
+    )
     with (
         ThreadPoolExecutor(os.cpu_count()) as pool,
         Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
     ):
         task = progress.add_task("running on phantom devices", total=len(jobs))
 
-        def one(job: tuple[Path, Cell]) -> None:
-            measure_to(*job, truth_cache(results), force=False)
+        def one(job: tuple[Path, Cell, str]) -> None:
+            path, cell, why = job
+            begin = time.monotonic()
+            made, _ = measure_to(path, cell, truth_cache(results), force=False)
             progress.advance(task)
+            done = int(progress.tasks[task].completed)
+            took = f"{time.monotonic() - begin:.1f} s"
+            progress.console.print(
+                f"[{done}/{len(jobs)}] {cell.label}: {made.outcome} {took} ({why}), in {path}",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
 
         list(pool.map(one, jobs))
+
+
+def _why_to_run(experiment: Experiment, key: str, results: Path) -> str | None:
+    """Why a cell has to run: it has no record, or one of other code. None if it has one of this code."""
+    from harness.records import record
+    from harness.run.measure import stale
+
+    own = record_path(results, experiment, key)
+    files = [
+        *paths.REFERENCE.glob(f"*/{experiment.name}/{key}.json"),
+        *([own] if own.is_file() else []),
+    ]
+    if not files:
+        return "there was no record"
+    if all(stale(record.read(file)) for file in files):
+        return "its record is of other code"
+    return None
 
 
 def _print_claims(found: Iterable[Evidence]) -> None:

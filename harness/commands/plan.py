@@ -87,9 +87,8 @@ def _print(console: Console, cell: Cell, found: Plan) -> None:
     headings = ("", "GPUs", "sp x cp x dp", "method", "states", "GPU", "host / node", "step")
     rates = ("tokens/s/GPU", "MFU", "binds", "longest")
     for heading in (*headings, *rates):
-        table.add_column(
-            heading, justify="left" if heading in ("", "method", "states", "binds") else "right"
-        )
+        words = heading in ("", "method", "states", "binds")
+        table.add_column(heading, justify="left" if words else "right", no_wrap=heading != "method")
     for each in found.rows:
         table.add_row(
             *_cells(

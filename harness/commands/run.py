@@ -15,7 +15,7 @@ from harness.cells.cell import Cell
 from harness.cells.experiment import Experiment, load_experiment
 from harness.commands.live import CellLine
 from harness.processes.launch import launched
-from harness.records.record import Measurement
+from harness.records.record import Measurement, Outcome
 from harness.run.measure import measure_to
 
 ExperimentPath = Annotated[
@@ -72,6 +72,13 @@ def run(
             refused.append(str(error))
     if measured:
         console.print(_summary(loaded, measured))
+        passed = sum(m.outcome is Outcome.OK for m in measured)
+        folder = results / "cells" / loaded.name
+        console.print(
+            f"{passed} of {len(cells)} cells passed; records are in {folder}, and `alst report` makes the page",
+            highlight=False,
+            soft_wrap=True,
+        )
     if refused:
         others = f" (and {len(refused) - 1} other cells)" if len(refused) > 1 else ""
         raise ValueError(f"{refused[0]}{others}")
@@ -119,9 +126,10 @@ def _run_one(
 
 def _summary(experiment: Experiment, measured: list[Measurement]) -> Table:
     """One row per cell with its main numbers."""
-    table = Table(title=experiment.question)
+    table = Table(title=experiment.question, box=None)
     for heading in ("cell", "outcome", "gradients", "step [s]", "peak [MiB]", "last loss"):
-        table.add_column(heading, justify="left" if heading == "cell" else "right")
+        left = heading == "cell"
+        table.add_column(heading, justify="left" if left else "right", no_wrap=not left)
     for m in measured:
         readings = m.readings
         if readings is None:

@@ -21,12 +21,13 @@ from harness.formulas.rates import architecture
 from harness.predict.attempts import (
     GIB,
     TooLarge,
+    at_length,
     capacity_bytes,
     host_memory_bytes,
     sequence_parallel,
 )
 from harness.predict.depth import structure
-from harness.predict.fits import confirmed, estimate, longer
+from harness.predict.fits import confirmed, estimate
 from harness.predict.longest import FULL
 from harness.processes.apart import apart
 from harness.processes.jobs import Rank
@@ -251,8 +252,11 @@ def _with_longest(rank: Rank, found: Candidate) -> Candidate:
 
 
 def _longest(rank: Rank, found: Candidate) -> int:
-    """The length at which a line through two estimates meets the memory of the device or of the host."""
-    more = longer(found.cell)
+    """The length at which a line through two estimates meets the memory of the device or of the host.
+
+    The second is at twice the length, because pinned memory grows in powers of two.
+    """
+    more = at_length(found.cell, 2 * found.cell.train.seqlen)
     there = estimate(rank, more)
     limits = (
         (

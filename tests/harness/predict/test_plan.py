@@ -1,15 +1,16 @@
-"""The planner: configurations that fit, cheapest first, or the reason why none does."""
+"""The planner: the fastest settings that fit, the longest, the fewest GPUs, or the reason why none fits."""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+import sys
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from phantoms import NEEDED
 
+from harness import __main__ as command_line
 from harness.cells.hardware import load_hardware
-from harness.commands import plan as command
 from harness.devices.outside import OUTSIDE_READINGS
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 pytestmark = NEEDED
 GIB, MIB = 2**30, 2**20
-PLAIN = {"tiling": False, "offload": False, "offload_states": False}
 
 
 OUTSIDE_BYTES = int(sum(a - b for a, b in OUTSIDE_READINGS.values()) / len(OUTSIDE_READINGS) * GIB)
@@ -35,45 +35,105 @@ def row(folder: Path, room: int) -> str:
     return str(path)
 
 
-def test_with_enough_memory_the_plainest_configuration_is_first(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """It tiles and offloads nothing, with one rank per sample. The JSON has the keys of predict and the settings."""
-    assert command.plan("tiny-llama", 20_000, row(tmp_path, 8 * GIB), gpus=2, as_json=True) == 0
-    first = json.loads(capsys.readouterr().out)[0]
-    assert first["settings"] == {"gpus": 2, "sp": 1, "dp": 2, **PLAIN}
-    assert first["fits"]
-    assert {"allocated_bytes", "reserved_bytes", "total_bytes", "limit"} <= set(first)
+def asked(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Exit code of `alst plan tiny-llama ARGUMENTS`."""
+    monkeypatch.setattr(sys, "argv", ["alst", "plan", "tiny-llama", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        command_line.main()
+    return int(ended.value.code or 0)
 
 
-def test_less_memory_needs_a_larger_degree_or_a_higher_rung(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def rows(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> list[dict[str, Any]]:
+    """The rows of a plan."""
+    assert asked(monkeypatch, *arguments, "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["asked"]["train"]["model"] == "tiny-llama"
+    assert answer["versions"]["torch"]
+    found: list[dict[str, Any]] = answer["rows"]
+    return found
+
+
+def test_the_fastest_is_first_and_the_longest_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With less memory, a larger degree or a higher rung is chosen, and every option fits."""
-    hardware = row(tmp_path, 400 * MIB)
-    assert command.plan("tiny-llama", 20_000, hardware, gpus=2, as_json=True) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert all(option["fits"] for option in found)
-    settings = found[0]["settings"]
-    assert settings["sp"] == 2 or {k: settings[k] for k in PLAIN} != PLAIN
+    """With room, states stay on the GPUs and no sample is shared. Every row leaves the margin and beats the rows
+    before it in length.
+    """
+    hardware = row(tmp_path, 8 * GIB)
+    found = rows(monkeypatch, capsys, "--seqlen", "20_000", "--gpus", "2", "--hardware", hardware)
+    assert "fastest" in found[0]["best"]
+    assert "longest" in found[-1]["best"]
+    assert (found[0]["sp"], found[0]["dp"]) == (1, 2)
+    assert found[0]["train"]["engine"] == {"name": "fsdp2", "offload": False}
+    speeds, lengths = (
+        [each[key] for each in found] for key in ("tokens_per_second_per_gpu", "longest_tokens")
+    )
+    assert speeds == sorted(speeds, reverse=True)
+    assert lengths == sorted(lengths)
+    chip = load_hardware(hardware).chip
+    assert chip is not None
+    assert all(each["prediction"]["total_bytes"] <= 0.95 * chip.usable_bytes for each in found)
+
+
+def test_less_memory_is_met_by_another_method_or_degree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the stock step does not fit, a row still does, and says what binds and what to do."""
+    hardware = row(tmp_path, 700 * MIB)
+    found = rows(monkeypatch, capsys, "--seqlen", "20_000", "--gpus", "2", "--hardware", hardware)
+    assert all(each["prediction"]["fits"] for each in found)
+    assert found[0]["train"]["method"]["name"] != "baseline"
+    assert all(each["advice"] and each["prediction"]["time"]["parts"] for each in found)
+
+
+def test_without_a_number_the_fewest_gpus_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One is enough for a small step."""
+    hardware = row(tmp_path, 8 * GIB)
+    found = rows(monkeypatch, capsys, "--seqlen", "4K", "--hardware", hardware)
+    assert {each["train"]["world_size"] for each in found} == {1}
+    assert all("fewest GPUs" in each["best"] for each in found)
 
 
 @pytest.mark.parametrize(
-    ("gpus", "words"),
-    [(2, ["gpu_memory", "GiB per GPU"]), (16, ["heads", "must divide 8 heads"])],
+    ("arguments", "words"),
+    [
+        ("--gpus 2", ["gpu_memory", "GiB per GPU"]),
+        ("--gpus 16 --method alst", ["heads", "must divide 8 heads"]),
+    ],
 )
 def test_the_reason_names_the_limit(
-    gpus: int, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: str,
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The limit is device memory, or heads that do not split over all GPUs. Exit code 1."""
-    assert command.plan("tiny-llama", 20_000, row(tmp_path, MIB), gpus=gpus) == 1
+    hardware = row(tmp_path, MIB)
+    given = ["--seqlen", "20_000", "--hardware", hardware, *arguments.split()]
+    assert asked(monkeypatch, *given) == 1
     said = capsys.readouterr().err.splitlines()[-1]
     assert all(word in said for word in words), said
 
 
-def test_bad_input_is_refused() -> None:
-    """The error names unknown models and hardware."""
-    with pytest.raises(ValueError, match="unknown model 'nope'"):
-        command.plan("nope", 4_096)
-    with pytest.raises(ValueError, match="unknown hardware 'abacus'"):
-        command.plan("tiny-llama", 4_096, "abacus")
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--seqlen 4K --hardware abacus", "unknown hardware 'abacus'"),
+        ("--seqlen 4K --method magic", "does not know method 'magic'"),
+        ("--seqlen 1_000_000_000_000 --gpus 8", "does not fit on 8"),
+    ],
+)
+def test_bad_input_is_refused(
+    arguments: str,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One line, exit code 2."""
+    assert asked(monkeypatch, *arguments.split()) == 2
+    assert words in capsys.readouterr().err.splitlines()[-1]
