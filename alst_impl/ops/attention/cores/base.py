@@ -16,7 +16,11 @@ from alst_impl.ops.attention.variant import Variant
 from alst_impl.plugin import load
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
+
+    Attend = Callable[[Tensor, Tensor, Tensor, Variant], Tensor]
 
 
 class Core(Frozen):
@@ -71,8 +75,6 @@ class Kernel(Core):
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, *, layout: Layout, variant: Variant
     ) -> Tensor:
-        import torch
-
         batch, _, seqlen, _ = query.shape
         variant = variant.over(seqlen)
         documents = variant.documents(batch, seqlen, layout.documents)
@@ -86,12 +88,7 @@ class Kernel(Core):
             return self._document(query, key, value, variant)
         if not missing and isinstance(self, PackingKernel):
             return self.in_one_call(query, key, value, variant, documents)
-        samples = []
-        for index, lengths in enumerate(documents):
-            sample = [x[index : index + 1].split(list(lengths), dim=2) for x in (query, key, value)]
-            parts = [self._document(q, k, v, variant) for q, k, v in zip(*sample, strict=True)]
-            samples.append(torch.cat(parts, dim=2))
-        return torch.cat(samples)
+        return each_document(self._document, query, key, value, variant, documents)
 
     def _document(self, query: Tensor, key: Tensor, value: Tensor, variant: Variant) -> Tensor:
         """Attention within one document."""
@@ -106,6 +103,25 @@ class Kernel(Core):
         if missing == {"sinks"} and flash.supports(query, value):
             return flash.attend_with_sinks(query, key, value, variant)
         return tiles.attend(query, key, value, variant)
+
+
+def each_document(
+    attend: Attend,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    variant: Variant,
+    documents: Documents,
+) -> Tensor:
+    """`attend` of one document after the other, for samples [B, H, S, D] of `documents`."""
+    import torch
+
+    samples = []
+    for index, lengths in enumerate(documents):
+        sample = [x[index : index + 1].split(list(lengths), dim=2) for x in (query, key, value)]
+        parts = [attend(q, k, v, variant) for q, k, v in zip(*sample, strict=True)]
+        samples.append(torch.cat(parts, dim=2))
+    return torch.cat(samples)
 
 
 def _windowed(query: Tensor, key: Tensor, value: Tensor, variant: Variant) -> Tensor:
