@@ -30,6 +30,8 @@ class Core(Frozen):
     """Whether it runs on a CPU."""
     flash: ClassVar[bool] = False
     """Whether PyTorch's flash kernel may be called in its place, as methods do that need its log-sum-exp."""
+    compiled: ClassVar[bool] = False
+    """Whether PyTorch compiles its kernel, so that what watches PyTorch's operators does not see it."""
 
     def missing(self) -> str | None:
         """Error message if a package that the core needs is not installed; None if nothing is missing."""
