@@ -167,8 +167,9 @@ class TrainConfig(Frozen):
     """Dtype of parameters and activations."""
     attention: str = "sdpa"
     """Core attention: a file in `alst_impl/ops/attention/cores/`.
-    With `sdpa`, PyTorch chooses the kernel; every other name is one CUDA kernel. Method 'baseline' under
-    `sdpa` uses transformers' eager attention for models without a fused one (sinks, soft-caps)."""
+    With `sdpa`, PyTorch chooses the kernel; every other name is one CUDA kernel. That of `flex` is compiled, for
+    windows, chunks, soft-caps and sinks, most of which `sdpa` computes in slow tiles on a GPU. Method 'baseline'
+    under `sdpa` uses transformers' eager attention for models without a fused one (sinks, soft-caps)."""
     lora: LoraConfig | None = None
     """Train only adapters; None trains every weight."""
     checkpoint: bool = True

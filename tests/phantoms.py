@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from harness.cells.cell import Cell, make_cell
 from harness.cells.prediction import Prediction
-from harness.phantom.wheel import find, headers
+from harness.phantom.wheel import find, headers, peers
 from harness.records.record import Measurement
 from harness.run.measure import measure
 
@@ -31,11 +32,17 @@ def torch_version() -> tuple[int, ...]:
         return ()
 
 
+def found_there(package: str) -> bool:
+    """Whether programs on phantom devices find `package`."""
+    return find_spec(package) is not None or (peers() / package).is_dir()
+
+
 NEEDED = [
     pytest.mark.phantom,
     pytest.mark.skipif(bool(missing()), reason=missing() or "all there"),
 ]
 """Marks of tests that need phantom devices."""
+NEEDS_TRITON = pytest.mark.skipif(not found_there("triton"), reason="needs the extra peers")
 
 
 def cell(**settings: Any) -> Cell:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from alst_impl.config import Spec
 from alst_impl.library.guard import Guard, Reduction, guard, own_forwards, part_names
 from alst_impl.library.sequence import LongSequence
-from alst_impl.library.setting import device_of, settle
+from alst_impl.library.setting import check_attention, device_of, settle
 from alst_impl.placement import Placement
 
 
@@ -61,6 +61,7 @@ def enable(
     spec = Spec(name=method, options=options)
     setting, mesh = settle(inner, mesh, spec, {"attention": attention, "checkpoint": checkpoint})
     placement = Placement(device_of(inner, mesh), torch.device(host))
+    check_attention(attention, placement.device)
     before = set(own_forwards(inner))
     setting.method.apply(inner, setting.config, mesh, placement)
     if checkpoint:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from alst_impl.config import DataConfig, LoraConfig, Spec, TrainConfig
 from alst_impl.layout import Layout, make_mesh
 from alst_impl.methods.base import Method, load_method
+from alst_impl.ops.attention.cores.base import load_core
 
 SHARED = ("cp", "sp")
 """Axes of a mesh whose ranks share each sample; also the fields of a method that give their sizes."""
@@ -181,6 +182,18 @@ def device_of(model: PreTrainedModel, mesh: DeviceMesh) -> torch.device:
     if held.type not in ("cpu", "meta") or mesh.device_type == "cpu":
         return held
     return torch.device(mesh.device_type, torch.accelerator.current_device_index())
+
+
+def check_attention(name: str, device: torch.device) -> None:
+    """Raise `ValueError` if core attention `name` does not run on `device`, or if it lacks a package."""
+    core = load_core(name)
+    if device.type == "cpu" and not core.cpu:
+        raise ValueError(
+            f"attention '{name}' needs a CUDA device, but the model computes on {device}; use attention='sdpa'"
+        )
+    message = core.missing()
+    if message is not None:
+        raise ValueError(message)
 
 
 def _device_type(model: PreTrainedModel) -> str:

@@ -184,13 +184,17 @@ def _needs_no_warmup(settings: dict[str, Any]) -> bool:
     """Whether the first step uses as much device memory as later ones."""
     simulation = settings.get("simulation")
     part = isinstance(simulation, dict) and simulation.get("part", "step") != "step"
-    return part or _settles_at_once(settings.get("engine"))
+    return part or _settles_at_once(settings)
 
 
-def _settles_at_once(engine: Any) -> bool:
+def _settles_at_once(settings: dict[str, Any]) -> bool:
+    engine, attention = (
+        settings.get(name, TrainConfig.model_fields[name].default)
+        for name in ("engine", "attention")
+    )
     try:
-        spec = TrainConfig.model_fields["engine"].default if engine is None else engine
-        return load_engine(Spec.model_validate(spec)).settles_at_once
+        settles = load_engine(Spec.model_validate(engine)).settles_at_once
+        return settles and not load_core(attention).compiled  # whose first calls also try kernels
     except ValueError:
         return False  # which is told when the cell is checked
 
@@ -200,10 +204,10 @@ def _check_world(cell: Cell, core: Core) -> None:
     if cell.traits.gpus:
         return
     if cell.traits.phantom:
-        if not core.flash:
+        if not (core.flash or core.compiled):
             raise ValueError(
                 f"phantom devices run PyTorch's own attention kernels only, not attention '{cell.train.attention}'; "
-                "use attention 'sdpa_flash' or 'sdpa'"
+                "use attention 'sdpa_flash', 'sdpa' or 'flex'"
             )
         if load_hardware(cell.hardware).chip is None:
             raise ValueError(

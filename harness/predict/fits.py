@@ -12,6 +12,7 @@ from alst_impl.config import Frozen, TrainConfig
 from alst_impl.engines.base import load_engine
 from alst_impl.methods.base import layouts, load_method
 from alst_impl.models import described
+from alst_impl.ops.attention.cores.base import load_core
 from harness.cells.cell import Cell
 from harness.cells.hardware import load_hardware
 from harness.cells.prediction import (
@@ -23,6 +24,7 @@ from harness.cells.prediction import (
     SearchResult,
     Simulated,
 )
+from harness.devices.machine import require_attention
 from harness.devices.outside import outside_bytes
 from harness.formulas import flops, pipelines, roofline, steptime
 from harness.predict.attempts import (
@@ -67,11 +69,13 @@ HOLDINGS = 40
 
 def execute(rank: Rank, payload: dict[str, Any]) -> dict[str, Any]:
     """`forecast` of `payload["cell"]` as plain data."""
-    # The caller's search path lacks the folders that only phantom processes have.
+    # The caller's search path lacks the folders that only phantom processes have. They come first, because PyTorch's
+    # compiler starts processes with this path, which must find the CUDA build.
     ours = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    sys.path += [folder for folder in ours if folder not in sys.path]
+    sys.path[:] = [*ours, *(folder for folder in sys.path if folder not in ours)]
     cell = Cell(**payload["cell"])
     load_method(cell.train.method).require()
+    require_attention(cell.train.attention)
     return forecast(rank, cell).model_dump(mode="json")
 
 
@@ -88,7 +92,8 @@ class Around(Frozen):
 
     few: tuple[Step, Step] | None
     """Counted and explained steps with few layers; None if `cell` has few itself."""
-    cost: Cost
+    cost: Cost | None
+    """None if the attention is compiled."""
     slope: float
     """Increase of allocated bytes per token of one rank."""
     uses: dict[int, Use]
@@ -153,8 +158,11 @@ def _around(rank: Rank, cell: Cell) -> Around:
     """Work, slope and memory uses of `cell`, from steps that run one after the other."""
     assert cell.simulation is not None
     more = longer(cell)
-    few = with_few_layers(rank, cell, counted=True, explained=True) if is_deep(cell) else None
-    cost = counted(rank, cell) if few is None else stretched_cost(cell, *few)
+    work = not load_core(cell.train.attention).compiled  # else a part of it cannot be counted
+    few = with_few_layers(rank, cell, counted=work, explained=True) if is_deep(cell) else None
+    cost = None
+    if work:
+        cost = counted(rank, cell) if few is None else stretched_cost(cell, *few)
     own = use_on_roomy(rank, cell) if few is None else stretched_use(cell, *few)
     uses = {cell.train.seqlen: own, more.train.seqlen: use_on_roomy(rank, more)}
     slope = _slope(cell, more, uses)

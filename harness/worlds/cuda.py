@@ -150,11 +150,16 @@ class HostBytes:
 
 
 class OperatorNames(TorchDispatchMode):
-    """Records the names of all operators that run."""
+    """Records the names of all operators that run. What PyTorch has compiled runs without them."""
 
     def __init__(self) -> None:
         TorchDispatchMode.__init__(self)
         self.names: set[str] = set()
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Without it, PyTorch compiles nothing while it is watched."""
+        return True
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from alst_impl.layout import Documents
 from alst_impl.ops.attention import flash, tiles
+from alst_impl.ops.attention.cores.base import each_document
 from alst_impl.ops.attention.flash import Grads, Rest
 from alst_impl.ops.attention.variant import Variant
 from alst_impl.ops.memory.tiling import accumulation_dtype
@@ -104,12 +105,7 @@ class HeadAttention:
     def _in_tiles(self, query: Tensor, key: Tensor, value: Tensor, variant: Variant) -> Tensor:
         if self.documents is None:
             return tiles.attend(query, key, value, variant)
-        samples = []
-        for index, lengths in enumerate(self.documents):
-            sample = (x[index : index + 1].split(list(lengths), dim=2) for x in (query, key, value))
-            parts = [tiles.attend(q, k, v, variant) for q, k, v in zip(*sample, strict=True)]
-            samples.append(torch.cat(parts, dim=2))
-        return torch.cat(samples)
+        return each_document(tiles.attend, query, key, value, variant, self.documents)
 
     def _through_tiles(
         self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from alst_impl.ops.autograd import apply
+from alst_impl.ops.autograd import apply, as_it_stands
 from alst_impl.ops.memory.recompute import FirstRun
 from alst_impl.placement import Placement
 
@@ -25,13 +25,6 @@ FILLED = 0.95
 """A piece that fills this share of a power of two is good enough."""
 PREFETCH_BYTES = 2**29
 """Larger inputs are not prefetched: a second one needs much memory, and the copy is short beside attention."""
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def _as_it_stands(method: F) -> F:
-    """`method`, which torch.compile leaves alone: what it generates for side streams does not run."""
-    return cast("F", torch.compiler.disable(method))
 
 
 class OnHost:
@@ -47,7 +40,10 @@ class OnHost:
 
 
 class HostOffload:
-    """Copies layer inputs between `placement.device` and `placement.host`."""
+    """Copies layer inputs between `placement.device` and `placement.host`.
+
+    torch.compile leaves its methods alone: what it generates for side streams does not run.
+    """
 
     def __init__(self, placement: Placement, *, overlap: bool = True) -> None:
         """With `overlap`, copies run beside compute, through pinned memory, and prefetch; otherwise they block."""
@@ -57,7 +53,7 @@ class HostOffload:
         self._side = torch.cuda.Stream(placement.device) if self._streams else None
         self._last: OnHost | None = None
 
-    @_as_it_stands
+    @as_it_stands
     def store(self, x: Tensor) -> OnHost:
         """Start copying `x` to the host; the caller may drop `x` at once. Backward loads in reverse order."""
         parked = OnHost(x)
@@ -72,13 +68,13 @@ class HostOffload:
                 x.record_stream(self._side)
         return parked
 
-    @_as_it_stands
+    @as_it_stands
     def settle(self) -> None:
         """Later work on the current stream waits for all started copies, so it may overwrite what they copy."""
         if self._side is not None:
             torch.cuda.current_stream().wait_stream(self._side)
 
-    @_as_it_stands
+    @as_it_stands
     def put(self, x: Tensor, into: Tensor) -> None:
         """Start copying `x` to `into`, which `room` returned; the caller may drop `x` at once."""
         x = x.contiguous()
@@ -90,7 +86,7 @@ class HostOffload:
             self._copy([into], [x])
             x.record_stream(self._side)
 
-    @_as_it_stands
+    @as_it_stands
     def get(self, host: Tensor) -> Tensor:
         """Copy to the device what `put` stored in `host`."""
         self.settle()
@@ -110,7 +106,7 @@ class HostOffload:
         for target, piece in zip(into, pieces, strict=True):
             target.copy_(piece, non_blocking=self._streams)
 
-    @_as_it_stands
+    @as_it_stands
     def load(self, parked: OnHost) -> Tensor:
         """Return the input on the device, and prefetch the input that backward needs next if that is small."""
         self._fetch(parked)

@@ -97,6 +97,15 @@ def test_bad_settings_name_the_value_and_a_fix(change: dict[str, object], words:
     assert "\n" not in message
 
 
+@pytest.mark.parametrize(("attention", "steps"), [("sdpa", 0), ("flex", 1)])
+def test_a_compiled_attention_warms_up(attention: str, steps: int) -> None:
+    """Its first calls try kernels, in memory that later calls do not take."""
+    engine = {"name": "fsdp2", "offload": True}
+    world = {"world": "phantom", "hardware": "h100-80gb"}
+    cell = make_cell({**SETTINGS, **world, "engine": engine, "attention": attention})
+    assert cell.warmup == steps
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

@@ -4,29 +4,36 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import tempfile
-from importlib.util import find_spec
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from loops import SCRIPTS, arguments, make_folder
-from phantoms import NEEDED
+from phantoms import NEEDED, NEEDS_TRITON, found_there
 
 from harness.phantom.session import Result, run
+from harness.phantom.wheel import peers
 
 PROGRAMS = Path(__file__).with_name("programs")
+ROOT = str(Path(__file__).parents[3])
 GIB = 2**30
 pytestmark = NEEDED
 
 
-def phantom(program: str, surroundings: dict[str, str] | None = None, **options: Any) -> Result:
+def phantom(
+    program: str,
+    surroundings: dict[str, str] | None = None,
+    arguments: Sequence[str] = (),
+    **options: Any,
+) -> Result:
     """The result of a program in `programs`, with additional environment variables."""
-    root = str(Path(__file__).parents[3])
-    path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")])
     base = {**os.environ, "PYTHONPATH": path, **(surroundings or {})}
-    command = [sys.executable, str(PROGRAMS / f"{program}.py")]
+    command = [sys.executable, str(PROGRAMS / f"{program}.py"), *arguments]
     return run(command, **{"hardware": "h100-80gb", "base": base, "limit_s": 120, **options})
 
 
@@ -199,8 +206,32 @@ def test_the_trainer_of_transformers_runs_as_one_rank_of_four() -> None:
     assert "flash" in process.attention
 
 
+@pytest.mark.slow
+@NEEDS_TRITON
+def test_the_code_of_core_flex_computes_attention(tmp_path: Path) -> None:
+    """The code that PyTorch makes for the device, run by Triton's interpreter, has the output and gradients of
+    core `sdpa`, where blocks are seen whole, in part and not at all, and the last one is short. That tells
+    nothing of what a GPU's compiler makes of it.
+    """
+    documents = [[440, 9, 1]]
+    case = {"seqlen": 450, "documents": documents, "window": 290, "softcap": 3.0}
+    arguments = [str(tmp_path), json.dumps(case)]
+    result = phantom("flex_code", arguments=arguments, limit_s=400)
+    assert result.verdict == "fits", (result.reason, result.processes)
+    path = os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", ""), str(peers())])
+    done = subprocess.run(
+        [sys.executable, str(PROGRAMS / "flex_values.py"), *arguments],
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    errors = json.loads(done.stdout)
+    assert len(errors) == 5
+    assert max(errors) < 2e-6
+
+
 NEEDS_PEERS = pytest.mark.skipif(
-    any(find_spec(name) is None for name in ("arctic_training", "liger_kernel", "triton")),
+    not all(map(found_there, ("arctic_training", "liger_kernel", "triton"))),
     reason="needs the extra peers",
 )
 
@@ -211,8 +242,30 @@ def test_compiled_kernels_are_launched(program: str, least: int) -> None:
     """Triton kernels, written by hand and made by TorchInductor, are compiled and launched, and compute nothing."""
     result = phantom(program)
     assert result.verdict == "fits", (result.reason, result.processes)
-    (process,) = result.processes
+    (process,) = (each for each in result.processes if each.devices)  # compilers use none
     assert process.devices[0].allocated_bytes > least
+
+
+@pytest.mark.slow
+@NEEDS_TRITON
+def test_core_flex_keeps_no_scores() -> None:
+    """Forward and backward of layers with windows, sinks and soft-caps run in PyTorch's compiled kernel. They take a
+    few times the query's bytes, whatever a query sees, where tiles take their scores, too.
+    """
+    result, found = printed("flex", limit_s=400)
+    assert result.verdict == "fits", (result.reason, result.processes)
+    (process,) = (each for each in result.processes if each.devices)
+    assert "flex" in process.attention
+    for model in ("gpt-oss", "gemma2"):
+        window, full = (found[f"{model} {name} flex"] for name in ("window", "full"))
+        assert window == full
+        assert full["held"] < 2_150  # the output, and the one without sinks
+        assert full["forward"] < 2_150
+        assert full["backward"] < 3_500
+        for each in ("forward", "backward"):
+            assert full[each] < found[f"{model} full sdpa"][each]
+    assert found["gemma2 full flex"]["held"] < 1_050
+    assert found["gemma2 full sdpa"]["backward"] > 20_000
 
 
 @NEEDS_PEERS

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from phantoms import NEEDED
+from phantoms import NEEDED, NEEDS_TRITON
 
 from harness.__main__ import main
 from harness.cells.cell import Cell, make_cell
@@ -142,6 +142,29 @@ def test_control_flow_on_an_unknown_value_is_an_error(tmp_path: Path) -> None:
     assert (found.outcome, found.simulated) == (Outcome.SETUP_ERROR, None)
     assert "a value that no device computed was read at" in (found.detail or "")
     assert "step.py" in (found.detail or "")
+
+
+@pytest.mark.slow
+@NEEDS_TRITON
+def test_a_compiled_attention_runs_in_a_step() -> None:
+    """Under sequence parallelism and checkpointing, with sinks, in layers with and without a window. As PyTorch's
+    operators do not show its work, none is counted.
+    """
+    found = measure(
+        cell(
+            model="tests/families/gpt_oss.json",
+            overrides={"max_position_embeddings": 4_096},
+            attention="flex",
+        ),
+        Path("unused"),
+    )
+    assert found.outcome is Outcome.OK, found.detail
+    assert found.readings is not None
+    assert found.readings.memory[0].attention == ["flex"]
+    assert found.simulated is not None
+    assert found.simulated.prediction is not None
+    assert found.simulated.prediction.fits
+    assert found.simulated.prediction.cost is None
 
 
 def test_the_longest_sequence_ends_at_the_allocators_out_of_memory() -> None:

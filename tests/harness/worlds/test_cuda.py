@@ -129,6 +129,13 @@ def test_operators_are_seen_in_backward_too() -> None:
     assert any("attention" in name and name.endswith("_backward") for name in names.names)
 
 
+def test_a_compiled_function_stays_compiled_while_it_is_watched() -> None:
+    """Else a compiled attention would make all scores."""
+    twice = torch.compile(lambda x: 2 * x, backend="eager", fullgraph=True)
+    with OperatorNames():
+        assert twice(torch.ones(2)).tolist() == [2, 2]
+
+
 class Settings(FakeMeter):
     """A fake allocator that reports `said`, and accepts settings if it `listens`."""
 

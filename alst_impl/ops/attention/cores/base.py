@@ -16,7 +16,11 @@ from alst_impl.ops.attention.variant import Variant, visible_pairs
 from alst_impl.plugin import load
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
+
+    Attend = Callable[[Tensor, Tensor, Tensor, Variant], Tensor]
 
 
 class Core(Frozen):
@@ -26,6 +30,8 @@ class Core(Frozen):
     """Whether it runs on a CPU."""
     flash: ClassVar[bool] = False
     """Whether PyTorch's flash kernel may be called in its place, as methods do that need its log-sum-exp."""
+    compiled: ClassVar[bool] = False
+    """Whether PyTorch compiles its kernel, so that what watches PyTorch's operators does not see it."""
 
     def missing(self) -> str | None:
         """Error message if a package that the core needs is not installed; None if nothing is missing."""
@@ -66,8 +72,6 @@ class Kernel(Core):
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, *, layout: Layout, variant: Variant
     ) -> Tensor:
-        import torch
-
         batch, _, seqlen, _ = query.shape
         variant = variant.over(seqlen)
         documents = variant.documents(batch, seqlen, layout.documents)
@@ -81,12 +85,7 @@ class Kernel(Core):
             return self._document(query, key, value, variant)
         if not missing and isinstance(self, PackingKernel):
             return self.in_one_call(query, key, value, variant, documents)
-        samples = []
-        for index, lengths in enumerate(documents):
-            sample = [x[index : index + 1].split(list(lengths), dim=2) for x in (query, key, value)]
-            parts = [self._document(q, k, v, variant) for q, k, v in zip(*sample, strict=True)]
-            samples.append(torch.cat(parts, dim=2))
-        return torch.cat(samples)
+        return each_document(self._document, query, key, value, variant, documents)
 
     def _document(self, query: Tensor, key: Tensor, value: Tensor, variant: Variant) -> Tensor:
         """Attention within one document."""
@@ -101,6 +100,25 @@ class Kernel(Core):
         if missing == {"sinks"} and flash.supports(query, value):
             return flash.attend_with_sinks(query, key, value, variant)
         return tiles.attend(query, key, value, variant)
+
+
+def each_document(
+    attend: Attend,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    variant: Variant,
+    documents: Documents,
+) -> Tensor:
+    """`attend` of one document after the other, for samples [B, H, S, D] of `documents`."""
+    import torch
+
+    samples = []
+    for index, lengths in enumerate(documents):
+        sample = [x[index : index + 1].split(list(lengths), dim=2) for x in (query, key, value)]
+        parts = [attend(q, k, v, variant) for q, k, v in zip(*sample, strict=True)]
+        samples.append(torch.cat(parts, dim=2))
+    return torch.cat(samples)
 
 
 def _windowed(query: Tensor, key: Tensor, value: Tensor, variant: Variant) -> Tensor:

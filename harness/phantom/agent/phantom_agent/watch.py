@@ -130,6 +130,7 @@ def attention(launched: dict[str, int]) -> list[str]:
     families = {
         "flash": ("flash_fwd", "flash_bwd"),
         "efficient": ("fmha_cutlass", "AttentionKernel"),
+        "flex": ("flex_attention",),
     }
     return [
         f for f, marks in families.items() if any(m in name for name in launched for m in marks)
