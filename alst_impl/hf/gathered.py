@@ -129,8 +129,9 @@ def _attends(module: nn.Module) -> bool:
 
 
 def _mask_function(model: PreTrainedModel, module: nn.Module) -> Callable[..., Any] | None:
-    """transformers' function that makes the mask of `module`, as far as the decoder's source tells. None if it needs
-    none. Raises `ValueError` if the model makes masks in another way.
+    """The function of transformers that makes the masks of `module`, by its layer's type; None if it needs no mask.
+
+    Raises `ValueError` unless the model's code calls such a function.
     """
     if not _attends(module):
         return None
@@ -158,12 +159,16 @@ def _mask(gathering: _Gathering, hidden: Tensor) -> Tensor:
 
 
 def _checked(module: nn.Module, mask: Tensor, local: Tensor, layout: Layout) -> Tensor:
-    """`mask`, if its part for this rank's tokens hides what `local` [B, 1, s, s] of the model's own code hides."""
-    if layout.chunks == 1:
-        (span,) = layout.spans(layout.shard)
-        part = mask[..., span, span]
-        hides = ~local if local.dtype == torch.bool else local < 0
-        if not torch.equal(part < 0, hides[..., : part.shape[-2], : part.shape[-1]]):
+    """`mask` [B, 1, S, S], of the dtype of `local` [B, 1, s, s], which the model's own code made for this rank's tokens.
+
+    Raises `ValueError` unless both hide the same keys within each chunk that the rank holds. Between two chunks
+    `local` counts tokens of the shard and not of the sample, so it says nothing.
+    """
+    hides, start = ~local if local.dtype == torch.bool else local < 0, 0
+    for span in layout.spans(layout.shard):
+        rows = slice(start, start + span.stop - span.start)
+        part, start = mask[..., span, span] < 0, rows.stop
+        if not torch.equal(part, hides[..., rows, rows][..., : part.shape[-2], : part.shape[-1]]):
             raise ValueError(
                 f"{type(module).__name__} gets a mask that is neither causal nor a sliding window, so that of the whole "
                 "sequence is not known; use method 'baseline'"
