@@ -141,6 +141,8 @@ class LoraConfig(Frozen):
     """An adapter's output is multiplied by alpha / rank."""
     targets: tuple[str, ...] = ("q_proj", "v_proj")
     """Names of the projections that get an adapter."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Probability that an adapter drops a feature of its input."""
 
 
 class TrainConfig(Frozen):

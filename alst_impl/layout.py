@@ -60,6 +60,9 @@ class Layout:
     """The slice of the sequence that a pipeline computes now; None for all tokens."""
     documents: Documents | None = None
     """Packed documents of each sample; None if a sample is one document. In a shard, padding is one of them."""
+    draws: str | None = field(default=None, compare=False, repr=False)
+    """Name of a pass's random numbers, the same on all ranks of the group (`alst_impl.ops.draws`).
+    None leaves them to each process's generators."""
     mesh: DeviceMesh | None = field(default=None, compare=False, repr=False)
     """The ranks; None in a plan that no process runs. A mesh, and so a shard, stays in its process."""
 

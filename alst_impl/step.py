@@ -86,7 +86,8 @@ def micro_batches(
     for micro in range(config.accumulation):
         first = ((step * config.accumulation + micro) * len(layouts) + rank) * size
         batch = corpus.batch(range(first, first + size))
-        batches.append(method.shard(batch, layout).to(device))
+        named = replace(layout, draws=f"{config.seed}/{first}")
+        batches.append(method.shard(batch, named).to(device))
     return batches
 
 

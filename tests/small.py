@@ -13,6 +13,15 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from alst_impl import LongSequence, enable
 
 LENGTH = 21
+LAUNCHER = {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+"""Variables that accelerate requires, although the group already exists."""
+METHODS: list[dict[str, Any]] = [
+    {"sp": 2},
+    {"sp": 2, "method": "layerwise"},
+    {"cp": 2, "method": "ring"},
+    {"sp": 1, "cp": 2, "method": "usp"},
+]
+"""Options of `enable` for two ranks that share each sample, by every method that shards sequences."""
 
 
 def stock_model(dtype: torch.dtype = torch.float64) -> Qwen3ForCausalLM:

@@ -19,6 +19,7 @@ import pytest
 import stand_in_trl
 import torch
 from loops import LENGTHS, SCRIPTS, SEQLEN, arguments, make_folder
+from small import LAUNCHER
 from torch import Tensor
 from torch.utils.data.distributed import DistributedSampler
 from training import assert_same_gradients
@@ -84,7 +85,7 @@ def run_script(rank: int, world_size: int, name: str, rate: float | None, argv: 
     """Body of a rank: runs a script as `torchrun` does. `rate` replaces AdamW by SGD. Returns what it printed."""
     import torch.distributed as dist
 
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0")
+    os.environ.update(LAUNCHER)
     dist.init_process_group = lambda *_, **__: None  # the group exists
     if rate is not None:
         SGD.rate = rate

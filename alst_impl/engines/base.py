@@ -40,8 +40,12 @@ class Runtime(ABC):
 
     def forward(self, batch: Batch, num_valid: Tensor) -> Tensor:
         """This rank's sum of token losses divided by `num_valid`, a scalar with a graph."""
+        from alst_impl.ops import draws
+
         self.placement.on_phase("forward")
-        output = self.module(**batch.model_inputs(), num_items_in_batch=num_valid, use_cache=False)
+        inputs = batch.model_inputs()
+        with draws.of_rank(batch.layout, num_valid.device):
+            output = self.module(**inputs, num_items_in_batch=num_valid, use_cache=False)
         # The output object keeps the logits alive; only the loss leaves this frame.
         loss: Tensor = output.loss
         return loss

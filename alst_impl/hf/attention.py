@@ -94,7 +94,8 @@ def _attention(
             )
     if dropout:
         raise ValueError(
-            f"attention_dropout ({dropout}) is not supported here; set it to 0 in the model's configuration"
+            f"attention dropout ({dropout}) is not supported here: kernels, tiles and rings compute weights block by "
+            "block and draw no masks of them; set it to 0 in the model's configuration (attention_dropout, attn_pdrop)"
         )
     if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
         raise ValueError(

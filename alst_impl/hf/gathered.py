@@ -24,6 +24,7 @@ from alst_impl.hf.attention import layer_type
 from alst_impl.hf.instances import bound
 from alst_impl.hf.structure import mixers, names_in_methods
 from alst_impl.layout import Layout, reached
+from alst_impl.ops import draws
 from alst_impl.ops.attention.gather import gather
 from alst_impl.ops.memory.tiling import run_as
 from alst_impl.placement import Evidence
@@ -36,7 +37,7 @@ def gather_mixers(model: PreTrainedModel, evidence: Evidence, shards: int) -> No
     """Make the mixers of `model` run on whole sequences of `shards` ranks. Changes the instances only."""
     stock, eager = vars(model).get("stock_attention"), copy.deepcopy(model.config)
     eager._attn_implementation = "eager"
-    for module in mixers(model):
+    for place, module in enumerate(mixers(model)):
         for part in module.modules():
             config = getattr(part, "config", None)
             if (
@@ -45,7 +46,7 @@ def gather_mixers(model: PreTrainedModel, evidence: Evidence, shards: int) -> No
                 vars(part)["config"] = copy.deepcopy(config)
                 vars(part)["config"]._attn_implementation = stock
         gathering = _Gathering(
-            module.forward, evidence, shards, _mask_function(model, module), eager
+            module.forward, evidence, shards, _mask_function(model, module), eager, place
         )
         vars(module).update(noted_layout=None, gathering=gathering)
         run_as(module, bound(module, _gathered_forward))
@@ -62,6 +63,8 @@ class _Gathering:
     """transformers' function that makes the mask of the module; None if it needs none."""
     config: PreTrainedConfig
     """The model's, with the eager attention, which has a mask of every kind."""
+    place: int
+    """Number of the module among the model's, each of which runs once in a pass."""
 
 
 def _gathered_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -95,7 +98,8 @@ def _gathered_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if gathering.mask is not None and kwargs.get("attention_mask", module) is None:
         kwargs["attention_mask"] = _mask(gathering, whole)
     gathering.evidence["gathers"] += 1
-    out = gathering.stock(*args, **kwargs)
+    with draws.of_group(layout, hidden.device, gathering.place):
+        out = gathering.stock(*args, **kwargs)
     return tree_map(lambda x: _own(x, layout), out)
 
 
@@ -129,8 +133,9 @@ def _attends(module: nn.Module) -> bool:
 
 
 def _mask_function(model: PreTrainedModel, module: nn.Module) -> Callable[..., Any] | None:
-    """transformers' function that makes the mask of `module`, as far as the decoder's source tells. None if it needs
-    none. Raises `ValueError` if the model makes masks in another way.
+    """The function of transformers that makes the masks of `module`, by its layer's type; None if it needs no mask.
+
+    Raises `ValueError` unless the model's code calls such a function.
     """
     if not _attends(module):
         return None
@@ -158,12 +163,16 @@ def _mask(gathering: _Gathering, hidden: Tensor) -> Tensor:
 
 
 def _checked(module: nn.Module, mask: Tensor, local: Tensor, layout: Layout) -> Tensor:
-    """`mask`, if its part for this rank's tokens hides what `local` [B, 1, s, s] of the model's own code hides."""
-    if layout.chunks == 1:
-        (span,) = layout.spans(layout.shard)
-        part = mask[..., span, span]
-        hides = ~local if local.dtype == torch.bool else local < 0
-        if not torch.equal(part < 0, hides[..., : part.shape[-2], : part.shape[-1]]):
+    """`mask` [B, 1, S, S], of the dtype of `local` [B, 1, s, s], which the model's own code made for this rank's tokens.
+
+    Raises `ValueError` unless both hide the same keys within each chunk that the rank holds. Between two chunks
+    `local` counts tokens of the shard and not of the sample, so it says nothing.
+    """
+    hides, start = ~local if local.dtype == torch.bool else local < 0, 0
+    for span in layout.spans(layout.shard):
+        rows = slice(start, start + span.stop - span.start)
+        part, start = mask[..., span, span] < 0, rows.stop
+        if not torch.equal(part, hides[..., rows, rows][..., : part.shape[-2], : part.shape[-1]]):
             raise ValueError(
                 f"{type(module).__name__} gets a mask that is neither causal nor a sliding window, so that of the whole "
                 "sequence is not known; use method 'baseline'"

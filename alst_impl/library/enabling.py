@@ -39,6 +39,9 @@ def enable(
     `alst_impl/ops/attention/cores/`. `checkpoint` recomputes decoder layers in backward; `host` is the device
     that keeps what is offloaded.
 
+    Dropout of layers and adapters is drawn for each token alone, whatever seeds the ranks have; `alst_impl.ops.draws`
+    says in which sense it is the same training.
+
     The saved model is a stock model, and other models of the process are untouched. Raises `ValueError` for a
     model or a setting that cannot be exact, naming the part.
     """
@@ -60,6 +63,8 @@ def enable(
         raise ValueError(f"reduction ({reduction!r}) must be 'mean' or 'sum'")
     spec = Spec(name=method, options=options)
     setting, mesh = settle(inner, mesh, spec, {"attention": attention, "checkpoint": checkpoint})
+    if setting.shards > 1:
+        _refuse_dropped_weights(inner)
     placement = Placement(device_of(inner, mesh), torch.device(host))
     check_attention(attention, placement.device)
     before = set(own_forwards(inner))
@@ -92,6 +97,17 @@ def enabled(model: torch.nn.Module) -> LongSequence:
             f"{type(inner).__name__} is not enabled; call enable(model, sp=...) before the trainer is made"
         )
     return found
+
+
+def _refuse_dropped_weights(model: PreTrainedModel) -> None:
+    """Raise `ValueError` for adapters of peft that drop parts of weights, which is for all tokens of a sample at once."""
+    for adapters in getattr(model, "peft_config", {}).values():
+        for name in ("boft_dropout", "module_dropout", "rank_dropout"):
+            if value := getattr(adapters, name, 0):
+                raise ValueError(
+                    f"peft's {type(adapters).__name__} drops parts of weights ({name}={value}) for all tokens at once, but "
+                    f"each rank would drop others; set {name} to 0"
+                )
 
 
 def _inside(model: torch.nn.Module) -> torch.nn.Module:

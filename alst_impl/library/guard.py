@@ -20,6 +20,7 @@ from alst_impl import hf, safeguards
 from alst_impl.hf import router
 from alst_impl.hf.tiling import check_adds_up
 from alst_impl.layout import Layout
+from alst_impl.ops import draws
 from alst_impl.safeguards import StepLabels
 
 Reduction = Literal["mean", "sum"]
@@ -110,7 +111,8 @@ def _forward(model: PreTrainedModel, *args: Any, shard: Shard | None = None, **k
     _check_engine(made)
     if not shard.layout.trivial:
         kwargs["layout"] = shard.layout
-    with _whole_loss(model) if made.whole_loss else nullcontext():
+    whole_loss = _whole_loss(model) if made.whole_loss else nullcontext()
+    with whole_loss, draws.of_rank(shard.layout, shard.divisor.device):
         output = made.inner(*args, **kwargs, num_items_in_batch=shard.divisor)
     output.loss = output.loss * made.scale
     made.labels.watch(output.loss, shard.num_labels, shard.num_items)

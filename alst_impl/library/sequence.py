@@ -24,6 +24,8 @@ from alst_impl.library.guard import Guard, Reduction, Shard, part_names, stock_f
 from alst_impl.library.setting import SHARED, Setting
 from alst_impl.placement import Evidence
 
+DRAWN = 2**40
+"""Bound of the numbers of which each rank draws one for a micro-batch; int64 holds their sum over ranks."""
 TOLD_NAMES = 3
 """Maximum number of parameters that a warning names."""
 
@@ -60,6 +62,7 @@ class LongSequence:
 
         The `.loss` of that call is scaled for `reduction`: its mean (or sum) over all ranks is the stock model's
         loss, and the mean (or sum) of the gradients is the stock model's gradient.
+        Masks of dropout follow from a number that it draws from each rank's generator (`alst_impl.ops.draws`).
 
         Raises `ValueError` on all ranks if the batch cannot be sharded exactly, if ranks that share a sample hold
         different ones, if `num_items` is wrong for the step, if parameters differ between ranks, or if the
@@ -73,11 +76,14 @@ class LongSequence:
             self._check_router_loss(batch)
         except ValueError as error:
             refusal = error
-        num_labels = self._agreed_labels(whole, num_items, refusal)
+        num_labels, drawn = self._agreed(whole, num_items, refusal)
         assert whole is not None, "a refusal was raised"
         declared = num_labels if num_items is None else int(num_items)
         self._expect(num_labels, declared)
-        layout = replace(self._setting.method.layout(whole.layout.length), mesh=self.mesh)
+        layout = self._setting.method.layout(whole.layout.length)
+        group = self._setting.group_of(dist.get_rank())
+        named = f"{drawn}/{group}" if self.shards > 1 else None  # alone, a rank draws as without us
+        layout = replace(layout, mesh=self.mesh, draws=named)
         local = self._setting.method.shard(whole, layout).to(self.device)
         divisor = torch.tensor(max(declared, 1), device=self.device)
         inputs = local.model_inputs()
@@ -211,10 +217,13 @@ class LongSequence:
             )
         return without
 
-    def _agreed_labels(
+    def _agreed(
         self, whole: Batch | None, num_items: Tensor | int | None, refusal: ValueError | None
-    ) -> int:
-        """Valid labels of this micro-batch on all ranks. Raises `ValueError` on all ranks if any differ. Collective."""
+    ) -> tuple[int, int]:
+        """Valid labels of this micro-batch on all ranks, and a random number that is the same on all of them.
+
+        Raises `ValueError` on all ranks if what must be the same differs. Collective.
+        """
         name, parameter = safeguards.witness(self.model)
         valid, seen = (0, 0) if whole is None else (whole.num_valid(), safeguards.digest(whole))
         shared = [axis for axis in SHARED if axis in (self.mesh.mesh_dim_names or ())]
@@ -224,10 +233,11 @@ class LongSequence:
         fingerprint = safeguards.fingerprint(parameter).to(self.device).view(1)
         apart, counts = _differ(torch.cat([fingerprint, declared]), None).tolist()
         # All ranks raise, so none waits for another.
-        told = sample.new_tensor([int(valid), refusal is not None, 0])
-        told[2:] = other
+        drawn = int(torch.randint(DRAWN, ())) if self.shards > 1 else 0
+        told = sample.new_tensor([int(valid), refusal is not None, drawn, 0])
+        told[3:] = other
         dist.all_reduce(told)
-        labels, refused, samples = told.tolist()
+        labels, refused, drawn, samples = told.tolist()
         if refusal is not None:
             raise refusal
         if refused:
@@ -249,7 +259,7 @@ class LongSequence:
                 f"num_items ({num_items}) differs between ranks; pass alst.count(all micro-batches of the step), "
                 "which counts over all ranks"
             )
-        return int(labels) // self.shards  # whose ranks hold the same samples
+        return int(labels) // self.shards, int(drawn)  # whose ranks hold the same samples
 
     def _expect(self, num_labels: int, declared: int) -> None:
         if not torch.is_grad_enabled():

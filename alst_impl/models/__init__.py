@@ -122,6 +122,7 @@ FEATURES = {
     "mixers": "layers that mix tokens otherwise than by attention",
     "bidirectional": "bidirectional attention",
     "dropout": "attention dropout",
+    "layerdrop": "layers that are skipped at random, which each rank would choose alone",
     "router loss": "a router loss, which shards would each compute alone",
     "shared keys": "layers that use other layers' keys and values, which checkpoints cut off from their gradients",
 }
@@ -133,10 +134,16 @@ _FIELDS = {
     "mamba_d_state": "mixers",
     "use_bidirectional_attention": "bidirectional",
     "attention_dropout": "dropout",
+    "attention_probs_dropout_prob": "dropout",
+    "attn_pdrop": "dropout",
+    "decoder_layerdrop": "layerdrop",
+    "layerdrop": "layerdrop",
     "output_router_logits": "router loss",
     "num_kv_shared_layers": "shared keys",
 }
 """Configuration fields that, when set, turn a feature on."""
+_OFF = dict.fromkeys(("dropout", "layerdrop"), "; 0 turns it off")
+"""Features that a user may do without, and how."""
 _LAYERS = {"full_attention": None, "sliding_attention": None, "chunked_attention": "chunks"}
 """Known entries of `layer_types`; all others are mixers."""
 
@@ -144,7 +151,9 @@ _LAYERS = {"full_attention": None, "sliding_attention": None, "chunked_attention
 def features(fields: dict[str, Any]) -> dict[str, str]:
     """Features of `FEATURES` that the configuration turns on, each with the field that says so."""
     found = {
-        feature: f"{key}={fields[key]!r}" for key, feature in _FIELDS.items() if fields.get(key)
+        feature: f"{key}={fields[key]!r}{_OFF.get(feature, '')}"
+        for key, feature in _FIELDS.items()
+        if fields.get(key)
     }
     if fields["model_type"] == "gpt_oss":
         found["sinks"] = "model_type=gpt_oss"
@@ -255,7 +264,10 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig) -> None:
     import peft
 
     wanted = peft.LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), lora_dropout=0.0
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=list(lora.targets),
+        lora_dropout=lora.dropout,
     )
     try:
         peft.inject_adapter_in_model(wanted, model)

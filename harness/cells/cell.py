@@ -58,7 +58,8 @@ class Cell(Frozen):
     """Number of timed steps. An untimed step follows under the memory tracker, which is slow. With
     0, only gradients are compared and nothing is measured."""
     gate: bool = True
-    """Compare every gradient of the first step with that of the stock model in fp64 in one process."""
+    """Compare every gradient of the first step with that of the stock model in fp64 in one process.
+    A step with dropout has no truth to compare with."""
     update: bool = False
     """Also compare the first step's change of every parameter with the stock optimizer's."""
     followed: bool = False
@@ -110,6 +111,8 @@ class Cell(Frozen):
             train["optimizer"] = {"name"}
         if self.train.lora is None:
             train["lora"] = True
+        elif not self.train.lora.dropout:
+            train["lora"] = {"dropout"}
         return {**silent, "train": train} if train else silent
 
     @property
@@ -161,6 +164,11 @@ def make_cell(settings: dict[str, Any]) -> Cell:
         raise ValueError(
             f"gate ({cell.gate}) and followed ({cell.followed}) compare gradients, which update_in_backward "
             "frees in backward; set both to false, or use update_in_backward: false"
+        )
+    if train.lora is not None and train.lora.dropout and (cell.gate or cell.followed):
+        raise ValueError(
+            f"gate ({cell.gate}) and followed ({cell.followed}) compare gradients with those of the stock model, which "
+            f"draws other masks (lora.dropout {train.lora.dropout}); set both to false, or dropout to 0"
         )
     return cell
 

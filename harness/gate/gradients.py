@@ -120,7 +120,7 @@ class _Job:
             "r": lora.rank,
             "lora_alpha": lora.alpha,
             "target_modules": list(lora.targets),
-            "lora_dropout": 0.0,
+            "lora_dropout": lora.dropout,
         }
         (folder / truth.LORA).write_text(json.dumps(arguments))
         # A safetensors file can hold tied parameters only once; `named_parameters` lists them once.

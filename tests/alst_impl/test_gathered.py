@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from training import config_of, run_steps
 
-from alst_impl import hf, models
+from alst_impl import enable, hf, models
 from alst_impl.config import TrainConfig
 from alst_impl.layout import Layout, make_mesh
 from alst_impl.ops.attention.gather import gather
@@ -105,6 +105,42 @@ def test_what_cannot_be_gathered_is_refused_with_its_reason(ranks: Ranks) -> Non
     for found in ranks(2)(refusals, list(cases.values())):
         for reason, message in zip(cases, found, strict=True):
             assert reason in message
+
+
+def hidden_keys(rank: int, world_size: int, options: dict[str, Any]) -> None:
+    """Body of a rank: attention whose model hides one more key, from a token of each rank."""
+    for place in (None, (0, 0, -1, -3)):
+        model = models.materialize(family("gpt_neo"))
+        alst = enable(model, **options)
+
+        def hide(_: Any, args: Any, kwargs: Any, place: Any = place) -> Any:
+            mask = kwargs["attention_mask"].clone()
+            if place is not None:
+                mask[place] = False if mask.dtype == torch.bool else -1e9
+            return args, {**kwargs, "attention_mask": mask}
+
+        hf.mixers(model)[0].register_forward_pre_hook(hide, with_kwargs=True)
+        ids = torch.arange(1, 21)[None]
+        inputs = alst.shard({"input_ids": ids, "labels": ids})
+        if place is None:
+            model(**inputs)
+        else:
+            with pytest.raises(ValueError, match="neither causal nor a sliding window"):
+                model(**inputs)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sp": 2},
+        {"cp": 2, "method": "ring"},
+        {"cp": 2, "method": "ring", "placement": "contiguous"},
+    ],
+    ids=["alst", "zigzag", "contiguous"],
+)
+def test_a_mask_of_another_kind_is_refused(ranks: Ranks, options: dict[str, Any]) -> None:
+    """In both orders of tokens: the mask of the whole sequence is made anew, so that of a shard must be known."""
+    ranks(2)(hidden_keys, options)
 
 
 def test_slices_of_a_pipeline_do_not_cut_mixers(ranks: Ranks) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import torch.distributed as dist
-from small import LENGTH, batches, stock_gradients, stock_model
+from small import LENGTH, METHODS, batches, stock_gradients, stock_model
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from training import assert_same_gradients
@@ -42,20 +42,14 @@ def gradients(alst: Any, *inputs: Batch, called: Any = None) -> dict[str, Tensor
 # -- methods and groups ---------------------------------------------------------------------------
 
 
-METHODS: list[dict[str, Any]] = [
-    {"sp": 2},
-    {"sp": 2, "method": "layerwise"},
-    {"cp": 2, "method": "ring"},
-    {"sp": 1, "cp": 2, "method": "usp"},
-    {"sp": 2, "tile_loss": False, "tile_mlp": False, "checkpoint": False, "offload": False},
-]
+BARE = {"sp": 2, "tile_loss": False, "tile_mlp": False, "checkpoint": False, "offload": False}
 
 
 def every_method(rank: int, world_size: int) -> None:
     """Body of a rank: gradients under every method, for both reductions, with dp if there are ranks left."""
     data = batches()
     truth = stock_gradients(stock_model(), data)
-    for options in METHODS:
+    for options in (*METHODS, BARE):
         for reduction in ("mean", "sum"):
             alst = alst_impl.enable(stock_model(), reduction=reduction, **options)
             mine = data

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from small import batches, enabled, gradients_of, sgd, stock_gradients, stock_model
+from small import (
+    LAUNCHER,
+    METHODS,
+    batches,
+    enabled,
+    gradients_of,
+    sgd,
+    stock_gradients,
+    stock_model,
+)
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -189,19 +198,7 @@ def test_labels_of_a_step_are_counted(ranks: Ranks) -> None:
     ranks(2)(accumulate)
 
 
-LAUNCHER = {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-"""Variables that accelerate requires, although the group already exists."""
-
-
 # -- data -----------------------------------------------------------------------------------------
-
-
-METHODS: list[dict[str, Any]] = [
-    {"sp": 2},
-    {"sp": 2, "method": "layerwise"},
-    {"cp": 2, "method": "ring"},
-    {"sp": 1, "cp": 2, "method": "usp"},
-]
 
 
 def wrong_data(rank: int, world_size: int, options: dict[str, Any]) -> None:

@@ -175,7 +175,12 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str) -
     ("fields", "reason"),
     [
         ({"attn_logit_softcapping": 50.0}, "soft-capped attention logits"),
-        ({"attention_dropout": 0.1}, "attention dropout"),
+        ({"attention_dropout": 0.1}, "attention dropout (attention_dropout=0.1; 0 turns it off)"),
+        ({"attn_pdrop": 0.1}, "attention dropout (attn_pdrop=0.1; 0 turns it off)"),
+        (
+            {"layerdrop": 0.1},
+            "skipped at random, which each rank would choose alone (layerdrop=0.1;",
+        ),
         ({"output_router_logits": True}, "a router loss"),
         ({"layer_types": ["full_attention", "linear_attention"]}, "linear_attention in layer 1"),
         ({"model_type": "gpt_oss"}, "attention sinks"),

@@ -111,13 +111,13 @@ def phi3(dropout: float) -> Phi3ForCausalLM:
     return Phi3ForCausalLM(config).double().train()
 
 
-def adapted() -> Phi3ForCausalLM:
+def adapted(dropout: float) -> Phi3ForCausalLM:
     """The same model with adapters, which have dropout, too."""
     import peft
 
-    model = phi3(0.3)
+    model = phi3(dropout)
     adapters = peft.LoraConfig(
-        target_modules=["qkv_proj", "down_proj"], lora_dropout=0.3, init_lora_weights=False
+        target_modules=["qkv_proj", "down_proj"], lora_dropout=dropout, init_lora_weights=False
     )
     peft.inject_adapter_in_model(adapters, model)
     return model.double().train()
@@ -130,7 +130,9 @@ def gradients_of(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Te
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("build", [partial(phi3, 0.3), adapted], ids=["layers", "adapters"])
+@pytest.mark.parametrize(
+    "build", [partial(phi3, 0.5), partial(adapted, 0.5)], ids=["layers", "adapters"]
+)
 def test_a_checkpointed_model_with_dropout_has_the_gradients_of_the_stock_one(
     build: Callable[[], PreTrainedModel],
 ) -> None:
@@ -139,6 +141,26 @@ def test_a_checkpointed_model_with_dropout_has_the_gradients_of_the_stock_one(
     model = build()
     hf.checkpoint_layers(model, HostOffload(Placement(CPU)))
     assert_same_gradients(gradients_of(model, inputs), gradients_of(build(), inputs), 1e-10, 1e-10)
+
+
+@pytest.mark.parametrize(
+    "build", [partial(phi3, 0.5), partial(adapted, 0.5)], ids=["layers", "adapters"]
+)
+def test_tiles_in_checkpointed_layers_draw_in_backward_what_they_drew_in_forward(
+    build: Callable[[], PreTrainedModel],
+) -> None:
+    """Gradients are those of the same tiles without any recomputation, for the same seed."""
+    inputs = {"input_ids": IDS, "labels": IDS, "use_cache": False}
+    found = []
+    for recompute in (True, False):
+        model = build()
+        mlps, norms = hf.token_wise_modules(model)
+        for module in mlps + norms:
+            hf.tile_module(module, lambda _: 5, no_evidence(), recompute=recompute)
+        if recompute:
+            hf.checkpoint_layers(model, HostOffload(Placement(CPU)))
+        found.append(gradients_of(model, inputs))
+    assert_same_gradients(found[0], found[1], 1e-12, 1e-12)
 
 
 def sharded_gradients(rank: int, world_size: int) -> list[dict[str, Tensor]]:

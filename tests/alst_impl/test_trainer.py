@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
-from small import batches, enabled, stock_gradients, stock_model
+from small import LAUNCHER, batches, enabled, stock_gradients, stock_model
 from training import assert_same_gradients
 
 from alst_impl import LongSequenceTrainer
@@ -16,10 +16,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from conftest import Ranks
-
-
-LAUNCHER = {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-"""Variables that accelerate requires, although the group already exists."""
 
 
 def samples() -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
@@ -77,6 +78,22 @@ class Again:
             finally:
                 self._states = _states(self._device)
                 _restore(self._device, outside)
+
+
+@contextlib.contextmanager
+def drawing(device: torch.device, *name: object) -> Iterator[None]:
+    """Context whose random numbers, on `device` and on the CPU, follow from `name` alone.
+
+    Afterwards the generators are as if the block had not run.
+    """
+    outside = _states(device)
+    digest = hashlib.sha256(repr(name).encode()).digest()
+    for generator in _generators(device):
+        generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    try:
+        yield
+    finally:
+        _restore(device, outside)
 
 
 @contextlib.contextmanager

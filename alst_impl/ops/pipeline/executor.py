@@ -19,6 +19,7 @@ from torch.distributed import DeviceMesh, ProcessGroup
 
 from alst_impl.data import Batch
 from alst_impl.layout import Part
+from alst_impl.ops import draws
 from alst_impl.ops.pipeline.schedule import Unit, seq1f1b
 from alst_impl.ops.pipeline.sliced import SliceAttention
 
@@ -117,7 +118,8 @@ class Pipeline:
             if unit.backward:
                 self._backward(runtime, batch, live.pop(unit._replace(backward=False)))
             else:
-                live[unit], loss = self._forward(runtime, batch, num_valid)
+                with draws.of_rank(batch.layout, num_valid.device):
+                    live[unit], loss = self._forward(runtime, batch, num_valid)
                 if loss is not None:
                     total += loss
         for link in (self.ahead, self.back):

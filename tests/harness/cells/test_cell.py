@@ -61,6 +61,14 @@ def test_key_tells_all_fields_apart() -> None:
     assert len(keys) == 3
 
 
+def test_adapters_without_dropout_keep_their_key() -> None:
+    """Records of cells from before adapters could have dropout are theirs; with dropout it is another cell."""
+    without = make_cell({**SETTINGS, "lora": {"rank": 4}})
+    dropped = make_cell({**SETTINGS, "lora": {"rank": 4, "dropout": 0.05}, "gate": False})
+    assert without.key.endswith("-9d82febe")
+    assert dropped.key != make_cell({**SETTINGS, "lora": {"rank": 4}, "gate": False}).key
+
+
 def test_expanding_imports_no_torch() -> None:
     """Sweeps expand without torch, whose import takes seconds."""
     program = (
@@ -86,6 +94,8 @@ def test_expanding_imports_no_torch() -> None:
         ({"overrides": {"nope": 1}}, ["nope", "hidden_size"]),
         ({"data": {"corpus": "/no/such"}}, ["/no/such", "python-stdlib"]),
         ({"world": "moon"}, ["world", "moon"]),
+        ({"lora": {"rank": 4, "dropout": 1}}, ["lora.dropout", "less than 1"]),
+        ({"lora": {"rank": 4, "dropout": 0.05}}, ["gate (True)", "other masks", "dropout to 0"]),
     ],
 )
 def test_bad_settings_name_the_value_and_a_fix(change: dict[str, object], words: list[str]) -> None:
