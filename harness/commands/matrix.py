@@ -20,7 +20,7 @@ from harness.cells.cell import Cell
 from harness.cells.experiment import Experiment, load_experiment, read_experiment
 from harness.cells.grid import Matrix, Row
 from harness.commands.run import DEFAULT_RESULTS, record_path, truth_cache
-from harness.gate.verdict import judgement
+from harness.gate.verdict import exceptions, judgement, outcome_line
 from harness.records import families, record
 from harness.records.record import Measurement, Outcome
 from harness.run.measure import final, measure
@@ -109,7 +109,8 @@ def _write_outcomes(experiment: Experiment, results: Path) -> int:
         measured = None if cell is None else final(record_path(results, experiment, cell.key), cell)
         if cell is not None and measured is None:
             raise ValueError(f"{row.label} has no record of this code; run 'alst matrix' first")
-        found.append(families.family(row, measured, judgement(measured) if measured else ""))
+        said = (outcome_line(measured), exceptions(measured)) if measured else ()
+        found.append(families.family(row, measured, *said))
     record.write_text(families.PATH, families.text_of(found))
     print(families.PATH)
     return 0

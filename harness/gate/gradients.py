@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,15 +27,14 @@ from alst_impl.models import described, materialize, published
 from harness.gate import truth
 from harness.gate.verdict import (
     ROUNDED,
-    ROUNDING_ROOM,
     TOLERANCES,
     UPDATE_TOLERANCES,
     Tolerance,
-    excess,
     noise_floor,
     precision,
     scales,
     used,
+    widened,
     without_noise,
 )
 from harness.processes.jobs import Rank
@@ -69,10 +69,12 @@ class Truth(Frozen):
     """Gradients in fp64."""
     rounded: str | None = None
     """Gradients of the stock model in the cell's dtype, if that dtype alone loses much accuracy."""
+    doubts: str | None = None
+    """What rounding to that dtype can do to gradients, for a cell that failed: see `truth.doubts`."""
 
 
 def prepare_truths(rank: Rank, payload: dict[str, Any]) -> list[dict[str, Any]]:
-    """A `Truth` for each of `payload["trains"]`, kept in the folder `payload["cache"]`.
+    """A `Truth` for each of `payload["trains"]`, kept in the folder `payload["cache"]`; with `payload["doubts"]` or without.
 
     The name of a truth is a hash of weights, samples, configuration, `truth.py` and its libraries. One process
     computes all missing truths. Processes that need the same truth wait for the first to compute it.
@@ -83,7 +85,7 @@ def prepare_truths(rank: Rank, payload: dict[str, Any]) -> list[dict[str, Any]]:
     truths = []
     for raw in payload["trains"]:
         rank.progress("building the model for the truth")
-        truths.append(_wanted(TrainConfig(**raw), cache, jobs))
+        truths.append(_wanted(TrainConfig(**raw), cache, jobs, doubts=payload["doubts"]))
     with contextlib.ExitStack() as stack:
         for key in sorted(jobs):  # all processes lock in this order, so none deadlocks
             lock = stack.enter_context((cache / f"{key}.lock").open("w"))
@@ -103,6 +105,7 @@ class _Job:
     samples: dict[str, Tensor]
     output: Path
     dtype: DType
+    what: str
     lora: LoraConfig | None
 
     def saved(self, folder: Path) -> list[str]:
@@ -112,7 +115,8 @@ class _Job:
         else:
             self._save_adapted(folder, self.lora)
         save_file(self.samples, folder / "samples.safetensors")
-        return [str(folder), str(folder / "samples.safetensors"), str(self.output), self.dtype]
+        paths = [str(folder), str(folder / "samples.safetensors"), str(self.output)]
+        return [*paths, self.dtype, self.what]
 
     def _save_adapted(self, folder: Path, lora: LoraConfig) -> None:
         self.model.config.save_pretrained(folder)
@@ -128,8 +132,8 @@ class _Job:
         save_file(weights, folder / truth.ADAPTED)
 
 
-def _wanted(train: TrainConfig, cache: Path, jobs: dict[str, _Job]) -> Truth:
-    """The truth of `train`. Adds the runs that compute it to `jobs`, if it does not exist yet."""
+def _wanted(train: TrainConfig, cache: Path, jobs: dict[str, _Job], *, doubts: bool) -> Truth:
+    """The truth of `train`, with `doubts` or without. Adds the runs for what does not exist yet to `jobs`."""
     model = materialize(
         train
     ).float()  # exact, since weights are drawn in fp32 and then rounded to the dtype
@@ -139,15 +143,20 @@ def _wanted(train: TrainConfig, cache: Path, jobs: dict[str, _Job]) -> Truth:
         config["lora"] = train.lora.model_dump(mode="json")
     content = _content_hash(config, model.state_dict(), samples)
 
-    def file(dtype: DType) -> str:
+    def file(dtype: DType, what: str = "gradients") -> str:
         key = content if dtype == "float64" else f"{content}-{dtype}"
+        key += "" if what == "gradients" else f"-{what}"
         output = cache / f"{key}.safetensors"
         if not output.exists():
-            jobs[key] = _Job(model, samples, output, dtype, train.lora)
+            jobs[key] = _Job(model, samples, output, dtype, what, train.lora)
         return str(output)
 
+    if train.dtype not in ROUNDED:
+        return Truth(exact=file("float64"))
     return Truth(
-        exact=file("float64"), rounded=file(train.dtype) if train.dtype in ROUNDED else None
+        exact=file("float64"),
+        rounded=file(train.dtype),
+        doubts=file(train.dtype, "doubts") if doubts else None,
     )
 
 
@@ -176,8 +185,9 @@ def _run_truth(jobs: list[list[str]]) -> None:
         check=False,
     )
     lines = done.stderr.strip().splitlines()
-    if done.returncode == truth.REFUSED:
-        raise truth.Refused(lines[-1])
+    for code, refusal in ((truth.REFUSED, truth.Refused), (truth.UNABLE, truth.Unable)):
+        if done.returncode == code:
+            raise refusal(lines[-1])
     if done.returncode:
         raise RuntimeError(
             f"the truth could not be computed: {lines[-1] if lines else done.returncode}"
@@ -185,21 +195,40 @@ def _run_truth(jobs: list[list[str]]) -> None:
 
 
 def compare(ours: dict[str, Tensor], loss: float, truth: Truth, train: TrainConfig) -> Gate:
-    """Compare every parameter's gradient with the truth, in fp64. A missing gradient of ours counts as zero."""
-    expected = load_file(truth.exact)
+    """Compare every parameter's gradient with the truth, in fp64. A missing gradient of ours counts as zero.
+
+    With doubts, gradients may instead agree with the truth of other choices, with the same bounds.
+    """
+    truths = _truths(truth)
+    exact = {name: gradient for name, gradient in truths[""].items() if name != "loss"}
+    limits = _limits(exact, _alone(truth, exact), TOLERANCES[precision(train)])
+    first: Gate | None = None
+    for choice, expected in sorted(
+        truths.items(), key=lambda pair: len(pair[0])
+    ):  # few choices first
+        gate = _judged(ours, loss, expected, limits, train).model_copy(update={"choice": choice})
+        first = first or gate
+        if gate.passed:
+            return gate
+    assert first is not None
+    return first
+
+
+def _judged(
+    ours: dict[str, Tensor],
+    loss: float,
+    expected: dict[str, Tensor],
+    limits: dict[str, Tolerance],
+    train: TrainConfig,
+) -> Gate:
+    """The comparison with one truth."""
+    expected = dict(expected)
     truth_loss = float(expected.pop("loss"))
     rounding = precision(train)
     parameters = without_noise(_compared(ours, expected), rounding)
-    tolerance, rounded = TOLERANCES[rounding], _rounded(truth)
-    limits = _limits(expected, rounded, tolerance) if rounded else {}
     scale = scales(parameters)
     shares = [
-        used(
-            p,
-            tolerance,
-            limits.get(p.parameter, 1.0),
-            noise_floor(p, scale[p.parameter], rounding),
-        )
+        used(p, limits[p.parameter], noise_floor(p, scale[p.parameter], rounding))
         for p in parameters
     ]
     worst = max(range(len(shares)), key=shares.__getitem__)
@@ -247,21 +276,22 @@ def compare_update(
     `noise` has our gradients of parameters whose true gradient is only rounding error; they replace it.
     """
     ours = noise or {}
-    gradients = load_file(truth.exact) | ours
+    gradients = _truths(truth)[gate.choice] | ours
     del gradients["loss"]
     expected = stock_change(before, gradients, train.optimizer)
     change = {name: after[name].double() - before[name].double() for name in after}
     # A parameter without a gradient is frozen and must not change.
     expected |= {name: torch.zeros_like(c) for name, c in change.items() if name not in expected}
-    tolerance, rounded = UPDATE_TOLERANCES[precision(train)], _rounded(truth)
-    limits = {}
-    if rounded:
-        # An optimizer in that dtype rounds weights more than once, in the stock run too.
-        dtype: torch.dtype = getattr(torch, train.dtype)
-        alone = stock_change(before, rounded | ours, train.optimizer, dtype)
-        limits = _limits(expected, alone, tolerance)
+    tolerance = UPDATE_TOLERANCES[precision(train)]
+    # An optimizer in that dtype rounds weights more than once, in the stock run too.
+    dtype: torch.dtype = getattr(torch, train.dtype)
+    alone = [
+        stock_change(before, each | ours, train.optimizer, dtype)
+        for each in _alone(truth, gradients)
+    ]
+    limits = _limits(expected, alone, tolerance)
     updates = _compared(change, expected)
-    shares = [used(p, tolerance, limits.get(p.parameter, 1.0)) for p in updates]
+    shares = [used(p, limits[p.parameter]) for p in updates]
     worst = max(range(len(shares)), key=shares.__getitem__)
     found: dict[str, Any] = {"updates": updates}
     if gate.passed and shares[worst] > 1:
@@ -310,20 +340,40 @@ def _compared(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> list[Para
 
 
 def _limits(
-    expected: dict[str, Tensor], alone: dict[str, Tensor], tolerance: Tolerance
-) -> dict[str, float]:
-    """Factor on `tolerance` for each parameter: above 1 if rounding to the dtype alone, as in `alone`, needs more."""
-    compared = _compared(alone, expected)
-    return {p.parameter: max(1.0, ROUNDING_ROOM * excess(p, tolerance)) for p in compared}
+    expected: dict[str, Tensor], alone: Iterable[dict[str, Tensor]], tolerance: Tolerance
+) -> dict[str, Tolerance]:
+    """The bounds of each parameter: `tolerance`, or more if rounding to the dtype alone, as in `alone`, needs more."""
+    limits = dict.fromkeys(expected, tolerance)
+    for p in (p for each in alone for p in _compared(each, expected)):
+        limits[p.parameter] = widened(limits[p.parameter], p)
+    return limits
 
 
-def _rounded(truth: Truth) -> dict[str, Tensor]:
-    """Gradients of the stock model in the run's dtype; empty if they are not known."""
-    if truth.rounded is None:
-        return {}
-    gradients = load_file(truth.rounded)
-    del gradients["loss"]
-    return gradients
+def _alone(truth: Truth, expected: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Gradients with the errors of the stock model in the run's dtype, as often as they are known."""
+    if truth.doubts is not None:
+        for errors in _groups(truth.doubts, "error").values():
+            yield {name: true + errors[name] for name, true in expected.items()}
+    elif truth.rounded is not None:
+        gradients = load_file(truth.rounded)
+        del gradients["loss"]
+        yield gradients
+
+
+def _truths(truth: Truth) -> dict[str, dict[str, Tensor]]:
+    """The exact gradients under "", and those of other choices, with `loss`."""
+    others = {} if truth.doubts is None else _groups(truth.doubts, "truth")
+    return {"": load_file(truth.exact), **others}
+
+
+def _groups(doubts: str, kind: str) -> dict[str, dict[str, Tensor]]:
+    """The entries `kind|GROUP|NAME` of a file that `truth.doubts` made, by group and name."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in load_file(doubts).items():
+        held, group, name = key.split("|")
+        if held == kind:
+            found.setdefault(group, {})[name] = tensor
+    return found
 
 
 def _compare_one(name: str, ours: Tensor | None, truth: Tensor) -> ParameterGate:

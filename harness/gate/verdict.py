@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from alst_impl.config import DType, Frozen, Precision, TrainConfig
 from alst_impl.layout import sizes
 from alst_impl.methods.base import counted, layouts, load_method
-from harness.records.record import Gate, Measurement, ParameterGate
+from harness.records.record import Gate, Measurement, Outcome, ParameterGate
 
 
 class Tolerance(Frozen):
@@ -47,6 +47,8 @@ ROUNDED: set[DType] = {"bfloat16"}
 
 ROUNDING_ROOM = 2.0
 """If the stock model in a rounded dtype exceeds the tolerance, our error may be this many times the stock error.
+
+Ratio and cosine each have their own bound.
 
 Tiles and shards round at other places, but not more."""
 
@@ -111,12 +113,20 @@ def is_noise(parameter: ParameterGate, scale: float, rounding: Precision) -> boo
     return parameter.truth_norm is not None and parameter.truth_norm <= epsilon * scale
 
 
-def used(
-    parameter: ParameterGate, tolerance: Tolerance, limit: float = 1.0, floor: float = 0.0
-) -> float:
+def widened(tolerance: Tolerance, alone: ParameterGate) -> Tolerance:
+    """`tolerance`, with room for an error like that of the stock model in a rounded dtype, `alone`."""
+    if alone.ratio is None or alone.cosine is None:
+        return tolerance
+    return Tolerance(
+        ratio=max(tolerance.ratio, ROUNDING_ROOM * abs(alone.ratio - 1)),
+        cosine=max(tolerance.cosine, ROUNDING_ROOM * (1 - alone.cosine)),
+    )
+
+
+def used(parameter: ParameterGate, tolerance: Tolerance, floor: float = 0.0) -> float:
     """Used fraction of the allowed error; above 1 fails.
 
-    `limit` is a factor on `tolerance`. An error whose norm is below `floor` passes, whatever the norm of the truth.
+    An error whose norm is below `floor` passes, whatever the norm of the truth.
     """
     if parameter.error_norm is None:
         return math.inf
@@ -125,7 +135,7 @@ def used(
     absolute = parameter.error_norm / floor if floor else math.inf
     if parameter.ratio is None:
         return absolute
-    return min(absolute, excess(parameter, tolerance) / limit)
+    return min(absolute, excess(parameter, tolerance))
 
 
 def relative_error(parameter: ParameterGate) -> float:
@@ -234,7 +244,47 @@ def _within(gate: Gate, parameter: ParameterGate, train: TrainConfig) -> str:
     )
 
 
+def in_doubt(measurement: Measurement) -> bool:
+    """Whether a cell failed in a rounded dtype, so that one needs to know all that rounding can do to its gradients.
+
+    One run of the stock model shows one draw of its rounding error. That is enough for gradients of many numbers,
+    which are rounded independently. It is not where a gradient hangs on one number, as on a sum of terms that
+    cancel, or where rounding sends a token to another expert.
+    """
+    wrong = measurement.outcome is Outcome.WRONG_GRADIENT
+    return wrong and measurement.cell.train.dtype in ROUNDED
+
+
+def exceptions(measurement: Measurement) -> str:
+    """Why a cell passed although gradients differ from the truth by more than the tolerance; empty if none does."""
+    gate = measurement.readings and measurement.readings.gate
+    train = measurement.cell.train
+    if not gate or not gate.passed or train.dtype not in ROUNDED:
+        return ""
+    tolerance, found = TOLERANCES[precision(train)], []
+    if gate.choice:
+        found.append(f"as in the truth where {gate.choice}")
+    worst = max(gate.parameters, key=lambda p: excess(p, tolerance))
+    if excess(worst, tolerance) > 1:
+        found.append(
+            f"{_errors(worst)} of {worst.parameter}, at most {ROUNDING_ROOM:g} times what {train.dtype} does to it "
+            "in the stock model"
+        )
+    return "; ".join(found)
+
+
+def _errors(parameter: ParameterGate) -> str:
+    assert parameter.ratio is not None
+    assert parameter.cosine is not None
+    return f"ratio - 1 {parameter.ratio - 1:+.1e}, 1 - cosine {1 - parameter.cosine:.1e}"
+
+
 def judgement(measurement: Measurement) -> str:
+    """One line: why the comparison of a record failed, or its largest error and its exceptions if it passed."""
+    return "; ".join(filter(None, (outcome_line(measurement), exceptions(measurement))))
+
+
+def outcome_line(measurement: Measurement) -> str:
     """One line: why the comparison of a record failed, or the error of the worst parameter if it passed."""
     if measurement.readings is None or measurement.readings.gate is None or measurement.detail:
         return f"{measurement.outcome}: {measurement.detail}"
@@ -246,7 +296,5 @@ def judgement(measurement: Measurement) -> str:
         return (
             f"passed: worst {worst.parameter}, zero{_within(gate, worst, measurement.cell.train)}"
         )
-    return (
-        f"passed: worst {worst.parameter}, ratio - 1 {worst.ratio - 1:+.1e}, "
-        f"1 - cosine {1 - worst.cosine:.1e}" + (f"; {inexact}" if inexact else "")
-    )
+    line = f"passed: worst {worst.parameter}, {_errors(worst)}"
+    return f"{line}; {inexact}" if inexact else line

@@ -25,14 +25,18 @@ class Family(Frozen):
     outcome: Outcome
     detail: str
     """Why it was refused or failed, or its largest error."""
+    exceptions: str = ""
+    """Why it passed although gradients differ from the truth by more than the tolerance; empty if none does."""
     transformers: str
     """Version; empty if the settings were refused before anything ran."""
     torch: str
     commit: str
 
 
-def family(row: Row, measurement: Measurement | None, judgement: str) -> Family:
-    """The line of a row that was run, with its `judgement`, or that was refused before."""
+def family(
+    row: Row, measurement: Measurement | None, outcome_line: str = "", exceptions: str = ""
+) -> Family:
+    """The line of a row that was run, with what the gate says of it, or that was refused before."""
     levels = {name: row.levels[name] for name in ("model", "method", "dtype")}
     if measurement is None:
         assert row.refused is not None, "it was run"
@@ -43,7 +47,8 @@ def family(row: Row, measurement: Measurement | None, judgement: str) -> Family:
     return Family(
         **levels,
         outcome=measurement.outcome,
-        detail=_line((refused and measurement.detail) or judgement),
+        detail=_line((refused and measurement.detail) or outcome_line),
+        exceptions=_line(exceptions),
         transformers=made.versions["transformers"],
         torch=made.versions["torch"],
         commit=made.commit or "",

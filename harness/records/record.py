@@ -23,7 +23,10 @@ class Outcome(StrEnum):
 
     OK = "ok"
     REFUSED = "refused"
-    """The library refused the model or the settings when it saw them, with its reason."""
+    """The library refused the model or the settings when it saw them, or the stock model does not run in that dtype.
+
+    The detail has the reason.
+    """
     DOES_NOT_FIT = "does_not_fit"
     """The predicted step ran to its end, but needs more memory than the machine has."""
     GPU_OOM = "gpu_oom"
@@ -83,6 +86,8 @@ class Gate(Frozen):
     """
     wrong_update: ParameterGate | None = None
     """The update that exceeds its tolerance most, if all gradients are right and an update is wrong."""
+    choice: str = ""
+    """The choices between nearly equal scores that differ from those of the model in fp64, in the run and in the truth."""
 
 
 class Finding(Frozen):

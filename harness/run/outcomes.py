@@ -119,6 +119,8 @@ def classify(ending: Ending) -> tuple[Outcome, str | None]:
         return Outcome.HOST_OOM, line
     if ending.error == "NanLoss":
         return Outcome.NAN_LOSS, line
+    if ending.error == "Unable":
+        return Outcome.REFUSED, ending.message
     if _refusal(ending):
         return Outcome.REFUSED, ending.message
     text = f"{ending.error} {ending.message} {ending.trace}".lower()

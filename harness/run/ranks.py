@@ -31,6 +31,8 @@ UNWATCHED = "the process that reads the devices' memory ended before the run did
 """The ranks' own readings are complete, but another process may have used their devices."""
 TRUTHS_AT_ONCE = 16
 """Truths that one process computes, so that it imports torch once for all of them."""
+DOUBTING = 4
+"""How much longer the stock model may take with doubts, which are dozens of steps."""
 
 
 class Ran(Frozen):
@@ -74,14 +76,16 @@ def truths(
         yield ending.results[0] if ending.how == "finished" else [None] * len(some)
 
 
-def prepare(cells: Sequence[Cell], cache: Path, listener: Listener) -> Ending:
-    """Compute the truths of `cells` that `cache` lacks.
+def prepare(
+    cells: Sequence[Cell], cache: Path, listener: Listener, *, doubts: bool = False
+) -> Ending:
+    """Compute the truths of `cells` that `cache` lacks, with what rounding can do to them if `doubts`.
 
     Raises `ValueError` for a model that has no truth because its step draws random numbers.
     """
     trains = [cell.train.model_dump(mode="json") for cell in cells]
-    wanted = {"trains": trains, "cache": str(cache.resolve())}
-    timeout_s = max(cell.timeout_s for cell in cells)
+    wanted = {"trains": trains, "cache": str(cache.resolve()), "doubts": doubts}
+    timeout_s = max(cell.timeout_s for cell in cells) * (DOUBTING if doubts else 1)
     ending = client.submit("harness.gate.gradients:prepare_truths", wanted, 1, timeout_s, listener)
     if ending.error == "Refused":
         raise ValueError(f"{cells[0].label if len(cells) == 1 else 'the gate'}: {ending.message}")

@@ -12,7 +12,7 @@ from harness.records.record import Outcome
 
 
 def page(c: Committed) -> str:
-    """A row per model type, a column per method, and the reasons of refusals."""
+    """A row per model type, a column per method, and the reasons of refusals and exceptions."""
     found = c.families
     methods = list(dict.fromkeys(each.method for each in found))
     models = list(dict.fromkeys(each.model for each in found))
@@ -60,13 +60,15 @@ def _versions(found: Sequence[Family]) -> str:
 
 
 def _reasons(found: Sequence[Family]) -> dict[str, int]:
-    """What was not passed says, numbered."""
-    said = dict.fromkeys(_reason(f) for f in found if f.outcome is not Outcome.OK)
+    """What was refused, failed or passed with exceptions says, numbered."""
+    said = dict.fromkeys(filter(None, map(_reason, found)))
     return {reason: number for number, reason in enumerate(said, 1)}
 
 
 def _reason(each: Family) -> str:
-    """The message, without the path of the model."""
+    """The message, without the path of the model; empty if it passed without exceptions."""
+    if each.outcome is Outcome.OK:
+        return each.exceptions
     return each.detail.replace(f"tests/families/{each.model}.json", each.model)
 
 
@@ -80,10 +82,9 @@ def _cell(dtypes: Sequence[Family], reasons: dict[str, int]) -> str:
 
 
 def _word(each: Family, reasons: dict[str, int]) -> str:
-    if each.outcome is Outcome.OK:
-        return "passed"
-    kind = "refused" if each.outcome is Outcome.REFUSED else each.outcome.value
-    return f"{kind} ({reasons[_reason(each)]})"
+    reason = _reason(each)
+    kind = "passed" if each.outcome is Outcome.OK else each.outcome.value
+    return f"{kind} ({reasons[reason]})" if reason else kind
 
 
 def summary(c: Committed) -> list[tuple[str, str]]:
