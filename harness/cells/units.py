@@ -112,3 +112,13 @@ def number_text(value: float) -> str:
 def options_text(options: Mapping[str, Any]) -> list[str]:
     """Options of a method as words, such as `stream` and `every 4`."""
     return [f"{k} {v}".removesuffix(" True").replace("_", " ") for k, v in options.items()]
+
+
+LIMITS = {
+    "gpu_memory": "GPU memory",
+    "host_memory": "host memory",
+    "index_range": "32-bit index",
+    "heads": "number of heads",
+    "none": "nothing",
+}
+"""What stops a longer sequence, in words."""

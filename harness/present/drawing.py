@@ -29,12 +29,12 @@ from harness.records.table import NOT_MEASURED, NOT_SIMULATED, Results, source_l
 
 Kind = Literal["measured", "predicted", "published"]
 
-MARKS: dict[Kind, dict[str, Any]] = {
-    "measured": {"marker": "o", "markersize": 5.5, "linestyle": "-"},
-    "predicted": {"marker": "D", "markersize": 5, "linestyle": "--", "markerfacecolor": "white"},
+KINDS: dict[Kind, dict[str, Any]] = {
+    "measured": {"markersize": 6, "linestyle": "-"},
+    "predicted": {"markersize": 6, "linestyle": "--", "markerfacecolor": "white"},
     "published": {"marker": "*", "markersize": 11, "linestyle": "none"},
 }
-"""The three kinds of number; no two share a mark."""
+"""The three kinds of number: filled, hollow and a star; no two share a mark."""
 
 WRONG: dict[str, Any] = {
     "linestyle": "none",
@@ -66,6 +66,9 @@ GREY = "#5b6470"
 WHEEL = [sns.color_palette("colorblind").as_hex()[i] for i in (0, 1, 2, 3, 4, 5, 9, 6)]
 """Colours that colour-blind readers can tell apart. Words can be read in all but the last, which is pale."""
 
+SHAPES = dict(zip([GREY, *WHEEL], "osD^vPph<", strict=True))
+"""The shape of each colour's marks: a series is known by either."""
+
 STYLE = {
     **sns.axes_style("whitegrid"),
     **sns.plotting_context("notebook", font_scale=0.82),
@@ -91,11 +94,17 @@ def kind_of(world: World) -> Kind:
     return "predicted" if TRAITS[world].forecast else "measured"
 
 
+def mark(kind: Kind, colour: str) -> dict[str, Any]:
+    """How a point of `kind` looks in `colour`."""
+    return {"color": colour, "marker": SHAPES.get(colour, "o"), **KINDS[kind]}
+
+
 class Panels(NamedTuple):
-    """A figure and its panels, one row per `rows` value and one column per `columns` value."""
+    """A figure and its panels by what they show."""
 
     figure: Figure
-    axes: dict[tuple[Any, Any], Axes]
+    axes: dict[Any, Axes]
+    columns: int
 
 
 def palette(series: Iterable[str]) -> dict[str, str]:
@@ -118,25 +127,24 @@ def palette(series: Iterable[str]) -> dict[str, str]:
     return {name: found[name] if name in found else next(free) for name in shown}
 
 
-def panels(rows: list[Any], columns: list[Any], width: float = 3.3, height: float = 2.7) -> Panels:
-    """Panels with common axes, for every pair of `rows` and `columns`."""
+def panels(
+    shown: Sequence[Any], across: int = 3, width: float = 3.3, height: float = 2.7
+) -> Panels:
+    """A panel with common axes for each of `shown`, at most `across` beside each other."""
+    columns = max(min(len(shown), across), 1)
+    rows = math.ceil(len(shown) / columns)
     figure = Figure(
-        figsize=(max(width * len(columns) + 1.0, 5.6), height * len(rows) + 1.3),
-        layout="constrained",
+        figsize=(max(width * columns + 1.0, 5.6), height * rows + 1.3), layout="constrained"
     )
-    grid = figure.subplots(len(rows), len(columns), sharex=True, sharey=True, squeeze=False)
-    axes = {(r, c): grid[i][j] for i, r in enumerate(rows) for j, c in enumerate(columns)}
-    return Panels(figure, axes)
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    for unused in grid[len(shown) :]:
+        unused.remove()
+    return Panels(figure, dict(zip(shown, grid, strict=False)), columns)
 
 
-def label_edges(panels: Panels, xlabel: str) -> None:
-    """Label the first visible panel of each row and the last visible one of each column."""
-    visible = {place: axes for place, axes in panels.axes.items() if axes.get_visible()}
-    leftmost = {row: axes for (row, _), axes in reversed(visible.items())}
-    lowest = {column: axes for (_, column), axes in visible.items()}
-    for axes in leftmost.values():
-        axes.tick_params(labelleft=True)
-    for axes in lowest.values():
+def label_lowest(panels: Panels, xlabel: str) -> None:
+    """Label the lowest panel of each column."""
+    for axes in list(panels.axes.values())[-panels.columns :]:
         axes.tick_params(labelbottom=True)
         axes.set_xlabel(xlabel)
 
@@ -146,7 +154,7 @@ def line(axes: Axes, points: pd.DataFrame, metric: str, colour: str, kind: Kind)
     points = points.dropna(subset=[metric]).sort_values("seqlen")
     if points.empty:
         return
-    axes.plot(points["seqlen"], points[metric], color=colour, **MARKS[kind])
+    axes.plot(points["seqlen"], points[metric], **mark(kind, colour))
     wrong = points[untrusted(points)]
     axes.plot(wrong["seqlen"], wrong[metric], **WRONG)
 
@@ -230,11 +238,14 @@ def finish(
     cells: pd.DataFrame,
     note: str = "",
 ) -> Figure:
-    """Title, legend of the series and marks in use, and the source line below."""
-    worlds = dict(zip(cells["series"], cells["world"], strict=True))
-    handles = [
-        handle(name, colours[name], kind_of(worlds[name])) for name in colours if name in worlds
-    ]
+    """Title, legend of the series and marks in use, and the source line below.
+
+    Without `colours`, where rows name the series, the legend has the kinds of numbers alone.
+    """
+    kinds = {name: kind_of(w) for name, w in zip(cells["series"], cells["world"], strict=True)}
+    handles = [handle(name, colours[name], kinds[name]) for name in colours if name in kinds]
+    if not colours:
+        handles = [handle(kind, INK, kind) for kind in dict.fromkeys(kinds.values())]
     if untrusted(cells).any():
         handles.append(Line2D([], [], label="gradients wrong or not compared", **WRONG))
     return frame(figure, results, title, handles, note)
@@ -243,26 +254,69 @@ def finish(
 def frame(
     figure: Figure, results: Results, title: str, handles: Sequence[Line2D], note: str = ""
 ) -> Figure:
-    """Title and legend above, note and source line below. The legend explains the cross of a step that does not fit."""
+    """Title and legend above, note and source line below; words beside points stay within their panels.
+
+    The legend explains the cross of a step that does not fit.
+    """
     gid = DOES_NOT_FIT["gid"]
     if any(line.get_gid() == gid for axes in figure.axes for line in axes.get_lines()):
         handles = [*handles, Line2D([], [], label="does not fit", **DOES_NOT_FIT)]
-    legend = figure.legend(
-        handles=handles,
-        loc="outside upper left",
-        ncols=min(max(len(handles), 1), 4),
-        frameon=False,
-        title=title,
-        title_fontproperties={"size": 12, "weight": "bold"},
-        alignment="left",
-        borderaxespad=0.2,
-    )
-    legend.get_title().set_color(INK)
+    _legend(figure, title, handles)
     columns = int(figure.get_figwidth() * 16)
     lines = [part for text in (note, source_line(results)) for part in wrap(text, columns)]
     foot = "\n".join(lines)
     figure.supxlabel(foot, x=0.01, ha="left", fontsize=7.5, color=FAINT)
+    _make_room(figure)
     return figure
+
+
+def _legend(figure: Figure, title: str, handles: Sequence[Line2D]) -> None:
+    """Title and legend in as many columns as the figure is wide enough for."""
+    heading = "\n".join(wrap(title, int(figure.get_figwidth() * 9)))
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    for ncols in range(min(max(len(handles), 1), 5), 0, -1):
+        legend = figure.legend(
+            handles=handles,
+            loc="outside upper left",
+            ncols=ncols,
+            frameon=False,
+            title=heading,
+            title_fontproperties={"size": 12, "weight": "bold"},
+            alignment="left",
+            borderaxespad=0.2,
+        )
+        legend.get_title().set_color(INK)
+        if ncols == 1 or legend.get_window_extent(renderer).width < figure.bbox.width:
+            return
+        legend.remove()
+
+
+def _make_room(figure: Figure) -> None:
+    """Widen horizontal axes until no words beside points cross a frame."""
+    shared = [axes.get_shared_x_axes().get_siblings(axes) for axes in figure.axes]
+    groups = {id(group[0]): group for group in shared}
+    for _ in range(4):
+        figure.draw_without_rendering()
+        widened = [_widen(group) for group in groups.values()]
+        if not any(widened):
+            return
+
+
+def _widen(group: list[Axes]) -> bool:
+    """Widen the horizontal axis of panels by what words overlap a frame; returns whether any do."""
+    axes, gap = group[0], 4
+    frame = axes.get_window_extent()
+    boxes = [text.get_window_extent() for each in group for text in each.texts if text.get_text()]
+    over = [max([0.0, *(frame.x0 - box.x0 + gap for box in boxes)])]
+    over += [max([0.0, *(box.x1 - frame.x1 + gap for box in boxes)])]
+    if not 1 < max(over) < frame.width:
+        return False
+    scale = axes.xaxis.get_transform()
+    low, high = scale.transform(axes.get_xlim())
+    # A point moves away from the frame by less than the axis widens.
+    left, right = (1.3 * (high - low) * each / frame.width for each in over)
+    axes.set_xlim(scale.inverted().transform([low - left, high + right]))
+    return True
 
 
 def point(
@@ -277,28 +331,35 @@ def point(
     *,
     fits: bool = True,
 ) -> None:
-    """One point with the mark of `kind`, and words right of it, or left of it with `side` -1.
+    """One point with the mark of `kind`, and `words` beside it, in its colour or in `ink`.
 
-    Words are in the point's colour, or in `ink`. A step that does not fit is crossed out.
+    A step that does not fit is crossed out.
     """
-    axes.plot([x], [y], color=colour, zorder=3, clip_on=False, **MARKS[kind])
+    axes.plot([x], [y], zorder=3, clip_on=False, **mark(kind, colour))
     if not fits:
         axes.plot([x], [y], clip_on=False, **DOES_NOT_FIT)
+    if label:
+        words(axes, x, y, label, ink or colour, side)
+
+
+def words(axes: Axes, x: float, y: float, text: str, ink: str, side: int = 1) -> None:
+    """Words right of a point, or left of it with `side` -1."""
     axes.annotate(
-        label,
+        text,
         (x, y),
         xytext=(9 * side, 0),
         textcoords="offset points",
         ha="left" if side > 0 else "right",
         va="center",
         fontsize=7.5,
-        color=ink or colour,
+        color=ink,
+        bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.5},
     )
 
 
 def handle(label: str, colour: str, kind: Kind) -> Line2D:
     """A legend entry."""
-    return Line2D([], [], color=colour, label=label, **MARKS[kind])
+    return Line2D([], [], label=label, **mark(kind, colour))
 
 
 def say(axes: Axes, text: str) -> None:

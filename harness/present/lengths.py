@@ -105,7 +105,7 @@ def _of(results: Results) -> Iterator[Length]:
             method=method.name,
             options=tuple(options),
             num_gpus=cell.train.world_size,
-            hardware=cell.hardware.upper(),
+            hardware=f"simulated {cell.hardware.upper()}",
             host_bytes=cell.simulation.host_memory_bytes,
             tokens=search.longest_tokens,
             limit=search.limit,

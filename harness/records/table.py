@@ -85,7 +85,8 @@ def committed(path: Path) -> list[tuple[Path, Results]]:
 
     Measured results come one per hardware. Their cells are those of the records, in the order of the
     experiment: a reference stands for the code and the sweep of its day. Forecasts for all hardware come as
-    one, with the cells of the experiment, recorded or not. Raises `ValueError` for a folder without records.
+    one, with the cells of the experiment, recorded or not, and the folder of the hardware that has most records.
+    Raises `ValueError` for a folder without records.
     """
     e = load_experiment(path)
     cells = e.cells()
@@ -95,7 +96,8 @@ def committed(path: Path) -> list[tuple[Path, Results]]:
     folders_of = {key: paths.REFERENCE / cell.hardware / e.name for key, cell in cells.items()}
     files = {key: folder / f"{key}.json" for key, folder in folders_of.items()}
     measurements = {key: record.read(file) for key, file in files.items() if file.is_file()}
-    return [(next(iter(folders_of.values())), _results(e, cells, measurements, e.claims()))]
+    (most, _), *_ = Counter(folders_of[key] for key in measurements or cells).most_common()
+    return [(most, _results(e, cells, measurements, e.claims()))]
 
 
 def _reference(e: Experiment, folder: Path) -> Results:
@@ -337,7 +339,7 @@ def source_line(results: Results) -> str:
     parts = [
         results.name,
         "commit " + _few(commit_name(p) for p in provenances),
-        _few(f"{p.device}, {p.cores} cores" for p in provenances),
+        _few(machine_of(m) for m in results.measurements.values()),
         _few(p.utc[:10] for p in provenances),
     ]
     missing = [cell for key, cell in results.cells.items() if key not in results.measurements]
@@ -345,6 +347,13 @@ def source_line(results: Results) -> str:
         words = _few(outcome_of(cell, None) for cell in missing)
         parts.append(f"{len(missing)} of {len(results.cells)} cells {words}")
     return " · ".join(parts)
+
+
+def machine_of(m: Measurement) -> str:
+    """The machine that ran the cell of a record; of a forecast the one that was simulated."""
+    if m.cell.traits.forecast:
+        return f"simulated {m.cell.hardware.upper()}"
+    return f"{m.provenance.device}, {m.provenance.cores} cores"
 
 
 def commit_name(p: Provenance) -> str:

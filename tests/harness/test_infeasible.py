@@ -65,7 +65,7 @@ def test_an_infeasible_step_is_shown_as_infeasible(results: Results) -> None:
     assert (m.outcome, m.detail) == (Outcome.DOES_NOT_FIT, "more than the GPU's memory: 90 GiB")
     assert set(tidy(results)["outcome"]) == {"does_not_fit"}
     grid = simulated_grid(results)
-    assert {"does_not_fit", "gpu_memory"} <= set(grid.rows[0])
+    assert {"does_not_fit", "GPU memory"} <= set(grid.rows[0])
     assert finding_grid(results).rows == []
     (claim,) = evidence([results])
     assert claim.infeasible
@@ -121,7 +121,7 @@ def test_simulated_cells_are_never_drawn_as_measured() -> None:
     of = cell("alst", 1, world="phantom", engine="fsdp2", hardware="h100-80gb")
     results = Results("n", "q", "s", ["peak_memory"], {of.key: of}, {of.key: simulated(of)})
     (entry,) = draw("peak_memory", results).legends[0].get_lines()
-    assert entry.get_marker() == drawing.MARKS["predicted"]["marker"]
+    assert (entry.get_label(), entry.get_markerfacecolor()) == ("predicted", "white")
     absent = Results("n", "q", "s", ["methods"], {of.key: of}, {})
     assert "not simulated" in drawing.source_line(absent)
     assert "not measured" not in svg(draw("methods", absent))

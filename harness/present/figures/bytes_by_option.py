@@ -56,7 +56,6 @@ def draw(results: Results) -> Figure:
         axes.set_yticks(range(len(rows)), [label for label, _, _, _ in rows])
         axes.set_xlabel(name)
         axes.set_xlim(left=0)
-        axes.margins(x=0.2)
     if not rows:
         drawing.say(panels[0], NOT_SIMULATED)
     handles = [drawing.handle(name, colours[name], "predicted") for name in methods]

@@ -28,12 +28,8 @@ def draw(results: Results) -> Figure:
     axes = figure.subplots()
     if not points:
         drawing.say(axes, NOT_SIMULATED)
-    axes.plot(
-        [n for n, _, _ in points],
-        [b for _, b, _ in points],
-        color=colour,
-        **drawing.MARKS["predicted"],
-    )
+    lengths, held = [n for n, _, _ in points], [nbytes for _, nbytes, _ in points]
+    axes.plot(lengths, held, **drawing.mark("predicted", colour))
     for n, nbytes, fits in points:
         drawing.point(axes, n, nbytes, colour, "predicted", fits=fits)
         axes.annotate(

@@ -42,8 +42,7 @@ def _draw(axes: Axes, results: Results, rows: list[str], found: list[Evidence]) 
         if e.predicted and e.error is not None:
             text = f"{_number(e.quantity, e.predicted)}, {percent_text(e.error)}"
             drawing.point(axes, e.predicted, y + 0.2, colour, "predicted", text)
-    # Room for the words on the right.
-    axes.set_xlim(0, axes.get_xlim()[1] * 1.3)
+    axes.set_xlim(left=0)
 
 
 def draw(results: Results) -> Figure:
@@ -58,7 +57,7 @@ def draw(results: Results) -> Figure:
             low, high = axes.dataLim.intervalx
             axes.set_xscale("log")
             axes.xaxis.set_minor_formatter(NullFormatter())
-            axes.set_xlim(low / 1.5, high * 4)
+            axes.set_xlim(low / 1.5, high)
         axes.set_xlabel(label)
         axes.xaxis.set_major_formatter(
             FuncFormatter(lambda value, _, quantity=quantity: _number(quantity, value))

@@ -33,12 +33,12 @@ def _draw_model(axes: Axes, results: Results, model: str, colours: dict[str, str
     for place, (method, colour) in enumerate(colours.items()):
         points = [p for p in _predictions(results, model, method) if p[1]]
         sizes, longest = [n for n, _, _ in points], [tokens for _, tokens, _ in points]
-        axes.plot(sizes, longest, color=colour, **drawing.MARKS["predicted"])
+        axes.plot(sizes, longest, **drawing.mark("predicted", colour))
         for n, tokens, sign in points:
             axes.annotate(
                 sign,
                 (n, tokens),
-                xytext=(0, 6 if place else -13),
+                xytext=(0, 7) if place else (-11, -3),
                 textcoords="offset points",
                 ha="center",
                 fontsize=8,
@@ -52,9 +52,8 @@ def _draw_model(axes: Axes, results: Results, model: str, colours: dict[str, str
         and results.cells[e.key].train.model == model
         and features(results.cells[e.key]) != "baseline"
     }
-    axes.plot(
-        list(stars), list(stars.values()), color=drawing.INK, zorder=4, **drawing.MARKS["published"]
-    )
+    star = drawing.mark("published", drawing.INK)
+    axes.plot(list(stars), list(stars.values()), zorder=4, **star)
     sizes = sorted({n for method in colours for n, _, _ in _predictions(results, model, method)})
     unpublished = [n for n in sizes if n not in stars]
     axes.set_title(model)

@@ -27,7 +27,9 @@ def draw(results: Results) -> Figure:
         _draw_panel(axes, lengths, colours)
     lowest = grid[-1][0]
     lowest.set_xscale("log")
-    lowest.set_xlim(min(each.tokens for each in rows) / 1.6, 3 * max(each.tokens for each in rows))
+    lowest.set_xlim(
+        min(each.tokens for each in rows) / 1.6, 1.2 * max(each.tokens for each in rows)
+    )
     lowest.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tokens_text(value)))
     lowest.xaxis.set_minor_formatter(NullFormatter())
     lowest.set_xlabel("longest sequence [tokens]")
@@ -49,9 +51,10 @@ def _draw_panel(axes: Axes, lengths: list[Length], colours: dict[str, str]) -> N
 
 
 def _label(each: Length) -> str:
-    """System and hardware; a prediction's node, which limits it, in place of the hardware."""
-    where = f"{each.host} host" if each.host else each.hardware
-    return f"{each.system} ({where})"
+    """System and hardware; of a prediction its node, too, which limits it."""
+    if each.is_published:
+        return f"{each.system} ({each.hardware})"
+    return f"our {each.system} ({each.hardware}, {each.host} host)"
 
 
 NOTE = (

@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, cycle, repeat
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from harness.cells.cell import Cell
 from harness.cells.units import length_text
 from harness.present import drawing
+from harness.present.drawing import STOCK
 from harness.present.figures.base import methods_of
 from harness.records.record import Measurement
 from harness.records.table import Results, tidy, wide
 
 DIFFERENCE = "difference\nto unsharded"
-LABELS = ("loss [nats/token]", DIFFERENCE, "gradient norm", DIFFERENCE, "1 - cosine\nof gradients")
+ROWS = (
+    ("loss [nats/token]", 2),
+    (DIFFERENCE, 1.2),
+    ("gradient norm", 2),
+    (DIFFERENCE, 1.2),
+    ("1 - cosine\nof gradients", 1.4),
+)
+"""Label and height of each row of panels. The last is there where gradients were compared."""
 RESOLUTION = 2.0**-52
 
 
@@ -59,7 +68,7 @@ def pairings(results: Results) -> Iterator[tuple[str, Pairing]]:
 
 
 def _pair(results: Results, group: pd.DataFrame) -> Pairing | None:
-    whole = group[(group["sp"] == 1) & (group["method"] == "baseline")]
+    whole = group[(group["sp"] == 1) & (group["method"] == STOCK)]
     order = methods_of(results.cells.values())
     sharded = group[group["sp"] > 1].sort_values(
         ["method", "sp"],
@@ -78,18 +87,27 @@ def _name(row: pd.Series) -> str:
     return f"{row['method']} sp={row['sp']}" if row["sp"] > 1 else str(row["method"])
 
 
+def _has_cosines(pairing: Pairing) -> bool:
+    runs = chain([pairing.whole], *pairing.sharded.values())
+    return any(run.readings and run.readings.cosine for run in runs)
+
+
 def _draw_cosines(axes: Axes, pairing: Pairing, colours: dict[str, str]) -> None:
     """1 - cosine between the whole gradient of a run and that of the stock model with the weights of the run."""
-    runs = {"baseline": [pairing.whole], **pairing.sharded}
+    runs = {STOCK: [pairing.whole], **pairing.sharded}
     for name, measurements in runs.items():
         for run in measurements:
             cosines = run.readings.cosine if run.readings else []
             # A gap of zero has no place on a logarithmic axis: it stands at the resolution of fp64.
             gaps = [max(1 - cosine, RESOLUTION) for cosine in cosines]
-            axes.plot(range(1, len(gaps) + 1), gaps, color=colours[name], linewidth=1)
+            look = drawing.mark("measured", colours[name]) | {"linewidth": 1, "markersize": 4.5}
+            axes.plot(range(1, len(gaps) + 1), gaps, markevery=_every(gaps), **look)
     axes.set_yscale("log")
-    if not any(run.readings and run.readings.cosine for m in runs.values() for run in m):
-        drawing.say(axes, "not compared")
+
+
+def _every(values: Sequence[float]) -> int:
+    """A mark at one of so many steps, so that marks stay apart."""
+    return max(len(values) // 12, 1)
 
 
 def _losses(m: Measurement) -> list[float]:
@@ -110,7 +128,7 @@ def _draw_pair(
     """`upper`: what `read` gives of every run, by step. `lower`: the same less the unsharded run."""
     truth = read(pairing.whole)
     steps = range(1, len(truth) + 1)
-    upper.plot(steps, truth, color=colours["baseline"], linewidth=8, alpha=0.3)
+    upper.plot(steps, truth, color=colours[STOCK], linewidth=8, alpha=0.3)
     # Lines that coincide stay visible: each next one is thinner.
     for (name, runs), width in zip(
         pairing.sharded.items(), chain((3.2, 1.4, 0.8), repeat(0.5)), strict=False
@@ -119,9 +137,10 @@ def _draw_pair(
             values = read(run)[: len(truth)]
             common = steps[: len(values)]
             gap = [ours - theirs for ours, theirs in zip(values, truth, strict=False)]
-            look: dict[str, Any] = {"color": colours[name], "linestyle": style, "linewidth": width}
-            upper.plot(common, values, **look)
-            lower.plot(common, gap, **look)
+            look = drawing.mark("measured", colours[name])
+            look |= {"linestyle": style, "linewidth": width, "markersize": 4.5}
+            upper.plot(common, values, markevery=_every(values), **look)
+            lower.plot(common, gap, markevery=_every(gap), **look)
     lower.axhline(0, color=drawing.FAINT, linewidth=0.8)
     lower.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     lower.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -130,27 +149,36 @@ def _draw_pair(
 def draw(results: Results) -> Figure:
     """A column per model: losses and gradient norms of all runs on the same data, and their differences."""
     pairs = list(pairings(results))
-    cells = wide(tidy(results))
-    cells["series"] = [_name(row) for _, row in cells.iterrows()]
-    colours = drawing.palette(["baseline", *cells["series"]])
+    colours = drawing.palette(
+        [STOCK, *chain.from_iterable(pairing.sharded for _, pairing in pairs)]
+    )
+    compared = any(_has_cosines(pairing) for _, pairing in pairs)
+    rows = ROWS if compared else ROWS[:-1]
     columns = max(len(pairs), 1)
-    figure = Figure(figsize=(max(3.3 * columns + 0.8, 5.6), 10.2), layout="constrained")
-    ratios = [2, 1.2, 2, 1.2, 1.4]
-    grid = figure.subplots(5, columns, sharex="col", squeeze=False, height_ratios=ratios)
+    heights = [height for _, height in rows]
+    figure = Figure(
+        figsize=(max(3.3 * columns + 0.8, 6.4), 1.28 * sum(heights)), layout="constrained"
+    )
+    grid = figure.subplots(len(rows), columns, sharex="col", squeeze=False, height_ratios=heights)
     if not pairs:
         drawing.say(grid[0][0], "no length was run both ways")
     for (model, pairing), *axes in zip(pairs, *grid, strict=False):
         _draw_pair(axes[0], axes[1], pairing, _losses, colours)
         _draw_pair(axes[2], axes[3], pairing, _norms, colours)
         axes[0].set_title(f"{model}, {length_text(pairing.whole.cell.train.seqlen)} tokens")
-        _draw_cosines(axes[4], pairing, colours)
-        axes[4].set_xlabel("step")
-    for row, label in enumerate(LABELS):
+        if compared:
+            _draw_cosines(axes[4], pairing, colours)
+        axes[-1].set_xlabel("step")
+    for row, (label, _) in enumerate(rows):
         grid[row][0].set_ylabel(label)
-    note = (
-        "Wide grey line: stock model, unsharded. Differences: each run less that line. Last row: the whole gradient of a "
-        "run against that of the stock model in fp64, with the weights of the run at that step and the same samples."
-    )
+    wide = Line2D([], [], color=drawing.GREY, linewidth=8, alpha=0.3, label="stock, unsharded")
+    handles = [drawing.handle(name, colours[name], "measured") for name in colours if name != STOCK]
     title = "Loss with and without sequence parallelism"
-    cells = cells.assign(gate="passed")  # the losses are the comparison here
-    return drawing.finish(figure, results, title, colours, cells, note)
+    return drawing.frame(figure, results, title, [wide, *handles], NOTE + compared * COSINES)
+
+
+NOTE = "Wide grey line: stock model, unsharded. Differences: each run less that line."
+COSINES = (
+    " Last row: the whole gradient of a run against that of the stock model in fp64, with the weights of the run at "
+    "that step and the same samples."
+)

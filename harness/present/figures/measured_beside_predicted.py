@@ -32,8 +32,7 @@ def draw(results: Results) -> Figure:
         for twin in found:
             if twin.quantity == quantity:
                 _draw_pair(axes, twin, rows, colours)
-        # Room for the words right of the last point; a limit that is set first would stay.
-        axes.set_xlim(0, 1.35 * max((t.measured / 2**30 for t in found), default=1))
+        axes.set_xlim(0, 1.05 * max((t.measured / 2**30 for t in found), default=1))
         axes.set_yticks(range(len(rows)), rows)
         axes.set_ylim(max(len(rows), 1) - 0.5, -0.5)
     if not found:
@@ -51,7 +50,8 @@ def _draw_pair(axes: Axes, twin: Twin, rows: list[str], colours: dict[str, str])
     measured, predicted = twin.measured / 2**30, twin.predicted / 2**30
     axes.plot([measured, predicted], [y, y], color=colour, linewidth=1)
     drawing.point(axes, measured, y, colour, "measured")
-    drawing.point(axes, predicted, y, colour, "predicted", f"{twin.error:+.1%}")
+    drawing.point(axes, predicted, y, colour, "predicted")
+    drawing.words(axes, max(measured, predicted), y, f"{twin.error:+.1%}", colour)
 
 
 NOTE = (

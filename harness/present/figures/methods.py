@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -11,19 +12,10 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from alst_impl.layout import AXES
 from harness.cells.cell import Cell
 from harness.cells.prediction import Simulated
-from harness.cells.units import bytes_text, tokens_text
+from harness.cells.units import LIMITS, bytes_text, tokens_text
 from harness.present import drawing
 from harness.present.figures.base import simulated
 from harness.records.table import NOT_SIMULATED, Results
-
-LIMITS = {
-    "gpu_memory": "GPU memory",
-    "host_memory": "host memory",
-    "index_range": "32-bit index",
-    "heads": "number of heads",
-    "none": "nothing",
-}
-"""What stops a method, in the words of the figure."""
 
 Rows = dict[str, tuple[Cell, Simulated]]
 """By method: its cell and what was read."""
@@ -64,61 +56,74 @@ def _fits(_: Cell, s: Simulated) -> bool:
     return s.fits
 
 
+class Panel(NamedTuple):
+    """What a column shows."""
+
+    reading: Callable[[Cell, Simulated], tuple[float, str]]
+    """A number, and the words beside it."""
+    fits: Callable[[Cell, Simulated], bool]
+    text: Callable[[float], str]
+    """Words of the axis."""
+    base: int
+    """Of the logarithm."""
+    label: str
+
+
 PANELS = (
-    (_length, _any_fits, tokens_text, 10, "longest sequence [tokens]", 30),
-    (_cost, _fits, bytes_text, 2, "allocated at the peak, per token of a rank", 6),
+    Panel(_length, _any_fits, tokens_text, 10, "longest sequence [tokens]"),
+    Panel(_cost, _fits, bytes_text, 2, "allocated at the peak, per token of a rank"),
 )
-"""What a column shows, whether that fits, the words of its axis, its base and label, and its room for words, as a factor."""
 
 
 def draw(results: Results) -> Figure:
     """A row of panels per number of GPUs, a column for lengths and one for bytes per token."""
     by_gpus = _by_gpus(results)
-    methods = list(dict.fromkeys(c.train.method.name for c in results.cells.values()))
-    methods = [m for m in methods if any(m in rows for rows in by_gpus.values())]
-    colours = drawing.palette(methods)
-    height = 1.2 + (0.26 * max(len(methods), 3) + 0.4) * max(len(by_gpus), 1)
-    figure = Figure(figsize=(10, height), layout="constrained")
+    order = list(dict.fromkeys(c.train.method.name for c in results.cells.values()))
+    colours = drawing.palette(order)
+    heights = [0.26 * len(rows) + 0.4 for rows in by_gpus.values()] or [1.2]
+    figure = Figure(figsize=(10, 1.4 + sum(heights)), layout="constrained")
     grid = figure.subplots(
-        max(len(by_gpus), 1), 2, sharex="col", sharey=True, squeeze=False, width_ratios=(2, 1)
+        len(heights),
+        2,
+        sharex="col",
+        sharey="row",
+        squeeze=False,
+        width_ratios=(2, 1),
+        height_ratios=heights,
     )
     if not by_gpus:
         drawing.say(grid[0][0], NOT_SIMULATED)
     for (gpus, rows), pair in zip(by_gpus.items(), grid, strict=False):
-        for axes, (reading, fits, *_) in zip(pair, PANELS, strict=True):
-            for place, method in enumerate(methods):
-                if method in rows:
-                    value, words = reading(*rows[method])
-                    colour = colours[method]
-                    drawing.point(
-                        axes,
-                        value,
-                        place,
-                        colour,
-                        "predicted",
-                        words,
-                        ink=drawing.INK,
-                        fits=fits(*rows[method]),
-                    )
+        methods = [method for method in order if method in rows]
+        for axes, panel in zip(pair, PANELS, strict=True):
+            _draw_rows(axes, rows, methods, colours, panel)
         pair[0].set_title(f"{gpus} GPU{'s' if gpus > 1 else ''}", loc="left")
-    for axes, (*_, text, base, label, room) in zip(grid[-1], PANELS, strict=True):
-        _finish_axis(axes, text, base, room if by_gpus else 1)
-        axes.set_xlabel(label)
-    grid[0][0].set_yticks(range(len(methods)), methods)
-    grid[0][0].set_ylim(max(len(methods), 1) - 0.5, -0.5)
+        pair[0].set_yticks(range(len(methods)), methods)
+        pair[0].set_ylim(len(methods) - 0.5, -0.5)
+    for axes, panel in zip(grid[-1], PANELS, strict=True):
+        _finish_axis(axes, panel)
     models = sorted({cell.train.model for rows in by_gpus.values() for cell, _ in rows.values()})
     title = ": ".join(["Longest sequence by method", *models])
     handles = [drawing.handle("predicted", drawing.INK, "predicted")]
     return drawing.frame(figure, results, title, handles, NOTE)
 
 
-def _finish_axis(axes: Axes, text: Callable[[float], str], base: int, room: int) -> None:
-    """Logarithmic, with `room` for the words to the right of points."""
-    axes.set_xscale("log", base=base)
+def _draw_rows(
+    axes: Axes, rows: Rows, methods: Sequence[str], colours: dict[str, str], panel: Panel
+) -> None:
+    for place, method in enumerate(methods):
+        value, words = panel.reading(*rows[method])
+        fits = panel.fits(*rows[method])
+        drawing.point(axes, value, place, colours[method], "predicted", fits=fits)
+        drawing.words(axes, value, place, words, drawing.INK)
+
+
+def _finish_axis(axes: Axes, panel: Panel) -> None:
+    """Logarithmic, in the words of the panel."""
+    axes.set_xscale("log", base=panel.base)
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
-    low, high = axes.get_xlim()
-    axes.set_xlim(low / 1.5, high * room)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: panel.text(value)))
+    axes.set_xlabel(panel.label)
 
 
 NOTE = (

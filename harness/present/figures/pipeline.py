@@ -48,9 +48,11 @@ def draw(results: Results) -> Figure:
     )
     axes["speed"].set_ylabel("tokens/s of all GPUs, 7B")
     axes["speed"].yaxis.set_major_formatter(FuncFormatter(lambda value, _: tokens_text(value)))
-    handles = [drawing.handle("published", drawing.INK, "published")]
-    handles += [
-        drawing.handle(f"predicted, {name}", colours[name], "predicted") for name in SCHEDULES
+    kinds: list[drawing.Kind] = ["published", "predicted"]
+    handles = [
+        drawing.handle(f"{kind}, {name}", colours[name], kind)
+        for name in SCHEDULES
+        for kind in kinds
     ]
     title = "Slices in a pipeline: less waiting, fewer live activations"
     return drawing.frame(figure, results, title, handles, NOTE)

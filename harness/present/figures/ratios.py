@@ -34,16 +34,16 @@ def draw(results: Results) -> Figure:
                 linewidth=4,
                 alpha=0.4,
             )
+            drawing.point(axes, row[column], place, colour, "measured")
             text = ratio_text(row[column])
-            drawing.point(axes, row[column], place, colour, "measured", text, ink=drawing.INK)
+            drawing.words(axes, row[f"{column}_high"], place, text, drawing.INK)
         axes.axvline(1, color=drawing.FAINT, linewidth=1)
-        axes.margins(x=0.2)
         axes.set_xlim(left=0)
         axes.set_xlabel(title)
         axes.set_yticks(
             range(len(rows)),
             [
-                f"{length_text(n)}, {k}x"
+                f"{length_text(n)}, {k} run{'s' if k > 1 else ''}"
                 for n, k in zip(rows["seqlen"], rows["repetitions"], strict=True)
             ],
         )
@@ -55,6 +55,6 @@ def draw(results: Results) -> Figure:
 
 
 NOTE = (
-    "Each repetition runs every method once, one after the other. A ratio is of one repetition: the median step of "
-    "a method over that of alst. Mark: median over repetitions. Bar: least to largest."
+    "Each run takes every method once, one after the other. A ratio is of one run: the median step of a method over "
+    "that of alst. Mark: median over runs. Bar: least to largest."
 )

@@ -27,9 +27,7 @@ class Tiles(NamedTuple):
     feature: str
     """The feature of ALST that tiles this part."""
     published: Callable[[], dict[str, float]]
-    """Words beside a star -> GiB."""
-    legend: str
-    """Of the published points."""
+    """What was published, in words -> GiB."""
     title: str
     note: str
 
@@ -43,13 +41,19 @@ class Line(NamedTuple):
 
 
 def draw_tiles(tiles: Tiles, results: Results) -> Figure:
-    """Bytes over events, whole and in tiles; stars at the published peaks."""
+    """Bytes over events, whole and in tiles; a dotted line with a star at each published peak."""
     cells = simulated(results, tiles.part)
     figure, axes, handles = _timelines([_tiled(tiles, cell, s) for cell, s in cells])
     for words, gib in tiles.published().items() if handles else ():
-        drawing.point(axes, 1, gib, drawing.INK, "published", words, side=-1)
-    handles.append(drawing.handle(tiles.legend, drawing.INK, "published"))
+        axes.axhline(gib, color=drawing.INK, linewidth=1, linestyle=":")
+        text = f"{words}: {gib:.3g} GiB"
+        drawing.point(axes, RIGHT_OF_ALL, gib, drawing.INK, "published", text, side=-1)
+    handles.append(drawing.handle("published", drawing.INK, "published"))
     return drawing.frame(figure, results, tiles.title, handles, tiles.note)
+
+
+RIGHT_OF_ALL = 1.03
+"""Where published peaks stand: nothing says at which event they were."""
 
 
 def _tiled(tiles: Tiles, cell: Cell, s: Simulated) -> Line:
@@ -101,10 +105,15 @@ def _timelines(lines: Sequence[Line]) -> tuple[Figure, Axes, list[Line2D]]:
         held = [nbytes / 2**30 for nbytes in s.timeline.device_bytes]
         at = [i / max(len(held) - 1, 1) for i in range(len(held))]
         axes.fill_between(at, held, color=colour, alpha=0.12, linewidth=0)
-        handles += axes.plot(at, held, color=colour, linewidth=1.5, label=label)
-        peaks.append(max(held))
-        if not s.fits:
-            axes.plot(at[held.index(peaks[-1])], peaks[-1], **drawing.DOES_NOT_FIT)
+        axes.plot(at, held, color=colour, linewidth=1.5)
+        peak = max(held)
+        first = at[held.index(peak)]
+        text = f"{peak:.3g} GiB"
+        drawing.point(axes, first, peak, colour, "predicted", text, fits=s.fits)
+        handles.append(
+            Line2D([], [], label=label, **drawing.mark("predicted", colour) | {"linestyle": "-"})
+        )
+        peaks.append(peak)
     axes.set_ylabel("live tensors [GiB]")
     axes.set_xlabel("course of forward and backward [events]")
     axes.set_xticks([])
@@ -119,18 +128,22 @@ def _fact(name: str) -> float:
 
 
 def _mlp_peaks() -> dict[str, float]:
-    """Peaks above the floors of the published plots: the process of the paper holds other things, too."""
+    """Peaks above the floors of the published plots."""
     fact = "tiled_mlp_forward_backward_{}_{}".format
-    return {s: _fact(fact("peak", s)) - _fact(fact("low", s)) for s in ("untiled", "tiled")}
+    return {
+        f"published peak, {words}": _fact(fact("peak", name)) - _fact(fact("low", name))
+        for name, words in (("untiled", "whole"), ("tiled", "tiled MLP"))
+    }
 
 
 def _logits() -> dict[str, float]:
-    return {"untiled": _fact("logits_fp32_one_copy_16k") * _fact("logits_copies_in_loss")}
+    held = _fact("logits_fp32_one_copy_16k") * _fact("logits_copies_in_loss")
+    return {"published: two fp32 copies of the logits": held}
 
 
 NOTE = (
-    "All lines are of phantom devices (PyTorch's own CUDA build and allocator) and include {}. Events are spread "
-    "evenly: the width of a line says nothing of time. {} " + RELEASED_NOTE
+    "All lines are of phantom devices (PyTorch's own CUDA build and allocator) and include {}. A mark is at the peak. "
+    "Events are spread evenly: the width of a line says nothing of time. {} " + RELEASED_NOTE
 )
 HILL_NOTE = (
     "On a phantom device: PyTorch's own CUDA build and allocator. Events are spread evenly: the width of a stretch "
@@ -140,19 +153,22 @@ MLP = Tiles(
     part="mlp",
     feature="tiled MLP",
     published=_mlp_peaks,
-    legend="published",
     title="One MLP: live tensors of forward and backward",
-    note=NOTE.format("parameters and input", "Stars: published peak less the floor of its plot."),
+    note=NOTE.format(
+        "parameters and input",
+        "A published peak is that of the paper's plot of a GPU's memory less the plot's floor, because its process "
+        "holds other things, too.",
+    ),
 )
 LOSS = Tiles(
     part="loss",
     feature="tiled loss",
     published=_logits,
-    legend="published: two fp32 copies of the logits",
     title="Logits and loss of 16,000 tokens, 128,256 words",
     note=NOTE.format(
         "the head's weight and its gradient",
-        "The tiled loss of deepspeed_alst is Liger's fused one.",
+        "Published is the paper's count of what the loss holds without tiles, not a reading: two fp32 copies of the "
+        "logits. The tiled loss of deepspeed_alst is Liger's fused one.",
     ),
 )
 FIGURES = {

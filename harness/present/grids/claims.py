@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from harness.cells.experiment import Quantity
-from harness.cells.units import bytes_text, percent_text, ratio_text, seconds_text, tokens_text
+from harness.cells.units import (
+    LIMITS,
+    bytes_text,
+    percent_text,
+    ratio_text,
+    seconds_text,
+    tokens_text,
+)
 from harness.judge.claims import OURS, WITHIN, Counts, Evidence, count
 from harness.present.grids.base import MISSING, Grid
 from harness.records.record import Outcome
@@ -30,7 +37,7 @@ def claim_grid(found: Iterable[Evidence]) -> Grid:
             quantity_text(e, e.published),
             MISSING if _ours(e) is None else quantity_text(e, _ours(e) or 0.0),
             MISSING if e.error is None else percent_text(e.error),
-            e.limit or MISSING if e.quantity == "longest_tokens" else MISSING,
+            LIMITS[e.limit] if e.limit and e.quantity == "longest_tokens" else MISSING,
             _verdict(e),
             e.source,
         ]

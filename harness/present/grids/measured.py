@@ -10,7 +10,7 @@ import pandas as pd
 
 from harness.cells.units import length_text, metric_text
 from harness.judge.claims import OURS
-from harness.present.figures.headline import longest_series
+from harness.present.figures.headline import longest_series, where
 from harness.present.grids.base import MISSING, Grid, ratio_or_missing, rows_of
 from harness.records.table import (
     NOT_MEASURED,
@@ -79,9 +79,9 @@ def _to_ours(row: dict[str, Any], ours: dict[str, Any] | None, metric: str) -> s
 
 
 def headline_title(results: Results) -> str:
-    """Model, ranks, engine and type of the cells in `headline_grid`."""
-    first = longest_series(wide(tidy(results))).iloc[0]
-    return f"{first['model']} on {first['world_size']} ranks, {first['engine']}, {first['dtype']}"
+    """Model, ranks, hardware, engine and type of the cells in `headline_grid`."""
+    cells = longest_series(wide(tidy(results)))
+    return f"{where(cells)}, {cells['engine'].iloc[0]}, {cells['dtype'].iloc[0]}"
 
 
 def time_verdict(pair: dict[str, Any]) -> str:

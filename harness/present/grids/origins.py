@@ -7,20 +7,21 @@ from collections.abc import Sequence
 
 from harness.present.grids.base import Grid
 from harness.records.record import Provenance
-from harness.records.table import Results, commit_name
+from harness.records.table import Results, commit_name, machine_of
 
 
 def environment_grid(results: Results) -> Grid:
     """A row per distinct origin of the records, with the number of records."""
+    found = sorted(results.measurements.values(), key=lambda m: m.provenance.utc)
     counts = Counter(
         (
-            commit_name(p),
-            f"{p.device}, {p.cores} cores",
-            f"Python {p.python}",
-            libraries(p),
-            p.utc[:10],
+            commit_name(m.provenance),
+            machine_of(m),
+            f"Python {m.provenance.python}",
+            libraries(m.provenance),
+            m.provenance.utc[:10],
         )
-        for p in results.provenances()
+        for m in found
     )
     return Grid(
         ["commit", "hardware", "interpreter", "libraries", "date", "records"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from harness.cells.cell import Cell
 from harness.cells.prediction import Prediction
-from harness.cells.units import bytes_text, length_text, ratio_text, seconds_text
+from harness.cells.units import LIMITS, bytes_text, length_text, ratio_text, seconds_text
 from harness.judge.twins import twins
 from harness.present.grids.base import MISSING, Grid
 from harness.records.record import Measurement
@@ -42,7 +42,7 @@ def simulated_grid(results: Results) -> Grid:
 def _readings(cell: Cell, m: Measurement | None) -> list[str]:
     s = m.simulated if m else None
     p, search = (s.prediction, s.search) if s else (None, None)
-    stops = search.limit if search else p.limit if p and not p.fits else MISSING
+    limit = search.limit if search else p.limit if p and not p.fits else None
     return [
         str(cell.train.world_size),
         length_text(cell.train.seqlen),
@@ -54,7 +54,7 @@ def _readings(cell: Cell, m: Measurement | None) -> list[str]:
         seconds_text(p.step_seconds_modelled) if p and p.step_seconds_modelled else MISSING,
         *_roofline(cell, p),
         f"{search.longest_tokens:,}" if search else MISSING,
-        stops,
+        LIMITS[limit] if limit else MISSING,
     ]
 
 

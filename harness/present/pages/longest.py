@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from harness.cells.units import tokens_text
+from harness.cells.units import LIMITS, tokens_text
 from harness.present.grids.base import Grid
 from harness.present.lengths import Length, beside_published, plain, predicted
 from harness.present.pages.base import Committed
@@ -25,7 +25,7 @@ def page(c: Committed) -> str:
 def _row(each: Length) -> list[str]:
     kind = "published" if each.is_published else "predicted"
     near = "" if each.is_exact else " (gradients are near, not exact)"
-    where = [each.hardware, each.host, each.limit.replace("_", " "), each.source]
+    where = [each.hardware, each.host, LIMITS[each.limit] if each.limit else "", each.source]
     return [str(each.num_gpus), each.system + near, tokens_text(each.tokens), kind, *where]
 
 
