@@ -90,12 +90,11 @@ DERIVED = (*SIZES, "num_key_value_heads", "head_dim", "sliding_window", "layer_t
 def described(model: str, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
     """As `published`, with the sizes of the text model under their usual names.
 
-    Some configurations name them otherwise (`n_embd`), nest them (`text_config`), or leave them, or which layers
-    have a window, to their class. transformers, and so torch, is imported for these alone. Raises `ValueError` as
-    `published` does.
+    Some configurations name them otherwise (`n_embd`), nest them (`text_config`), or leave them to the defaults of
+    their class. transformers, and so torch, is imported for these alone. Raises `ValueError` as `published` does.
     """
     fields = published(model, overrides)
-    if all(key in fields for key in SIZES) and ("layer_types" in fields or window(fields) is None):
+    if all(key in fields for key in SIZES):
         return fields
     text = _configuration(model, fields).get_text_config(decoder=True)
     found = {key: value for key in DERIVED if (value := getattr(text, key, None)) is not None}

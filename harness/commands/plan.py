@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -42,20 +41,13 @@ def plan(
         States | None,
         typer.Option(help="Where training states live.", show_default="whatever is better"),
     ] = None,
-    emit: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Write a training script, its settings and run.sh for the first row.",
-        ),
-    ] = None,
     as_json: AsJson = False,
 ) -> int:
     """Find the fastest settings with which SEQLEN tokens fit, the fewest GPUs, and the longest sequence.
 
     Exit code 1 and the reason if none fits.
 
-    Example: alst plan llama3.1-8b --seqlen 1_000_000 --gpus 8 --hardware h100-80gb --emit training
+    Example: alst plan llama3.1-8b --seqlen 1_000_000 --gpus 8 --hardware h100-80gb
     """
     cell = request.cell(seqlen, gpus or 1, "baseline", {}, states or "gpu")
     hush_transformers()

@@ -11,7 +11,7 @@ from typing import Any
 from alst_impl.config import Frozen, TrainConfig
 from alst_impl.engines.base import load_engine
 from alst_impl.methods.base import layouts, load_method
-from alst_impl.models import described
+from alst_impl.models import described, hf_config
 from alst_impl.ops.attention.cores.base import load_core
 from harness.cells.cell import Cell
 from harness.cells.hardware import load_hardware
@@ -237,7 +237,7 @@ def longer(cell: Cell) -> Cell:
     return at_length(cell, cell.train.seqlen + max(cell.train.seqlen // ranks // 50, 1) * ranks)
 
 
-def _prediction(cell: Cell, step: Step, cost: Cost, fits: bool, slope: float) -> Prediction:
+def _prediction(cell: Cell, step: Step, cost: Cost | None, fits: bool, slope: float) -> Prediction:
     """The prediction from a completed step."""
     found = _assembled(cell, use_of(cell, step), step.reserved_bytes, cost, fits)
     by_category = _by_category(step.holdings)
@@ -301,6 +301,9 @@ def _sequences(config: TrainConfig) -> int:
 
 def _flops(config: TrainConfig) -> Flops:
     parts, fields = structure(config), described(config.model, config.overrides)
+    # Which layers have a window is often left to the configuration's class.
+    kinds = getattr(hf_config(config).get_text_config(decoder=True), "layer_types", None)
+    fields = {**fields, **({"layer_types": kinds} if kinds else {})}
     shape = flops.shape_of(fields, parts.num_parameters, parts.num_expert_parameters)
     frozen = 1 - parts.num_trained_parameters / parts.num_parameters
     documents = config.data.lengths(config.seqlen, config.seed, 0)

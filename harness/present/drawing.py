@@ -273,7 +273,7 @@ def frame(
 def _legend(figure: Figure, title: str, handles: Sequence[Line2D]) -> None:
     """Title and legend in as many columns as the figure is wide enough for."""
     heading = "\n".join(wrap(title, int(figure.get_figwidth() * 9)))
-    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw_without_rendering()
     for ncols in range(min(max(len(handles), 1), 5), 0, -1):
         legend = figure.legend(
             handles=handles,
@@ -286,7 +286,7 @@ def _legend(figure: Figure, title: str, handles: Sequence[Line2D]) -> None:
             borderaxespad=0.2,
         )
         legend.get_title().set_color(INK)
-        if ncols == 1 or legend.get_window_extent(renderer).width < figure.bbox.width:
+        if ncols == 1 or legend.get_window_extent().width < figure.bbox.width:
             return
         legend.remove()
 
@@ -315,7 +315,8 @@ def _widen(group: list[Axes]) -> bool:
     low, high = scale.transform(axes.get_xlim())
     # A point moves away from the frame by less than the axis widens.
     left, right = (1.3 * (high - low) * each / frame.width for each in over)
-    axes.set_xlim(scale.inverted().transform([low - left, high + right]))
+    low, high = scale.inverted().transform([low - left, high + right])
+    axes.set_xlim(float(low), float(high))
     return True
 
 

@@ -221,7 +221,7 @@ def test_search_prints_the_agreed_keys(
     hardware = written(tmp_path, small(60 * GIB, host=10**13))
     model = tmp_path / "wide.json"
     model.write_text(json.dumps({**published("llama3.1-8b"), "num_hidden_layers": 1}))
-    arguments = ["--gpus", "2", "--hardware", hardware, "--json"]
+    arguments = ["--gpus", "2", "--hardware", hardware, "--margin", "0", "--json"]
     assert not run(monkeypatch, "search", str(model), *arguments)
     answer = json.loads(capsys.readouterr().out)
     assert answer.pop("asked")["train"]["world_size"] == 2
