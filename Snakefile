@@ -46,7 +46,11 @@ CELLS = {name: experiment.cells() for name, experiment in EXPERIMENTS.items()}
 ALST = f"'{sys.executable}' -m harness"
 FIGURES = sorted(map(str, Path("harness/present/figures").glob("*.py")))
 TIED = f"exec '{sys.executable}' -m harness.processes.tied {os.getpid()}"
-GRIDS = sorted(map(str, Path("harness/present/grids").glob("*.py")))
+PRESENTED = sorted(
+    str(path)
+    for path in Path("harness/present").rglob("*")
+    if path.is_file() and "__pycache__" not in path.parts
+)
 
 
 def records(wildcards):
@@ -180,11 +184,8 @@ rule figure:
 
 rule report:
     input:
-        [drawn(name) for name in EXPERIMENTS],
         expand("results/tables/{name}.csv", name=EXPERIMENTS),
-        GRIDS,
-        "harness/present/report.py",
-        "harness/present/templates/report.html",
+        PRESENTED,
     output:
         "results/report.html",
     log:

@@ -83,16 +83,20 @@ def report(
         typer.Option("--check", help="Exit with 1 if --readme would change a file; write nothing."),
     ] = False,
 ) -> int:
-    """Write results/report.html, one self-contained page, from the records and figures of a run.
+    """Write results/report.html, one self-contained page, from the committed records and those of the last runs.
 
-    Example: alst report cpu_sweep
+    Where an experiment has both, the page shows the last run.
+
+    Example: alst report
     """
     if readme or check:
         return _generate(write=readme)
+    from harness.present.pages.base import load_with
     from harness.present.report import page
     from harness.records.record import write_text
 
-    write_text(paths.REPORT, page(_with_records(names)))
+    only_committed = not names and any(paths.REFERENCE.glob("*/*/")) and not _folders()
+    write_text(paths.REPORT, page(load_with([] if only_committed else _with_records(names))))
     return 0
 
 
@@ -116,8 +120,7 @@ def _with_records(names: list[str] | None) -> list[Results]:
     """
     from harness.records.table import fresh
 
-    folders = sorted(folder.name for folder in paths.cells("").glob("*/"))
-    found = [fresh(paths.experiment(name)) for name in names or folders]
+    found = [fresh(paths.experiment(name)) for name in names or _folders()]
     empty = [results.name for results in found if not results.measurements]
     if names and empty:
         raise ValueError(
@@ -128,6 +131,11 @@ def _with_records(names: list[str] | None) -> list[Results]:
             "no records in results/cells; run `make` or `alst run experiments/smoke.yaml`"
         )
     return [results for results in found if results.measurements]
+
+
+def _folders() -> list[str]:
+    """Experiments with a folder of records from the last runs."""
+    return sorted(folder.name for folder in paths.cells("").glob("*/"))
 
 
 def summary(names: Names = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 from alst_impl.config import Frozen
 from alst_impl.layout import AXES
@@ -39,6 +40,8 @@ class Length(Frozen):
     """Whether gradients are exact within the type of the run."""
     source: str
     """Document, or experiment."""
+    record: Path | None = None
+    """Of a prediction."""
 
     @property
     def is_published(self) -> bool:
@@ -71,7 +74,7 @@ def predicted(all_results: Iterable[Results]) -> list[Length]:
     found: dict[Length, Length] = {}
     for results in all_results:
         for each in _of(results):
-            found.setdefault(each.model_copy(update={"source": ""}), each)
+            found.setdefault(each.model_copy(update={"source": "", "record": None}), each)
     return list(found.values())
 
 
@@ -111,6 +114,7 @@ def _of(results: Results) -> Iterator[Length]:
             limit=search.limit,
             is_exact=load_method(method).precision(cell.train) == cell.train.dtype,
             source=results.name,
+            record=results.files.get(key),
         )
 
 

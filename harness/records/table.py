@@ -52,6 +52,8 @@ class Results:
     """Keys of cells, each with a published number that it reproduces."""
     refused: list[Row] = field(default_factory=list)
     """Rows of a matrix that are refused, with the reasons."""
+    files: dict[str, Path] = field(default_factory=dict)
+    """The files of the records, by key."""
 
     def provenances(self) -> list[Provenance]:
         """The provenance of every record, oldest first."""
@@ -75,9 +77,7 @@ def fresh(path: Path, folder: Path | None = None) -> Results:
     e = load_experiment(path)
     folder = folder or paths.cells(e.name)
     cells = e.cells()
-    measured = {key: folder / f"{key}.json" for key in cells}
-    measurements = {key: record.read(file) for key, file in measured.items() if file.is_file()}
-    return _results(e, cells, measurements, e.claims())
+    return _results(e, cells, _present(dict.fromkeys(cells, folder)), e.claims())
 
 
 def committed(path: Path) -> list[tuple[Path, Results]]:
@@ -94,29 +94,38 @@ def committed(path: Path) -> list[tuple[Path, Results]]:
         folders = sorted(paths.REFERENCE.glob(f"*/{e.name}/"))
         return [(folder, _reference(e, folder)) for folder in folders]
     folders_of = {key: paths.REFERENCE / cell.hardware / e.name for key, cell in cells.items()}
-    files = {key: folder / f"{key}.json" for key, folder in folders_of.items()}
-    measurements = {key: record.read(file) for key, file in files.items() if file.is_file()}
-    (most, _), *_ = Counter(folders_of[key] for key in measurements or cells).most_common()
-    return [(most, _results(e, cells, measurements, e.claims()))]
+    files = _present(folders_of)
+    (most, _), *_ = Counter(folders_of[key] for key in files or cells).most_common()
+    return [(most, _results(e, cells, files, e.claims()))]
+
+
+def _present(folders: dict[str, Path]) -> dict[str, Path]:
+    """By key: the record of a cell in its folder, where there is one."""
+    files = {key: folder / f"{key}.json" for key, folder in folders.items()}
+    return {key: file for key, file in files.items() if file.is_file()}
 
 
 def _reference(e: Experiment, folder: Path) -> Results:
-    found = {file.stem: record.read(file) for file in sorted(folder.glob("*.json"))}
+    found = {file.stem: file for file in sorted(folder.glob("*.json"))}
     if not found:
         raise ValueError(f"{folder}: no records (*.json) in it; restore them, or remove the folder")
-    measurements = {key: found[key] for key in dict.fromkeys([*e.cells(), *found]) if key in found}
-    cells = {key: m.cell for key, m in measurements.items()}
-    return _results(e, cells, measurements, [(key, c) for key, c in e.claims() if key in cells])
+    files = {key: found[key] for key in dict.fromkeys([*e.cells(), *found]) if key in found}
+    return _results(e, None, files, [(key, c) for key, c in e.claims() if key in files])
 
 
 def _results(
     e: Experiment,
-    cells: dict[str, Cell],
-    measurements: dict[str, Measurement],
+    cells: dict[str, Cell] | None,
+    files: dict[str, Path],
     claims: list[tuple[str, Claim]],
 ) -> Results:
+    """Results of the records in `files`; without `cells` those of the records."""
+    measurements = {key: record.read(file) for key, file in files.items()}
+    cells = {key: m.cell for key, m in measurements.items()} if cells is None else cells
     refused = [row for row in e.rows if row.refused is not None]
-    return Results(e.name, e.question, e.source, e.figures, cells, measurements, claims, refused)
+    return Results(
+        e.name, e.question, e.source, e.figures, cells, measurements, claims, refused, files
+    )
 
 
 def gate_state(m: Measurement | None) -> str:

@@ -18,6 +18,7 @@ from harness.present.drawing import DOES_NOT_FIT, svg
 from harness.present.figures.base import draw
 from harness.present.grids.gradients import finding_grid
 from harness.present.grids.predicted import simulated_grid
+from harness.present.pages.base import Committed, Kept
 from harness.present.report import BAD, GOOD, page
 from harness.records import record
 from harness.records.record import Measurement, Outcome, settled
@@ -69,11 +70,11 @@ def test_an_infeasible_step_is_shown_as_infeasible(results: Results) -> None:
     assert finding_grid(results).rows == []
     (claim,) = evidence([results])
     assert claim.infeasible
-    shown = page([results])
+    shown = page(Committed([Kept(paths.cells("told"), results)]))
     assert '<td class="bad">does_not_fit</td>' in shown
     assert "reproduced (does_not_fit)" in shown
     assert "1 of 1 cells simulated: 1 does_not_fit" in shown
-    assert "cells measured" not in shown
+    assert "simulated H100-80GB" in shown
 
 
 def test_every_outcome_has_a_colour() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import html
+import io
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -18,19 +21,59 @@ MISSING = "–"
 NUMBER = re.compile(r"[-+]?\d")
 
 
+UNITS = {
+    "K": 2**10,
+    "M": 2**20,
+    "B": 2**30,
+    " B": 1,
+    "KiB": 2**10,
+    "MiB": 2**20,
+    "GiB": 2**30,
+    "ms": 1e-3,
+}
+"""Units of numbers in tables that sort by their value. A decimal K or M sorts as a binary one does; B is 2**30 tokens
+beside its number, and a byte after a space."""
+
+
 @dataclass(frozen=True)
 class Grid:
     """Headings and rows of text."""
 
     headings: list[str]
     rows: list[list[str]]
+    records: list[Path | None] = field(default_factory=list)
+    """The record that each row is of, if any."""
+
+    @property
+    def numeric(self) -> list[bool]:
+        """Which columns hold numbers; the first, which names the row, never does."""
+        columns = list(zip(*self.rows, strict=True)) or [()] * len(self.headings)
+        return [bool(i) and _is_numeric(column) for i, column in enumerate(columns)]
 
     def markdown(self) -> str:
-        """A Markdown table. Columns of numbers are right-aligned, the first column never is."""
-        columns = list(zip(*self.rows, strict=True)) or [()] * len(self.headings)
-        align = ["---:" if i and _is_numeric(column) else "---" for i, column in enumerate(columns)]
+        """A Markdown table. Columns of numbers are right-aligned."""
+        align = ["---:" if numeric else "---" for numeric in self.numeric]
         lines = [_escaped(self.headings), align, *map(_escaped, self.rows)]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    def csv(self) -> str:
+        """The same as CSV, with the record of each row where there are records."""
+        stream = io.StringIO()
+        writer = csv.writer(stream, lineterminator="\n")
+        named = any(self.records)
+        records = [[record or ""] for record in self.records] if named else [[] for _ in self.rows]
+        writer.writerow([*self.headings, *["record"] * named])
+        writer.writerows([*row, *record] for row, record in zip(self.rows, records, strict=True))
+        return stream.getvalue()
+
+
+def sort_value(text: str) -> float | None:
+    """The number that `text` begins with, in the base of its unit; None for other text."""
+    found = re.match(r"([-+]?[\d,]*\.?\d+(?:e[-+]?\d+)?)(\s?[A-Za-z]*)", text)
+    if not found:
+        return None
+    unit = found[2] if found[2] == " B" else found[2].strip()
+    return float(found[1].replace(",", "")) * UNITS.get(unit, 1)
 
 
 def _is_numeric(column: Sequence[str]) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 from harness.cells.experiment import Quantity
 from harness.cells.units import (
@@ -13,7 +14,7 @@ from harness.cells.units import (
     seconds_text,
     tokens_text,
 )
-from harness.judge.claims import OURS, WITHIN, Counts, Evidence, count
+from harness.judge.claims import OURS, WITHIN, Counts, Evidence, Verdict, count
 from harness.present.grids.base import MISSING, Grid
 from harness.records.record import Outcome
 
@@ -29,8 +30,12 @@ QUANTITIES: dict[Quantity, str] = {
 """Headings of the tables of numbers that are no lengths."""
 
 
-def claim_grid(found: Iterable[Evidence]) -> Grid:
-    """A row per published number, marked where a constant was fitted on it or our step does not fit."""
+def claim_grid(found: Iterable[Evidence], files: Mapping[str, Path] | None = None) -> Grid:
+    """A row per published number, marked where a constant was fitted on it or our step does not fit.
+
+    `files` are the records by key.
+    """
+    found = list(found)
     rows = [
         [
             e.id,
@@ -43,7 +48,7 @@ def claim_grid(found: Iterable[Evidence]) -> Grid:
         ]
         for e in found
     ]
-    return Grid(HEADINGS, rows)
+    return Grid(HEADINGS, rows, [files.get(e.key) for e in found] if files else [])
 
 
 def _ours(e: Evidence) -> float | None:
@@ -53,7 +58,7 @@ def _ours(e: Evidence) -> float | None:
 def _verdict(e: Evidence) -> str:
     notes = ["fitted"] * e.used_for_fit + [Outcome.DOES_NOT_FIT.value] * e.infeasible
     note = f" ({', '.join(notes)})" if notes else ""
-    return e.verdict.value.replace("_", " ") + note
+    return ("no record" if e.verdict is Verdict.NOT_MEASURED else e.verdict.value) + note
 
 
 def quantity_text(of: Evidence, value: float) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from alst_impl.config import DType
 from harness.cells import paths
@@ -15,34 +14,24 @@ from harness.present.grids.base import MISSING, Grid
 from harness.records.record import Gate, Measurement, Outcome, ParameterGate
 from harness.records.table import Results, series
 
-
-@dataclass(frozen=True)
-class GateView:
-    """The gradient comparison of one cell."""
-
-    title: str
-    verdict: str
-    summary: str
-    parameters: Grid
+WORST = 3
+"""Parameters of a failed comparison that `worst_grid` shows; its record has all."""
 
 
-def gate_view(name: str, m: Measurement) -> GateView | None:
-    """The gradient comparison of a record; the parameter furthest from the truth comes first."""
-    if m.readings is None or m.readings.gate is None:
-        return None
-    gate = m.readings.gate
-    rows = [
-        [p.parameter, _signed(p.ratio), _cosine_error(p.cosine)]
-        for p in sorted(gate.parameters, key=_distance, reverse=True)
-    ]
-    loss = f"loss {gate.loss:.8f}, truth {gate.truth_loss:.8f}; {len(rows)} parameters"
-    t = m.cell.train
-    return GateView(
-        title=f"{t.model} {name}, {t.world_size} ranks, {length_text(t.seqlen)} tokens",
-        verdict="passed" if gate.passed else "failed",
-        summary=f"worst: {gate.worst.parameter}; {loss}",
-        parameters=Grid(["parameter", "ratio - 1", "1 - cosine"], rows),
-    )
+def worst_grid(results: Results) -> Grid:
+    """A row for each of the parameters that are furthest from the truth, of every comparison that failed."""
+    named = series(results.cells)
+    rows, files = [], []
+    for key, m in results.measurements.items():
+        gate = m.readings.gate if m.readings else None
+        if gate is None or gate.passed:
+            continue
+        t = m.cell.train
+        title = f"{t.model} {named[key]}, {t.world_size} ranks, {length_text(t.seqlen)} tokens"
+        for p in sorted(gate.parameters, key=_distance, reverse=True)[:WORST]:
+            rows.append([title, p.parameter, _signed(p.ratio), _cosine_error(p.cosine)])
+            files.append(results.files.get(key))
+    return Grid(["cell", "parameter", "ratio - 1", "1 - cosine"], rows, files)
 
 
 def _signed(ratio: float | None) -> str:
@@ -95,11 +84,12 @@ def _method_row(dtype: DType, measurements: Sequence[Measurement]) -> list[str]:
 def finding_grid(results: Results) -> Grid:
     """A row per cell that did not pass: how its gradients differ from the stock model's, and why it ended."""
     named = series(results.cells)
-    rows = []
+    rows, files = [], []
     for key, m in results.measurements.items():
         if m.outcome in (Outcome.OK, Outcome.DOES_NOT_FIT):
             continue  # a step that does not fit is a result, and the table of cells has it
         t = m.cell.train
+        files.append(results.files.get(key))
         rows.append(
             [
                 f"{t.model} {named[key]}",
@@ -111,7 +101,7 @@ def finding_grid(results: Results) -> Grid:
             ]
         )
     headings = ["cell", "ranks", "length", "outcome", "ratios", "least cosine", "what was seen"]
-    return Grid(headings, rows)
+    return Grid(headings, rows, files)
 
 
 def _spread(gate: Gate | None) -> list[str]:

@@ -39,14 +39,16 @@ SHOWN = {
 def cell_grid(results: Results) -> Grid:
     """A row per cell with its readings; a cell that was not measured has a row that says so."""
     unit = units()
-    rows = []
+    rows, files = [], []
     for row in rows_of(wide(tidy(results))):
+        files.append(results.files.get(row["key"]))
         values = [metric_text(row[metric], unit[metric]) for metric in SHOWN]
         place = [str(row["world_size"]), str(row["sp"]), length_text(row["seqlen"])]
         rows.append(
             [f"{row['model']} {row['series']}", *place, row["outcome"], row["gate"], *values]
         )
-    return Grid(["cell", "ranks", "sp", "length", "outcome", "gradients", *SHOWN.values()], rows)
+    headings = ["cell", "ranks", "sp", "length", "outcome", "gradients", *SHOWN.values()]
+    return Grid(headings, rows, files)
 
 
 def headline_grid(results: Results) -> Grid:

@@ -36,7 +36,7 @@ def simulated_grid(results: Results) -> Grid:
         [f"{cell.train.model} {named[key]}", *_readings(cell, results.measurements.get(key))]
         for key, cell in results.cells.items()
     ]
-    return Grid(HEADINGS, rows)
+    return Grid(HEADINGS, rows, [results.files.get(key) for key in results.cells])
 
 
 def _readings(cell: Cell, m: Measurement | None) -> list[str]:

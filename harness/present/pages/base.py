@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,11 @@ class Kept:
 
     folder: Path
     results: Results
+
+    @property
+    def is_committed(self) -> bool:
+        """Whether the records are committed ones; otherwise those of the last run."""
+        return self.folder.is_relative_to(paths.REFERENCE)
 
     @property
     def figure(self) -> str | None:
@@ -110,3 +116,11 @@ def load() -> Committed:
     known = {path.stem for path in paths.experiments()} | {folder.name for folder in folders}
     found = [each for name in sorted(known) for each in committed(paths.experiment(name))]
     return Committed([Kept(folder, results) for folder, results in found])
+
+
+def load_with(fresh: Iterable[Results]) -> Committed:
+    """What `results/reference/` holds, if anything, and `fresh` results in the place of those of the same experiments."""
+    new = {results.name: Kept(paths.cells(results.name), results) for results in fresh}
+    held = load().kept if any(paths.REFERENCE.glob("*/*/")) else []
+    kept = [k for k in held if k.results.name not in new]
+    return Committed(sorted([*kept, *new.values()], key=lambda k: k.results.name))

@@ -13,6 +13,19 @@ from harness.records.record import Outcome
 
 def page(c: Committed) -> str:
     """A row per model type, a column per method, and the reasons of refusals and exceptions."""
+    (_, counts), (_, grid), (_, reasons) = tables(c)
+    return render(
+        "families.md",
+        models=len(grid.rows),
+        counts=counts,
+        versions=_versions(c.families),
+        grid=grid,
+        reasons=reasons,
+    )
+
+
+def tables(c: Committed) -> list[tuple[str, Grid]]:
+    """How many types passed by method, every type with every method, and the reasons: title and table of each."""
     found = c.families
     methods = list(dict.fromkeys(each.method for each in found))
     models = list(dict.fromkeys(each.model for each in found))
@@ -28,14 +41,12 @@ def page(c: Committed) -> str:
         for model in models
     ]
     numbered = [[str(number), reason] for reason, number in reasons.items()]
-    return render(
-        "families.md",
-        models=len(models),
-        counts=Grid(["method", *_dtypes(found)], [[m, *_counts(found, m)] for m in methods]),
-        versions=_versions(found),
-        grid=Grid(["model type", *methods], rows),
-        reasons=Grid(["", "reason"], numbered),
-    )
+    counts = Grid(["method", *_dtypes(found)], [[m, *_counts(found, m)] for m in methods])
+    return [
+        ("Model types of transformers by method", counts),
+        ("Every model type with every method", Grid(["model type", *methods], rows)),
+        ("Why model types are refused or fail", Grid(["", "reason"], numbered)),
+    ]
 
 
 def _dtypes(found: Sequence[Family]) -> list[str]:

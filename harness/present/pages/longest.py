@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from harness.cells.units import LIMITS, tokens_text
 from harness.present.grids.base import Grid
 from harness.present.lengths import Length, beside_published, plain, predicted
@@ -16,10 +18,16 @@ def page(c: Committed) -> str:
     found = beside_published([k.results for k in c.forecasts])
     return render(
         "longest.md",
-        lengths=Grid(HEADINGS, [_row(each) for each in found]),
+        lengths=length_grid(found),
         absent=[method for method, sizes in plain(found).items() if not sizes],
         images=[k.shown() for k in c.forecasts if k.is_search_alone],
     )
+
+
+def length_grid(lengths: Iterable[Length]) -> Grid:
+    """A row per system and number of GPUs, with the source."""
+    found = list(lengths)
+    return Grid(HEADINGS, [_row(each) for each in found], [each.record for each in found])
 
 
 def _row(each: Length) -> list[str]:

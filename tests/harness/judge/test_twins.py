@@ -13,6 +13,7 @@ from harness.commands import gpu as gpu_command
 from harness.judge.twins import torch_versions, twins
 from harness.present.grids.measured import summary
 from harness.present.grids.predicted import twin_grid
+from harness.present.pages.base import Kept
 from harness.present.report import section
 from harness.records import record
 from harness.records.metrics import value_of
@@ -156,10 +157,10 @@ def test_a_full_width_cell_is_gated_by_a_small_one() -> None:
 def test_the_report_shows_both_kinds_of_cell() -> None:
     """Measured cells are shown as in any sweep, twins in a separate table."""
     results = gpu_sweep()
-    shown = section(results, Path("none"))
-    assert shown.twins.rows == twin_grid(results).rows != []
-    assert not shown.simulated
-    assert len(shown.cells.rows) == len(measured_part(results).cells) == 6
+    shown = section(Kept(Path("none"), results))
+    tables = {table.title: table.grid.rows for table in shown.tables}
+    assert tables["A GPU beside a phantom device"] == twin_grid(results).rows != []
+    assert len(tables["All cells"]) == len(measured_part(results).cells) == 6
     assert "peak lower" in summary(measured_part(results)) or summary(measured_part(results)) == ""
 
 

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from samples import cell, measurement, sweep
+from samples import cell, cuda_measurement, gpu_sweep, measurement, searched, sweep
 
 from harness.cells import paths
+from harness.cells.experiment import load_experiment
 from harness.cells.units import bytes_text, length_text, seconds_text
-from harness.present import drawing, report
+from harness.present.described import described
 from harness.present.figures.base import draw
 from harness.present.grids.gradients import finding_grid
-from harness.present.grids.measured import headline_grid, summary, time_verdict
-from harness.present.report import page
-from harness.records.table import Results, duels, tidy, wide
+from harness.present.grids.measured import cell_grid, headline_grid, summary, time_verdict
+from harness.present.grids.overview import headline_claim_grid, waiting_grid
+from harness.present.kinds import question_of
+from harness.present.lengths import together
+from harness.present.pages.base import Committed, Kept, load_with
+from harness.present.report import QUESTIONS, order, page, section
+from harness.records.record import write, write_text
+from harness.records.table import Results, duels, fresh, tidy, wide
 
 ROOT = Path(__file__).parents[3]
 
@@ -35,29 +43,28 @@ class Loads(HTMLParser):
         self.urls += [v or "" for k, v in attrs if k == "href" and tag == "link"]
 
 
-def html(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, results: Results) -> str:
-    """The page of `results`, with one figure drawn."""
+def committed(*results: Results) -> Committed:
+    """Committed results that were written by hand."""
+    return Committed([Kept(paths.REFERENCE / "cpu" / r.name, r) for r in results])
+
+
+def html(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *results: Results) -> str:
+    """The page of `results`."""
     monkeypatch.chdir(tmp_path)
-    folder = paths.figures(results.name)
-    folder.mkdir(parents=True)
-    (folder / "headline.svg").write_text(drawing.svg(draw("headline", results)))
-    return page([results])
+    return page(committed(*results))
 
 
 def test_report_loads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The page opens from disk: figures are inside it, and there is no script."""
+    """The page opens from disk: figures and the script of its tables are inside it."""
     text = html(tmp_path, monkeypatch, sweep())
     parser = Loads()
     parser.feed(text)
-    assert len(parser.urls) == 1
-    assert parser.urls[0].startswith("data:image/svg+xml;base64,")
-    assert "<script" not in text
+    assert len(parser.urls) == 1 + len(sweep().figures)
+    assert all(url.startswith("data:image/svg+xml;base64,") for url in parser.urls)
     assert not re.search(r"url\(|@import", text)
 
 
-def test_report_shows_every_cell_and_what_went_wrong(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_report_shows_what_went_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Failures and cells not measured are rows, and wrong gradients are named."""
     results = sweep()
     text = html(tmp_path, monkeypatch, results)
@@ -70,6 +77,139 @@ def test_report_escapes_what_records_say(tmp_path: Path, monkeypatch: pytest.Mon
     original = sweep()
     results = Results("s", "<b>why</b>", "", ["headline"], original.cells, original.measurements)
     assert "<b>why</b>" not in html(tmp_path, monkeypatch, results)
+
+
+@pytest.mark.parametrize("results", [[], [sweep()], [gpu_sweep()], [sweep(), gpu_sweep()]], ids=len)
+def test_report_copes_with_few_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, results: list[Results]
+) -> None:
+    """All questions are there, and nothing says `None`."""
+    text = html(tmp_path, monkeypatch, *results)
+    assert all(title in text for title, _ in QUESTIONS.values())
+    assert "None" not in text
+
+
+def test_a_figure_without_data_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture that only says that nothing was measured is none."""
+    results = Results("s", "?", "", ["methods", "headline"], sweep().cells, sweep().measurements)
+    assert "Longest sequence by method" not in html(tmp_path, monkeypatch, results)
+
+
+def test_each_figure_has_a_description_with_its_numbers() -> None:
+    """Rows with what stands beside their points, lines with their ends, and no word of what is not drawn."""
+    drawn = draw("headline", sweep(models=("tiny-llama",)))
+    text = described(drawn)
+    assert text.startswith("tiny-llama on 4 ranks, CPU. Shown: baseline; deepspeed_alst; alst")
+    assert "alst: 10 MiB at 1K, 12 MiB at 2K." in text
+    rows = described(draw("longest_sequences", together([])))
+    assert "MsT (A100-80GB): 60K (published)." in rows
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        (["1.28M", "160K", "99", "–", "2B"], ["–", "99", "160K", "1.28M", "2B"]),
+        (["1.5 GiB", "640 MiB", "512 B"], ["512 B", "640 MiB", "1.5 GiB"]),
+        (["2.5 s", "12.3 ms", "1,500 s"], ["12.3 ms", "2.5 s", "1,500 s"]),
+        (["+22%", "-4.0%", "1.2e-07", "0.96x"], ["-4.0%", "1.2e-07", "0.96x", "+22%"]),
+    ],
+)
+def test_columns_sort_by_value(texts: list[str], expected: list[str]) -> None:
+    """Whatever the unit; what is missing comes first."""
+    assert sorted(texts, key=lambda text: float(order(text))) == expected
+
+
+def test_tables_have_csv_and_name_their_records() -> None:
+    """A column for the record of each row, where rows have one."""
+    files = {key: Path("results/cells/s") / f"{key}.json" for key in sweep().cells}
+    grid = cell_grid(replace(sweep(), files=files))
+    first, *_ = csv.DictReader(grid.csv().splitlines())
+    assert first["record"] in map(str, files.values())
+    assert list(first)[:3] == ["cell", "ranks", "sp"]
+    assert "record" not in cell_grid(sweep()).csv().splitlines()[0].split(",")
+
+
+def test_last_runs_take_the_place_of_committed_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same experiment; all others are shown as they are committed."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "two"):
+        write_text(paths.experiment(name), YAML)
+        m = measurement(cell())
+        write(paths.REFERENCE / "cpu" / name / f"{m.cell.key}.json", m)
+    write(paths.cells("two") / f"{m.cell.key}.json", m)
+    shown = load_with([fresh(paths.experiment("two"))])
+    assert [(k.results.name, k.is_committed) for k in shown.kept] == [("one", True), ("two", False)]
+    text = page(shown)
+    assert f"reference/cpu/one/{m.cell.key}.json" in text
+    assert f"cells/two/{m.cell.key}.json" in text
+
+
+YAML = """question: q
+source: s
+base: {model: tiny-llama, world_size: 2, seqlen: 1024}
+sweeps: [{axes: {method: [{name: alst, sp: 2}]}}]
+"""
+
+
+def test_experiments_stand_under_the_question_that_they_answer() -> None:
+    """By what their cells give and whose numbers they stand for."""
+    asked = {
+        path.stem: question_of(Results(e.name, "", "", [], e.cells(), {}, e.claims()))
+        for path in sorted((ROOT / "experiments").glob("*.yaml"))
+        if (e := load_experiment(path))
+    }
+    assert asked["correctness"] == asked["peers"] == asked["loss_parity"] == "same"
+    assert asked["paper_scaling"] == asked["longest"] == asked["methods"] == "fits"
+    assert asked["cpu_sweep"] == asked["step_times"] == asked["gpu_single"] == "costs"
+    assert asked["paper_mst"] == asked["seq1f1b"] == "others"
+
+
+def test_the_authors_own_code_is_the_evidence_for_a_headline_claim() -> None:
+    """Our method stands in where their code has no record, and the row says so."""
+    results = fresh(ROOT / "experiments" / "paper_scaling.yaml", Path("nowhere"))
+    eight = {claim.id: key for key, claim in results.claims if claim.id.startswith("table3")}
+    assert set(eight) == {"table3-baseline", "table3-deepspeed_alst", "table3-alst"}
+    absent = {row[0]: row for row in headline_claim_grid([results], []).rows}
+    assert absent["ALST, 8 GPUs"][1:] == ["3.8M", "–", "no record", "–"]
+    ours, theirs = eight["table3-alst"], eight["table3-deepspeed_alst"]
+    results.measurements[ours] = searched(results.cells[ours], 5_000_000)
+    (row,) = (r for r in headline_claim_grid([results], []).rows if r[0] == "ALST, 8 GPUs")
+    assert row[2:] == ["5M, our alst", "longer", "simulated H100-80GB"]
+    results.measurements[theirs] = searched(results.cells[theirs], 3_000_000)
+    (row,) = (r for r in headline_claim_grid([results], []).rows if r[0] == "ALST, 8 GPUs")
+    assert row[2:] == ["3M, as released", "refuted", "simulated H100-80GB"]
+
+
+def test_the_same_training_is_a_headline_claim() -> None:
+    """It holds if every gradient of our method does."""
+    compared = replace(sweep(), refused=[])
+    (row,) = headline_claim_grid([], [compared]).rows
+    assert row == [
+        "same training",
+        "same loss",
+        "in 17 of 17 cells",
+        "reproduced",
+        "every gradient, on CPU",
+    ]
+    key = next(key for key, of in compared.cells.items() if of.train.method.name == "alst")
+    compared.measurements[key] = measurement(compared.cells[key], passed=False)
+    (row,) = headline_claim_grid([], [compared]).rows
+    assert row[2:4] == ["in 16 of 17 cells", "refuted"]
+
+
+def test_experiments_that_wait_for_a_gpu_are_named() -> None:
+    """With how many of their cells a GPU has measured."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        rows = {row[0]: row for row in waiting_grid([]).rows}
+        assert {"gpu_single", "gpu_node"} <= set(rows)
+        assert "cpu_sweep" not in rows
+        e = load_experiment(ROOT / "experiments" / "gpu_node.yaml")
+        done = {key: cuda_measurement(of) for key, of in e.cells().items()}
+        results = Results(e.name, "", "", [], e.cells(), done)
+        assert "gpu_node" not in {row[0] for row in waiting_grid([results]).rows}
 
 
 @pytest.mark.parametrize(
@@ -136,8 +276,10 @@ def test_findings_show_how_gradients_differ() -> None:
     assert oom[4:] == ["–", "–", "rank 1"]
 
 
-def test_an_experiment_that_times_nothing_compares_no_performance(tmp_path: Path) -> None:
+def test_an_experiment_that_times_nothing_compares_no_performance() -> None:
     """Gradients alone have no verdict on memory or time."""
     cells = [cell("alst", steps=0, warmup=0, timed=False), cell(steps=0, warmup=0, timed=False)]
     results = Results("peers", "?", "", [], {c.key: c for c in cells}, {})
-    assert not report.section(results, tmp_path).verdicts.rows
+    titles = [table.title for table in section(committed(results).kept[0]).tables]
+    assert "All cells" in titles
+    assert "All comparisons of two methods" not in titles
