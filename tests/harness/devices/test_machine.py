@@ -203,7 +203,7 @@ def test_a_machine_without_devices_says_so(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_device_without_a_row_is_refused() -> None:
     """A measurement belongs to a hardware row. The fix is to write one."""
     assert known_device(FakeNvml([device(0)]))[0] == "h100-80gb"
-    with pytest.raises(ValueError, match="'NVIDIA L4', which no row"):
+    with pytest.raises(ValueError, match="'NVIDIA L4', which no file in harness"):
         known_device(FakeNvml([device(0, name="NVIDIA L4")]))
 
 
