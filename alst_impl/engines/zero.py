@@ -177,7 +177,7 @@ class Zero(Engine):
                 f"{type(model).__name__} has parameters of several dtypes {dtypes(model)}, but offload_param of "
                 "DeepSpeed keeps all parameters in one; set offload_param: false"
             )
-        settings = self._settings(config, mixed, sum(p.numel() for p in model.parameters()))
+        settings = self.settings(config, mixed, sum(p.numel() for p in model.parameters()))
         if mpu is not None:
             settings["sequence_parallel_size"] = mpu.get_sequence_parallel_world_size()
             settings["seq_parallel_communication_data_type"] = (
@@ -211,7 +211,8 @@ class Zero(Engine):
             deepspeed.zero.Init(module=module, config_dict_or_path=settings, dtype=model.dtype)
         initializer.fill(model, model, placement.device)  # buffers of modules without parameters
 
-    def _settings(self, config: TrainConfig, mixed: bool, num_parameters: int) -> dict[str, Any]:
+    def settings(self, config: TrainConfig, mixed: bool, num_parameters: int) -> dict[str, Any]:
+        """DeepSpeed's configuration for a model of `num_parameters`, `mixed` if they are of several dtypes."""
         zero: dict[str, Any] = {
             "stage": self.stage,
             "reduce_scatter": self.reduce_scatter,

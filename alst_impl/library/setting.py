@@ -179,8 +179,10 @@ def _has_adapters(model: PreTrainedModel) -> bool:
 def device_of(model: PreTrainedModel, mesh: DeviceMesh) -> torch.device:
     """The device that computes: the model's, or this process's one if an engine will move the model there."""
     held = next(model.parameters()).device
-    if held.type not in ("cpu", "meta") or mesh.device_type == "cpu":
+    if held.type not in ("cpu", "meta"):
         return held
+    if mesh.device_type == "cpu":
+        return torch.device("cpu")
     return torch.device(mesh.device_type, torch.accelerator.current_device_index())
 
 

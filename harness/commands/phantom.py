@@ -16,12 +16,21 @@ GIB = 2**30
 
 
 Command = Annotated[list[str], typer.Argument(help="The command, after `--`.")]
-Gpus = Annotated[int, typer.Option("--gpus", help="Devices; with --rank, ranks.")]
+Gpus = Annotated[
+    int, typer.Option("--gpus", help="Devices; with a launcher or --rank, ranks on all nodes.")
+]
 HardwareName = Annotated[
     str, typer.Option("--hardware", help="Row of the hardware table, or a YAML file with one.")
 ]
 Rank = Annotated[
-    int | None, typer.Option("--rank", help="Run this rank of --gpus alone, without the others.")
+    int | None,
+    typer.Option(
+        "--rank",
+        help="Run this rank of --gpus alone. With a launcher in the command, it is 0 by default.",
+    ),
+]
+AllRanks = Annotated[
+    bool, typer.Option("--all-ranks", help="Let a launcher in the command start all its ranks.")
 ]
 OutsideGib = Annotated[
     float,
@@ -41,11 +50,12 @@ Sites = Annotated[
     ),
 ]
 HollowHost = Annotated[
-    bool,
+    bool | None,
     typer.Option(
-        "--hollow-host",
+        "--hollow-host/--full-host",
         help="Never write float tensors of 1 MiB or more on the host. Offload of models larger than this machine's "
         "memory then runs; the values of these tensors are zeros.",
+        show_default="if they would take half of this machine's free memory",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -59,7 +69,8 @@ def phantom(
     outside_gib: OutsideGib = 0.0,
     limit_s: LimitS = 3600,
     sites: Sites = None,
-    hollow_host: HollowHost = False,
+    hollow_host: HollowHost = None,
+    all_ranks: AllRanks = False,
     as_json: AsJson = False,
 ) -> int:
     """Say whether a training command fits, on a machine without a GPU.
@@ -69,18 +80,21 @@ def phantom(
     out-of-memory error, and what is alive at the peak. It does not report times, losses or other values made on
     the device, rows of the CUDA profiler, or replays of CUDA graphs.
 
-    Without --rank the command starts all processes itself, and their collectives have no results. With --rank
-    one process runs as that rank of --gpus, and all other ranks are assumed to hold the same memory.
+    Where the command starts its ranks with torchrun (or a launcher that calls it), one of them runs for all, which are
+    assumed to hold the same memory. With --rank it is that one, also of a command that is one process. With --all-ranks
+    they all run; collectives have no results then.
 
     If the program reads a value of 16 bytes or less that is not known, the verdict is `no record`, unless that place
     in the code is reviewed. Exit code 0: fits. 1: does not fit. 2: no record, or cannot run.
 
     Examples: alst phantom -- python train.py; alst phantom --gpus 4 -- torchrun --nproc-per-node 4 train.py;
-    alst phantom --gpus 64 --rank 0 -- python train.py
+    alst phantom --gpus 64 --rank 0 -- python train.py; alst phantom --gpus 8 -- ./run.sh
     """
     if limit_s <= 0:
         raise ValueError(f"--limit {limit_s}: must be positive")
-    if rank is not None and Path(command[0]).name in ("torchrun", "accelerate", "deepspeed"):
+    if rank is not None and all_ranks:
+        raise ValueError(f"--rank {rank} runs one rank, and --all-ranks all; leave one of them out")
+    if rank is not None and Path(command[0]).name == "deepspeed":
         raise ValueError(
             f"--rank runs one process, and {command[0]} starts several; write `python SCRIPT` after `--`"
         )
@@ -99,14 +113,15 @@ def phantom(
             on_progress=lambda seconds, used: status.update(
                 f"{seconds:.0f} s, {used / GIB:.1f} GiB in use on the fullest device"
             ),
+            all_ranks=all_ranks,
         )
     print(result.model_dump_json(indent=1) if as_json else text(result))
     return result.exit_code
 
 
 def text(result: Result) -> str:
-    """The result as lines for a terminal."""
-    lines = [f"{result.verdict}: {result.reason} ({result.seconds:.1f} s here)"]
+    """The result as lines for a terminal; the last one is the verdict."""
+    lines = []
     for process in result.processes:
         lines += used(process)
         if process.attention:
@@ -132,7 +147,24 @@ def text(result: Result) -> str:
         lines.append(f"alive at the peak of rank {fullest[1].rank}:")
         lines += held(fullest[2].alive)
     lines += reads(result)
-    return "\n".join(lines)
+    return "\n".join([*lines, verdict(result)])
+
+
+def verdict(result: Result) -> str:
+    """One line: whether it fits, what the fullest device holds, and which ranks ran."""
+    said = [f"{result.verdict}: {result.reason}"]
+    uses = [(use, process) for process in result.processes for use in process.devices]
+    if uses:
+        use, process = max(uses, key=lambda each: each[0].reserved_bytes)
+        said.append(
+            f"{use.reserved_bytes / GIB:.2f} of {use.total_bytes / GIB:.2f} GiB reserved, "
+            f"{use.allocated_bytes / GIB:.2f} allocated on {result.hardware}"
+        )
+        if process.stands_for > 1:
+            said.append(f"rank {process.rank} ran for all {process.stands_for}")
+    if result.hollow_host:
+        said.append("large tensors on the host were not written (--hollow-host)")
+    return f"{'; '.join(said)} ({result.seconds:.1f} s here)"
 
 
 def used(process: Process) -> list[str]:

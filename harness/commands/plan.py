@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,6 +17,7 @@ from harness.cells.prediction import Plan, Planned
 from harness.cells.units import bytes_text, number_text, options_text, seconds_text
 from harness.commands.predict import AsJson, hush_transformers, on_phantom, wide_console
 from harness.commands.request import Request, Seqlen, States, about, asking, engine_of
+from harness.present.emit import emit as emitted
 
 UNKNOWN = "?"
 
@@ -41,13 +43,20 @@ def plan(
         States | None,
         typer.Option(help="Where training states live.", show_default="whatever is better"),
     ] = None,
+    emit: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Write a training script, its settings and run.sh for the first row to this new folder.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> int:
     """Find the fastest settings with which SEQLEN tokens fit, the fewest GPUs, and the longest sequence.
 
     Exit code 1 and the reason if none fits.
 
-    Example: alst plan llama3.1-8b --seqlen 1_000_000 --gpus 8 --hardware h100-80gb
+    Example: alst plan llama3.1-8b --seqlen 1_000_000 --gpus 8 --hardware h100-80gb --emit training
     """
     cell = request.cell(seqlen, gpus or 1, "baseline", {}, states or "gpu")
     hush_transformers()
@@ -64,6 +73,10 @@ def plan(
         print(json.dumps({**about(cell), **found.model_dump(mode="json")}))
     elif found.rows:
         _print(wide_console(), cell, found)
+    if emit is not None and found.rows:
+        expandable = bool(cell.expandable_segments)
+        files = emitted(found.rows[0].train, cell.hardware, emit, expandable_segments=expandable)
+        print(f"alst: wrote {', '.join(map(str, files))}", file=sys.stderr)
     if found.reason:
         print(f"alst: {found.reason} ({found.limit})", file=sys.stderr)
         return 1

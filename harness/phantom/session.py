@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+import psutil
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -101,6 +104,8 @@ class Process(Frozen):
 
     pid: int
     rank: int
+    stands_for: int
+    """Number of ranks that it ran for: itself, and those that were not started."""
     devices: list[DeviceUse]
     pinned_bytes: int
     launches: int
@@ -123,7 +128,9 @@ class Result(Frozen):
     hardware: str
     gpus: int
     rank: int | None
-    """The rank that was run; None for all ranks."""
+    """The rank that was asked for."""
+    hollow_host: bool
+    """Whether large float tensors on the host were never written."""
     seconds: float = Field(description="How long this took here; no time of a device.")
     processes: list[Process]
 
@@ -148,6 +155,10 @@ def reviewed_sites(more: Path | None = None) -> list[Site]:
     return found
 
 
+class HostMemory(Exception):
+    """A command takes more of this machine's memory than it may."""
+
+
 def rank_environment(rank: int, world_size: int, devices_per_node: int) -> dict[str, str]:
     """Launcher variables of rank `rank` of `world_size`, which runs alone."""
     if not 0 <= rank < world_size:
@@ -165,7 +176,7 @@ def rank_environment(rank: int, world_size: int, devices_per_node: int) -> dict[
     }
 
 
-@contextmanager
+@contextlib.contextmanager
 def session_folder() -> Iterator[Path]:
     """Folder that the processes of a run share; removed after the run."""
     try:
@@ -188,38 +199,59 @@ def run(
     outside_bytes: int = 0,
     limit_s: float = 3600,
     sites: Path | None = None,
-    hollow_host: bool = False,
+    hollow_host: bool | None = None,
     output: int | None = None,
     base: Mapping[str, str] = os.environ,
     on_progress: Callable[[float, int], None] | None = None,
+    *,
+    all_ranks: bool = False,
 ) -> Result:
     """Run `command` on `gpus` devices of the row `hardware`, or only as rank `rank` of `gpus`.
 
-    With `hollow_host`, large float tensors on the host are never written. `on_progress(seconds,
-    bytes)` is called a few times a second with the memory in use on the fullest device. Raises
-    `ValueError` if the command cannot be started.
+    A launcher in it starts that rank alone (by default 0), or `all_ranks`. With `hollow_host`, large float tensors
+    on the host are never written; with None, the command starts again like that once it takes half of this machine's
+    free memory. `on_progress(seconds, bytes)` is called a few times a second with the memory in use on the fullest
+    device. Raises `ValueError` if the command cannot be started.
     """
     from harness.cells.hardware import load_hardware
 
     row = load_hardware(hardware)
     devices = gpus if rank is None else min(gpus, row.devices_per_node)
-    ranked = {} if rank is None else rank_environment(rank, gpus, row.devices_per_node)
     device = device_of(hardware, devices, outside_bytes)
+    ranked = rank_environment(rank or 0, gpus, row.devices_per_node)
+    told = {
+        **base,
+        **({} if rank is None else ranked),
+        **({} if all_ranks else {"PHANTOM_LAUNCHED": json.dumps(ranked)}),
+    }
     listed = json.dumps([site.model_dump() for site in reviewed_sites(sites)])
-    with session_folder() as folder:
-        (folder / "sites.json").write_text(listed)
-        hollow = {"PHANTOM_HOLLOW_HOST": "1"} if hollow_host else {}
-        surroundings = {**environment(folder, device, base), **ranked, **hollow}
+
+    def once(hollow: bool, host_bytes: float) -> Result:
         begin = time.monotonic()
-        ended = follow(command, surroundings, folder, limit_s, output, on_progress)
-        seconds = time.monotonic() - begin
-        processes = [
-            Process(**json.loads(p.read_text())) for p in sorted(folder.glob("process-*.json"))
-        ]
-    processes.sort(key=lambda process: process.rank)
-    verdict, reason = judge(ended, processes, limit_s)
-    return Result(verdict=verdict, reason=reason, command=list(command), hardware=hardware, gpus=gpus,
-                  rank=rank, seconds=seconds, processes=processes)  # fmt: skip
+        with session_folder() as folder:
+            (folder / "sites.json").write_text(listed)
+            surroundings = {
+                **environment(folder, device, told),
+                **({"PHANTOM_HOLLOW_HOST": "1"} if hollow else {}),
+            }
+            ended = follow(command, surroundings, folder, limit_s, host_bytes, output, on_progress)
+            processes = [
+                Process(**json.loads(p.read_text())) for p in sorted(folder.glob("process-*.json"))
+            ]
+        processes.sort(key=lambda process: process.rank)
+        verdict, reason = judge(ended, processes, limit_s)
+        return Result(
+            verdict=verdict, reason=reason, command=list(command), hardware=hardware, gpus=gpus, rank=rank,
+            hollow_host=hollow, seconds=time.monotonic() - begin, processes=processes,
+        )  # fmt: skip
+
+    if hollow_host is not None:
+        return once(hollow_host, math.inf)
+    try:
+        return once(False, spare_bytes())
+    except HostMemory as error:
+        print(f"alst phantom: {error}; once more with --hollow-host", file=sys.stderr)
+        return once(True, math.inf)
 
 
 def follow(
@@ -227,10 +259,14 @@ def follow(
     surroundings: Mapping[str, str],
     folder: Path,
     limit_s: float,
+    host_bytes: float,
     output: int | None,
     on_progress: Callable[[float, int], None] | None,
 ) -> int | None:
-    """Run `command` and return its exit code; None if it was stopped after `limit_s` seconds."""
+    """Run `command` and return its exit code; None if it was stopped after `limit_s` seconds.
+
+    Raises `HostMemory` if it was stopped because it took more than `host_bytes` of this machine's memory.
+    """
     program = shutil.which(command[0], path=surroundings["PATH"])
     if program is None:
         raise ValueError(f"command '{command[0]}' does not exist")
@@ -243,11 +279,33 @@ def follow(
             try:
                 return process.wait(0.2)
             except subprocess.TimeoutExpired:
+                if (taken := resident(process.pid)) > host_bytes:
+                    raise HostMemory(
+                        f"the command takes {taken / 2**30:.1f} GiB of this machine's memory"
+                    ) from None
                 if on_progress is not None:
                     on_progress(time.monotonic() - begin, in_use(folder / "ledger"))
         return None
     finally:
         stop(process)
+
+
+def spare_bytes() -> float:
+    """Bytes of this machine's memory that a command may take: half of those that are free."""
+    free: int = psutil.virtual_memory().available
+    return free / 2
+
+
+def resident(pid: int) -> int:
+    """Bytes of this machine's memory that process `pid` and its children have to themselves."""
+    found = 0
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        for each in (process, *process.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                memory = each.memory_info()
+                found += memory.rss - memory.shared
+    return found
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:

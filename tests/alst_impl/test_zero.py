@@ -62,5 +62,5 @@ def test_buckets_follow_the_model_unless_asked_for(
     options: dict[str, Any], num_parameters: int, sizes: tuple[int, int]
 ) -> None:
     """A large model gets DeepSpeed's own sizes, which would be most of a small model's memory."""
-    settings = Zero(**options)._settings(config_of(), False, num_parameters)["zero_optimization"]
+    settings = Zero(**options).settings(config_of(), False, num_parameters)["zero_optimization"]
     assert (settings["reduce_bucket_size"], settings["stage3_prefetch_bucket_size"]) == sizes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from pathlib import Path
@@ -130,3 +131,25 @@ def test_a_command_that_does_not_exist_is_named(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(session, "environment", lambda *given: dict(given[-1]))
     with pytest.raises(ValueError, match="command 'no-such-command' does not exist"):
         session.run(["no-such-command"], "h100-80gb")
+
+
+GREEDY = """
+import os, time
+if "PHANTOM_HOLLOW_HOST" not in os.environ:
+    taken = b"1" * 2**28
+    time.sleep(60)
+"""
+
+
+def test_a_command_that_needs_much_memory_starts_again_without_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is stopped once it has taken what it may, unless the memory is asked for."""
+    monkeypatch.setattr(session, "environment", lambda *given: dict(given[-1]))
+    monkeypatch.setattr(session, "spare_bytes", lambda: 2**27)
+    command = [sys.executable, "-c", GREEDY]
+    result = session.run(command, "h100-80gb", limit_s=20)
+    assert result.hollow_host
+    assert "used no CUDA device" in result.reason
+    assert "GiB of this machine's memory; once more with --hollow-host" in capsys.readouterr().err
+    assert "not done" in session.run(command, "h100-80gb", limit_s=2, hollow_host=False).reason

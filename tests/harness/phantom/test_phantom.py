@@ -163,14 +163,31 @@ def test_scripts_of_users_loops_run_as_one_rank_of_eight(script: str, tmp_path: 
     assert result.processes[0].devices[0].allocated_bytes > 0
 
 
-def test_all_ranks_run_under_a_launcher() -> None:
-    """Each rank runs on its own device."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = run(
-        [sys.executable, *launcher, str(PROGRAMS / "sharded.py")], "h100-80gb", gpus=2, limit_s=120
-    )
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+@pytest.mark.parametrize(
+    ("options", "ran"),
+    [({}, [(0, 0, 2)]), ({"rank": 1}, [(1, 1, 2)]), ({"all_ranks": True}, [(0, 0, 1), (1, 1, 1)])],
+)
+def test_a_launcher_starts_one_rank_for_all_or_each(
+    options: dict[str, Any], ran: list[tuple[int, int, int]]
+) -> None:
+    """Each rank runs on its own device, and holds the same."""
+    command = [*LAUNCHER, str(PROGRAMS / "sharded.py")]
+    result = run(command, "h100-80gb", gpus=2, limit_s=120, **options)
     assert result.verdict == "fits", result.reason
-    assert [(p.rank, p.devices[0].device) for p in result.processes] == [(0, 0), (1, 1)]
+    assert [(p.rank, p.devices[0].device, p.stands_for) for p in result.processes] == ran
+    assert len({p.devices[0].allocated_bytes for p in result.processes}) == 1
+
+
+def test_a_launcher_of_another_number_of_ranks_is_refused(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The message says which number it is."""
+    result = run([*LAUNCHER, str(PROGRAMS / "sharded.py")], "h100-80gb", gpus=4, limit_s=120)
+    assert result.exit_code == 2
+    assert "the launcher starts 2 ranks; use --gpus 2, not 4" in capfd.readouterr().err
 
 
 HOLLOW = {"PHANTOM_HOLLOW_HOST": "1"}

@@ -46,6 +46,10 @@ def _torch_imported() -> None:
         host.leave_large_untouched()
     if "PHANTOM_WORLD" in os.environ:
         alone.stand_for_all()
+    if "PHANTOM_LAUNCHED" in os.environ:
+        sys.meta_path.insert(
+            0, _AfterImport("torch.distributed.launcher.api", alone.launch_one_rank)
+        )
 
 
 def install() -> None:

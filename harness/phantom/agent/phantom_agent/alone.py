@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import wraps
@@ -56,6 +58,27 @@ def stand_for_all() -> None:
     for name, object_collective in OBJECTS.items():
         for module in (c10d, dist):
             setattr(module, name, object_collective)
+
+
+def launch_one_rank() -> None:
+    """Make torchrun, and launchers that call it, become one rank of those that they would start."""
+    from torch.distributed.launcher import api
+
+    surroundings: dict[str, str] = json.loads(os.environ["PHANTOM_LAUNCHED"])
+
+    def launch_agent(
+        config: Any, entrypoint: Any, args: list[Any], health_check_server: Any = None
+    ) -> dict[int, Any]:
+        ranks, devices = config.max_nodes * config.nproc_per_node, surroundings["WORLD_SIZE"]
+        if str(ranks) != devices:
+            sys.exit(
+                f"alst phantom: the launcher starts {ranks} ranks; use --gpus {ranks}, not {devices}"
+            )
+        if not isinstance(entrypoint, str):
+            sys.exit("alst phantom: the launcher calls a function in each rank; use --all-ranks")
+        os.execvpe(entrypoint, [entrypoint, *map(str, args)], {**os.environ, **surroundings})
+
+    api.launch_agent = launch_agent
 
 
 def no_source(*args: Any, **kwargs: Any) -> None:

@@ -79,6 +79,7 @@ class Watch:
         return {
             "pid": self.pid,
             "rank": int(os.environ.get("RANK", "0")),
+            "stands_for": int(os.environ.get("PHANTOM_WORLD", "1")),
             "devices": [self.device(i) for i in range(torch.cuda.device_count()) if used(i)],
             "pinned_bytes": library.phantom_host_peak(),
             "launches": library.phantom_num_launches(),
