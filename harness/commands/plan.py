@@ -17,9 +17,12 @@ from harness.cells.prediction import Plan, Planned
 from harness.cells.units import bytes_text, number_text, options_text, seconds_text
 from harness.commands.predict import AsJson, hush_transformers, on_phantom, wide_console
 from harness.commands.request import Request, Seqlen, States, about, asking, engine_of
+from harness.present.emit import check_emitted
 from harness.present.emit import emit as emitted
 
 UNKNOWN = "?"
+LIMIT_S = 3600
+"""Seconds that all settings of a plan may take together."""
 
 
 @asking
@@ -60,6 +63,8 @@ def plan(
     """
     cell = request.cell(seqlen, gpus or 1, "baseline", {}, states or "gpu")
     hush_transformers()
+    if emit is not None:
+        check_emitted(cell.train, emit)
     places: tuple[States, ...] = ("gpu", "host") if states is None else (states,)
     asked = {
         "cell": cell.model_dump(mode="json"),
@@ -67,7 +72,7 @@ def plan(
         "methods": method,
         "engines": [engine_of(cell.train.engine.name, place) for place in places],
     }
-    (planned,) = on_phantom("harness.predict.plan:execute", asked, cell)
+    (planned,) = on_phantom("harness.predict.plan:execute", asked, cell, LIMIT_S)
     found = Plan(**planned)
     if as_json:
         print(json.dumps({**about(cell), **found.model_dump(mode="json")}))

@@ -132,12 +132,17 @@ def forecast_of(cell: Cell) -> Simulated:
     return Simulated(**found["simulated"])
 
 
-def on_phantom(entry: str, payload: dict[str, Any], cell: Cell) -> list[dict[str, Any]]:
+def on_phantom(
+    entry: str, payload: dict[str, Any], cell: Cell, limit_s: float | None = None
+) -> list[dict[str, Any]]:
     """The result of `entry` in a process with phantom devices; shows its progress.
 
-    Raises `ValueError` if it cannot run, `RuntimeError` if it fails.
+    Raises `ValueError` if it cannot run or has no result in `limit_s` seconds, by default the timeout of
+    `cell`; `RuntimeError` if it fails.
     """
     from harness.processes import client
+
+    limit_s = limit_s or cell.timeout_s
 
     doing = {"now": f"{cell.label} on a phantom device"}
 
@@ -145,9 +150,13 @@ def on_phantom(entry: str, payload: dict[str, Any], cell: Cell) -> list[dict[str
         doing["now"] = f"{cell.label}: {event.get('doing', 'starting')}"
 
     with patience(lambda: doing["now"]):
-        ending = client.submit(entry, payload, 1, cell.timeout_s, heard, accelerator="phantom")
+        ending = client.submit(entry, payload, 1, limit_s, heard, accelerator="phantom")
     if ending.how == "finished":
         return list(ending.results)
+    if ending.how == "timeout":
+        raise ValueError(
+            f"{cell.label}: no answer within {limit_s:,.0f} s; try again on a machine that does nothing else"
+        )
     if ending.error in {"ValueError", "TooLarge"}:
         raise ValueError(ending.message)
     raise RuntimeError(

@@ -34,8 +34,7 @@ def emit(
     does. Returns the files. Raises `ValueError` if `folder` exists or cannot be made, and for a run that such
     a script cannot make exactly.
     """
-    if folder.exists():
-        raise ValueError(f"--emit {folder}: exists already; name a new folder, or remove it")
+    check_emitted(train, folder)
     texts = _texts(train, hardware, expandable_segments=expandable_segments)
     try:
         with tempfile.TemporaryDirectory(
@@ -54,12 +53,18 @@ def emit(
     return [folder / name for name in texts]
 
 
+def check_emitted(train: TrainConfig, folder: Path) -> None:
+    """Raise `ValueError` if `folder` exists, or no script there could make this run exactly."""
+    if folder.exists():
+        raise ValueError(f"--emit {folder}: exists already; name a new folder, or remove it")
+    engine = load_engine(train.engine)
+    _check(train, engine)
+    _check_dtypes(engine, list(build(train)[0].parameters()))
+
+
 def _texts(train: TrainConfig, hardware: str, *, expandable_segments: bool) -> dict[str, str]:
     """File name -> content."""
     engine = load_engine(train.engine)
-    _check(train, engine)
-    model = build(train)[0]
-    _check_dtypes(engine, list(model.parameters()))
     content = {
         "train": train,
         "engine": engine,
@@ -81,7 +86,7 @@ def _texts(train: TrainConfig, hardware: str, *, expandable_segments: bool) -> d
     found = {name: filled(f"{name}.jinja", **content) for name in TEXTS}
     found["config.json"] = _json(published(train.model, train.overrides))
     if isinstance(engine, Zero):
-        numbers = sum(parameter.numel() for parameter in model.parameters())
+        numbers = sum(parameter.numel() for parameter in build(train)[0].parameters())
         found["deepspeed.json"] = _json(engine.settings(train, mixed=False, num_parameters=numbers))
     return found
 

@@ -11,6 +11,7 @@ from phantoms import NEEDED
 
 from harness import __main__ as command_line
 from harness.cells.hardware import load_hardware
+from harness.commands import plan
 from harness.devices.outside import OUTSIDE_READINGS
 
 if TYPE_CHECKING:
@@ -137,3 +138,31 @@ def test_bad_input_is_refused(
     """One line, exit code 2."""
     assert asked(monkeypatch, *arguments.split()) == 2
     assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_plan_is_written_as_a_script(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first row of the plan; a second time nothing is tried, because the folder is there."""
+    out = tmp_path / "out"
+    arguments = ("--seqlen", "8K", "--gpus", "2", "--method", "alst", "--emit", str(out), "--json")
+    assert asked(monkeypatch, *arguments) == 0
+    said = capsys.readouterr()
+    first = json.loads(said.out)["rows"][0]["train"]
+    assert f"alst: wrote {out / 'run.sh'}, " in said.err
+    assert f"sp={first['method']['sp']}," in (out / "train.py").read_text()
+    assert asked(monkeypatch, *arguments) == 2
+    said = capsys.readouterr()
+    assert f"--emit {out}: exists already; name a new folder, or remove it" in said.err
+    assert "on a phantom device" not in said.err
+
+
+def test_an_answer_that_takes_too_long_is_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It names the limit, and nothing of Python's."""
+    monkeypatch.setattr(plan, "LIMIT_S", 0.001)
+    assert asked(monkeypatch, "--seqlen", "8K", "--gpus", "1") == 2
+    said = capsys.readouterr().err
+    assert "no answer within 0 s; try again on a machine that does nothing else" in said
+    assert "Traceback" not in said
