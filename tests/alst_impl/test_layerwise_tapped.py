@@ -41,7 +41,7 @@ FAMILIES = {
     "glm4": "a partial rotary embedding",
     "granite": "multipliers",
     "gpt2": "fused projections of another class, no rotary embedding",
-    "deepseek_v3": "experts, keys and values of other head dims",
+    "deepseek_v3": "latent keys and values, experts",
     "qwen3_moe": "experts",
     "gpt_oss": "attention sinks beside windows, experts",
     "llama4_text": "chunked attention, experts",
@@ -52,8 +52,8 @@ FAMILIES = {
 
 def of(family: str, **settings: Any) -> TrainConfig:
     """A run of method `layerwise` on a tiny model of type `family`, in tiles of 9 rows."""
-    method = {"name": "layerwise", "rows": 9, **settings.pop("method", {})}
-    return config_of(model=str(FOLDER / f"{family}.json"), method=method, seqlen=45, **settings)
+    settings["method"] = {"name": "layerwise", "rows": 9, **settings.get("method", {})}
+    return config_of(model=str(FOLDER / f"{family}.json"), seqlen=45, **settings)
 
 
 def assert_exact(ranks: Ranks, *configs: TrainConfig) -> None:
@@ -78,9 +78,18 @@ def test_every_gradient_is_the_stock_models(ranks: Ranks, family: str, sp: int) 
     assert_exact(ranks, of(family, world_size=sp, method={"sp": sp}))
 
 
+@pytest.mark.parametrize("dim", [10, 24])
+def test_values_of_other_head_dims(ranks: Ranks, dim: int) -> None:
+    """Narrower and wider ones than those of 16 of queries and keys, in two groups."""
+    config = of(
+        "deepseek_v3", world_size=2, overrides={"v_head_dim": dim}, method={"sp": 2, "groups": 2}
+    )
+    assert_exact(ranks, config)
+
+
 @pytest.mark.parametrize("family", ["gemma3_text", "gemma2", "granite_swa", "deepseek_v3"])
 def test_packed_documents_do_not_see_each_other(ranks: Ranks, family: str) -> None:
-    """Tested with windows, soft-caps, sinks and unequal head dims, over two ranks."""
+    """Tested with windows, soft-caps, sinks and latent keys, over two ranks."""
     assert_exact(ranks, of(family, data={"documents": 3}, world_size=2, method={"sp": 2}))
 
 
@@ -105,6 +114,27 @@ def test_options_change_no_gradient(ranks: Ranks, family: str) -> None:
 def test_engines_that_gather_weights(ranks: Ranks, engine: Any) -> None:
     """The layer is gathered as a whole, also where its forward ends at attention. Tested over two steps."""
     assert_exact(ranks, of("qwen3_moe", world_size=2, engine=engine, method={"sp": 2, "every": 2}))
+
+
+ADAPTED: list[tuple[tuple[str, ...], dict[str, Any]]] = [
+    (("q_proj", "v_proj"), {}),
+    (("o_proj", "up_proj", "down_proj"), {"groups": 1}),
+    (("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj"), {"every": 2, "stream": True}),
+]
+"""Modules with adapters, and options."""
+
+
+@pytest.mark.parametrize(("targets", "options"), ADAPTED, ids="-".join)
+@pytest.mark.parametrize(
+    "model", ["tiny-llama", str(FOLDER / "gemma3_text.json")], ids=["llama", "gemma3"]
+)
+def test_adapters_are_parts_of_their_layers(
+    ranks: Ranks, model: str, targets: tuple[str, ...], options: dict[str, Any]
+) -> None:
+    """Every gradient of an adapter is the stock model's. One at a projection takes Llama off the fast path."""
+    method = {"name": "layerwise", "sp": 2, "rows": 9, **options}
+    lora = {"rank": 2, "targets": targets}
+    assert_exact(ranks, config_of(model=model, method=method, lora=lora, world_size=2, seqlen=45))
 
 
 def test_bf16_gradients_are_near_the_truth(ranks: Ranks) -> None:

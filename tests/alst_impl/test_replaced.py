@@ -173,15 +173,15 @@ def changed_afterwards(rank: int, world_size: int) -> None:
             assert_same_gradients(gradients_of(model), truth)
         except AssertionError as error:
             raise AssertionError(f"{change.__name__}: {error}") from None
-    expected, adapted = adapted_model(), adapted_model()
-    _, alst = enabled(2, adapted)
-    adapted(**alst.shard(data[0])).loss.backward()
-    alst.reduce_gradients()
-    assert_same_gradients(gradients_of(adapted), stock_gradients(expected, data))
-    with pytest.raises(ValueError, match="enabled already"):
-        enabled(2, adapted)
-    with pytest.raises(ValueError, match="would ignore adapters"):
-        enabled(2, adapted_model(), method="layerwise")
+    truth = stock_gradients(adapted_model(), data)
+    for method in ("alst", "layerwise"):
+        adapted = adapted_model()
+        _, alst = enabled(2, adapted, method=method)
+        adapted(**alst.shard(data[0])).loss.backward()
+        alst.reduce_gradients()
+        assert_same_gradients(gradients_of(adapted), truth)
+        with pytest.raises(ValueError, match="enabled already"):
+            enabled(2, adapted)
     model, alst = enabled(2, method="layerwise")
     adapt_head(model)
     with pytest.raises(ValueError, match="were replaced after enable"):
