@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # TRL's trainers report that they were made
 
 # A process that the fork server made (tests of the tests) forks its own ranks.
 CONTEXT = multiprocessing.get_context("fork" if multiprocessing.parent_process() else "forkserver")

@@ -55,6 +55,8 @@ class _RouterLoss:
     num_experts: int
     top_k: int
     coefficient: float
+    configured: tuple[bool, float | None] | None
+    """As `_configured` returned it."""
     current: RouterStatistics | None = field(default=None)
 
 
@@ -77,12 +79,31 @@ def use_router_loss(model: PreTrainedModel) -> None:
             "router logits, so shards would each compute their own; set output_router_logits: false"
         )
     own: Any = model
-    state = _RouterLoss(own.num_experts, own.num_experts_per_tok, own.router_aux_loss_coef)
+    coefficient = own.router_aux_loss_coef
+    state = _RouterLoss(own.num_experts, own.num_experts_per_tok, coefficient, _configured(model))
     vars(model)["router_loss"] = state
     for module in model.modules():
         if isinstance(module, recorder.target_class):
             vars(module)["router_loss"] = (state, recorder.index)
             module.register_forward_hook(_count)
+
+
+def check_unchanged(model: PreTrainedModel) -> None:
+    """Raise `ValueError` if the configuration asks for another router loss than it did at `use_router_loss`."""
+    state: _RouterLoss | None = vars(model).get("router_loss")
+    found, asked = None if state is None else state.configured, _configured(model)
+    if found != asked:
+        raise ValueError(
+            f"output_router_logits and router_aux_loss_coef became {asked}, but were {found} at enable(); set both in "
+            "model.config before it (TRL's SFTTrainer turns a router loss on, by its option router_aux_loss_coef)"
+        )
+
+
+def _configured(model: PreTrainedModel) -> tuple[bool, float | None] | None:
+    """What the configuration says of a router loss; None if it asks for none."""
+    if not wants_router_loss(model):
+        return None
+    return True, getattr(model.config, "router_aux_loss_coef", None)
 
 
 def _recorders(model: PreTrainedModel) -> dict[str, Any]:

@@ -25,6 +25,7 @@ KNOWN = (
     *OFFSETS,
     "max_length_q",
     "max_length_k",
+    "seq_idx",
 )
 """Keys of a batch that are understood. The longest document follows from the offsets."""
 
@@ -33,7 +34,8 @@ def read(batch: Mapping[str, Any]) -> Batch:
     """A collator's `batch` of whole samples, on the CPU, with shifted labels and its documents. Local.
 
     Takes int64 tensors [B, S]: `input_ids`, `labels` (not shifted), and if present `attention_mask` (ones, then
-    zeros) and `position_ids`; of one flattened sample also `cu_seq_lens_q` and `cu_seq_lens_k` (int32 [N + 1]).
+    zeros) and `position_ids`; of one flattened sample also `cu_seq_lens_q` and `cu_seq_lens_k` (int32 [N + 1]) and
+    `seq_idx` (int32 [1, S]), which numbers its documents.
     Raises `ValueError` for what cannot be exact, and for any other key.
     """
     given = {key: value for key, value in batch.items() if value is not None}
@@ -47,6 +49,7 @@ def read(batch: Mapping[str, Any]) -> Batch:
     padded = _padding(given.get("attention_mask"), ids, labels)
     positions = _positions(given, ids, padded)
     documents = _documents(given, positions)
+    _check_numbers(given.get("seq_idx"), ids, documents)
     return Batch(
         input_ids=ids,
         shift_labels=shifted(labels),
@@ -132,7 +135,7 @@ def _positions(given: dict[str, Any], ids: Tensor, padded: Tensor | None) -> Ten
 
 def _documents(given: dict[str, Any], positions: Tensor) -> Documents | None:
     """Lengths of the packed documents of each sample; None if each sample is one document."""
-    by_position = [_lengths(row) for row in positions]
+    by_position = [_runs(row.diff() != 1) for row in positions]
     offsets = [given[key].cpu().long() for key in OFFSETS if key in given]
     if not offsets:
         return tuple(by_position) if max(map(len, by_position), default=1) > 1 else None
@@ -159,8 +162,23 @@ def _documents(given: dict[str, Any], positions: Tensor) -> Documents | None:
     return (found,) if len(found) > 1 else None
 
 
-def _lengths(positions: Tensor) -> tuple[int, ...]:
-    """Lengths of the runs of `positions` [S] that rise by one, where transformers sees documents."""
-    starts = (positions.diff() != 1).nonzero().flatten() + 1
-    bounds = [0, *starts.tolist(), len(positions)]
+def _check_numbers(numbers: Tensor | None, ids: Tensor, documents: Documents | None) -> None:
+    """Raise `ValueError` unless `numbers`, int [B, S], if present, change where `documents` do.
+
+    Convolutions and scans keep documents apart by them, where attention does by positions.
+    """
+    if numbers is None:
+        return
+    found = tuple(_runs(row.diff() != 0) for row in numbers.cpu())
+    told = documents or ((ids.shape[1],),) * ids.shape[0]
+    if found != told:
+        raise ValueError(
+            f"seq_idx numbers documents of {[list(row) for row in found]} tokens, but position_ids and cu_seq_lens_q tell "
+            f"of {[list(row) for row in told]}; leave seq_idx out, or make them agree"
+        )
+
+
+def _runs(breaks: Tensor) -> tuple[int, ...]:
+    """Lengths of the runs of S tokens between `breaks`, bool [S - 1]. transformers sees documents in such runs."""
+    bounds = [0, *(breaks.nonzero().flatten() + 1).tolist(), len(breaks) + 1]
     return tuple(stop - start for start, stop in pairwise(bounds))

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from alst_impl import safeguards
 from alst_impl.data import Batch
+from alst_impl.hf import router
 from alst_impl.layout import IGNORE_INDEX
 from alst_impl.library.batches import labels_of, read, shifted
 from alst_impl.library.guard import Guard, Reduction, Shard, part_names, stock_forward
@@ -130,6 +131,7 @@ class LongSequence:
 
     def _check_router_loss(self, batch: Mapping[str, Any]) -> None:
         mask = batch.get("attention_mask")
+        router.check_unchanged(self.model)
         if "router_loss" in vars(self.model) and mask is not None and not bool(mask.all()):
             raise ValueError(
                 "a router loss (output_router_logits) counts every token of a batch, but attention_mask has padding; use "

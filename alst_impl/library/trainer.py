@@ -16,6 +16,7 @@ from alst_impl.library.enabling import enabled
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
     from transformers import Trainer
+    from transformers.trainer_utils import TrainOutput
     from transformers.training_args import TrainingArguments
 
     from alst_impl.library.sequence import LongSequence
@@ -43,6 +44,13 @@ class _Loader(DataLoader[Any]):
         self.batch_sampler.set_epoch(epoch)
 
 
+OF_THE_MODEL = {
+    "transformers.trainer.Trainer.compute_loss",
+    "trl.trainer.sft_trainer.SFTTrainer.compute_loss",
+}
+"""Losses of trainers that are the model's own, so that `LongSequenceTrainer.compute_loss` may replace them."""
+
+
 class LongSequenceTrainer(Trainer):
     """Mixin for transformers' `Trainer`, TRL's `SFTTrainer` and others that inherit from it.
 
@@ -54,11 +62,23 @@ class LongSequenceTrainer(Trainer):
 
     Ranks that share samples get the same ones, labels are counted over the whole step, and training losses are
     the stock model's. Evaluation averages the losses of batches of whole samples; a number of samples that does
-    not divide into batches gives a warning. Raises `ValueError` for options of the trainer that replace the
+    not divide into batches gives a warning. Raises `ValueError` for trainers and options that replace the
     model's own loss, or that need logits of whole samples.
     """
 
     loss_is_scaled_for_ga = True  # by the labels of the whole step
+
+    def create_accelerator_and_postprocess(self) -> None:
+        if self.args.ddp_find_unused_parameters is None:
+            # For a model in peft's wrapper Trainer lets DDP search, which finds all of a checkpointed layer unused.
+            self.args.ddp_find_unused_parameters = False
+        super().create_accelerator_and_postprocess()
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            # An evaluation before the first step marks the bare model as prepared, so accelerate would leave out DDP.
+            vars(self.model).pop("_is_accelerate_prepared", None)
+        return super().train(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         strategy = self.args.train_sampling_strategy
@@ -102,12 +122,7 @@ class LongSequenceTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """The scaled loss of this rank's shard of `inputs`, whole samples. Collective."""
-        for option in ("compute_loss_func", "label_smoother"):
-            if getattr(self, option) is not None:
-                raise ValueError(
-                    f"{option} computes a loss from logits of whole samples, but each rank holds a part; set "
-                    "model.loss_function instead, a sum over tokens divided by num_items_in_batch"
-                )
+        self._check_loss()
         outputs = model(**self._alst.shard(inputs, num_items=num_items_in_batch))
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
@@ -133,6 +148,22 @@ class LongSequenceTrainer(Trainer):
     def _alst(self) -> LongSequence:
         assert isinstance(self.model, nn.Module), "Trainer made or got a model"
         return enabled(self.model)
+
+    def _check_loss(self) -> None:
+        """Raise `ValueError` unless the trainer's loss is the model's own."""
+        theirs = super().compute_loss
+        replaced = [
+            o for o in ("compute_loss_func", "label_smoother") if getattr(self, o) is not None
+        ]
+        if f"{theirs.__module__}.{theirs.__qualname__}" not in OF_THE_MODEL:
+            replaced.append(theirs.__qualname__)
+        if (loss_type := getattr(self.args, "loss_type", "nll")) != "nll":
+            replaced.append(f"loss_type '{loss_type}'")
+        if replaced:
+            raise ValueError(
+                f"{replaced[0]} computes a loss from logits of whole samples, but each rank holds a part; leave it out "
+                "and set model.loss_function, a sum over tokens divided by num_items_in_batch"
+            )
 
     def _by_sample(
         self, loader: DataLoader[Any], size: int, *, shuffle: bool, drop_last: bool

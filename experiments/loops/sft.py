@@ -25,6 +25,8 @@ arguments = SFTConfig(  # starts the process group
     learning_rate=args.lr,
     lr_scheduler_type="constant",
     max_grad_norm=0.0,  # does not clip
+    bf16=False,  # computes in the model's dtype
+    gradient_checkpointing=False,  # enable() checkpoints
     save_strategy="no",
     report_to=[],
 )

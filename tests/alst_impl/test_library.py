@@ -118,9 +118,11 @@ def packed() -> Batch:
 
 
 def with_offsets(*, positions: bool) -> Batch:
-    """The same with `cu_seq_lens_q`, with or without positions."""
+    """The same with `cu_seq_lens_q`, with positions and numbers of documents or without."""
     offsets = torch.tensor([0, 9, 13, LENGTH], dtype=torch.int32)
-    told = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": 9}
+    told: Batch = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": 9}
+    if positions:
+        told["seq_idx"] = torch.tensor([0] * 9 + [1] * 4 + [2] * (LENGTH - 13))[None]
     return {k: v for k, v in {**packed(), **told}.items() if positions or k != "position_ids"}
 
 
@@ -179,6 +181,7 @@ def refuse(rank: int, world_size: int) -> None:
         ({"position_ids": ones[None]}, "not one position for each"),
         ({"position_ids": ones, "attention_mask": ones}, "restart beside an attention_mask"),
         ({"cu_seq_lens_q": offsets}, "of one flattened sample"),
+        ({"seq_idx": (ones.cumsum(1) > 8).long()}, r"seq_idx numbers documents of \[\[8, 13\]"),
         ({"labels": good["labels"][:1]}, r"batch\['labels'\] has shape"),
         ({"labels": None}, "batch has no 'labels'"),
         ({"pixel_values": ones}, r"batch\['pixel_values'\] is unknown"),

@@ -154,6 +154,15 @@ def unsupported(rank: int, world_size: int, folder: str) -> None:
         )
         with pytest.raises(ValueError, match=match):
             trainer.train()
+    from transformers import Trainer
+
+    class OwnLoss(Trainer):
+        def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
+            return model(**inputs).logits.sum()
+
+    kind = type("LongTrainer", (LongSequenceTrainer, OwnLoss), {})
+    with pytest.raises(ValueError, match=r"OwnLoss\.compute_loss computes a loss from logits"):
+        kind(enabled(2)[0], options(folder), train_dataset=samples()).train()
     model, alst = enabled(2)
     trainer = long_trainer()(model, options(folder), eval_dataset=samples())
     with pytest.raises(ValueError, match="need logits of whole samples"):
@@ -167,7 +176,7 @@ def unsupported(rank: int, world_size: int, folder: str) -> None:
 
 
 def test_options_that_need_whole_samples_are_refused(ranks: Ranks, tmp_path: Path) -> None:
-    """Smoothed labels, a loss of logits, samples dealt out by rank, streams and predictions; evaluation is exact."""
+    """Smoothed labels, losses of logits, samples dealt out by rank, streams and predictions; evaluation is exact."""
     ranks(2)(unsupported, str(tmp_path))
 
 
