@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from rich.console import Console
+from training import assert_same_gradients, config_of, run_steps, truth_of
 
 from harness.cells import paths
 from harness.cells.cell import Cell
@@ -16,6 +18,9 @@ from harness.judge.defects import plant, read_defects
 from harness.records.families import committed
 from harness.records.record import Outcome
 from harness.run.measure import measure
+
+if TYPE_CHECKING:
+    from conftest import Ranks
 
 EXPERIMENT = Path("experiments/families/families.yaml")
 KINDS = {
@@ -66,6 +71,26 @@ def test_models_train_as_the_committed_table_says(
         assert outcome is said[key], why
     refused = {key for key in said if key not in found}
     assert all(said[key] is Outcome.REFUSED for key in refused)
+
+
+TILES_OFF = {"name": "alst", "tile_mlp": False, "tile_norm": False}
+WAYS_OUT: dict[str, tuple[str, dict[str, Any]]] = {
+    "ctrl": ("use method 'baseline' with checkpoint: false", {"checkpoint": False}),
+    "doge": ("or use method 'baseline' if the model itself makes one", {}),
+    "llama4_text": ("set tile_mlp: false and tile_norm: false", {"method": TILES_OFF}),
+}
+"""Model types -> what method `alst` says, and settings that follow it."""
+
+
+@pytest.mark.parametrize("model", WAYS_OUT)
+def test_a_refused_model_trains_by_the_way_out(ranks: Ranks, model: str) -> None:
+    """The settings that the error names have the gradients of the stock model."""
+    said, settings = WAYS_OUT[model]
+    path = str(Path(__file__).parent / "families" / f"{model}.json")
+    with pytest.raises(AssertionError, match=said):
+        ranks(1)(run_steps, config_of(model=path, method="alst"))
+    config = config_of(model=path, **settings)
+    assert_same_gradients(ranks(1)(run_steps, config)[0].gradients, truth_of(config).gradients)
 
 
 def cell_of(experiment: Experiment, model: str, method: str) -> Cell:

@@ -55,8 +55,8 @@ class Attention(Protocol):
 def _refuse_mask(attention_mask: Tensor | None) -> None:
     if attention_mask is not None:
         raise ValueError(
-            "attention_mask is not supported under sequence parallelism; pad right, mask the labels, "
-            "and pass no attention_mask"
+            "attention_mask is not supported: kernels and shards know causality, windows and documents, and no other mask; "
+            "pad right, mask the labels and pass none, or use method 'baseline' if the model itself makes one"
         )
 
 
@@ -95,7 +95,8 @@ def _attention(
     if dropout:
         raise ValueError(
             f"attention dropout ({dropout}) is not supported here: kernels, tiles and rings compute weights block by "
-            "block and draw no masks of them; set it to 0 in the model's configuration (attention_dropout, attn_pdrop)"
+            "block and draw no masks of them; set it to 0 in the model's configuration (attention_dropout, attn_pdrop), or use "
+            "method 'baseline'"
         )
     if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
         raise ValueError(

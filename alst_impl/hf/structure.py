@@ -16,7 +16,10 @@ def decoder_layers(model: PreTrainedModel) -> Sequence[nn.Module]:
     """The repeated decoder layers, in order."""
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no layers that transformers can checkpoint")
+        raise ValueError(
+            f"{type(model).__name__} has no layers that transformers can checkpoint, by whose class methods find them; "
+            "use method 'baseline' with checkpoint: false"
+        )
     return layers
 
 
@@ -105,7 +108,8 @@ def _found(model: PreTrainedModel) -> tuple[list[nn.Module], list[nn.Module]]:
         search(layer)
     if not attention and not mixers:
         raise ValueError(
-            f"{type(model).__name__} has no module that uses transformers' attention interface"
+            f"{type(model).__name__} has no module that uses transformers' attention interface, where methods put their "
+            "attention; use method 'baseline'"
         )
     return list(attention), list(mixers)
 
@@ -173,7 +177,7 @@ def token_wise_modules(model: PreTrainedModel) -> tuple[list[nn.Module], list[nn
         left = f", because layers use several values of {', '.join(sorted(left_out))}"
         raise ValueError(
             f"{kinds} has no MLP beside its attention that can run in tiles{left if left_out else ''}; set tile_mlp: "
-            "false and tile_norm: false"
+            "false and tile_norm: false, or use method 'layerwise' or 'baseline'"
         )
     return mlps, norms + final_norms(model)
 
@@ -184,7 +188,9 @@ def decoder_name(model: PreTrainedModel) -> str:
     for name, child in model.named_children():
         if any(module is layer for module in child.modules()):
             return name
-    raise ValueError(f"{type(model).__name__} has no decoder among its children")
+    raise ValueError(
+        f"{type(model).__name__} has no decoder among its children, whose output the tiled loss takes; use method 'baseline'"
+    )
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
@@ -222,7 +228,7 @@ def head_name(model: PreTrainedModel) -> str:
         if child is head:
             return name
     raise ValueError(
-        f"{type(model).__name__} has no output embedding among its children: no loss to tile"
+        f"{type(model).__name__} has no output embedding among its children: no loss to tile; use method 'baseline'"
     )
 
 

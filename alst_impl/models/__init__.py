@@ -141,7 +141,10 @@ _FIELDS = {
     "num_kv_shared_layers": "shared keys",
 }
 """Configuration fields that, when set, turn a feature on."""
-_OFF = dict.fromkeys(("dropout", "layerdrop"), "; 0 turns it off")
+_OFF = {
+    "dropout": ": kernels, tiles and rings draw no masks of attention weights; 0 turns it off",
+    "layerdrop": "; 0 turns it off",
+}
 """Features that a user may do without, and how."""
 _LAYERS = {"full_attention": None, "sliding_attention": None, "chunked_attention": "chunks"}
 """Known entries of `layer_types`; all others are mixers."""

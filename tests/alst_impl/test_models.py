@@ -175,8 +175,11 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str) -
     ("fields", "reason"),
     [
         ({"attn_logit_softcapping": 50.0}, "soft-capped attention logits"),
-        ({"attention_dropout": 0.1}, "attention dropout (attention_dropout=0.1; 0 turns it off)"),
-        ({"attn_pdrop": 0.1}, "attention dropout (attn_pdrop=0.1; 0 turns it off)"),
+        (
+            {"attention_dropout": 0.1},
+            "attention dropout (attention_dropout=0.1: kernels, tiles and rings draw no masks",
+        ),
+        ({"attn_pdrop": 0.1}, "of attention weights; 0 turns it off)"),
         (
             {"layerdrop": 0.1},
             "skipped at random, which each rank would choose alone (layerdrop=0.1;",
