@@ -331,6 +331,7 @@ def point(
     ink: str | None = None,
     *,
     fits: bool = True,
+    on_line: bool = False,
 ) -> None:
     """One point with the mark of `kind`, and `words` beside it, in its colour or in `ink`.
 
@@ -340,18 +341,20 @@ def point(
     if not fits:
         axes.plot([x], [y], clip_on=False, **DOES_NOT_FIT)
     if label:
-        words(axes, x, y, label, ink or colour, side)
+        words(axes, x, y, label, ink or colour, side, on_line=on_line)
 
 
-def words(axes: Axes, x: float, y: float, text: str, ink: str, side: int = 1) -> None:
-    """Words right of a point, or left of it with `side` -1."""
+def words(
+    axes: Axes, x: float, y: float, text: str, ink: str, side: int = 1, *, on_line: bool = False
+) -> None:
+    """Words right of a point, or left of it with `side` -1; above a line that runs through it."""
     axes.annotate(
         text,
         (x, y),
-        xytext=(9 * side, 0),
+        xytext=(9 * side, 3 if on_line else 0),
         textcoords="offset points",
         ha="left" if side > 0 else "right",
-        va="center",
+        va="bottom" if on_line else "center",
         fontsize=7.5,
         color=ink,
         bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.5},

@@ -22,14 +22,15 @@ BACKWARD = ("#f6d7c3", "#efbb98", "#e79f6f", "#dd8146")
 """By slice."""
 NOTE = (
     "Schedules: 7B at 32K as in the throughput table, durations are modelled, white is waiting. "
-    "Degrees of parallelism are published for 30B and inferred for the others. Beside a prediction: its error."
+    "Degrees of parallelism are published for 30B and inferred for the others. Beside a prediction: its error. "
+    "fitted: a constant was fitted on the published number, so it is no evidence."
 )
 SCHEDULES = ("1F1B", "Seq1F1B")
 
 
 def draw(results: Results) -> Figure:
     """Both schedules in time above; below, peak bytes by model and length, and throughput."""
-    figure = Figure(figsize=(13, 8.6), layout="constrained")
+    figure = Figure(figsize=(14, 8.6), layout="constrained")
     layout: list[Any] = [["1F1B"] * 5, ["Seq1F1B"] * 5, ["bytes"] * 3 + ["speed"] * 2]
     axes = figure.subplot_mosaic(layout, height_ratios=[1, 1, 2.6])
     found = [e for e in evidence([results]) if _slices(results.cells[e.key]) is not None]
@@ -48,11 +49,9 @@ def draw(results: Results) -> Figure:
     )
     axes["speed"].set_ylabel("tokens/s of all GPUs, 7B")
     axes["speed"].yaxis.set_major_formatter(FuncFormatter(lambda value, _: tokens_text(value)))
-    kinds: list[drawing.Kind] = ["published", "predicted"]
     handles = [
-        drawing.handle(f"{kind}, {name}", colours[name], kind)
-        for name in SCHEDULES
-        for kind in kinds
+        drawing.handle("published", drawing.INK, "published"),
+        *(drawing.handle(f"predicted, {name}", colours[name], "predicted") for name in SCHEDULES),
     ]
     title = "Slices in a pipeline: less waiting, fewer live activations"
     return drawing.frame(figure, results, title, handles, NOTE)
@@ -131,11 +130,13 @@ def _draw_numbers(
         name = _schedule(cell)
         side = 2 * SCHEDULES.index(name) - 1  # 1F1B on the left
         x = places.index(place(cell)) + 0.12 * side
-        drawing.point(axes, x, e.published, colours[name], "published")
+        drawing.point(axes, x, e.published, drawing.INK, "published")
         if e.predicted is not None and e.error is not None:
             text = "fitted" if e.used_for_fit else percent_text(e.error)
+            at, ink = (axes, x, e.predicted), drawing.INK
+            axes.vlines(x, e.predicted, e.published, color=colours[name], linewidth=1)
             drawing.point(
-                axes, x, e.predicted, colours[name], "predicted", text, side, fits=not e.infeasible
+                *at, colours[name], "predicted", text, side, ink=ink, fits=not e.infeasible
             )
     axes.set_xticks(range(len(places)), places)
     axes.set_xlim(-0.8, max(len(places), 1) - 0.2)

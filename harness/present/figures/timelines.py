@@ -47,7 +47,8 @@ def draw_tiles(tiles: Tiles, results: Results) -> Figure:
     for words, gib in tiles.published().items() if handles else ():
         axes.axhline(gib, color=drawing.INK, linewidth=1, linestyle=":")
         text = f"{words}: {gib:.3g} GiB"
-        drawing.point(axes, RIGHT_OF_ALL, gib, drawing.INK, "published", text, side=-1)
+        at = axes, RIGHT_OF_ALL, gib
+        drawing.point(*at, drawing.INK, "published", text, side=-1, on_line=True)
     handles.append(drawing.handle("published", drawing.INK, "published"))
     return drawing.frame(figure, results, tiles.title, handles, tiles.note)
 
@@ -109,7 +110,7 @@ def _timelines(lines: Sequence[Line]) -> tuple[Figure, Axes, list[Line2D]]:
         peak = max(held)
         first = at[held.index(peak)]
         text = f"{peak:.3g} GiB"
-        drawing.point(axes, first, peak, colour, "predicted", text, fits=s.fits)
+        drawing.point(axes, first, peak, colour, "predicted", text, fits=s.fits, on_line=True)
         handles.append(
             Line2D([], [], label=label, **drawing.mark("predicted", colour) | {"linestyle": "-"})
         )

@@ -10,6 +10,7 @@ import yaml
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from samples import cell, cuda_cell, cuda_measurement, measurement, searched, sweep
 
 from harness.present import drawing
@@ -36,13 +37,23 @@ def recorded(name: str) -> Results:
 
 @pytest.mark.parametrize(("name", "figure"), shown(), ids=str)
 def test_nothing_is_cut_and_no_panel_is_empty(name: str, figure: str) -> None:
-    """The legend is within the figure, words beside points are within their frames, each panel has data."""
+    """The legend is within the figure, words beside points are within their frames, each panel has data, and no two
+    entries of the legend differ by colour alone.
+    """
     drawn = draw(figure, recorded(name))
     FigureCanvasAgg(drawn).draw()
     legend = drawn.legends[0].get_window_extent()
     assert legend.x1 <= drawn.bbox.x1
     assert all(axes.has_data() for axes in drawn.axes)
     assert not [words for axes in drawn.axes for words in crossing(axes)]
+    marks = [mark for entry in drawn.legends[0].get_lines() if (mark := shape(entry))]
+    assert len(marks) == len(set(marks))
+
+
+def shape(line: Line2D) -> tuple[str, bool] | None:
+    """Marker, and whether it is hollow; None for a line without marks."""
+    hollow = line.get_markerfacecolor() == "white"
+    return None if line.get_marker() in {"", "None"} else (str(line.get_marker()), hollow)
 
 
 def crossing(axes: Axes) -> list[str]:
@@ -121,14 +132,16 @@ def test_the_headline_is_of_one_hardware() -> None:
 
 @pytest.mark.parametrize("figure", ["mlp_tiles", "loss_tiles"])
 def test_published_peaks_say_what_they_are(figure: str) -> None:
-    """Each star has words with its number, and the note explains where it comes from."""
+    """Each star has words with its number, clear of the line through it, and the note explains where it comes from."""
     drawn = draw(figure, recorded("paper_parts"))
+    FigureCanvasAgg(drawn).draw()
     stars = [line for axes in drawn.axes for line in axes.get_lines() if line.get_marker() == "*"]
-    said = [
-        text.get_text() for text in drawn.axes[0].texts if text.get_text().startswith("published")
-    ]
+    said = [text for text in drawn.axes[0].texts if text.get_text().startswith("published")]
     assert len(said) == len(stars) > 0
-    assert all("GiB" in words for words in said)
+    assert all("GiB" in text.get_text() for text in said)
+    for text, star in zip(said, stars, strict=True):
+        (_, height) = drawn.axes[0].transData.transform(star.get_xydata()[0])
+        assert text.get_window_extent().y0 > height
     assert "published" in drawn.get_supxlabel().lower()
 
 
