@@ -21,6 +21,7 @@ from harness.cells import paths
 from harness.cells.cell import Cell
 from harness.cells.experiment import Experiment, load_experiment
 from harness.commands.run import DEFAULT_RESULTS, record_path, truth_cache
+from harness.commands.tables import show
 
 if TYPE_CHECKING:
     from harness.judge.claims import Evidence
@@ -129,22 +130,21 @@ def reference_records(name: str) -> dict[str, Measurement]:
 
 
 def _forecasts(experiment: Experiment) -> dict[str, Cell]:
-    """Forecast cells of `experiment` without twins of measured cells, which `alst confirm` handles."""
-    found = simulated_cells(experiment)
-    return {key: cell for key, cell in found.items() if not is_twin(cell, experiment)}
+    """Forecast cells of `experiment` without twins of cells that a GPU measures, which `alst confirm` handles."""
+    from harness.judge.twins import run_of
+
+    cells = experiment.cells()
+    measured = {run_of(cell) for cell in cells.values() if cell.traits.gpus}
+    return {
+        key: cell
+        for key, cell in cells.items()
+        if cell.traits.forecast and not (cell.traits.phantom and run_of(cell) in measured)
+    }
 
 
 def simulated_cells(experiment: Experiment) -> dict[str, Cell]:
     """The cells that need no device, by key: forecasts."""
     return {key: cell for key, cell in experiment.cells().items() if cell.traits.forecast}
-
-
-def is_twin(cell: Cell, experiment: Experiment) -> bool:
-    """Whether `cell` is a phantom cell and the experiment has the same cell on a GPU."""
-    from harness.judge.twins import run_of
-
-    measured = (each for each in experiment.cells().values() if each.traits.gpus)
-    return cell.traits.phantom and run_of(cell) in map(run_of, measured)
 
 
 def bring_up_to_date(simulated: list[tuple[Experiment, dict[str, Cell]]], results: Path) -> None:
@@ -218,6 +218,5 @@ def _print_claims(found: Iterable[Evidence]) -> None:
     for each, row in zip(found, grid.rows, strict=True):
         table.add_row(*row[:-1], style=colours.get(each.verdict))
     console = Console()
-    console.width = max(console.width, 110)  # a narrower terminal wraps lines
-    console.print(table)
+    show(console, table)
     console.print(claim_summary(found), highlight=False)

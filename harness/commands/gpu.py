@@ -12,6 +12,7 @@ from rich.table import Table
 from harness.cells import paths
 from harness.cells.experiment import load_experiment
 from harness.commands.run import DEFAULT_RESULTS
+from harness.commands.tables import show
 
 Results = Annotated[Path, typer.Option("--results", help="Folder of records.")]
 
@@ -69,8 +70,7 @@ def confirm(
     for pair, row in zip(pairs, grid.rows, strict=True):
         table.add_row(*row, style="red" if pair.missed else None)
     console = Console()
-    console.width = max(console.width, 110)  # a narrower terminal wraps lines
-    console.print(table)
+    show(console, table)
     for gpu, phantom in torch_versions(found):
         console.print(
             f"not judged: the GPU ran torch {gpu}, the phantom device {phantom}; equal bytes are due between "

@@ -9,11 +9,13 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from harness.cells.cell import Cell
 from harness.cells.experiment import Experiment, load_experiment
 from harness.commands.live import CellLine
+from harness.commands.tables import show
 from harness.processes.launch import launched
 from harness.records.record import Measurement, Outcome
 from harness.run.measure import measure_to
@@ -71,11 +73,12 @@ def run(
                 raise  # other ranks may have accepted the cell: torchrun ends them, so they do not wait
             refused.append(str(error))
     if measured:
-        console.print(_summary(loaded, measured))
+        show(console, _summary(loaded, measured))
         passed = sum(m.outcome is Outcome.OK for m in measured)
         folder = results / "cells" / loaded.name
+        page = ", and `alst report` makes the page" if results == DEFAULT_RESULTS else ""
         console.print(
-            f"{passed} of {len(cells)} cells passed; records are in {folder}, and `alst report` makes the page",
+            f"{passed} of {len(cells)} cells passed; records are in {folder}{page}",
             highlight=False,
             soft_wrap=True,
         )
@@ -129,7 +132,7 @@ def _summary(experiment: Experiment, measured: list[Measurement]) -> Table:
     table = Table(title=experiment.question, box=None)
     for heading in ("cell", "outcome", "gradients", "step [s]", "peak [MiB]", "last loss"):
         left = heading == "cell"
-        table.add_column(heading, justify="left" if left else "right", no_wrap=not left)
+        table.add_column(escape(heading), justify="left" if left else "right", no_wrap=not left)
     for m in measured:
         readings = m.readings
         if readings is None:
