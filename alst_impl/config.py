@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
@@ -23,19 +24,23 @@ Precision = DType | Literal["float8_e4m3fn"]
 LabelMask = Literal["none", "prefix", "rank", "border", "imbalance", "all"]
 
 
+TOO_LONG = 2**63
+"""No length is as large: an index of 64 bits ends before it."""
+
+
 def tokens(text: str) -> int:
     """A length such as `131072`, `131_072`, `131,072`, `128K` or `1M`. K and M are 2**10 and 2**20.
 
-    Raises `ValueError` for anything else, and for a length below 1.
+    Raises `ValueError` for anything else, and for a length below 1 or from `TOO_LONG`.
     """
     found = re.fullmatch(
         r"([0-9][0-9_]*|[0-9]{1,3}(?:,[0-9]{3})+)(\.[0-9]+)?([KkMm]?)", text.strip()
     )
-    count = 0.0
+    count = Fraction(0)
     if found is not None:
         scale = {"": 1, "K": 2**10, "M": 2**20}[found[3].upper()]
-        count = float(re.sub("[_,]", "", found[1]) + (found[2] or "")) * scale
-    if count < 1 or count != int(count):
+        count = Fraction(re.sub("[_,]", "", found[1]) + (found[2] or "")) * scale
+    if not 1 <= count < TOO_LONG or count.denominator != 1:
         raise ValueError(
             f"'{text}' is not a length; write a number of tokens from 1, such as 131_072, or 128K, which is the same "
             "(K is 1,024 and M is 1,048,576)"
@@ -47,7 +52,7 @@ def _tokens(value: Any) -> Any:
     return tokens(value) if isinstance(value, str) else value
 
 
-Tokens = Annotated[int, BeforeValidator(_tokens), Field(gt=0)]
+Tokens = Annotated[int, BeforeValidator(_tokens), Field(gt=0, lt=TOO_LONG)]
 """A length in tokens, or text as `tokens` takes it."""
 
 
@@ -89,7 +94,7 @@ class DataConfig(Frozen):
     """`python-stdlib` (sources of Python's own library) or a path to a text file or folder."""
     tokenizer: str = "bytes"
     """`bytes` (token = byte) or a local folder of a Hugging Face tokenizer."""
-    documents: PositiveInt | tuple[PositiveInt, ...] = 1
+    documents: PositiveInt | tuple[Tokens, ...] = 1
     """Documents packed into one sample, each with positions from 0: their number, with random lengths, or their
     lengths, which repeat until the sample is full. 1 is one unpacked document."""
     mask: LabelMask = "none"

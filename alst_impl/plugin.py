@@ -6,6 +6,7 @@ import difflib
 import importlib
 import inspect
 import pkgutil
+import re
 from collections.abc import Iterable
 from functools import cache
 from typing import TypeVar
@@ -45,11 +46,16 @@ def load(package: str, base: type[T], spec: Spec, kind: str | None = None) -> T:
         raise ValueError(explain(error, f"'{spec.name}'", sorted(cls.model_fields))) from None
 
 
+def squeezed(name: str) -> str:
+    """`name` without what is forgiven in it: case, spaces, `-` and `_`."""
+    return re.sub(r"[\s_-]", "", name).lower()
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Words that offer the `known` names that are like `name`, or else all of them."""
-    known = list(known)
-    near = difflib.get_close_matches(name, known)
-    return f"use {' or '.join(near)}" if near else f"use one of {', '.join(known)}"
+    plain = {squeezed(each): each for each in known}
+    near = [plain[each] for each in difflib.get_close_matches(squeezed(name), plain)]
+    return f"use {' or '.join(near)}" if near else f"use one of {', '.join(plain.values())}"
 
 
 def explain(error: ValidationError, where: str, known: list[str]) -> str:
@@ -59,6 +65,6 @@ def explain(error: ValidationError, where: str, known: list[str]) -> str:
         key = ".".join(str(part) for part in item["loc"]) or "(whole)"
         value = item["input"]
         shown = f" = {value!r}" if isinstance(value, str | int | float | bool) else ""
-        parts.append(f"{key}{shown}: {item['msg']}")
+        parts.append(f"{key}{shown}: {item['msg'].removeprefix('Value error, ')}")
     listing = f" (known keys: {', '.join(known)})" if known else ""
     return f"{where}: {'; '.join(parts)}{listing}"

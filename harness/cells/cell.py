@@ -16,6 +16,7 @@ from alst_impl.models import published
 from alst_impl.ops.attention.cores.base import Core, load_core
 from alst_impl.plugin import explain, names
 from harness.cells.hardware import load_hardware
+from harness.cells.units import length_text
 from harness.cells.worlds import FORECAST, TRAITS, Traits, World
 
 NOTHING_TIMED = {"gate": False, "followed": False, "timed": False, "steps": 0}
@@ -131,7 +132,7 @@ class Cell(Frozen):
         t = self.train
         depth = t.overrides.get("num_hidden_layers")
         model = t.model if depth is None else f"{t.model}, {depth} layers,"
-        return f"{model} {t.method.name} x{t.world_size} @ {t.seqlen:,}"
+        return f"{model} {t.method.name} x{t.world_size} @ {length_text(t.seqlen)}"
 
 
 def make_cell(settings: dict[str, Any]) -> Cell:
@@ -219,7 +220,8 @@ def _check_world(cell: Cell, core: Core) -> None:
             )
         if load_hardware(cell.hardware).chip is None:
             raise ValueError(
-                f"world '{cell.world}' needs a CUDA device, but hardware '{cell.hardware}' is not one; use h100-80gb"
+                f"world '{cell.world}' needs a CUDA device, but hardware '{cell.hardware}' has no chip; use h100-80gb, or "
+                "take the chip of another row, which `alst hardware NAME` prints"
             )
         return
     if cell.expandable_segments is not None:

@@ -1,41 +1,56 @@
-"""Formats numbers for display. The only module that converts base units to GiB and ms."""
+"""Reads sizes and rates, and formats numbers for display. The only module that converts base units to GiB and ms.
+
+`alst_impl.config.tokens` reads lengths, and `length_text` writes them.
+"""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from typing import Any
 
-UNITS = {
-    "": 1,
+BYTES = {
     "B": 1,
     **{f"{letter}B": 1000**power for power, letter in enumerate("KMGT", start=1)},
     **{f"{letter}iB": 1024**power for power, letter in enumerate("KMGT", start=1)},
 }
-"""Unit that a user may write -> bytes."""
+"""Units of a size that a user may write."""
+BANDWIDTHS = {f"{unit}/s": scale for unit, scale in BYTES.items()}
+"""Units of a bandwidth."""
+FLOPS = {
+    f"{letter}{word}": 1000**power
+    for word in ("FLOPS", "FLOP/s")
+    for power, letter in enumerate("GTP", start=3)
+}
+"""Units of a speed of arithmetic."""
+
+
+def quantity(text: str, units: Mapping[str, int], what: str) -> int:
+    """`text`, a number and one of `units`, in the unit 1; a number alone is in it. Raises `ValueError` that says `what`
+    is expected.
+    """
+    found = re.fullmatch(r"\s*([0-9]+(?:_[0-9]+)*(?:\.[0-9]+)?)\s*([A-Za-z/]*)\s*", text)
+    value = int(Fraction(found[1]) * {"": 1, **units}.get(found[2], 0)) if found else 0
+    if not 0 < value < 2**63:
+        raise ValueError(f"'{text}' is not {what}; write a number and one of {', '.join(units)}")
+    return value
 
 
 def bytes_value(text: str) -> int:
-    """Bytes of a size such as `4TB`, `1900 GiB` or `80_000_000_000`."""
-    found = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
-    if found is None or found[2] not in UNITS or not float(found[1]):
-        raise ValueError(
-            f"'{text}' is not a size; write a number and one of {', '.join(u for u in UNITS if u)}"
-        )
-    return int(float(found[1]) * UNITS[found[2]])
+    """Bytes of a size such as `4TB`, `1900 GiB` or `80_000_000_000`. Raises `ValueError`."""
+    return quantity(text, BYTES, "a size")
 
 
-def rate_value(text: str) -> float:
-    """Units per second of a rate such as `450GB/s` or `989.4TFLOPS`."""
-    size, _, _ = text.strip().partition("/s")
-    number, found = size, None
-    if text.strip().upper().endswith("FLOPS"):
-        number, found = size[: -len("FLOPS")], "FLOPS"
-    try:
-        return float(bytes_value(number + ("B" if found and number[-1:] in "KMGT" else "")))
-    except ValueError:
-        raise ValueError(f"'{text}' is not a rate; write such as 450GB/s or 989.4TFLOPS") from None
+def bandwidth_value(text: str) -> int:
+    """Bytes per second of a bandwidth such as `450GB/s`. Raises `ValueError`."""
+    return quantity(text, BANDWIDTHS, "a bandwidth in bytes")
+
+
+def flops_value(text: str) -> int:
+    """FLOP/s of a speed such as `989.4 TFLOPS`. Raises `ValueError`."""
+    return quantity(text, FLOPS, "a speed of arithmetic")
 
 
 def written(parse: Callable[[str], Any]) -> Callable[[Any], Any]:
@@ -58,20 +73,17 @@ def seconds_text(value: float) -> str:
     return f"{number_text(value)} s"
 
 
-def length_text(value: int) -> str:
-    """A sequence length. K and M are 2**10 and 2**20, used where they divide the length."""
+def length_text(value: float) -> str:
+    """A length in tokens, as `alst_impl.config.tokens` reads it: `128K` and `1M` are 131,072 and 1,048,576.
+
+    K and M stand for powers of two and their multiples below 10; other lengths have full digits, so that they compare
+    with published ones.
+    """
+    count = round(value)
     for unit, size in (("M", 2**20), ("K", 2**10)):
-        if value >= size and value % size == 0:
-            return f"{value // size}{unit}"
-    return f"{value:,}"
-
-
-def tokens_text(value: float) -> str:
-    """A length as the paper writes it: K, M and B are 10**3, 10**6 and 10**9."""
-    for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
-        if value >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.0f}"
+        if count and count % size == 0 and count // (count & -count) < 10:
+            return f"{count // size:,}{unit}"
+    return f"{count:,}"
 
 
 def percent_text(value: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import typer
@@ -22,6 +23,15 @@ def parsed(pairs: list[str], flag: str = "--option") -> dict[str, Any]:
         except yaml.YAMLError:
             raise ValueError(f"{flag} {pair}: the value is not YAML; quote it") from None
     return options
+
+
+def share(text: str | float) -> float:
+    """A share from 0 to 0.9, such as `0.05` or `5%`, as an option's parser."""
+    found = re.fullmatch(r"([0-9]*\.?[0-9]+)(%?)", str(text).strip())
+    value = float(found[1]) / (100 if found[2] else 1) if found else 1.0
+    if value > 0.9:
+        raise typer.BadParameter(f"'{text}' is not a share from 0 to 0.9; write such as 0.05 or 5%")
+    return value
 
 
 def length(text: str | int) -> int:

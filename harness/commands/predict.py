@@ -15,7 +15,7 @@ from rich.table import Table
 
 from harness.cells.cell import Cell
 from harness.cells.prediction import LIMITS, Cost, Holding, Prediction, SearchResult, Simulated
-from harness.cells.units import bytes_text, options_text, seconds_text
+from harness.cells.units import bytes_text, length_text, options_text, seconds_text
 from harness.commands.options import parsed
 from harness.commands.request import Request, Seqlen, States, about, asking
 
@@ -205,7 +205,9 @@ def wide_console() -> Console:
 
 
 def _print_prediction(console: Console, cell: Cell, p: Prediction) -> None:
-    table = Table(title=_title(cell) + f", {cell.train.seqlen:,} tokens", title_justify="left")
+    table = Table(
+        title=_title(cell) + f", {length_text(cell.train.seqlen)} tokens", title_justify="left"
+    )
     table.add_column("bytes of one GPU")
     table.add_column(justify="right")
     table.add_column()
@@ -296,8 +298,8 @@ def _print_search(console: Console, cell: Cell, result: SearchResult) -> None:
     table = Table(title=_title(cell), title_justify="left", show_header=False)
     table.add_column()
     table.add_column(justify="right")
-    table.add_row("longest that fits", f"{result.longest_tokens:,} tokens", style="bold")
-    table.add_row("shortest that does not", f"{result.shortest_failing_tokens:,} tokens")
+    table.add_row("longest that fits", f"{length_text(result.longest_tokens)} tokens", style="bold")
+    table.add_row("shortest that does not", f"{length_text(result.shortest_failing_tokens)} tokens")
     table.add_row("limit", f"{LIMITS[result.limit]} ({result.limit})")
     table.add_row("steps that ran", str(result.evaluations))
     console.print(table)

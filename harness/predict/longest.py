@@ -14,6 +14,7 @@ from alst_impl.methods.base import layouts, load_method
 from alst_impl.models import described, field
 from harness.cells.cell import Cell
 from harness.cells.prediction import Limit, SearchResult
+from harness.cells.units import length_text
 from harness.predict.attempts import (
     Exceeded,
     Step,
@@ -84,7 +85,7 @@ def longest(rank: Rank, cell: Cell, own: Limit | None, known: dict[int, Use]) ->
     while high is None or high - low > max(1, int(PRECISION * high)):
         tries = _next_tries(low, high, int(_crossing(cell, uses) / unit), stride)
         stride *= 4
-        lengths = " and ".join(f"{n * unit:,}" for n in tries)
+        lengths = " and ".join(length_text(n * unit) for n in tries)
         rank.progress(f"searching for the longest sequence, at {lengths} tokens")
         cells = [at_length(cell, n * unit) for n in tries]
         found = apart([partial(attempt, rank, each, capacity_bytes(cell)) for each in cells])

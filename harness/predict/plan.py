@@ -17,6 +17,7 @@ from alst_impl.models import described, field
 from harness.cells.cell import Cell, make_cell
 from harness.cells.hardware import load_hardware
 from harness.cells.prediction import Plan, Planned, Prediction
+from harness.cells.units import length_text
 from harness.formulas.rates import architecture
 from harness.predict.attempts import (
     GIB,
@@ -123,7 +124,7 @@ def make_plan(
             return Plan(rows=planned, tried=len(tried), limit="none", reason=None)
     if not tried:
         raise TooLarge(
-            f"seqlen ({cell.train.seqlen:,}) does not fit on {gpus or GPUS[-1]} x {cell.hardware}, by far; use a "
+            f"seqlen ({length_text(cell.train.seqlen)}) does not fit on {gpus or GPUS[-1]} x {cell.hardware}, by far; use a "
             "shorter sequence or more GPUs"
         )
     closest = min(tried, key=lambda each: each.prediction.total_bytes)
@@ -360,6 +361,6 @@ def _nothing_fits(closest: Candidate) -> str:
         heads = field(described(train.model, train.overrides), "num_attention_heads")
         cause = f"; sp stops at {sequence_parallel(train)} because it must divide {heads} heads and {train.world_size} GPUs"
     return (
-        f"{train.seqlen:,} tokens of {train.model} do not fit on {train.world_size} x {cell.hardware}: the closest "
+        f"{length_text(train.seqlen)} tokens of {train.model} do not fit on {train.world_size} x {cell.hardware}: the closest "
         f"setting (method {train.method.name}) needs {needs}{cause}"
     )

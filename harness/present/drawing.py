@@ -304,7 +304,7 @@ def _make_room(figure: Figure) -> None:
 
 def _widen(group: list[Axes]) -> bool:
     """Widen the horizontal axis of panels by what words overlap a frame; returns whether any do."""
-    axes, gap = group[0], 4
+    axes, gap = group[0], 10
     frame = axes.get_window_extent()
     boxes = [text.get_window_extent() for each in group for text in each.texts if text.get_text()]
     over = [max([0.0, *(frame.x0 - box.x0 + gap for box in boxes)])]

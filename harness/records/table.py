@@ -17,6 +17,7 @@ from harness.cells import paths
 from harness.cells.cell import Cell
 from harness.cells.experiment import Claim, Experiment, load_experiment
 from harness.cells.grid import Row
+from harness.cells.units import length_text
 from harness.records import record
 from harness.records.metrics import METRICS
 from harness.records.record import Measurement, Provenance
@@ -154,7 +155,7 @@ def _gate(results: Results, key: str, states: dict[str, str]) -> str:
     for state in ("failed", "passed"):
         lengths = [results.cells[k].train.seqlen for k, s in states.items() if s == state]
         if lengths:
-            return f"{state} at {max(lengths):,}"
+            return f"{state} at {length_text(max(lengths))}"
     return _gate_at_small_scale(results, results.cells[key])
 
 

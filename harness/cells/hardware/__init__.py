@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from alst_impl.config import Frozen
-from alst_impl.plugin import explain, nearest
-from harness.cells.units import bytes_value, rate_value, written
+from alst_impl.plugin import explain, nearest, squeezed
+from harness.cells.units import (
+    bandwidth_value,
+    bytes_text,
+    bytes_value,
+    flops_value,
+    written,
+)
 
 Bytes = Annotated[int, BeforeValidator(written(bytes_value)), Field(gt=0)]
 """Bytes, or a size such as `80GiB` or `1.9TB`."""
-Rate = Annotated[float, BeforeValidator(written(rate_value)), Field(gt=0, allow_inf_nan=False)]
-"""Units per second, or a rate such as `450GB/s` or `989.4TFLOPS`."""
+Bandwidth = Annotated[
+    float, BeforeValidator(written(bandwidth_value)), Field(gt=0, allow_inf_nan=False)
+]
+"""Bytes per second, or a bandwidth such as `450GB/s`."""
+Flops = Annotated[float, BeforeValidator(written(flops_value)), Field(gt=0, allow_inf_nan=False)]
+"""FLOP/s, or a speed such as `989.4TFLOPS`."""
 
 
 class Chip(Frozen):
@@ -32,7 +42,7 @@ class Chip(Frozen):
     l2_bytes: Bytes
     """Size of the L2 cache."""
     usable_bytes: Bytes
-    """Total device memory that CUDA reports, which is less than the nominal."""
+    """Total device memory that CUDA reports, which is less than the nominal: the limit of what fits."""
     source: str
     """Where the numbers are from."""
 
@@ -49,26 +59,43 @@ class Hardware(Frozen):
     """Other names for it."""
     memory_bytes: Bytes
     """Device memory."""
-    bf16_flops: Rate | None = None
+    bf16_flops: Flops | None = None
     """Peak dense bf16 FLOP/s (multiply and add count as two), without sparsity."""
-    memory_bandwidth: Rate | None = None
+    memory_bandwidth: Bandwidth | None = None
     """Device memory, bytes/s."""
-    intra_node_bandwidth: Rate | None = None
+    link: Literal["NVLink", "PCIe"] | None = None
+    """What joins the accelerators of a node."""
+    intra_node_bandwidth: Bandwidth | None = None
     """Between accelerators of a node, bytes/s."""
-    inter_node_bandwidth: Rate | None = None
+    inter_node_bandwidth: Bandwidth | None = None
     """Between nodes, bytes/s per accelerator."""
-    host_bandwidth: Rate | None = None
+    host_bandwidth: Bandwidth | None = None
     """Between accelerator and host memory, bytes/s."""
     host_memory_bytes: Bytes | None = None
     """Host memory of one node."""
     devices_per_node: int = Field(gt=0)
     """Accelerators of one node."""
     source: str
-    """Title of the datasheets the numbers are from."""
+    """Titles of the vendor's datasheets that the numbers are from. A nominal node has a host and a network that no
+    datasheet names."""
     device_names: tuple[str, ...] = ()
     """Names that the driver reports for this accelerator; empty for hardware without CUDA."""
     chip: Chip | None = None
     """None for hardware without CUDA."""
+
+    @property
+    def usable_bytes(self) -> int:
+        """The limit of what fits: what CUDA reports, or all memory without CUDA."""
+        return self.chip.usable_bytes if self.chip else self.memory_bytes
+
+    @model_validator(mode="after")
+    def usable_memory_is_a_part_of_the_memory(self) -> Hardware:
+        if self.chip and self.chip.usable_bytes > self.memory_bytes:
+            raise ValueError(
+                f"chip.usable_bytes ({bytes_text(self.chip.usable_bytes)}) are more than memory_bytes "
+                f"({bytes_text(self.memory_bytes)}); set usable_bytes to what CUDA reports"
+            )
+        return self
 
 
 def _read(path: Path) -> Hardware:
@@ -84,12 +111,11 @@ def _read(path: Path) -> Hardware:
         ) from None
 
 
-ROWS = {
-    row.name: row for row in map(_read, sorted((Path(__file__).parent / "rows").glob("*.yaml")))
-}
-"""Rows by name: the YAML files in `rows/`."""
-ALIASES = {alias: row.name for row in ROWS.values() for alias in row.aliases}
-"""Shorter names."""
+FOLDER = Path(__file__).parent / "rows"
+ROWS = {row.name: row for row in map(_read, sorted(FOLDER.glob("*.yaml")))}
+"""Rows by name: the YAML files in `FOLDER`."""
+NAMES = {squeezed(name): row.name for row in ROWS.values() for name in (row.name, *row.aliases)}
+"""Names and aliases without what is forgiven in them -> names of rows."""
 REFUSED = {
     "mi300x": "runs another stack than CUDA (ROCm), whose allocator and kernels no phantom device has",
 }
@@ -97,21 +123,32 @@ REFUSED = {
 
 
 def load_hardware(name: str) -> Hardware:
-    """The row `name`, in any case and by any alias, or the row in the YAML file at path `name`.
-
-    Raises `ValueError` naming the nearest rows, or the error in the file.
+    """The row that `row_name` finds, or the row in the YAML file at path `name`. Raises `ValueError` as it does, or
+    naming the error in the file.
     """
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise ValueError(f"hardware '{name}': no such file")
-        return _read(path)
-    plain = name.lower().replace("_", "-")
-    known = ALIASES.get(plain, plain)
-    if known in ROWS:
-        return ROWS[known]
-    if known in REFUSED:
-        raise ValueError(f"hardware '{name}' {REFUSED[known]}; use one of {', '.join(ROWS)}")
+    if not is_file(name):
+        return ROWS[row_name(name)]
+    if not Path(name).is_file():
+        raise ValueError(f"hardware '{name}': no such file")
+    return _read(Path(name))
+
+
+def is_file(name: str) -> bool:
+    """Whether `name` is a path to a YAML file, not the name of a row."""
+    return Path(name).suffix in (".yaml", ".yml")
+
+
+def row_name(name: str) -> str:
+    """The name of the row that `name` or an alias means; case, spaces, `-` and `_` are forgiven.
+
+    Raises `ValueError` naming the nearest rows.
+    """
+    plain = squeezed(name)
+    if plain in NAMES:
+        return NAMES[plain]
+    if plain in REFUSED:
+        raise ValueError(f"hardware '{name}' {REFUSED[plain]}; use one of {', '.join(ROWS)}")
+    offered = [each for row in ROWS.values() for each in (row.name, *row.aliases)]
     raise ValueError(
-        f"unknown hardware '{name}'; {nearest(plain, [*ROWS, *ALIASES])} or a path to a YAML file with a row"
+        f"unknown hardware '{name}'; {nearest(name, offered)}, or a path to a YAML file with a row"
     )

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 from harness.cells.cell import Cell
 from harness.cells.prediction import Prediction
-from harness.cells.units import number_text, options_text, tokens_text
+from harness.cells.units import length_text, number_text, options_text
 from harness.present import drawing
 from harness.present.figures.base import simulated
 from harness.records.table import NOT_SIMULATED, Results
@@ -59,7 +59,7 @@ def draw(results: Results) -> Figure:
     if not rows:
         drawing.say(panels[0], NOT_SIMULATED)
     handles = [drawing.handle(name, colours[name], "predicted") for name in methods]
-    where = {f"{tokens_text(t.seqlen)} tokens on {t.world_size} GPU" for _, t, _, _ in rows}
+    where = {f"{length_text(t.seqlen)} tokens on {t.world_size} GPU" for _, t, _, _ in rows}
     model = "".join(sorted({t.model for _, t, _, _ in rows}))
     title = (
         f"What a token costs: {model}, {'; '.join(sorted(where))}" if rows else "What a token costs"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from harness.cells.units import bytes_text, tokens_text
+from harness.cells.units import bytes_text, length_text
 from harness.judge.claims import OURS
 from harness.present import drawing
 from harness.present.figures.base import simulated
@@ -47,7 +47,7 @@ def draw(results: Results) -> Figure:
     )
     axes.set_xscale("log")
     axes.set_yscale("log", base=2)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tokens_text(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: length_text(value)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: bytes_text(value)))
     axes.margins(0.14)
     axes.set_xlabel("tokens of one GPU")

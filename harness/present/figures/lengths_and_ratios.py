@@ -8,7 +8,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from harness.cells.cell import Cell
 from harness.cells.experiment import Quantity
-from harness.cells.units import options_text, percent_text, tokens_text
+from harness.cells.units import length_text, options_text, percent_text
 from harness.judge.claims import Evidence, evidence
 from harness.present import drawing
 from harness.records.table import NOT_SIMULATED, Results
@@ -28,7 +28,7 @@ def _name(cell: Cell) -> str:
 
 
 def _number(quantity: Quantity, value: float) -> str:
-    return tokens_text(value) if quantity == "longest_tokens" else f"{value:.3g}x"
+    return length_text(value) if quantity == "longest_tokens" else f"{value:.3g}x"
 
 
 def _draw(axes: Axes, results: Results, rows: list[str], found: list[Evidence]) -> None:

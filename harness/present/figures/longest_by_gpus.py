@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from harness.cells.units import tokens_text
+from harness.cells.units import length_text
 from harness.judge.claims import evidence
 from harness.present import drawing
 from harness.present.figures.base import RELEASED_NOTE, features, methods_of, simulated
@@ -61,7 +61,7 @@ def _draw_model(axes: Axes, results: Results, model: str, colours: dict[str, str
     axes.set_yscale("log")
     axes.set_xticks(sizes, [f"{n}*" if n in unpublished else str(n) for n in sizes])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tokens_text(value)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: length_text(value)))
     axes.set_xlabel("GPUs")
 
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from harness.cells.cell import Cell
-from harness.cells.units import LIMITS, percent_text, tokens_text
+from harness.cells.units import LIMITS, length_text, percent_text
 from harness.judge.claims import Evidence, evidence
 from harness.present import drawing
 from harness.present.figures.base import RELEASED_NOTE, features, methods_of
@@ -30,14 +30,14 @@ def draw_claims(results: Results, table: str, title: str, row: Callable[[Cell], 
         drawing.say(axes, NOT_SIMULATED)
     for e in {e.place: e for e in lengths}.values():
         y = rows.index(row(results.cells[e.key]))
-        drawing.point(axes, e.published, y, drawing.INK, "published", tokens_text(e.published), -1)
+        drawing.point(axes, e.published, y, drawing.INK, "published", length_text(e.published), -1)
     for e in lengths:
         place = rows.index(row(results.cells[e.key])) + 0.2 + 0.22 * methods.index(e.method)
         _draw_prediction(axes, e, place, colours[e.method])
     axes.set_yticks(range(len(rows)), rows)
     axes.set_ylim(len(rows) - 0.2, -0.5)
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tokens_text(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: length_text(value)))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("longest sequence [tokens]")
     handles = [drawing.handle("published", drawing.INK, "published")]
@@ -47,7 +47,7 @@ def draw_claims(results: Results, table: str, title: str, row: Callable[[Cell], 
 
 def _draw_prediction(axes: Axes, e: Evidence, place: float, colour: str) -> None:
     if e.predicted and e.error is not None and e.limit is not None:
-        text = f"{tokens_text(e.predicted)}, {percent_text(e.error)}, {LIMITS[e.limit]}"
+        text = f"{length_text(e.predicted)}, {percent_text(e.error)}, {LIMITS[e.limit]}"
         drawing.point(axes, e.predicted, place, colour, "predicted", text)
 
 

@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from harness.cells.units import tokens_text
+from harness.cells.units import length_text
 from harness.present import drawing
 from harness.present.lengths import METHODS, Length, beside_published, shortened
 from harness.records.table import NOT_SIMULATED, Results
@@ -30,7 +30,7 @@ def draw(results: Results) -> Figure:
     lowest.set_xlim(
         min(each.tokens for each in rows) / 1.6, 1.2 * max(each.tokens for each in rows)
     )
-    lowest.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tokens_text(value)))
+    lowest.xaxis.set_major_formatter(FuncFormatter(lambda value, _: length_text(value)))
     lowest.xaxis.set_minor_formatter(NullFormatter())
     lowest.set_xlabel("longest sequence [tokens]")
     shown = [method for method in METHODS if any(each.method == method for each in rows)]
@@ -44,7 +44,7 @@ def _draw_panel(axes: Axes, lengths: list[Length], colours: dict[str, str]) -> N
     for place, each in enumerate(lengths):
         colour = colours[each.method] if each.method else drawing.INK
         kind: drawing.Kind = "published" if each.is_published else "predicted"
-        drawing.point(axes, each.tokens, place, colour, kind, tokens_text(each.tokens))
+        drawing.point(axes, each.tokens, place, colour, kind, length_text(each.tokens))
     axes.set_yticks(range(len(lengths)), [_label(each) for each in lengths])
     axes.set_ylim(len(lengths) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")

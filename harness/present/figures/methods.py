@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from alst_impl.layout import AXES
 from harness.cells.cell import Cell
 from harness.cells.prediction import Simulated
-from harness.cells.units import LIMITS, bytes_text, tokens_text
+from harness.cells.units import LIMITS, bytes_text, length_text
 from harness.present import drawing
 from harness.present.figures.base import simulated
 from harness.records.table import NOT_SIMULATED, Results
@@ -36,7 +36,7 @@ def _length(cell: Cell, s: Simulated) -> tuple[float, str]:
     options = cell.train.method.options
     degrees = [f"{axis} {options[axis]}" for axis in AXES if options.get(axis, 1) > 1]
     tokens, limit = s.search.longest_tokens, LIMITS[s.search.limit]
-    return max(tokens, 1), ", ".join([tokens_text(tokens), limit, *degrees])
+    return max(tokens, 1), ", ".join([length_text(tokens), limit, *degrees])
 
 
 def _cost(_: Cell, s: Simulated) -> tuple[float, str]:
@@ -70,7 +70,7 @@ class Panel(NamedTuple):
 
 
 PANELS = (
-    Panel(_length, _any_fits, tokens_text, 10, "longest sequence [tokens]"),
+    Panel(_length, _any_fits, length_text, 10, "longest sequence [tokens]"),
     Panel(_cost, _fits, bytes_text, 2, "allocated at the peak, per token of a rank"),
 )
 

@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter
 
 from alst_impl.ops.pipeline.schedule import bubble, makespan
 from harness.cells.cell import Cell
-from harness.cells.units import length_text, percent_text, tokens_text
+from harness.cells.units import length_text, percent_text
 from harness.formulas import pipelines
 from harness.judge.claims import Evidence, evidence
 from harness.present import drawing
@@ -48,7 +48,7 @@ def draw(results: Results) -> Figure:
         _length,
     )
     axes["speed"].set_ylabel("tokens/s of all GPUs, 7B")
-    axes["speed"].yaxis.set_major_formatter(FuncFormatter(lambda value, _: tokens_text(value)))
+    axes["speed"].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     handles = [
         drawing.handle("published", drawing.INK, "published"),
         *(drawing.handle(f"predicted, {name}", colours[name], "predicted") for name in SCHEDULES),

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 
 from harness.cells.cell import Cell
 from harness.cells.prediction import Simulated
-from harness.cells.units import tokens_text
+from harness.cells.units import length_text
 from harness.present import drawing
 from harness.present.drawing import STOCK
 from harness.present.figures.base import RELEASED_NOTE, Part, features, simulated
@@ -78,7 +78,7 @@ def draw_hill(results: Results) -> Figure:
     )
     where = ""
     for train, s in found[:1]:
-        where = f": {train.model}, {tokens_text(train.seqlen)} tokens on {train.world_size} GPUs"
+        where = f": {train.model}, {length_text(train.seqlen)} tokens on {train.world_size} GPUs"
         _mark_turn(axes, s)
     return drawing.frame(figure, results, f"Memory over one step{where}", handles, HILL_NOTE)
 

@@ -24,15 +24,12 @@ NUMBER = re.compile(r"[-+]?\d")
 UNITS = {
     "K": 2**10,
     "M": 2**20,
-    "B": 2**30,
-    " B": 1,
     "KiB": 2**10,
     "MiB": 2**20,
     "GiB": 2**30,
     "ms": 1e-3,
 }
-"""Units of numbers in tables that sort by their value. A decimal K or M sorts as a binary one does; B is 2**30 tokens
-beside its number, and a byte after a space."""
+"""Units of numbers in tables, which sort by their value; any other unit counts as 1."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +66,10 @@ class Grid:
 
 def sort_value(text: str) -> float | None:
     """The number that `text` begins with, in the base of its unit; None for other text."""
-    found = re.match(r"([-+]?[\d,]*\.?\d+(?:e[-+]?\d+)?)(\s?[A-Za-z]*)", text)
+    found = re.match(r"([-+]?[\d,]*\.?\d+(?:e[-+]?\d+)?)\s?([A-Za-z]*)", text)
     if not found:
         return None
-    unit = found[2] if found[2] == " B" else found[2].strip()
-    return float(found[1].replace(",", "")) * UNITS.get(unit, 1)
+    return float(found[1].replace(",", "")) * UNITS.get(found[2], 1)
 
 
 def _is_numeric(column: Sequence[str]) -> bool:

@@ -9,10 +9,10 @@ from harness.cells.experiment import Quantity
 from harness.cells.units import (
     LIMITS,
     bytes_text,
+    length_text,
     percent_text,
     ratio_text,
     seconds_text,
-    tokens_text,
 )
 from harness.judge.claims import OURS, WITHIN, Counts, Evidence, Verdict, count
 from harness.present.grids.base import MISSING, Grid
@@ -64,11 +64,11 @@ def _verdict(e: Evidence) -> str:
 def quantity_text(of: Evidence, value: float) -> str:
     """A value in the unit of its claim."""
     if of.quantity == "longest_tokens":
-        return tokens_text(value)
+        return length_text(value)
     if of.quantity == "longest_ratio":
         return ratio_text(value)
     if of.quantity == "tokens_per_second":
-        return f"{tokens_text(value)}/s"
+        return f"{value:,.0f}/s"
     return seconds_text(value) if of.quantity == "step_seconds" else bytes_text(value * 2**30)
 
 
@@ -82,7 +82,7 @@ def length_grid(found: Sequence[Evidence]) -> Grid:
         theirs, mine = of_authors.get(place), ours.get(place)
         row = claim_grid([theirs or ours[place]]).rows[0]
         predicted = row[2:6] if theirs else [MISSING] * 4
-        beside = MISSING if mine is None or mine.predicted is None else tokens_text(mine.predicted)
+        beside = MISSING if mine is None or mine.predicted is None else length_text(mine.predicted)
         label = _label(theirs or ours[place])
         rows.append([label, row[1], *predicted[:3], beside, predicted[3], row[6]])
     headings = ["claim", "published", "predicted", "error", "limit", f"our `{OURS}`"]

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from harness.cells import paths
 from harness.cells.experiment import Claim, load_experiment
-from harness.cells.units import tokens_text
+from harness.cells.units import length_text
 from harness.judge.claims import OURS, Evidence, evidence
 from harness.judge.defects import read_defects
 from harness.present.grids.base import MISSING, Grid
@@ -42,11 +42,11 @@ def _length_row(results: Results, claim: Claim, e: Evidence) -> list[str]:
     """The number of the authors' own code where it has a record, else that of our method."""
     gpus = results.cells[e.key].train.world_size
     what = "baseline" if claim.row["config"] == "baseline" else "ALST"
-    row = [f"{what}, {gpus} GPU{'s' if gpus > 1 else ''}", tokens_text(e.published)]
+    row = [f"{what}, {gpus} GPU{'s' if gpus > 1 else ''}", length_text(e.published)]
     if e.predicted is None:
         return [*row, MISSING, "no record", MISSING]
     code = f"our {OURS}" if e.is_ours else "as released"
-    found = f"{tokens_text(e.predicted)}, {code}"
+    found = f"{length_text(e.predicted)}, {code}"
     return [*row, found, e.verdict.value, machine_of(results.measurements[e.key])]
 
 
@@ -99,7 +99,7 @@ def length_rows(lengths: Iterable[Length]) -> Grid:
         [
             each.system if each.is_published else f"our {each.system}",
             str(each.num_gpus),
-            tokens_text(each.tokens),
+            length_text(each.tokens),
             each.hardware,
         ]
         for each in lengths

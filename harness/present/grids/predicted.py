@@ -53,7 +53,7 @@ def _readings(cell: Cell, m: Measurement | None) -> list[str]:
         bytes_text(p.host_bytes) if p else MISSING,
         seconds_text(p.step_seconds_modelled) if p and p.step_seconds_modelled else MISSING,
         *_roofline(cell, p),
-        f"{search.longest_tokens:,}" if search else MISSING,
+        length_text(search.longest_tokens) if search else MISSING,
         LIMITS[limit] if limit else MISSING,
     ]
 

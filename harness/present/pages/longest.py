@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from harness.cells.units import LIMITS, tokens_text
+from harness.cells.units import LIMITS, length_text
 from harness.present.grids.base import Grid
 from harness.present.lengths import Length, beside_published, plain, predicted
 from harness.present.pages.base import Committed
@@ -34,7 +34,7 @@ def _row(each: Length) -> list[str]:
     kind = "published" if each.is_published else "predicted"
     near = "" if each.is_exact else " (gradients are near, not exact)"
     where = [each.hardware, each.host, LIMITS[each.limit] if each.limit else "", each.source]
-    return [str(each.num_gpus), each.system + near, tokens_text(each.tokens), kind, *where]
+    return [str(each.num_gpus), each.system + near, length_text(each.tokens), kind, *where]
 
 
 def summary(c: Committed) -> list[tuple[str, str]]:
@@ -47,5 +47,5 @@ def summary(c: Committed) -> list[tuple[str, str]]:
 
 
 def _by_gpus(sizes: dict[int, Length]) -> str:
-    words = [f"{tokens_text(e.tokens)} on {n} GPU{'s' * (n > 1)}" for n, e in sizes.items()]
+    words = [f"{length_text(e.tokens)} on {n} GPU{'s' * (n > 1)}" for n, e in sizes.items()]
     return ", ".join(words) or "no record yet"

@@ -102,13 +102,13 @@ def test_each_figure_has_a_description_with_its_numbers() -> None:
     assert text.startswith("tiny-llama on 4 ranks, CPU. Shown: baseline; deepspeed_alst; alst")
     assert "alst: 10 MiB at 1K, 12 MiB at 2K." in text
     rows = described(draw("longest_sequences", together([])))
-    assert "MsT (A100-80GB): 60K (published)." in rows
+    assert "MsT (A100-80GB): 60,000 (published)." in rows
 
 
 @pytest.mark.parametrize(
     ("texts", "expected"),
     [
-        (["1.28M", "160K", "99", "–", "2B"], ["–", "99", "160K", "1.28M", "2B"]),
+        (["1M", "1,048,000", "160K", "99", "–"], ["–", "99", "160K", "1,048,000", "1M"]),
         (["1.5 GiB", "640 MiB", "512 B"], ["512 B", "640 MiB", "1.5 GiB"]),
         (["2.5 s", "12.3 ms", "1,500 s"], ["12.3 ms", "2.5 s", "1,500 s"]),
         (["+22%", "-4.0%", "1.2e-07", "0.96x"], ["-4.0%", "1.2e-07", "0.96x", "+22%"]),
@@ -172,14 +172,14 @@ def test_the_authors_own_code_is_the_evidence_for_a_headline_claim() -> None:
     eight = {claim.id: key for key, claim in results.claims if claim.id.startswith("table3")}
     assert set(eight) == {"table3-baseline", "table3-deepspeed_alst", "table3-alst"}
     absent = {row[0]: row for row in headline_claim_grid([results], []).rows}
-    assert absent["ALST, 8 GPUs"][1:] == ["3.8M", "–", "no record", "–"]
+    assert absent["ALST, 8 GPUs"][1:] == ["3,800,000", "–", "no record", "–"]
     ours, theirs = eight["table3-alst"], eight["table3-deepspeed_alst"]
     results.measurements[ours] = searched(results.cells[ours], 5_000_000)
     (row,) = (r for r in headline_claim_grid([results], []).rows if r[0] == "ALST, 8 GPUs")
-    assert row[2:] == ["5M, our alst", "longer", "simulated H100-80GB"]
+    assert row[2:] == ["5,000,000, our alst", "longer", "simulated H100-80GB"]
     results.measurements[theirs] = searched(results.cells[theirs], 3_000_000)
     (row,) = (r for r in headline_claim_grid([results], []).rows if r[0] == "ALST, 8 GPUs")
-    assert row[2:] == ["3M, as released", "refuted", "simulated H100-80GB"]
+    assert row[2:] == ["3,000,000, as released", "refuted", "simulated H100-80GB"]
 
 
 def test_the_same_training_is_a_headline_claim() -> None:

@@ -100,9 +100,7 @@ def test_series_names_what_varies_within_a_method() -> None:
     assert list(series(cells).values()) == ["alst tile_mlp=True", "alst tile_mlp=False", "baseline"]
 
 
-@pytest.mark.parametrize(
-    ("passed", "state"), [(True, "passed at 1,024"), (False, "failed at 1,024")]
-)
+@pytest.mark.parametrize(("passed", "state"), [(True, "passed at 1K"), (False, "failed at 1K")])
 def test_a_length_without_a_gate_answers_to_the_gated_one(passed: bool, state: str) -> None:
     """A long cell stands on the comparison of the same method at a short length."""
     short, long = measurement(cell(), passed=passed), measurement(cell(seqlen=4096, gate=False))
