@@ -14,7 +14,7 @@ from rich.table import Table
 from harness.cells.cell import Cell
 from harness.cells.hardware import load_hardware
 from harness.cells.prediction import Plan, Planned
-from harness.cells.units import bytes_text, number_text, options_text, seconds_text
+from harness.cells.units import bytes_text, length_text, number_text, options_text, seconds_text
 from harness.commands.predict import AsJson, hush_transformers, on_phantom, wide_console
 from harness.commands.request import Request, Seqlen, States, about, asking, engine_of
 from harness.present.emit import check_emitted
@@ -90,9 +90,7 @@ def plan(
 
 def _print(console: Console, cell: Cell, found: Plan) -> None:
     train, row = cell.train, load_hardware(cell.hardware)
-    title = (
-        f"{train.model}, {train.seqlen:,} tokens on {cell.hardware}: best of {found.tried} settings"
-    )
+    title = f"{train.model}, {length_text(train.seqlen)} tokens on {cell.hardware}: best of {found.tried} settings"
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1))
     headings = ("", "GPUs", "sp x cp x dp", "method", "states", "GPU", "host / node", "step")
     rates = ("tokens/s/GPU", "MFU", "binds", "longest")
@@ -103,7 +101,7 @@ def _print(console: Console, cell: Cell, found: Plan) -> None:
         table.add_row(
             *_cells(
                 each,
-                row.memory_bytes,
+                row.usable_bytes,
                 cell.simulation.host_memory_bytes
                 if cell.simulation and cell.simulation.host_memory_bytes
                 else row.host_memory_bytes,
@@ -140,7 +138,7 @@ def _cells(row: Planned, device: int, host: int | None) -> list[str]:
         f"{row.tokens_per_second_per_gpu:,.0f}" if row.tokens_per_second_per_gpu else UNKNOWN,
         f"{row.mfu:.0%}" if row.mfu else UNKNOWN,
         p.time.binds if p.time else UNKNOWN,
-        f"{row.longest_tokens:,}",
+        length_text(row.longest_tokens),
     ]
 
 

@@ -177,7 +177,7 @@ def prediction(s: Staged) -> Prediction:
     by_category = held(s)
     total = sum(by_category.values())
     seqlen, sequences = s.borders[-1], s.micro_batches * s.dp
-    fits = total <= s.hardware.memory_bytes
+    fits = total <= s.hardware.usable_bytes
     return Prediction(
         allocated_bytes=total,
         overhead_bytes=0,

@@ -13,6 +13,7 @@ from alst_impl.methods.base import layouts, load_method
 from harness.cells.cell import Cell
 from harness.cells.hardware import load_hardware
 from harness.cells.prediction import Cost, Holding, Timeline
+from harness.cells.units import length_text
 from harness.devices.outside import outside_bytes
 from harness.phantom.load import described
 from harness.predict.parts import run_part
@@ -97,7 +98,7 @@ def roomy(rank: Rank, cell: Cell, *, counted: bool = False, explained: bool = Fa
     found = attempt(rank, cell, ROOMY_BYTES, counted=counted, explained=explained)
     if isinstance(found, Exceeded):
         raise TooLarge(
-            f"seqlen ({cell.train.seqlen:,}) does not fit: a step takes more than {ROOMY_BYTES // GIB:,} GiB of a "
+            f"seqlen ({length_text(cell.train.seqlen)}) does not fit: a step takes more than {ROOMY_BYTES // GIB:,} GiB of a "
             "device; use a shorter sequence or more ranks"
         )
     return found
@@ -114,12 +115,18 @@ def _played(cell: Cell) -> list[int]:
 
 def capacity_bytes(cell: Cell) -> int:
     """Memory for the allocator of one rank of `cell`: the device's usable memory less the margin and the
-    memory outside the allocator.
+    memory outside the allocator. Raises `ValueError` if that is nothing.
     """
-    chip, simulation = load_hardware(cell.hardware).chip, cell.simulation
-    assert chip is not None
+    usable, simulation = load_hardware(cell.hardware).usable_bytes, cell.simulation
     assert simulation is not None
-    return int(chip.usable_bytes * (1 - simulation.margin)) - outside_bytes(cell.train)
+    outside = outside_bytes(cell.train)
+    left = int(usable * (1 - simulation.margin)) - outside
+    if left <= 0:
+        raise ValueError(
+            f"a margin of {simulation.margin:.0%} and {outside / GIB:.1f} GiB outside PyTorch's allocator leave nothing of "
+            f"the {usable / GIB:.1f} GiB of '{cell.hardware}'; use a smaller margin or a larger device"
+        )
+    return left
 
 
 def host_bytes(cell: Cell, step: Step) -> int:
@@ -148,7 +155,7 @@ def require_thinkable(cell: Cell) -> None:
     capacity = capacity_bytes(cell) + (0 if math.isinf(host) else host)
     if needed > capacity:
         raise TooLarge(
-            f"seqlen ({train.seqlen:,}) does not fit: one hidden state of a rank's tokens alone is "
+            f"seqlen ({length_text(train.seqlen)}) does not fit: one hidden state of a rank's tokens alone is "
             f"{needed / GIB:,.0f} GiB, more than the {capacity / GIB:,.0f} GiB of a device and its share of the host; "
             "use a shorter sequence or more ranks"
         )

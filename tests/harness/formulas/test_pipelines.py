@@ -182,3 +182,18 @@ def test_tokens_of_a_step_are_those_of_all_replicas() -> None:
     experiment = load_experiment(paths.experiment("seq1f1b"))
     key = next(key for key, claim in experiment.claims() if claim.id == pipelines.FITTED_ON)
     assert tokens_of_step(experiment.cells()[key]) == 8 * 32_768
+
+
+def test_a_pipeline_fits_in_usable_memory() -> None:
+    """A step of bytes between what a device has and what CUDA gives of it does not fit."""
+    staged = pipelines.staged(run(), 1, "a100-80gb")
+    chip = staged.hardware.chip
+    assert chip is not None
+    needed = sum(pipelines.held(staged).values())
+    for usable in (needed, needed - 1):
+        changed = {"chip": chip.model_copy(update={"usable_bytes": usable})}
+        hardware = staged.hardware.model_copy(update=changed)
+        assert hardware.memory_bytes > needed
+        found = pipelines.prediction(staged.model_copy(update={"hardware": hardware}))
+        assert found.fits == (usable == needed)
+        assert found.limit == ("none" if found.fits else "gpu_memory")
