@@ -11,6 +11,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from alst_impl.config import LoraConfig, TrainConfig
 from alst_impl.extras import require
-from alst_impl.plugin import nearest
+from alst_impl.plugin import nearest, squeezed
 
 if TYPE_CHECKING:
     import torch
@@ -34,21 +35,20 @@ def names() -> list[str]:
 def canonical(model: str) -> str:
     """The name or path by which `published` finds `model`.
 
-    Case, `_` and an organisation before the name are forgiven. A name of a hub is a path into the local cache, if
-    it is there. Every other name is returned as it is.
+    A name of the hub is a path into the local cache, if it is there. Otherwise case, spaces, `-`, `_` and an
+    organisation before the name are forgiven. A path, and a name that is not known, are returned as they are.
     """
-    if Path(model).exists():
+    organisation, _, name = model.rpartition("/")
+    if Path(model).exists() or model.startswith(("/", ".", "~")) or "/" in organisation:
         return model
-    plain = model.rsplit("/", 1)[-1].lower().replace("_", "-")
-    if plain in names():
-        return plain
-    if model.count("/") == 1 and not model.startswith(("/", ".")):
+    if organisation:
         from huggingface_hub import try_to_load_from_cache
 
-        cached = try_to_load_from_cache(model, "config.json")
-        if isinstance(cached, str):
-            return cached
-    return model
+        with suppress(ValueError):  # not a name that the hub allows
+            cached = try_to_load_from_cache(model, "config.json")
+            if isinstance(cached, str):
+                return cached
+    return {squeezed(each): each for each in names()}.get(squeezed(name), model)
 
 
 def published(model: str, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -58,12 +58,13 @@ def published(model: str, overrides: dict[str, Any] | None = None) -> dict[str, 
     `ValueError` for an unknown model or an override of a key that the configuration does not have.
     """
     path = Path(__file__).parent / f"{model}.json"
-    if not path.is_file():
+    if model not in names():
         path = Path(model)
         path = path / "config.json" if path.is_dir() else path
         if not path.is_file():
+            near = nearest(model.rpartition("/")[2], names())
             raise ValueError(
-                f"unknown model '{model}'; {nearest(model, names())}, or a path to a config.json"
+                f"unknown model '{model}'; {near}, a path to a config.json, or a hub name that the local cache has"
             )
     try:
         config = json.loads(path.read_text())

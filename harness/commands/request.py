@@ -17,8 +17,9 @@ from alst_impl.methods.base import load_method
 from alst_impl.models import canonical, described, field
 from alst_impl.ops.attention.cores.base import load_core
 from harness.cells.cell import Cell, make_cell
+from harness.cells.hardware import is_file, row_name
 from harness.cells.units import bytes_value
-from harness.commands.options import length
+from harness.commands.options import length, share
 
 Result = TypeVar("Result")
 States = Literal["host", "gpu"]
@@ -88,7 +89,10 @@ class Request:
     ] = "1"
     dtype: Annotated[str, typer.Option(help="Of parameters and activations.")] = "bfloat16"
     margin: Annotated[
-        float, typer.Option(min=0, max=0.9, help="Share of the GPU's memory to leave free.")
+        float,
+        typer.Option(
+            parser=share, metavar="SHARE", help="Share of the GPU's memory to leave free."
+        ),
     ] = 0.05
     allocator: Annotated[
         Literal["expandable", "native"],
@@ -116,7 +120,7 @@ class Request:
                 "lora": _lora(self.lora),
                 "data": {"documents": _documents(self.documents)},
                 "world": "phantom",
-                "hardware": self.hardware,
+                "hardware": self._hardware(),
                 "expandable_segments": self.allocator == "expandable",
                 "simulation": {
                     "host_memory_bytes": None
@@ -128,6 +132,10 @@ class Request:
                 },
             }
         )
+
+    def _hardware(self) -> str:
+        """The name of a row, or a path to a YAML file."""
+        return self.hardware if is_file(self.hardware) else row_name(self.hardware)
 
     def _with_degrees(self, gpus: int, method: str, options: dict[str, Any]) -> dict[str, Any]:
         offered = type(load_method(Spec(name=method))).model_fields

@@ -15,10 +15,12 @@ from rich.table import Table
 from alst_impl.config import DType, LabelMask, Spec
 from alst_impl.layout import sizes
 from alst_impl.methods.base import layouts, load_method
+from alst_impl.models import canonical
 from harness.cells.cell import Cell, make_cell
 from harness.cells.worlds import TRAITS, World
 from harness.commands.live import CellLine
 from harness.commands.options import parsed
+from harness.commands.request import Seqlen
 from harness.commands.run import DEFAULT_RESULTS, truth_cache
 from harness.gate.verdict import exactness
 from harness.records.record import Measurement, Outcome, Readings
@@ -59,7 +61,6 @@ Sp = Annotated[int, typer.Option(min=1, help="Ranks that share one sample.")]
 Cp = Annotated[int, typer.Option(min=1, help="Places of a ring; each place has sp ranks.")]
 Pp = Annotated[int, typer.Option(min=1, help="Stages of a pipeline.")]
 Dp = Annotated[int, typer.Option(min=1, help="Data-parallel groups; each has sp x cp x pp ranks.")]
-Seqlen = Annotated[int, typer.Option(min=2, help="Tokens of one sample.")]
 Batch = Annotated[int, typer.Option(min=1, help="Samples per micro-batch.")]
 Accumulation = Annotated[
     int, typer.Option(min=1, help="Micro-batches, each with another number of valid tokens.")
@@ -115,7 +116,7 @@ def verify(
     of_method = parsed(option or [])
     cell = make_cell(
         {
-            "model": model,
+            "model": canonical(model),
             "overrides": parsed(override or [], "--override"),
             "method": {"name": method, **_offered(method, degrees), **of_method},
             "engine": {"name": engine, **parsed(engine_option or [], "--engine-option")},
@@ -139,7 +140,11 @@ ONE_COMPARED_STEP = {"warmup": 0, "steps": 0, "gate": True, "timed": False}
 
 
 def _check(cell: Cell, degrees: dict[str, int], probes: bool) -> None:
-    """Raise `ValueError` unless the method makes `degrees` of its ranks, and can be probed if asked."""
+    """Raise `ValueError` unless a sample has a label, the method makes `degrees` of its ranks, and can be probed if
+    asked.
+    """
+    if cell.train.seqlen < 2:
+        raise ValueError(f"--seqlen {cell.train.seqlen}: no token has a next one; use 2 or more")
     made = sizes(layouts(cell.train))
     if made != degrees:
         name, ranks = cell.train.method.name, cell.train.world_size

@@ -64,6 +64,58 @@ def test_tiny_models_have_two_layers_and_eight_heads(name: str) -> None:
     assert fields["num_attention_heads"] == 8
 
 
+@pytest.mark.parametrize(
+    "written",
+    ["llama3.1-8b", "Llama3.1_8B", "LLAMA 3.1 8B", "llama-3.1-8b", "meta-llama/Llama-3.1-8B"],
+)
+def test_small_spelling_of_a_name_is_forgiven(written: str) -> None:
+    """Case, spaces, `-`, `_`, and an organisation."""
+    assert models.canonical(written) == "llama3.1-8b"
+
+
+@pytest.mark.parametrize(
+    ("written", "words"),
+    [
+        ("lama3.1-8b", r"use llama3\.1-8b"),
+        ("meta-llama/Llama-3.1-8B-Instruct", r"use llama3\.1-8b"),
+        ("./tiny-llama", "unknown model './tiny-llama'"),
+        ("/tiny-llama", "unknown model '/tiny-llama'"),
+        ("no/such/tiny-llama", "unknown model 'no/such/tiny-llama'"),
+    ],
+)
+def test_a_name_that_is_not_known_offers_near_ones(written: str, words: str) -> None:
+    """A path that is not there is no published name."""
+    with pytest.raises(ValueError, match=words):
+        models.published(models.canonical(written))
+
+
+def test_a_folder_and_a_cached_name_of_the_hub_come_before_a_published_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the user has is meant, not our file of the same name."""
+    monkeypatch.chdir(tmp_path)
+    revision = "0" * 40
+    cached = Path("cache/models--some--tiny-llama")
+    for folder, layers in ((Path("tiny-llama"), 7), (cached / "snapshots" / revision, 9)):
+        folder.mkdir(parents=True)
+        config = {**models.published("tiny-llama"), "num_hidden_layers": layers}
+        (folder / "config.json").write_text(json.dumps(config))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(revision)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    found = {
+        name: models.published(models.canonical(name))["num_hidden_layers"]
+        for name in ("./tiny-llama", "some/tiny-llama", "other/tiny-llama", "tiny-llama")
+    }
+    own = models.published("tiny-llama")["num_hidden_layers"]
+    assert found == {
+        "./tiny-llama": 7,
+        "some/tiny-llama": 9,
+        "other/tiny-llama": own,
+        "tiny-llama": own,
+    }
+
+
 def weights(**settings: object) -> dict[str, Tensor]:
     """Initial weights of a tiny model."""
     model = models.materialize(config_of(**settings))

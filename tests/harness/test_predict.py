@@ -10,13 +10,11 @@ from typing import Any, get_args
 import pytest
 from phantoms import NEEDED, cell, measured, predicted
 
-from alst_impl.config import tokens
 from alst_impl.models import published
 from harness import __main__ as command_line
 from harness.cells.cell import Cell
 from harness.cells.hardware import Hardware, load_hardware
 from harness.cells.prediction import LIMITS, Limit, SearchResult
-from harness.cells.units import bytes_value
 from harness.devices.outside import OUTSIDE_READINGS
 
 pytestmark = NEEDED
@@ -248,6 +246,11 @@ def test_search_prints_the_agreed_keys(
         ("tiny-llama --seqlen 1.5", ["--seqlen", "1.5"]),
         ("tiny-llama --seqlen many", ["--seqlen", "many", "128K"]),
         ("tiny-llama --seqlen 1,5K", ["--seqlen", "1,5K"]),
+        (f"tiny-llama --seqlen {'9' * 400}", ["--seqlen", "not a length"]),
+        (f"tiny-llama --seqlen 64 --host-memory {'9' * 400}", ["not a size"]),
+        (f"tiny-llama --seqlen 64 --documents 4K,{'9' * 400}", ["--documents", "such as 4K"]),
+        ("tiny-llama --seqlen 64 --margin 95%", ["--margin", "95%", "such as 0.05 or 5%"]),
+        ("./tiny-llama --seqlen 64", ["unknown model './tiny-llama'", "use tiny-llama"]),
         ("tiny-lama --seqlen 64", ["tiny-lama", "use tiny-llama"]),
         ("tiny-llama --seqlen 1_000_000_000_000", ["one hidden state", "shorter sequence"]),
         ("tiny-llama --seqlen 64 --hardware mi300x", ["mi300x", "ROCm"]),
@@ -304,19 +307,15 @@ def test_bad_input_is_one_line(
 def test_lengths_and_names_as_people_write_them(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """128K is 131,072 tokens, and case, an organisation and an alias are forgiven."""
+    """4K is 4,096 tokens, 5% is 0.05, and case, an organisation and an alias are forgiven."""
     arguments = ["predict", "Some/Tiny_LLAMA", "--seqlen", "4K", "--hardware", "H100", "--json"]
-    assert not run(monkeypatch, *arguments)
+    assert not run(monkeypatch, *arguments, "--margin", "5%", "--documents", "1K,3K")
     asked = json.loads(capsys.readouterr().out)["asked"]
     assert asked["train"]["seqlen"] == 4_096
     assert asked["train"]["model"] == "tiny-llama"
-    assert [tokens(text) for text in ("128K", "131_072", "131,072", "128_000", "1M")] == [
-        131_072,
-        131_072,
-        131_072,
-        128_000,
-        1_048_576,
-    ]
+    assert asked["train"]["data"]["documents"] == [1_024, 3_072]
+    assert asked["hardware"] == "h100-80gb"
+    assert asked["simulation"]["margin"] == 0.05
 
 
 def test_packed_documents_take_less_time() -> None:
@@ -337,6 +336,16 @@ def test_a_margin_is_left_free(tmp_path: Path) -> None:
     assert predicted(of(hardware)).fits
     with_margin = {"search": False, "margin": 0.05}
     assert not predicted(of(hardware, simulation=with_margin)).fits
+
+
+def test_nothing_fits_where_a_margin_leaves_nothing(tmp_path: Path) -> None:
+    """What lies outside the allocator is more than the rest: the limit is named, and no length fits."""
+    hardware = written(tmp_path, small(GIB))
+    assert predicted(of(hardware)).fits
+    found = predicted(of(hardware, simulation={"search": False, "margin": 0.5}))
+    assert (found.fits, found.limit) == (False, "gpu_memory")
+    result = longest(of(hardware, simulation={"search": True, "margin": 0.5}))
+    assert (result.longest_tokens, result.limit) == (0, "gpu_memory")
 
 
 def test_adapters_need_less_work_and_no_host_update_of_frozen_weights() -> None:
@@ -444,14 +453,6 @@ def test_help_has_an_example(
 def test_every_limit_has_its_meaning() -> None:
     """Every limit that a search or prediction may name has a text."""
     assert LIMITS.keys() == set(get_args(Limit))
-
-
-@pytest.mark.parametrize(
-    ("text", "nbytes"), [("4TB", 4 * 10**12), ("1.5 GiB", 3 * 2**29), ("80_000", 80_000)]
-)
-def test_sizes_as_people_write_them(text: str, nbytes: int) -> None:
-    """Units differ for powers of 1000 and of 1024."""
-    assert bytes_value(text) == nbytes
 
 
 def test_hardware_of_a_user_is_a_row(tmp_path: Path) -> None:

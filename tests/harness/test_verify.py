@@ -102,6 +102,8 @@ def test_exit_code_tells_the_verdict(passed: bool, monkeypatch: pytest.MonkeyPat
         ("--option nope=1", ["nope", "tile_mlp"]),
         ("--override num_attention_heads=3 --model gpt2", ["gpt2"]),
         ("--method seq1f1b --pp 2 --engine plain --probes", ["--probes", "pp (2)", "leave it out"]),
+        ("--seqlen 1", ["--seqlen 1", "use 2 or more"]),
+        ("--seqlen 0.2K", ["'0.2K'", "not a length", "1,024"]),
         ("--no-such-option", ["--no-such-option"]),
     ],
 )
