@@ -115,18 +115,11 @@ def _played(cell: Cell) -> list[int]:
 
 def capacity_bytes(cell: Cell) -> int:
     """Memory for the allocator of one rank of `cell`: the device's usable memory less the margin and the
-    memory outside the allocator. Raises `ValueError` if that is nothing.
+    memory outside the allocator; 0 if that is nothing.
     """
-    usable, simulation = load_hardware(cell.hardware).usable_bytes, cell.simulation
-    assert simulation is not None
-    outside = outside_bytes(cell.train)
-    left = int(usable * (1 - simulation.margin)) - outside
-    if left <= 0:
-        raise ValueError(
-            f"a margin of {simulation.margin:.0%} and {outside / GIB:.1f} GiB outside PyTorch's allocator leave nothing of "
-            f"the {usable / GIB:.1f} GiB of '{cell.hardware}'; use a smaller margin or a larger device"
-        )
-    return left
+    assert cell.simulation is not None
+    left = load_hardware(cell.hardware).usable_bytes * (1 - cell.simulation.margin)
+    return max(int(left) - outside_bytes(cell.train), 0)
 
 
 def host_bytes(cell: Cell, step: Step) -> int:
