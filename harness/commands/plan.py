@@ -77,7 +77,9 @@ def plan(
     if as_json:
         print(json.dumps({**about(cell), **found.model_dump(mode="json")}))
     elif found.rows:
-        _print(wide_console(), cell, found)
+        console = wide_console()
+        _print(console, cell, found)
+        console.print(request.assumed(cell, states), highlight=False)
     if emit is not None and found.rows:
         expandable = bool(cell.expandable_segments)
         files = emitted(found.rows[0].train, cell.hardware, emit, expandable_segments=expandable)

@@ -83,6 +83,7 @@ def predict(
         return
     console = wide_console()
     _print_prediction(console, cell, found.prediction)
+    console.print(request.assumed(cell, states), highlight=False)
     if explain:
         _print_holdings(console, found.holdings)
 
@@ -109,7 +110,9 @@ def search(
     if as_json:
         print(json.dumps({**about(cell), **found.model_dump(mode="json")}))
     else:
-        _print_search(wide_console(), cell, found)
+        console = wide_console()
+        _print_search(console, cell, found)
+        console.print(request.assumed(cell, states), highlight=False)
 
 
 GUESS = 1_048_576

@@ -133,6 +133,13 @@ class Request:
             }
         )
 
+    def assumed(self, cell: Cell, states: States | None) -> str:
+        """The options of `cell`, defaults included, as they would be typed; those that are unset are left out."""
+        own = {each.name: getattr(self, each.name) for each in fields(self)[1:]}
+        options = {**own, "engine": cell.train.engine.name, "states": states}
+        written = [f"--{k.replace('_', '-')} {v}" for k, v in options.items() if v is not None]
+        return f"options: {' '.join(written)}"
+
     def _hardware(self) -> str:
         """The name of a row, or a path to a YAML file."""
         return self.hardware if is_file(self.hardware) else row_name(self.hardware)
@@ -200,7 +207,7 @@ def about(cell: Cell) -> dict[str, Any]:
     """What a JSON answer is about: the run and the versions of what ran it."""
     packages = ("alst-bench", "torch", "transformers")
     return {
-        "asked": cell.model_dump(mode="json", exclude_defaults=True),
+        "asked": cell.model_dump(mode="json"),
         "versions": {name: version(name) for name in packages},
     }
 

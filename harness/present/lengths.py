@@ -119,11 +119,12 @@ def _of(results: Results) -> Iterator[Length]:
 
 
 def _looks_for_a_length(cell: Cell) -> bool:
-    """Whether it searches with one of `METHODS` on `MODEL` and is no ablation, which turns a part off."""
-    searches = cell.traits.forecast and cell.simulation is not None and cell.simulation.search
+    """Whether it searches with one of `METHODS` on `MODEL` without a margin and is no ablation, which turns a part off."""
+    if not cell.traits.forecast or cell.simulation is None or cell.simulation.margin:
+        return False
     ours = cell.train.model == MODEL and cell.train.method.name in METHODS
     whole = not any(value is False for value in cell.train.method.options.values())
-    return searches and ours and whole
+    return cell.simulation.search and ours and whole
 
 
 def beside_published(all_results: Sequence[Results]) -> list[Length]:

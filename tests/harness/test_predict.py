@@ -325,6 +325,10 @@ def test_packed_documents_take_less_time() -> None:
     assert whole.cost is not None
     assert packed.cost is not None
     assert packed.cost.attention_flops == pytest.approx(whole.cost.attention_flops / 8, rel=0.01)
+    assert whole.time is not None
+    assert packed.time is not None
+    part = "attention"
+    assert packed.time.parts[part] == pytest.approx(whole.time.parts[part] / 8, rel=0.01)
     assert packed.flops.model_causal < whole.flops.model_causal
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import pytest
 
 from harness.cells.hardware import FOLDER, ROWS, load_hardware, row_name
 from harness.commands import lists
+
+PUBLISHED = Path(__file__).parents[3] / "experiments/published"
 
 
 def test_rows_are_found_by_name() -> None:
@@ -69,6 +72,15 @@ def test_a_row_is_printed_as_a_file_to_start_from(
     path = tmp_path / "mine.yaml"
     path.write_text(capsys.readouterr().out)
     assert load_hardware(str(path)) == ROWS["h200-141gb"]
+
+
+def test_a_row_is_not_below_published_readings_of_it() -> None:
+    """NVML read 134.96 GiB of an H200 in use."""
+    with (PUBLISHED / "alst_h200_recipes.csv").open() as file:
+        readings = {(row["gpu"], float(row["noted_gpu_memory_gb"])) for row in csv.DictReader(file)}
+    assert readings
+    for name, gib in readings:
+        assert load_hardware(name).usable_bytes >= gib * 2**30
 
 
 def test_own_row_comes_from_a_file(tmp_path: Path) -> None:

@@ -59,8 +59,8 @@ def rows(
 def test_the_fastest_is_first_and_the_longest_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With room, states stay on the GPUs and no sample is shared. Every row leaves the margin and beats the rows
-    before it in length.
+    """With room, states stay on the GPUs and no sample is shared. Every row is of the asked batch, leaves the margin
+    and beats the rows before it in length. The rows are of several methods.
     """
     hardware = row(tmp_path, 8 * GIB)
     found = rows(monkeypatch, capsys, "--seqlen", "20_000", "--gpus", "2", "--hardware", hardware)
@@ -68,6 +68,10 @@ def test_the_fastest_is_first_and_the_longest_is_there(
     assert "longest" in found[-1]["best"]
     assert (found[0]["sp"], found[0]["dp"]) == (1, 2)
     assert found[0]["train"]["engine"] == {"name": "fsdp2", "offload": False}
+    assert {(each["train"]["batch_size"], each["train"]["accumulation"]) for each in found} == {
+        (1, 1)
+    }
+    assert len({each["train"]["method"]["name"] for each in found}) > 1
     speeds, lengths = (
         [each[key] for each in found] for key in ("tokens_per_second_per_gpu", "longest_tokens")
     )
