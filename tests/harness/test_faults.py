@@ -167,7 +167,9 @@ def test_a_search_names_its_options_and_the_readme_the_ones_that_differ(
         "--allocator expandable",
     ):
         assert option in line
-    rows = [row for row in (ROOT / "README.md").read_text().splitlines() if "of Llama-8B, `" in row]
+    rows = [
+        row for row in (ROOT / "README.md").read_text().splitlines() if "tokens, Llama-8B, `" in row
+    ]
     assert rows
     assert all("`--margin 0`" in row for row in rows)
 

@@ -59,8 +59,8 @@ def summary(c: Committed) -> list[tuple[str, str]]:
         ),
         (
             f"predicted within {', '.join(f'{bound:.0%}' for bound in counts.within)}",
-            f"{', '.join(map(str, counts.within.values()))} of {counts.judged}; of the others, "
-            f"{counts.longer} are longer than published, {counts.refuted} are refuted",
+            f"{', '.join(map(str, counts.within.values()))} of {counts.judged}; others: "
+            f"{counts.longer} longer than published, {counts.refuted} refuted",
         ),
     ]
     ratios = [1 + e.error for e in c.evidence if e.is_ours and e.error is not None]

@@ -41,11 +41,14 @@ def summary(c: Committed) -> list[tuple[str, str]]:
     """The length of each of our methods by number of GPUs, without options."""
     found = predicted(k.results for k in c.forecasts)
     return [
-        (f"most tokens of Llama-8B, `{method}`, `--margin 0` (predicted)", _by_gpus(sizes))
+        (f"tokens, Llama-8B, `{method}`, `--margin 0`, predicted", _by_gpus(sizes))
         for method, sizes in plain(found).items()
     ]
 
 
 def _by_gpus(sizes: dict[int, Length]) -> str:
-    words = [f"{length_text(e.tokens)} on {n} GPU{'s' * (n > 1)}" for n, e in sizes.items()]
-    return ", ".join(words) or "no record yet"
+    if not sizes:
+        return "no record yet"
+    words = [f"{length_text(each.tokens)} on {n}" for n, each in sizes.items()]
+    words[0] += f" GPU{'s' * (min(sizes) > 1)}"
+    return ", ".join(words)
