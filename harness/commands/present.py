@@ -97,6 +97,7 @@ def report(
 
     only_committed = not names and any(paths.REFERENCE.glob("*/*/")) and not _folders()
     write_text(paths.REPORT, page(load_with([] if only_committed else _with_records(names))))
+    print(f"wrote {paths.REPORT}")
     return 0
 
 

@@ -43,11 +43,14 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_table_figures_and_report_appear(checkout: Path) -> None:
-    """Each command writes to the path that the README names."""
+def test_table_figures_and_report_appear(
+    checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each command writes to the path that the README names, and `alst report` says where."""
     present.table("two")
     present.figures("two")
     assert present.report(["two"]) == 0
+    assert f"wrote {paths.REPORT}" in capsys.readouterr().out
     for file in ("tables/two.csv", "figures/two/headline.png", "figures/two/headline.svg"):
         assert (checkout / "results" / file).stat().st_size > 0
     assert "data:image/svg" in paths.REPORT.read_text()

@@ -89,6 +89,14 @@ def test_report_copes_with_few_records(
     assert "None" not in text
 
 
+def test_questions_have_no_markup_of_other_pages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name in backticks, as Markdown has it, is a name."""
+    text = html(tmp_path, monkeypatch, replace(sweep(), question="What does `alst` cost?"))
+    assert "<h3>What does alst cost?</h3>" in text
+
+
 def test_a_figure_without_data_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A picture that only says that nothing was measured is none."""
     results = Results("s", "?", "", ["methods", "headline"], sweep().cells, sweep().measurements)
