@@ -159,17 +159,17 @@ def _whole_loss(model: PreTrainedModel) -> Iterator[None]:
             "shifted already, across its borders; give it a parameter shift_labels and use that"
         )
 
-    def loss(logits: Tensor, labels: Tensor, **kwargs: Any) -> Any:
+    def loss(logits: Tensor, labels: Tensor, *sizes: Any, **kwargs: Any) -> Any:
         kwargs.pop("layout", None)
 
         def of_tokens(logits: Tensor, labels: Tensor, count: Tensor) -> Tensor:
             told = {**kwargs, "shift_labels": labels, "num_items_in_batch": count}
-            found: Tensor = stock(logits=logits, labels=labels, **told)
+            found: Tensor = stock(logits, labels, *sizes, **told)
             return found
 
         if not stock.__module__.startswith("transformers."):
             check_adds_up(stock, of_tokens, logits.detach(), kwargs["num_items_in_batch"])
-        return stock(logits=logits, labels=labels, **kwargs)
+        return stock(logits, labels, *sizes, **kwargs)
 
     vars(model)["_loss_function"] = loss
     try:

@@ -17,6 +17,7 @@ from harness.cells.prediction import Plan, Planned
 from harness.cells.units import bytes_text, length_text, number_text, options_text, seconds_text
 from harness.commands.predict import AsJson, hush_transformers, on_phantom, wide_console
 from harness.commands.request import Request, Seqlen, States, about, asking, engine_of
+from harness.commands.tables import show
 from harness.present.emit import check_emitted
 from harness.present.emit import emit as emitted
 
@@ -98,7 +99,13 @@ def _print(console: Console, cell: Cell, found: Plan) -> None:
     rates = ("tokens/s/GPU", "MFU", "binds", "longest")
     for heading in (*headings, *rates):
         words = heading in ("", "method", "states", "binds")
-        table.add_column(heading, justify="left" if words else "right", no_wrap=heading != "method")
+        wraps = heading == "method"
+        table.add_column(
+            heading,
+            justify="left" if words else "right",
+            no_wrap=not wraps,
+            min_width=24 if wraps else None,
+        )
     for each in found.rows:
         table.add_row(
             *_cells(
@@ -109,8 +116,7 @@ def _print(console: Console, cell: Cell, found: Plan) -> None:
                 else row.host_memory_bytes,
             )
         )
-    console.width = max(console.width, 150)  # a plan's rows are not wrapped
-    console.print(table)
+    show(console, table)
     for number, each in enumerate(found.rows, start=1):
         console.print(f"{number}. next: {each.advice}", highlight=False)
     first = found.rows[0].prediction

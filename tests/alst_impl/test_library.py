@@ -75,6 +75,28 @@ def test_every_method_trains_as_the_stock_model(ranks: Ranks, world_size: int) -
     ranks(world_size)(every_method)
 
 
+def whole_loss_of_experts(rank: int, world_size: int) -> None:
+    """Body of a rank: a model that gives its loss function all three arguments by position."""
+    fields = json.loads((FAMILIES / "qwen3_moe.json").read_text())
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    torch.manual_seed(0)
+    stock = AutoModelForCausalLM.from_config(config, dtype=torch.float64, **EAGER)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64, **EAGER)
+    model.load_state_dict(stock.state_dict())
+    data = batches()[:1]
+    alst = alst_impl.enable(model, sp=2, tile_loss=False)
+    assert_same_gradients(gradients(alst, *data), stock_gradients(stock, data))
+
+
+EAGER = {"experts_implementation": "eager"}
+"""The only one that knows fp64."""
+
+
+def test_a_loss_function_may_be_called_by_position(ranks: Ranks) -> None:
+    """As 38 model files of transformers do."""
+    ranks(2)(whole_loss_of_experts)
+
+
 def given_mesh(rank: int, world_size: int) -> None:
     """Body of a rank: a mesh of the user's, with axes in any order."""
     for names, shape in ((("dp", "sp"), (2, 2)), (("sp", "dp"), (2, 2)), (("sp",), (4,))):

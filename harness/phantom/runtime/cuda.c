@@ -85,7 +85,7 @@ CUresult cuModuleLoad(CUmodule *module, const char *path) { *module = (CUmodule)
 CUresult cuModuleLoadData(CUmodule *module, const void *image) { *module = (CUmodule)&context; return 0; }
 CUresult cuModuleLoadDataEx(CUmodule *module, const void *image, unsigned n, CUjit_option *options, void **values) { *module = (CUmodule)&context; return 0; }
 CUresult cuModuleUnload(CUmodule module) { return 0; }
-CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) { *function = (CUfunction)phantom_kernel(NULL, name); return 0; }
+CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) { *function = (CUfunction)phantom_kernel(NULL, name, NULL); return 0; }
 CUresult cuFuncGetAttribute(int *value, CUfunction_attribute attribute, CUfunction function) {
     *value = attribute == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? 1024 : attribute == CU_FUNC_ATTRIBUTE_NUM_REGS ? 32 : 0;
     return 0;

@@ -215,13 +215,17 @@ cudaError_t __cudaPopCallConfiguration(dim3 *grid, dim3 *block, size_t *shared, 
     *(void **)stream = c.stream;
     return OK;
 }
-void **__cudaRegisterFatBinary(void *image) { static void *none[2]; return none; }
+void **__cudaRegisterFatBinary(void *images) {
+    void **handle = calloc(2, sizeof *handle);
+    handle[0] = images;
+    return handle;
+}
 void __cudaRegisterFatBinaryEnd(void **handle) {}
-void __cudaUnregisterFatBinary(void **handle) {}
+void __cudaUnregisterFatBinary(void **handle) { free(handle); }
 char __cudaInitModule(void **handle) { return 1; }
 void __cudaRegisterVar(void **handle, char *variable, char *address, const char *name, int external, size_t bytes, int constant, int global) {}
 void __cudaRegisterFunction(void **handle, const char *function, char *device_function, const char *name, int threads, uint3 *tid, uint3 *bid, dim3 *block, dim3 *grid, int *warp) {
-    phantom_kernel(function, name);
+    phantom_kernel(function, name, handle[0]);
 }
 cudaError_t __cudaGetKernel(cudaKernel_t *kernel, const void *function) { *kernel = (cudaKernel_t)function; return OK; }
 cudaError_t __cudaLaunchKernel(cudaKernel_t function, dim3 grid, dim3 block, void **arguments, size_t shared, cudaStream_t stream) {
@@ -240,13 +244,17 @@ cudaError_t cudaLaunchCooperativeKernel(const void *function, dim3 grid, dim3 bl
     phantom_launch(phantom_kernel_of(function), arguments, grid.x);
     return OK;
 }
-// Ordinary numbers: kernels' registers and occupancy are in images that nothing here reads.
+// Ordinary numbers: kernels' registers and occupancy are in code that nothing here reads.
 cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *a, const void *function) {
     const device_kind *kind = phantom_kind();
+    const kernel *k = phantom_kernel_of(function);
+    bool compiled;
     memset(a, 0, sizeof *a);
     a->maxThreadsPerBlock = 1024;
     a->numRegs = 32;
-    a->ptxVersion = a->binaryVersion = kind->major * 10 + kind->minor;
+    a->ptxVersion = k ? phantom_architecture(k, &compiled) : 0;
+    if (!a->ptxVersion) return cudaErrorNoKernelImageForDevice;
+    a->binaryVersion = compiled ? kind->major * 10 + kind->minor : a->ptxVersion;
     a->maxDynamicSharedSizeBytes = kind->shared_block_optin;
     return OK;
 }

@@ -9,6 +9,7 @@
 struct kernel {
     const void *function;
     const char *name;
+    const void *images;
     uint64_t launches;
     int fill_bytes;      // element size where this is PyTorch's fill of contiguous memory, else 0
     int copy_bytes;      // element size where this is PyTorch's copy of a list of tensors without a cast, else 0
@@ -81,13 +82,47 @@ API kernel *phantom_kernel_of(const void *function) {
     return k;
 }
 
-API kernel *phantom_kernel(const void *function, const char *name) {
+// What nvcc packs into a program: code for several architectures, and PTX (the layout is that of cuobjdump's tables).
+enum { PTX = 1, CODE = 2 };
+typedef struct { uint32_t magic, version; const char *data; } images;
+typedef struct { uint32_t magic; uint16_t version, header_bytes; uint64_t bytes; } table;
+typedef struct {
+    uint16_t kind, version;
+    uint32_t header_bytes;
+    uint64_t bytes;
+    uint32_t compressed_bytes, unused;
+    uint16_t minor, major;
+    uint32_t architecture;
+} entry;
+
+API int phantom_architecture(const kernel *k, bool *compiled) {
+    const device_kind *kind = phantom_kind();
+    int own = kind->major * 10 + kind->minor, code = 0, ptx = 0;
+    *compiled = false;
+    if (!k->images) return own;  // a module, compiled for this device
+    const char *at = ((const images *)k->images)->data;
+    const table *all = (const table *)at;
+    const char *end = at + all->header_bytes + all->bytes;
+    for (at += all->header_bytes; at < end;) {
+        const entry *each = (const entry *)at;
+        int its = (int)each->architecture;
+        // Code runs on devices of its generation that are as new or newer; PTX on all of those.
+        if (each->kind == CODE && its / 10 == kind->major && its <= own && its > code) code = its;
+        if (each->kind == PTX && its <= own && its > ptx) ptx = its;
+        at += each->header_bytes + each->bytes;
+    }
+    *compiled = code == 0;
+    return code ? code : ptx;
+}
+
+API kernel *phantom_kernel(const void *function, const char *name, const void *images) {
     pthread_mutex_lock(&lock);
     kernel *k = phantom_kernel_of(function);
     if (!k) {
         k = calloc(1, sizeof *k);
         k->function = function ? function : k;
         k->name = strdup(name);
+        k->images = images;
         k->fill_bytes = fill_bytes(name);
         k->copy_bytes = copy_bytes(name);
         // Foreach kernels carry tables of pointers.

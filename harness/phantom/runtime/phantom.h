@@ -50,9 +50,11 @@ API void phantom_forget_from(const void *start);
 
 // Kernels.
 typedef struct kernel kernel;
-API kernel *phantom_kernel(const void *function, const char *name);
+API kernel *phantom_kernel(const void *function, const char *name, const void *images);
 API void phantom_launch(kernel *kernel, void **arguments, unsigned blocks);
 API kernel *phantom_kernel_of(const void *function);
+// Architecture (90 for sm_90) of the image that this device would run, 0 without one. `compiled`: of PTX, when it is loaded.
+API int phantom_architecture(const kernel *kernel, bool *compiled);
 
 // Counts of what this process did.
 API void phantom_matmul(const void *result, int64_t m, int64_t n, int64_t k, int64_t batch);

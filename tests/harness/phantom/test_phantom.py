@@ -133,6 +133,13 @@ def test_an_unknown_value_makes_no_record(tmp_path: Path) -> None:
     assert 2**22 <= process.devices[0].allocated_bytes < 2**32
 
 
+@pytest.mark.parametrize("hardware", ["rtx4090", "b300"])
+def test_a_device_runs_code_of_an_older_one_of_its_generation(hardware: str) -> None:
+    """PyTorch has no code for 8.9 and 10.3 alone. A scan chooses its tuning by the code that runs."""
+    result = phantom("scan", hardware=hardware)
+    assert result.verdict == "fits", result.reason
+
+
 def test_unimplemented_functions_are_refused() -> None:
     """A program that goes on after a refusal gives no record. The message names the function."""
     result = phantom("refused")

@@ -58,7 +58,14 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "experts": {
         "model": "qwen3-30b-a3b",
-        "method": {"name": "layerwise", "sp": 4},
+        "method": {
+            "name": "alst",
+            "sp": 4,
+            "tile_mlp": False,
+            "tile_norm": False,
+            "tile_loss": False,
+            "offload": False,
+        },
         "seqlen": 32_768,
         "world_size": 8,
     },
