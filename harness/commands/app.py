@@ -14,6 +14,7 @@ from harness.commands import (
     plan,
     predict,
     present,
+    replay,
     run,
     verify,
 )
@@ -34,6 +35,7 @@ app.command("defects")(defects.defects)
 app.command("predict")(predict.predict)
 app.command("search")(predict.search)
 app.command("plan")(plan.plan)
+app.command("replay")(replay.replay)
 app.command("models")(lists.models)
 app.command("hardware")(lists.hardware)
 app.command("claims")(claims.claims)

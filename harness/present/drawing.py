@@ -252,9 +252,9 @@ def finish(
 
 
 def frame(
-    figure: Figure, results: Results, title: str, handles: Sequence[Line2D], note: str = ""
+    figure: Figure, source: Results | str, title: str, handles: Sequence[Line2D], note: str = ""
 ) -> Figure:
-    """Title and legend above, note and source line below; words beside points stay within their panels.
+    """Title and legend above, note and source below; words beside points stay within their panels.
 
     The legend explains the cross of a step that does not fit.
     """
@@ -263,7 +263,8 @@ def frame(
         handles = [*handles, Line2D([], [], label="does not fit", **DOES_NOT_FIT)]
     _legend(figure, title, handles)
     columns = int(figure.get_figwidth() * 16)
-    lines = [part for text in (note, source_line(results)) for part in wrap(text, columns)]
+    below = source if isinstance(source, str) else source_line(source)
+    lines = [part for text in (note, below) for part in wrap(text, columns)]
     foot = "\n".join(lines)
     figure.supxlabel(foot, x=0.01, ha="left", fontsize=7.5, color=FAINT)
     _make_room(figure)
@@ -306,9 +307,14 @@ def _widen(group: list[Axes]) -> bool:
     """Widen the horizontal axis of panels by what words overlap a frame; returns whether any do."""
     axes, gap = group[0], 10
     frame = axes.get_window_extent()
-    boxes = [text.get_window_extent() for each in group for text in each.texts if text.get_text()]
-    over = [max([0.0, *(frame.x0 - box.x0 + gap for box in boxes)])]
-    over += [max([0.0, *(box.x1 - frame.x1 + gap for box in boxes)])]
+    boxes = [
+        (each.get_window_extent(), text.get_window_extent())
+        for each in group
+        for text in each.texts
+        if text.get_text()
+    ]
+    over = [max([0.0, *(own.x0 - box.x0 + gap for own, box in boxes)])]
+    over += [max([0.0, *(box.x1 - own.x1 + gap for own, box in boxes)])]
     if not 1 < max(over) < frame.width:
         return False
     scale = axes.xaxis.get_transform()

@@ -23,6 +23,8 @@ from harness.records.record import write_text
 INDEX = paths.REFERENCE / "README.md"
 HEADLINE = paths.REFERENCE / "longest.png"
 """Published lengths beside ours."""
+PLANNERS = paths.REFERENCE / "planners.png"
+"""Published times of global batches beside ours."""
 
 
 def renew(*, write: bool) -> list[Path]:
@@ -59,7 +61,11 @@ def figures(c: Committed) -> dict[Path, Callable[[], Figure]]:
     """What draws each generated figure."""
     lengths = together(k.results for k in c.forecasts)
     of_experiments = {k.image: partial(draw, k.figure, k.results) for k in c.kept if k.figure}
-    return {HEADLINE: partial(draw, "longest_sequences", lengths), **of_experiments}
+    return {
+        HEADLINE: partial(draw, "longest_sequences", lengths),
+        PLANNERS: partial(draw, "planners", lengths),
+        **of_experiments,
+    }
 
 
 def pages() -> dict[str, Any]:

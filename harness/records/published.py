@@ -19,7 +19,8 @@ class Published(Frozen):
     """Document, and the place in it."""
 
 
-def _rows(table: str) -> list[dict[str, str]]:
+def rows(table: str) -> list[dict[str, str]]:
+    """The rows of `table`. Raises `ValueError` for an unknown one."""
     path = paths.located(paths.published(table))
     if not path.is_file():
         folder = paths.located(path.parent)
@@ -54,7 +55,7 @@ def records() -> list[Record]:
             tokens=int(row["tokens"]),
             source=f"{row['source']}, {row['source_locator']}",
         )
-        for row in _rows("records")
+        for row in rows("records")
     ]
 
 
@@ -63,13 +64,13 @@ def look_up(table: str, row: dict[str, Any], column: str) -> Published:
 
     Raises `ValueError` unless exactly one such row exists and holds a number.
     """
-    rows = _rows(table)
-    unknown = sorted({*row, column} - set(rows[0]))
+    every = rows(table)
+    unknown = sorted({*row, column} - set(every[0]))
     if unknown:
         raise ValueError(
-            f"table '{table}' has no column '{unknown[0]}'; it has {', '.join(rows[0])}"
+            f"table '{table}' has no column '{unknown[0]}'; it has {', '.join(every[0])}"
         )
-    found = [r for r in rows if all(r[name] == str(value) for name, value in row.items())]
+    found = [r for r in every if all(r[name] == str(value) for name, value in row.items())]
     if len(found) != 1:
         raise ValueError(f"table '{table}' has {len(found)} rows with {row}; a claim needs one")
     text = found[0][column]

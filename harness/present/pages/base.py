@@ -10,8 +10,9 @@ from pathlib import Path
 from harness.cells import paths
 from harness.judge.claims import Evidence, evidence
 from harness.present.kinds import is_compared, is_repeated, is_simulated, is_timed
-from harness.records import families
+from harness.records import families, replays
 from harness.records.families import Family
+from harness.records.replays import Replayed
 from harness.records.table import Results, committed, measured_part
 
 
@@ -67,6 +68,11 @@ class Committed:
     def families(self) -> list[Family]:
         """How tiny models of every type trained with each method."""
         return families.committed()
+
+    @cached_property
+    def replays(self) -> list[Replayed]:
+        """Plans of published global batches by every planner."""
+        return replays.committed()
 
     @cached_property
     def recorded(self) -> list[Results]:
