@@ -10,7 +10,9 @@ import pytest
 
 from alst_impl.config import Spec
 from alst_impl.engines.base import load_engine
+from alst_impl.planners.base import load_planner
 from harness.cells.cell import make_cell
+from harness.predict.flexsp import published_cluster, published_cost
 from harness.run.measure import measure_to
 
 ROOT = Path(__file__).parents[1]
@@ -40,3 +42,14 @@ def test_an_engine_names_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         measure_to(path, make_cell(SETTINGS), tmp_path, force=False)
     assert not path.exists()
     load_engine(Spec(name="fsdp2")).require()
+
+
+def test_a_planner_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without scipy, `flexsp` is refused in one line. Other planners still work."""
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    cluster, cost = published_cluster("GPT-7B", 192), published_cost("GPT-7B")
+    with pytest.raises(
+        ValueError, match=r"'flexsp' needs scipy: pip install 'alst-bench\[flexsp\]'"
+    ):
+        load_planner(Spec(name="flexsp")).plan([100], cluster, cost)
+    load_planner(Spec(name="single")).plan([100], cluster, cost)

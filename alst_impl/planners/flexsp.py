@@ -112,8 +112,8 @@ def group_numbers(
     # Unknowns: groups [D], then documents [Q, D].
     of_degree = np.tile(np.eye(d), q)  # [D, Q D]: the documents of a degree
     within = [
-        np.hstack([-most * np.eye(d), of_degree * each.ravel()])
-        for each, most in ((work, limit), (share, float(cluster.tokens)))
+        np.hstack([-bound * np.eye(d), of_degree * each.ravel()])
+        for each, bound in ((work, limit), (share, float(cluster.tokens)))
     ]
     devices = np.hstack([degrees, np.zeros(q * d)])[None]
     all_done = np.hstack([np.zeros((q, d)), np.kron(np.eye(q), np.ones(d))])
