@@ -160,7 +160,10 @@ def test_training_scripts_run_as_one_rank_of_eight(program: str, rank: int) -> N
     assert not any("mask" in held.where for held in process.devices[0].alive)
 
 
-@pytest.mark.parametrize("script", ["bare", "fsdp2", "zero3", "trainer"])
+@pytest.mark.parametrize(
+    "script",
+    ["bare", "ddp", "fsdp2", "zero3", "accelerated", "trainer", "sft", "lora", "packed"],
+)
 def test_scripts_of_users_loops_run_as_one_rank_of_eight(script: str, tmp_path: Path) -> None:
     """Unmodified, with real text, two micro-batches a step."""
     argv = arguments(make_folder(tmp_path), tmp_path / "trained", sp=8, steps=2)
