@@ -87,9 +87,9 @@ class _Unread:
         """As the layer's own forward. Raises `ValueError` for arguments that tiles cannot have."""
         tap = self._tap
         hidden, args, kwargs = tap.without_hidden(args, kwargs)
-        layout = reached(layout or tap.noted_layout(), hidden.shape[1], self._shards)
+        layout = reached(layout or tap.noted_layout(), tap.length(hidden), self._shards)
         call = Call(layout, args, kwargs)
-        tap.refuse_arguments(hidden, call)
+        tap.refuse_arguments(call)
         if self._layer is None:
             self._layer = self._prepare(measure(tap, hidden, call))
         return tap.returned(self._layer(hidden, call))

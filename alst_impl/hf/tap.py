@@ -121,10 +121,14 @@ class Tap:
         noted = (vars(module).get("noted_layout") for module in self.layer.modules())
         return next((layout for layout in noted if layout is not None), None)
 
-    def refuse_arguments(self, hidden: Tensor, call: Call) -> None:
-        """Raise `ValueError` for arguments that tiles cannot have."""
+    def length(self, hidden: Tensor) -> int:
+        """Tokens of each sample in `hidden`. Raises `ValueError` for hidden states of another shape than a layer's."""
         if hidden.dim() != 3:
             self.refuse(f"has hidden states of {hidden.dim()} axes, not [batch, sequence, hidden]")
+        return hidden.shape[1]
+
+    def refuse_arguments(self, call: Call) -> None:
+        """Raise `ValueError` for arguments that tiles cannot have."""
         named = dict(zip(self._names[1:], call.args, strict=False)) | call.kwargs
         refuse_cache(named)
         for name, value in named.items():
