@@ -7,6 +7,7 @@ parts by module type and attributes, not by the model's name.
 from alst_impl.hf.attention import (
     ATTENTION,
     Attention,
+    noting_layout,
     stock_attention,
     use_attention,
     use_attentions,
@@ -41,6 +42,7 @@ __all__ = [
     "head_name",
     "keep_stage",
     "mixers",
+    "noting_layout",
     "refuse_positions_of_shards",
     "set_forward",
     "stock_attention",

@@ -166,6 +166,10 @@ def use_attentions(model: PreTrainedModel, attentions: Sequence[Attention]) -> N
         vars(module)["noted_layout"] = None
         vars(module)["limits_of_mask"] = _limits_of_mask(module, called)
 
+    def note_call(model: nn.Module, _: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        note_layout(model, kwargs.get("layout"))
+
+    model.register_forward_pre_hook(note_call, with_kwargs=True)
     decoder_of(model).register_forward_pre_hook(_note_layout, with_kwargs=True)
 
     def refuse_mask(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -179,8 +183,9 @@ def use_attentions(model: PreTrainedModel, attentions: Sequence[Attention]) -> N
 def _note_layout(
     decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Note the layout that the decoder is called with, for modules to which its layers do not pass it."""
-    note_layout(decoder, kwargs.get("layout"))
+    """Note the layout that the decoder is called with, if its model passes one on, for modules whose layers do not."""
+    if "layout" in kwargs:
+        note_layout(decoder, kwargs["layout"])
     takes = inspect.signature(decoder.forward).parameters
     if not any(each.kind is each.VAR_KEYWORD for each in takes.values()):
         kwargs = {name: value for name, value in kwargs.items() if name != "layout"}
@@ -192,6 +197,16 @@ def note_layout(part: nn.Module, layout: Layout | None) -> None:
     for module in part.modules():
         if "noted_layout" in vars(module):
             vars(module)["noted_layout"] = layout
+
+
+@contextmanager
+def noting_layout(model: nn.Module, layout: Layout) -> Iterator[None]:
+    """Context in which `layout` is noted for all modules of `model`; afterwards none is. Local."""
+    note_layout(model, layout)
+    try:
+        yield
+    finally:
+        note_layout(model, None)
 
 
 def noted_layout(part: nn.Module) -> Layout | None:

@@ -112,7 +112,8 @@ def _forward(model: PreTrainedModel, *args: Any, shard: Shard | None = None, **k
     if not shard.layout.trivial:
         kwargs["layout"] = shard.layout
     whole_loss = _whole_loss(model) if made.whole_loss else nullcontext()
-    with whole_loss, draws.of_rank(shard.layout, shard.divisor.device):
+    of_rank = draws.of_rank(shard.layout, shard.divisor.device)
+    with whole_loss, hf.noting_layout(model, shard.layout), of_rank:
         output = made.inner(*args, **kwargs, num_items_in_batch=shard.divisor)
     output.loss = output.loss * made.scale
     made.labels.watch(output.loss, shard.num_labels, shard.num_items)

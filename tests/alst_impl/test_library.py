@@ -75,9 +75,9 @@ def test_every_method_trains_as_the_stock_model(ranks: Ranks, world_size: int) -
     ranks(world_size)(every_method)
 
 
-def whole_loss_of_experts(rank: int, world_size: int) -> None:
-    """Body of a rank: a model that gives its loss function all three arguments by position."""
-    fields = json.loads((FAMILIES / "qwen3_moe.json").read_text())
+def whole_loss_of_family(rank: int, world_size: int, family: str) -> None:
+    """Body of a rank: a model whose own forward computes its loss, under sequence parallelism."""
+    fields = json.loads((FAMILIES / f"{family}.json").read_text())
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     torch.manual_seed(0)
     stock = AutoModelForCausalLM.from_config(config, dtype=torch.float64, **EAGER)
@@ -94,7 +94,12 @@ EAGER = {"experts_implementation": "eager"}
 
 def test_a_loss_function_may_be_called_by_position(ranks: Ranks) -> None:
     """As 38 model files of transformers do."""
-    ranks(2)(whole_loss_of_experts)
+    ranks(2)(whole_loss_of_family, "qwen3_moe")
+
+
+def test_a_model_may_pass_its_arguments_to_its_loss_function_alone(ranks: Ranks) -> None:
+    """As Falcon does: its decoder is not told how samples are shared, so attention has to know from the model's call."""
+    ranks(2)(whole_loss_of_family, "falcon")
 
 
 def given_mesh(rank: int, world_size: int) -> None:
