@@ -113,7 +113,8 @@ def _forward(model: PreTrainedModel, *args: Any, shard: Shard | None = None, **k
         kwargs["layout"] = shard.layout
     whole_loss = _whole_loss(model) if made.whole_loss else nullcontext()
     of_rank = draws.of_rank(shard.layout, shard.divisor.device)
-    with whole_loss, hf.noting_layout(model, shard.layout), of_rank:
+    noise = _noise_of_whole(model, shard.layout)
+    with whole_loss, noise, hf.noting_layout(model, shard.layout), of_rank:
         output = made.inner(*args, **kwargs, num_items_in_batch=shard.divisor)
     output.loss = output.loss * made.scale
     made.labels.watch(output.loss, shard.num_labels, shard.num_items)
@@ -145,6 +146,21 @@ def _check_engine(made: Guard) -> None:
             "reduction 'sum' leaves gradients to be summed over ranks, but DistributedDataParallel averages them; "
             "use enable(..., reduction='mean')"
         )
+
+
+@contextmanager
+def _noise_of_whole(model: PreTrainedModel, layout: Layout) -> Iterator[None]:
+    """Context in which NEFTune's noise, alpha / sqrt(tokens x hidden size), is as strong as on whole samples."""
+    embedding: Any = model.get_input_embeddings()
+    alpha: float | None = getattr(embedding, "neftune_noise_alpha", None)
+    if alpha is None:
+        yield
+        return
+    embedding.neftune_noise_alpha = alpha * (layout.local / layout.length) ** 0.5
+    try:
+        yield
+    finally:
+        embedding.neftune_noise_alpha = alpha
 
 
 @contextmanager

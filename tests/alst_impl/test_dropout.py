@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import peft
 import pytest
 import torch
-from small import stock_model
+from small import batches, stock_model
 from torch import Tensor, nn
 from training import config_of, run_steps
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.neftune import activate_neftune
 
 from alst_impl import enable
 from alst_impl.config import LoraConfig, TrainConfig
@@ -59,6 +60,34 @@ def gpt2(**fields: Any) -> PreTrainedModel:
 def gpt_neo() -> PreTrainedModel:
     """GPT-Neo, whose attention runs on whole sequences, with dropout in and around it."""
     return adapted(model_of("gpt_neo", embed_dropout=P, resid_dropout=P), "k_proj")
+
+
+# -- noise on embeddings ---------------------------------------------------------------------------
+
+
+def noise(rank: int, world_size: int) -> list[Tensor]:
+    """Body of a rank: NEFTune's noise on its shard of 21 tokens, and the strength that the loop set, after the step."""
+    model = stock_model()
+    embedding: Any = model.get_input_embeddings()
+    alst = enable(model, sp=world_size)
+    activate_neftune(model, 5.0)
+    found: list[Tensor] = []
+    embedding.register_forward_hook(
+        lambda _, ids, out: found.append(out.detach() - embedding.weight[ids[0]].detach())
+    )
+    ids = batches()[0]["input_ids"]
+    model(**alst.shard({"input_ids": ids, "labels": ids})).loss.backward()
+    return [*found, torch.tensor(embedding.neftune_noise_alpha)]
+
+
+def test_noise_on_embeddings_is_as_strong_as_on_whole_samples(ranks: Ranks) -> None:
+    """NEFTune's uniform noise has the bound alpha / sqrt(tokens x hidden size), of all tokens of a sample."""
+    bound = 5.0 / (21 * 32) ** 0.5
+    shards = ranks(2)(noise)
+    for drawn, alpha in shards:
+        assert 0.97 * bound < float(drawn.abs().max()) < bound * (1 + 1e-6)
+        assert float(alpha) == 5.0
+    assert not torch.equal(shards[0][0], shards[1][0])
 
 
 # -- who draws what -------------------------------------------------------------------------------
