@@ -142,7 +142,8 @@ def finish(
     if layout is not None and layout.padded != layout.length:
         raise ValueError(
             f"a router loss counts every token of the model's input, but {layout.length} tokens over {layout.shards} "
-            f"ranks are padded to {layout.padded}; use a multiple of {layout.shards}"
+            f"ranks are padded to {layout.padded}; use samples of a multiple of "
+            f"{layout.cp * layout.chunks * layout.multiple} tokens, or set output_router_logits: false"
         )
     valid = (labels != IGNORE_INDEX).sum()
     sums = torch.cat([found.counts, found.probabilities, valid[None].to(found.counts.dtype)])

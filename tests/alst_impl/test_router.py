@@ -13,6 +13,8 @@ from training import Run, assert_trains_as, config_of, run_steps, truth_of
 
 from alst_impl import hf, models
 from alst_impl.config import TrainConfig
+from alst_impl.hf import router
+from alst_impl.layout import Layout
 from alst_impl.methods.base import load_method
 from alst_impl.placement import Placement
 
@@ -98,6 +100,19 @@ def test_a_router_loss_lowers_with_training(tmp_path: Path) -> None:
         optimizer.zero_grad()
         losses.append(float(both[1].detach() - both[0].detach()))
     assert losses[-1] < losses[0]
+
+
+def test_a_padded_length_is_refused_with_lengths_that_are_not(tmp_path: Path) -> None:
+    """The refusal's way out is a way out: zigzag order over 2 ranks makes 4 chunks."""
+    config = run_of(tmp_path, "qwen3_moe", offload=False)
+    model = models.materialize(config)
+    hf.use_router_loss(model)
+    ones = torch.ones(1, 11, dtype=torch.int64)
+    for length in (21, 22):
+        router.start(model, torch.device("cpu"))
+        layout = Layout(length, cp=2, order="zigzag")
+        with pytest.raises(ValueError, match="use samples of a multiple of 4 tokens"):
+            router.finish(model, torch.zeros(()), ones, torch.tensor(22), layout)
 
 
 def test_other_router_losses_are_refused() -> None:
