@@ -17,17 +17,18 @@ from alst_impl.layout import IGNORE_INDEX, Documents, Layout
 
 OFFSETS = ("cu_seq_lens_q", "cu_seq_lens_k")
 """Offsets of packed documents, as transformers' flash attention takes them."""
+LONGEST = ("max_length_q", "max_length_k")
+"""Tokens of the longest document, which follow from the offsets."""
 KNOWN = (
     "input_ids",
     "labels",
     "attention_mask",
     "position_ids",
     *OFFSETS,
-    "max_length_q",
-    "max_length_k",
+    *LONGEST,
     "seq_idx",
 )
-"""Keys of a batch that are understood. The longest document follows from the offsets."""
+"""Keys of a batch that are understood."""
 
 
 def read(batch: Mapping[str, Any]) -> Batch:
@@ -39,12 +40,14 @@ def read(batch: Mapping[str, Any]) -> Batch:
     Raises `ValueError` for what cannot be exact, and for any other key.
     """
     given = {key: value for key, value in batch.items() if value is not None}
-    for key in given:
+    for key, value in given.items():
         if key not in KNOWN:
             raise ValueError(
                 f"batch['{key}'] is unknown to alst.shard(batch), which takes {', '.join(KNOWN)}; leave it out of "
                 "the batch if the model computes the same without it"
             )
+        if key not in LONGEST:
+            _check_tensor(key, value)
     ids, labels = (_tokens(given, key) for key in ("input_ids", "labels"))
     padded = _padding(given.get("attention_mask"), ids, labels)
     positions = _positions(given, ids, padded)
@@ -63,12 +66,36 @@ def labels_of(batch: Mapping[str, Any]) -> Tensor:
     labels: Tensor | None = batch.get("labels")
     if labels is None:
         raise ValueError("batch has no 'labels'; a step is divided by their number")
+    _check_tensor("labels", labels)
     return labels
 
 
 def shifted(labels: Tensor) -> Tensor:
     """The label of each position: `labels` [B, S] one place to the left, as a causal model's loss shifts them."""
     return torch.nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:].contiguous()
+
+
+def check_rows(name: str, tokens: Tensor, rows: int | None) -> None:
+    """Raise `ValueError` if one of `tokens`, int64 of any shape, is not among the model's `rows`, if these are known.
+
+    One rank would fail inside the model, and the others would wait for it.
+    """
+    if rows is None:
+        return
+    beyond = tokens[(tokens < 0) | (tokens >= rows)]
+    if len(beyond):
+        raise ValueError(
+            f"batch['{name}'] has {int(beyond[0])}, but the model has the tokens 0 to {rows - 1}; use its own "
+            f"tokenizer, and {IGNORE_INDEX} for labels that do not count"
+        )
+
+
+def _check_tensor(key: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(
+            f"batch['{key}'] is of type {type(value).__name__}, not a tensor; let the collator make tensors "
+            "(return_tensors='pt')"
+        )
 
 
 def _tokens(given: dict[str, Any], key: str) -> Tensor:
@@ -79,6 +106,10 @@ def _tokens(given: dict[str, Any], key: str) -> Tensor:
         raise ValueError(
             f"batch['{key}'] has shape {list(found.shape)}, beside input_ids of {list(given['input_ids'].shape)}; "
             "both are [batch, sequence]"
+        )
+    if found.numel() == 0:
+        raise ValueError(
+            f"batch['{key}'] of shape {list(found.shape)} has no token; leave the sample out"
         )
     return found
 

@@ -20,7 +20,7 @@ from alst_impl import safeguards
 from alst_impl.data import Batch
 from alst_impl.hf import router
 from alst_impl.layout import IGNORE_INDEX
-from alst_impl.library.batches import labels_of, read, shifted
+from alst_impl.library.batches import check_rows, labels_of, read, shifted
 from alst_impl.library.guard import Guard, Reduction, Shard, part_names, stock_forward
 from alst_impl.library.setting import SHARED, Setting
 from alst_impl.placement import Evidence
@@ -75,6 +75,7 @@ class LongSequence:
             whole = read(batch)
             self._setting.check_layout(whole.layout)
             self._check_router_loss(batch)
+            self._check_rows(whole)
         except ValueError as error:
             refusal = error
         num_labels, drawn = self._agreed(whole, num_items, refusal)
@@ -128,6 +129,12 @@ class LongSequence:
         total = torch.tensor(valid, dtype=torch.int64, device=self.device)
         dist.all_reduce(total)
         return (total // self.shards).sum()  # whose ranks hold the same samples
+
+    def _check_rows(self, whole: Batch) -> None:
+        embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        labels = whole.shift_labels[whole.shift_labels != IGNORE_INDEX]
+        check_rows("input_ids", whole.input_ids, getattr(embedding, "num_embeddings", None))
+        check_rows("labels", labels, getattr(head, "out_features", None))
 
     def _check_router_loss(self, batch: Mapping[str, Any]) -> None:
         mask = batch.get("attention_mask")

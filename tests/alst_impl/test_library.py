@@ -212,6 +212,10 @@ def refuse(rank: int, world_size: int) -> None:
         ({"labels": good["labels"][:1]}, r"batch\['labels'\] has shape"),
         ({"labels": None}, "batch has no 'labels'"),
         ({"pixel_values": ones}, r"batch\['pixel_values'\] is unknown"),
+        ({"labels": good["labels"].tolist()}, r"batch\['labels'\] is of type list, not a tensor"),
+        ({"labels": -ones}, r"batch\['labels'\] has -1, but the model has the tokens 0 to 49"),
+        ({"input_ids": 50 * ones}, r"batch\['input_ids'\] has 50"),
+        (dict.fromkeys(("input_ids", "labels"), ones[:0]), "has no token"),
     ):
         with pytest.raises(ValueError, match=match):
             alst.shard({**good, **wrong})
