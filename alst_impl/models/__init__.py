@@ -262,10 +262,20 @@ def _to_meta(model: PreTrainedModel) -> None:
 
 
 def add_adapters(model: PreTrainedModel, lora: LoraConfig) -> None:
-    """Freeze `model` and add adapters to it, in place, on the current default device."""
+    """Freeze `model` and add adapters to it, in place, on the current default device.
+
+    Raises `ValueError` for a target that `model` lacks: peft adapts the others without it.
+    """
     require("lora", "lora", "peft")
     import peft
 
+    held = dict(model.named_modules())
+    for target in lora.targets:
+        if not any(f".{name}".endswith(f".{target}") for name in held):
+            last = {name.rpartition(".")[2] for name, module in held.items() if _is_matrix(module)}
+            raise ValueError(
+                f"adapters for {list(lora.targets)}: the model has no '{target}'; use some of {', '.join(sorted(last))}"
+            )
     wanted = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -276,6 +286,11 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig) -> None:
         peft.inject_adapter_in_model(wanted, model)
     except ValueError as error:
         raise ValueError(f"adapters for {list(lora.targets)}: {error}") from None
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    """Whether `module` multiplies by one matrix, as a linear layer does, also transformers' own kind."""
+    return type(module).__name__ in ("Linear", "Conv1D")
 
 
 def materialize(config: TrainConfig) -> PreTrainedModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -172,6 +173,13 @@ def make_cell(settings: dict[str, Any]) -> Cell:
             f"draws other masks (lora.dropout {train.lora.dropout}); set both to false, or dropout to 0"
         )
     return cell
+
+
+def host_memory_bytes(cell: Cell) -> float:
+    """Host memory of one node; infinity if it is unknown."""
+    assert cell.simulation is not None
+    row = load_hardware(cell.hardware)
+    return cell.simulation.host_memory_bytes or row.host_memory_bytes or math.inf
 
 
 def _defaults(settings: dict[str, Any]) -> dict[str, Any]:

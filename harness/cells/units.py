@@ -28,18 +28,18 @@ FLOPS = {
 
 
 def quantity(text: str, units: Mapping[str, int], what: str) -> int:
-    """`text`, a number and one of `units`, in the unit 1; a number alone is in it. Raises `ValueError` that says `what`
-    is expected.
+    """`text`, a number and one of `units`, in the unit 1. Raises `ValueError` that says `what` is expected, also for
+    a number alone: 256 may mean GB or GiB.
     """
-    found = re.fullmatch(r"\s*([0-9]+(?:_[0-9]+)*(?:\.[0-9]+)?)\s*([A-Za-z/]*)\s*", text)
-    value = int(Fraction(found[1]) * {"": 1, **units}.get(found[2], 0)) if found else 0
+    found = re.fullmatch(r"\s*([0-9]+(?:_[0-9]+)*(?:\.[0-9]+)?)\s*([A-Za-z/]+)\s*", text)
+    value = int(Fraction(found[1]) * units.get(found[2], 0)) if found else 0
     if not 0 < value < 2**63:
         raise ValueError(f"'{text}' is not {what}; write a number and one of {', '.join(units)}")
     return value
 
 
 def bytes_value(text: str) -> int:
-    """Bytes of a size such as `4TB`, `1900 GiB` or `80_000_000_000`. Raises `ValueError`."""
+    """Bytes of a size such as `4TB`, `1900 GiB` or `80_000_000_000 B`. Raises `ValueError`."""
     return quantity(text, BYTES, "a size")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -11,12 +12,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from harness.cells.cell import Cell
+from harness.cells.cell import Cell, host_memory_bytes
 from harness.cells.hardware import load_hardware
 from harness.cells.prediction import Plan, Planned
 from harness.cells.units import bytes_text, length_text, number_text, options_text, seconds_text
 from harness.commands.predict import AsJson, hush_transformers, on_phantom, wide_console
-from harness.commands.request import Request, Seqlen, States, about, asking, engine_of
+from harness.commands.request import Request, Seqlen, States, about, asking, engine_of, places
 from harness.commands.tables import show
 from harness.present.emit import check_emitted
 from harness.present.emit import emit as emitted
@@ -66,12 +67,12 @@ def plan(
     hush_transformers()
     if emit is not None:
         check_emitted(cell.train, emit)
-    places: tuple[States, ...] = ("gpu", "host") if states is None else (states,)
+    engine = cell.train.engine.name
     asked = {
         "cell": cell.model_dump(mode="json"),
         "gpus": gpus,
         "methods": method,
-        "engines": [engine_of(cell.train.engine.name, place) for place in places],
+        "engines": [engine_of(engine, at) for at in ((states,) if states else places(engine))],
     }
     (planned,) = on_phantom("harness.predict.plan:execute", asked, cell, LIMIT_S)
     found = Plan(**planned)
@@ -107,15 +108,7 @@ def _print(console: Console, cell: Cell, found: Plan) -> None:
             min_width=24 if wraps else None,
         )
     for each in found.rows:
-        table.add_row(
-            *_cells(
-                each,
-                row.usable_bytes,
-                cell.simulation.host_memory_bytes
-                if cell.simulation and cell.simulation.host_memory_bytes
-                else row.host_memory_bytes,
-            )
-        )
+        table.add_row(*_cells(each, row.usable_bytes, host_memory_bytes(cell)))
     show(console, table)
     for number, each in enumerate(found.rows, start=1):
         console.print(f"{number}. next: {each.advice}", highlight=False)
@@ -124,11 +117,11 @@ def _print(console: Console, cell: Cell, found: Plan) -> None:
         console.print(f"speeds: {first.time.basis}", highlight=False)
 
 
-def _cells(row: Planned, device: int, host: int | None) -> list[str]:
+def _cells(row: Planned, device: int, host: float) -> list[str]:
     p = row.prediction
     method = ", ".join([row.train.method.name, *options_text(_choices(row))])
     offload = row.train.engine.options.get("offload")
-    of_host = f" of {bytes_text(host)}" if host else ""
+    of_host = "" if math.isinf(host) else f" of {bytes_text(host)}"
     step = UNKNOWN
     if p.time is not None:
         step = (

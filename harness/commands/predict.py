@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +14,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from harness.cells.cell import Cell
+from harness.cells.cell import Cell, host_memory_bytes
+from harness.cells.hardware import load_hardware
 from harness.cells.prediction import LIMITS, Cost, Holding, Prediction, SearchResult, Simulated
 from harness.cells.units import bytes_text, length_text, options_text, seconds_text
 from harness.commands.options import parsed
@@ -21,6 +23,8 @@ from harness.commands.request import Request, Seqlen, States, about, asking
 
 PATIENCE_S = 5.0
 """Time after which a running task shows its progress."""
+LONGEST_SILENCE_S = 60.0
+"""Longest time between two lines about it where there is no terminal."""
 SHOWN = 30
 """Rows of `--explain` that are shown."""
 WIDE = 180
@@ -186,7 +190,12 @@ def patience(doing: str | Callable[[], str]) -> Iterator[None]:
         if done.wait(PATIENCE_S):
             return
         if not console.is_terminal:
+            every_s = PATIENCE_S
             console.print(f"alst: {told()} ...", highlight=False, soft_wrap=True)
+            while not done.wait(every_s):
+                every_s = min(2 * every_s, LONGEST_SILENCE_S)
+                told_at = f"{told()}, {time.monotonic() - begin:.0f} s"
+                console.print(f"alst: {told_at} ...", highlight=False, soft_wrap=True)
             return
         with console.status(told()) as status:
             while not done.wait(0.5):
@@ -222,9 +231,15 @@ def _print_prediction(console: Console, cell: Cell, p: Prediction) -> None:
     table.add_row("reserved", bytes_text(reserved), "by PyTorch's allocator")
     outside = bytes_text(p.total_bytes - reserved)
     table.add_row("outside the allocator", outside, "from published readings")
-    table.add_row("total", bytes_text(p.total_bytes), "modelled; what NVML reads", style="bold")
+    assert cell.simulation is not None
+    usable = bytes_text(load_hardware(cell.hardware).usable_bytes)
+    of_device = f"modelled; what NVML reads; of {usable}, {cell.simulation.margin:.1%} left free"
+    table.add_row("total", bytes_text(p.total_bytes), of_device, style="bold")
     table.add_section()
-    table.add_row("host memory of a node", bytes_text(p.host_bytes), "counted; states modelled")
+    host = host_memory_bytes(cell)
+    of_host = "" if math.isinf(host) else f"; of {bytes_text(host)}"
+    counted = f"counted; states modelled{of_host}"
+    table.add_row("host memory of a node", bytes_text(p.host_bytes), counted)
     if p.bytes_per_local_token is not None:
         table.add_row("slope of allocated", bytes_text(p.bytes_per_local_token), "per local token")
     console.print(table)

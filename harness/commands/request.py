@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 import typer
 
 from alst_impl.config import Spec, tokens
+from alst_impl.engines.base import load_engine
 from alst_impl.methods.base import load_method
 from alst_impl.models import canonical, described, field
 from alst_impl.ops.attention.cores.base import load_core
@@ -23,6 +24,8 @@ from harness.commands.options import length, share
 
 Result = TypeVar("Result")
 States = Literal["host", "gpu"]
+OFFLOADS = {"zero": "offload_optimizer", "fsdp2": "offload"}
+"""Engine -> its option that moves training states to host memory."""
 Seqlen = Annotated[
     int,
     typer.Option(
@@ -193,9 +196,17 @@ def default_engine(method: str) -> str:
     return "zero" if method == "deepspeed_alst" else "fsdp2"
 
 
+def places(engine: str) -> tuple[States, ...]:
+    """Where the training states of `engine` can live."""
+    return ("gpu", "host") if engine in OFFLOADS else ("gpu",)
+
+
 def engine_of(name: str, states: States) -> dict[str, Any]:
-    """Engine `name` with training states in host memory or on the GPUs. Raises `ValueError` if it has no choice."""
-    offload = {"zero": "offload_optimizer", "fsdp2": "offload"}.get(name)
+    """Engine `name` with training states in host memory or on the GPUs. Raises `ValueError` if it is unknown or has
+    no choice.
+    """
+    load_engine(Spec(name=name))
+    offload = OFFLOADS.get(name)
     if offload is not None:
         return {"name": name, offload: states == "host"}
     if states == "host":

@@ -10,7 +10,7 @@ import torch
 from alst_impl import models
 from alst_impl.config import Frozen, TrainConfig
 from alst_impl.methods.base import layouts, load_method
-from harness.cells.cell import Cell
+from harness.cells.cell import Cell, host_memory_bytes
 from harness.cells.hardware import load_hardware
 from harness.cells.prediction import Cost, Holding, Timeline
 from harness.cells.units import length_text
@@ -127,13 +127,6 @@ def host_bytes(cell: Cell, step: Step) -> int:
     ranks = min(cell.train.world_size, load_hardware(cell.hardware).devices_per_node)
     assert step.memory.cuda is not None
     return ranks * ((step.memory.cuda.pinned_bytes or 0) + step.pageable_bytes)
-
-
-def host_memory_bytes(cell: Cell) -> float:
-    """Host memory of one node; infinity if it is unknown."""
-    assert cell.simulation is not None
-    row = load_hardware(cell.hardware)
-    return cell.simulation.host_memory_bytes or row.host_memory_bytes or math.inf
 
 
 def require_thinkable(cell: Cell) -> None:

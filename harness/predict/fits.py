@@ -13,7 +13,7 @@ from alst_impl.engines.base import load_engine
 from alst_impl.methods.base import layouts, load_method
 from alst_impl.models import described, hf_config
 from alst_impl.ops.attention.cores.base import load_core
-from harness.cells.cell import Cell
+from harness.cells.cell import Cell, host_memory_bytes
 from harness.cells.hardware import load_hardware
 from harness.cells.prediction import (
     Cost,
@@ -32,7 +32,6 @@ from harness.predict.attempts import (
     at_length,
     attempt,
     capacity_bytes,
-    host_memory_bytes,
     require_thinkable,
     roomy,
     sequence_parallel,

@@ -12,7 +12,7 @@ from functools import partial
 from alst_impl.config import TrainConfig
 from alst_impl.methods.base import layouts, load_method
 from alst_impl.models import described, field
-from harness.cells.cell import Cell
+from harness.cells.cell import Cell, host_memory_bytes
 from harness.cells.prediction import Limit, SearchResult
 from harness.cells.units import length_text
 from harness.predict.attempts import (
@@ -22,7 +22,6 @@ from harness.predict.attempts import (
     attempt,
     capacity_bytes,
     host_bytes,
-    host_memory_bytes,
     roomy,
     sequence_parallel,
 )

@@ -14,7 +14,7 @@ from typing import Any
 from alst_impl.config import TrainConfig
 from alst_impl.methods.base import divisors, layouts
 from alst_impl.models import described, field
-from harness.cells.cell import Cell, make_cell
+from harness.cells.cell import Cell, host_memory_bytes, make_cell
 from harness.cells.hardware import load_hardware
 from harness.cells.prediction import Plan, Planned, Prediction
 from harness.cells.units import length_text
@@ -24,7 +24,6 @@ from harness.predict.attempts import (
     TooLarge,
     at_length,
     capacity_bytes,
-    host_memory_bytes,
     sequence_parallel,
 )
 from harness.predict.depth import structure

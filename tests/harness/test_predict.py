@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+import threading
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,6 +17,7 @@ from harness import __main__ as command_line
 from harness.cells.cell import Cell
 from harness.cells.hardware import Hardware, load_hardware
 from harness.cells.prediction import LIMITS, Limit, SearchResult
+from harness.commands import predict
 from harness.devices.outside import OUTSIDE_READINGS
 
 pytestmark = NEEDED
@@ -201,6 +204,8 @@ def test_predict_reads_well(
         "by PyTorch's allocator",
         "outside the allocator",
         "host memory",
+        "of 79.1 GiB, 5.0% left free",
+        "of 1000 B",
         "does not fit",
         "(host_memory)",
         "paper's formula",
@@ -259,6 +264,9 @@ def test_search_prints_the_agreed_keys(
         ("tiny-llama --seqlen 64 --lora many", ["--lora many", "such as 16"]),
         ("tiny-llama --seqlen 64 --kernel magic", ["magic", "sdpa"]),
         ("tiny-llama --seqlen 64 --engine plain", ["plain", "--states gpu"]),
+        ("tiny-llama --seqlen 64 --engine magic", ["unknown engine 'magic'", "fsdp2"]),
+        ("tiny-llama --seqlen 64 --host-memory 256", ["'256' is not a size", "GiB"]),
+        ("tiny-llama --seqlen 64 --lora 16:q_proj,v_prj", ["no 'v_prj'", "q_proj, up_proj, v_proj"]),
         ("tiny-llama --seqlen 64 --margin 2", ["--margin", "2"]),
         ("tiny-llama", ["--seqlen"]),
         ("tiny-llama --seqlen 64 --gpus 3 --option sp=3", ["sp (3)", "use sp in [1, 2, 4, 8]"]),
@@ -464,3 +472,23 @@ def test_hardware_of_a_user_is_a_row(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(small(MIB).model_dump_json())
     assert load_hardware(str(path)) == small(MIB)
+
+
+def test_progress_goes_on_without_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A log keeps being told what runs, not only once."""
+    monkeypatch.setattr(predict, "PATIENCE_S", 0.01)
+    activities, last = iter(["building", "running"]), threading.Event()
+
+    def doing() -> str:
+        now = next(activities, "ending")
+        if now == "ending":
+            last.set()
+        return now
+
+    with predict.patience(doing):
+        assert last.wait(30)
+    told = capsys.readouterr().err.splitlines()
+    assert told[0] == "alst: building ..."
+    assert re.fullmatch(r"alst: running, \d+ s \.\.\.", told[1])

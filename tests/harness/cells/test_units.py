@@ -93,7 +93,7 @@ def test_a_length_of_a_configuration_has_the_same_limits() -> None:
         (bytes_value, "40GB", 40 * 10**9),
         (bytes_value, "1.9TB", 1_900 * 10**9),
         (bytes_value, "1.5 GiB", 3 * GIB // 2),
-        (bytes_value, "80_000", 80_000),
+        (bytes_value, "80_000 B", 80_000),
         (bandwidth_value, "450GB/s", 450 * 10**9),
         (bandwidth_value, "12.5 GB/s", 12_500 * 10**6),
         (flops_value, "989.4TFLOPS", 989_400 * 10**9),
@@ -111,6 +111,7 @@ def test_quantities_as_people_write_them(
     ("parse", "text", "words"),
     [
         (bytes_value, "much", "is not a size"),
+        (bytes_value, "256", "is not a size"),
         (bytes_value, "0GB", "is not a size"),
         (bytes_value, "40gb", "is not a size"),
         (bytes_value, "0.25K", "is not a size"),

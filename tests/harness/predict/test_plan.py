@@ -103,6 +103,14 @@ def test_without_a_number_the_fewest_gpus_are_found(
     assert all("fewest GPUs" in each["best"] for each in found)
 
 
+def test_an_engine_without_a_choice_keeps_states_on_the_gpus(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody has to say so."""
+    given = "--seqlen 4K --gpus 1 --engine plain --method baseline"
+    assert rows(monkeypatch, capsys, *given.split())[0]["train"]["engine"] == {"name": "plain"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
