@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from pydantic import (
@@ -187,3 +187,13 @@ class TrainConfig(Frozen):
     """The optimizer."""
     seed: int = 0
     """Seed of the initial weights and of the data."""
+
+    @model_validator(mode="after")
+    def documents_have_a_token_each(self) -> Self:
+        count = self.data.documents
+        if isinstance(count, int) and count > self.seqlen:
+            raise ValueError(
+                f"{count:,} documents do not fit in a sample of {self.seqlen:,} tokens; use at most as many, or their "
+                f"lengths ({count},)"
+            )
+        return self

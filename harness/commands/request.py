@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import re
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from importlib.metadata import version
@@ -86,8 +87,8 @@ class Request:
         str,
         typer.Option(
             metavar="NUMBER|LENGTHS",
-            help="Documents packed into a sample: their number, of random lengths, or their lengths with commas, which "
-            "repeat until the sample is full: 4K, or 1000,3000.",
+            help="Documents packed into a sample: their number, such as 16, of random lengths, or their lengths, with "
+            "a comma or a K, which repeat until the sample is full: 4K, or 1000,3000.",
         ),
     ] = "1"
     dtype: Annotated[str, typer.Option(help="Of parameters and activations.")] = "bfloat16"
@@ -241,7 +242,8 @@ def _documents(text: str) -> int | list[int]:
         raise ValueError(
             f"--documents {text}: write a number of documents, such as 16, or lengths, such as 4K, or 1000,3000"
         ) from None
-    return numbers if "," in text else numbers[0]
+    counted = re.fullmatch(r"[0-9_]+", text)
+    return numbers[0] if counted else numbers
 
 
 def _degree(options: dict[str, Any], name: str) -> int:

@@ -18,6 +18,7 @@ from harness.cells.cell import Cell
 from harness.cells.hardware import Hardware, load_hardware
 from harness.cells.prediction import LIMITS, Limit, SearchResult
 from harness.commands import predict
+from harness.commands.request import Request
 from harness.devices.outside import OUTSIDE_READINGS
 
 pytestmark = NEEDED
@@ -260,6 +261,7 @@ def test_search_prints_the_agreed_keys(
         ("tiny-llama --seqlen 1_000_000_000_000", ["one hidden state", "shorter sequence"]),
         ("tiny-llama --seqlen 64 --hardware mi300x", ["mi300x", "ROCm"]),
         ("tiny-llama --seqlen 64 --hardware h10", ["h10", "use h100"]),
+        ("tiny-llama --seqlen 64 --documents 65", ["65 documents", "64 tokens", "(65,)"]),
         ("tiny-llama --seqlen 64 --documents 0", ["--documents 0", "such as 16"]),
         ("tiny-llama --seqlen 64 --lora many", ["--lora many", "such as 16"]),
         ("tiny-llama --seqlen 64 --kernel magic", ["magic", "sdpa"]),
@@ -324,6 +326,15 @@ def test_lengths_and_names_as_people_write_them(
     assert asked["train"]["data"]["documents"] == [1_024, 3_072]
     assert asked["hardware"] == "h100-80gb"
     assert asked["simulation"]["margin"] == 0.05
+
+
+@pytest.mark.parametrize(
+    ("text", "documents"), [("16", 16), ("4K", (4_096,)), ("4K,", (4_096,)), ("1000,", (1_000,))]
+)
+def test_a_length_of_documents_is_not_their_number(text: str, documents: Any) -> None:
+    """4K is a length, with or without a comma: nobody packs 4,096 documents by that word."""
+    asked = Request(model="tiny-llama", documents=text).cell(16_384, 1, "alst", {})
+    assert asked.train.data.documents == documents
 
 
 def test_packed_documents_take_less_time() -> None:
