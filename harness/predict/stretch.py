@@ -73,9 +73,20 @@ def use_of(cell: Cell, step: Step) -> Use:
 
 
 def stretched_use(cell: Cell, near: Step, far: Step) -> Use:
-    """Memory use of a step with all layers."""
-    uses = (use_of(cell, step) for step in (near, far))
-    return Use(*(a + _times(cell) * (b - a) for a, b in zip(*uses, strict=True)))
+    """Memory use of a step with all layers. Each phase is stretched by itself, because the peak moves from the loss
+    to the update when layers, and with them gradients and states, are many.
+    """
+    few, more = (step.memory.phase_peak_bytes for step in (near, far))
+    hosts = (host_bytes(cell, step) for step in (near, far))
+    return Use(
+        device=max(_stretched(cell, few[phase], more[phase]) for phase in few),
+        host=_stretched(cell, *hosts),
+    )
+
+
+def _stretched(cell: Cell, few: float, more: float) -> float:
+    """A quantity of a step with all layers from that of two with few."""
+    return few + _times(cell) * (more - few)
 
 
 def stretched_cost(cell: Cell, near: Step, far: Step) -> Cost:
@@ -83,7 +94,7 @@ def stretched_cost(cell: Cell, near: Step, far: Step) -> Cost:
     assert near.cost is not None
     assert far.cost is not None
     few, more = near.cost.model_dump(), far.cost.model_dump()
-    return Cost(**{k: few[k] + _times(cell) * (more[k] - few[k]) for k in few})
+    return Cost(**{k: _stretched(cell, few[k], more[k]) for k in few})
 
 
 def stretched_holdings(
@@ -100,7 +111,7 @@ def stretched_holdings(
             [getattr(side[what], name) if what in side else 0 for side in (few, more)]
             for name in ("nbytes", "count")
         )
-        nbytes, count = (round(a + _times(cell) * (b - a)) for a, b in (sizes, counts))
+        nbytes, count = (round(_stretched(cell, *both)) for both in (sizes, counts))
         if nbytes:
             any_of = (more if what in more else few)[what]
             found.append(any_of.model_copy(update={"nbytes": nbytes, "count": count}))

@@ -46,6 +46,16 @@ def _by_line(holdings: list[Holding]) -> list[tuple[str, int, int]]:
     return [(h.operator + (h.location or h.category), h.nbytes, h.count) for h in holdings]
 
 
+def compared(**settings: Any) -> dict[str, Any]:
+    """What `both` finds of a model with `LAYERS`."""
+    of = cell(overrides={"num_hidden_layers": LAYERS}, **settings)
+    payload = {"cell": of.model_dump(mode="json")}
+    ending = submit(f"{__name__}:both", payload, 1, of.timeout_s, accelerator="phantom")
+    assert ending.how == "finished", ending
+    (found,) = ending.results
+    return dict(found)
+
+
 @pytest.mark.parametrize(
     "method",
     [
@@ -60,11 +70,7 @@ def test_few_layers_tell_of_all(method: dict[str, Any]) -> None:
 
     The bytes of a device and a host guide a search only, and depend on where tensors find room.
     """
-    of = cell(method=method, world_size=2, seqlen=4096, overrides={"num_hidden_layers": LAYERS})
-    payload = {"cell": of.model_dump(mode="json")}
-    ending = submit(f"{__name__}:both", payload, 1, of.timeout_s, accelerator="phantom")
-    assert ending.how == "finished", ending
-    (found,) = ending.results
+    found = compared(method=method, world_size=2, seqlen=4096)
     assert found["deep"]
     assert found["uses"][0] == pytest.approx(found["uses"][1], rel=0.02, abs=2048)
     assert found["costs"][0] == found["costs"][1]
@@ -72,3 +78,10 @@ def test_few_layers_tell_of_all(method: dict[str, Any]) -> None:
     if method["name"] == "alst" or stretched is not None:
         assert stretched == full
     assert found["too much"] is None
+
+
+def test_the_peak_moves_to_another_phase() -> None:
+    """Two layers need the most in backward, with the loss; all layers in the update, with every gradient and state."""
+    found = compared(method={"name": "alst"}, engine="plain", world_size=1, seqlen=128)
+    stretched, full = (device for device, _ in found["uses"])
+    assert stretched == pytest.approx(full, rel=0.001)
