@@ -87,6 +87,10 @@ class Spec(Frozen):
         return {"name": self.name, **self.options}
 
 
+EXCERPTS = Spec(name="excerpts")
+"""The usual source. Cells and records do not mention it, so their keys are those from before there were others."""
+
+
 class DataConfig(Frozen):
     """Which tokens a run trains on. Together with `TrainConfig.seed`, it fixes every sample."""
 
@@ -94,6 +98,8 @@ class DataConfig(Frozen):
     """`python-stdlib` (sources of Python's own library) or a path to a text file or folder."""
     tokenizer: str = "bytes"
     """`bytes` (token = byte) or a local folder of a Hugging Face tokenizer."""
+    source: Spec = Field(default=EXCERPTS, exclude_if=lambda source: bool(source == EXCERPTS))
+    """File in `alst_impl/sources/` and its options: how samples are cut from the corpus."""
     documents: PositiveInt | tuple[Tokens, ...] = 1
     """Documents packed into one sample, each with positions from 0: their number, with random lengths, or their
     lengths, which repeat until the sample is full. 1 is one unpacked document."""
@@ -163,7 +169,7 @@ class TrainConfig(Frozen):
     engine: Spec = Spec(name="zero")
     """File in `alst_impl/engines/` and its options."""
     seqlen: Tokens
-    """Tokens of one sample, before sharding."""
+    """Tokens of one sample, before sharding. A source may cut it into shorter sequences."""
     batch_size: int = Field(default=1, gt=0)
     """Samples per data-parallel rank and micro-batch."""
     accumulation: int = Field(default=1, gt=0)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,11 @@ from torch import Tensor
 
 from alst_impl.config import DataConfig
 from alst_impl.layout import IGNORE_INDEX, Layout
+from alst_impl.sources.base import Reader, Source, Tokens, load_source
+
+Sequence = tuple[Tensor, Tensor, Tensor, tuple[int, ...]]
+"""input_ids, labels *unshifted* and position_ids, int64 [S] each, and document lengths. One token more than `Batch` has
+if the last position has a label."""
 
 
 @dataclass(frozen=True)
@@ -118,14 +124,17 @@ def _sources(root: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A deterministic source of samples: sample `i` depends on (`seed`, `i`) alone."""
+    """A deterministic source of samples: sample `i` depends on (`seed`, `i`) and on the fields here alone."""
 
     config: DataConfig
     seqlen: int
+    """Tokens of a sample, in one sequence or in several shorter ones (`alst_impl.sources`)."""
     seed: int
     vocab_size: int
     uneven: bool = False
     """Give samples unequal numbers of labels, for accumulated steps."""
+    step_samples: int = 1
+    """Samples of an optimizer step over all ranks and micro-batches. A source may give them sequences of one length."""
 
     @cached_property
     def files(self) -> list[Path]:
@@ -147,43 +156,58 @@ class Corpus:
         return found
 
     @cached_property
-    def _encode(self) -> Callable[[bytes], list[int]]:
+    def _tokenizer(self) -> Any:
+        """None for bytes."""
         if self.config.tokenizer == "bytes":
-            return list
+            return None
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(self.config.tokenizer, local_files_only=True)
-        return lambda text: tokenizer.encode(
-            text.decode("utf-8", "replace"), add_special_tokens=False
-        )
+        return AutoTokenizer.from_pretrained(self.config.tokenizer, local_files_only=True)
 
-    def _document(self, length: int, rng: np.random.Generator) -> np.ndarray:
-        """`length` tokens from consecutive files, starting at a random place in a random file."""
-        index = int(rng.integers(len(self.files)))
-        text = self.files[index].read_bytes()
-        tokens = self._encode(text[int(rng.integers(max(len(text) // 2, 1))) :])
-        while len(tokens) < length:
-            index = (index + 1) % len(self.files)
-            tokens = tokens + self._encode(self.files[index].read_bytes())
-        document = np.asarray(tokens[:length], dtype=np.int64)
-        if document.max(initial=0) >= self.vocab_size:
+    def encode(self, text: bytes) -> Tokens:
+        """Tokens of `text`: int64 [N]."""
+        if self._tokenizer is None:
+            return np.frombuffer(text, dtype=np.uint8).astype(np.int64)
+        ids = self._tokenizer.encode(text.decode("utf-8", "replace"), add_special_tokens=False)
+        return np.array(ids, dtype=np.int64)
+
+    @property
+    def end_of_text(self) -> int:
+        """The token after a document: the tokenizer's own, or a zero byte, which is in no text."""
+        if self._tokenizer is None:
+            return 0
+        if self._tokenizer.eos_token_id is None:
             raise ValueError(
-                f"token {document.max()} of tokenizer '{self.config.tokenizer}' is outside the model's "
+                f"tokenizer '{self.config.tokenizer}' has no end-of-text token (eos_token), which ends each document; "
+                "use one that has"
+            )
+        return int(self._tokenizer.eos_token_id)
+
+    @cached_property
+    def _source(self) -> Source:
+        return load_source(self.config.source)
+
+    @cached_property
+    def _read(self) -> Reader:
+        return self._source.reader(self)
+
+    def rows(self, index: int) -> list[Sequence]:
+        """The sequences of sample `index`."""
+        return [self._row(index, *row) for row in self._read(index)]
+
+    def _row(self, index: int, tokens: Tokens, lengths: tuple[int, ...]) -> Sequence:
+        if tokens.max(initial=0) >= self.vocab_size:
+            raise ValueError(
+                f"token {tokens.max()} of tokenizer '{self.config.tokenizer}' is outside the model's "
                 f"vocabulary of {self.vocab_size}; use the model's own tokenizer"
             )
-        return document
-
-    def sample(self, index: int) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
-        """Sample `index`: (input_ids, labels *unshifted*, position_ids), int64 [S], and document lengths."""
-        rng = np.random.default_rng([self.seed, index])
-        lengths = self.config.drawn_lengths(self.seqlen, rng)
-        tokens = np.concatenate([self._document(n, rng) for n in lengths])
         positions = np.concatenate([np.arange(n) for n in lengths])
-        valid = np.ones(self.seqlen, dtype=bool)  # over positions of the shifted labels
-        LABEL_MASKS[self.config.mask](valid)
+        valid = np.ones(len(tokens), dtype=bool)  # over positions of the shifted labels
+        seqlen = len(tokens) - self._source.tokens_beyond
+        LABEL_MASKS[self.config.mask](valid[:seqlen])
         if self.uneven:
-            kept = max(int(self.seqlen * UNEVEN_FRACTIONS[index % 3]), 2)
-            valid[: self.seqlen - kept] = False
+            kept = max(int(seqlen * UNEVEN_FRACTIONS[index % 3]), 2)
+            valid[: seqlen - kept] = False
         labels = np.where(np.roll(valid, 1), tokens, IGNORE_INDEX)
         labels[positions == 0] = IGNORE_INDEX  # a document's first token has nothing to predict it
         return (
@@ -195,11 +219,13 @@ class Corpus:
 
     def batch(self, indices: Iterable[int]) -> Batch:
         """The whole, unsharded batch of samples `indices`, on the CPU."""
-        ids, labels, positions, lengths = zip(*(self.sample(i) for i in indices), strict=True)
+        rows = [row for index in indices for row in self.rows(index)]
+        ids, labels, positions, lengths = zip(*rows, strict=True)
+        seqlen = len(ids[0]) - self._source.tokens_beyond
         shifted = torch.nn.functional.pad(torch.stack(labels), (0, 1), value=IGNORE_INDEX)[:, 1:]
         return Batch(
-            input_ids=torch.stack(ids),
-            shift_labels=shifted.contiguous(),
-            position_ids=torch.stack(positions),
-            layout=Layout(self.seqlen, documents=lengths if self.config.packed else None),
+            input_ids=torch.stack(ids)[:, :seqlen].contiguous(),
+            shift_labels=shifted[:, :seqlen].contiguous(),
+            position_ids=torch.stack(positions)[:, :seqlen].contiguous(),
+            layout=Layout(seqlen, documents=lengths if self.config.packed else None),
         )

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from alst_impl.config import TrainConfig
 from alst_impl.data import Batch, Corpus
 from alst_impl.engines.base import Runtime, Setup, load_engine
-from alst_impl.methods.base import Method, load_method
+from alst_impl.methods.base import Method, check_method, load_method
 from alst_impl.models import Initializer, build
 from alst_impl.ops.attention.cores.base import load_core
 from alst_impl.placement import Placement
@@ -32,7 +32,7 @@ class StepResult:
 def check(config: TrainConfig) -> None:
     """Raise `ValueError` if method or engine cannot run `config`."""
     load_core(config.attention)
-    load_method(config.method).check(config)
+    check_method(config)
     load_engine(config.engine).check(config)
 
 
@@ -79,14 +79,13 @@ def micro_batches(
     device: torch.device,
 ) -> list[Batch]:
     """This rank's micro-batches of `step`. Sample ids run over steps, then micro-batches, then dp ranks."""
-    layouts = method.plan([config.seqlen], config.world_size)
     rank, size = mesh.get_local_rank("dp"), config.batch_size
-    layout = replace(layouts[rank], mesh=mesh)
     batches = []
     for micro in range(config.accumulation):
-        first = ((step * config.accumulation + micro) * len(layouts) + rank) * size
+        first = ((step * config.accumulation + micro) * mesh["dp"].size() + rank) * size
         batch = corpus.batch(range(first, first + size))
-        named = replace(layout, draws=f"{config.seed}/{first}")
+        layout = method.plan([batch.layout.length], config.world_size)[rank]
+        named = replace(layout, mesh=mesh, draws=f"{config.seed}/{first}")
         batches.append(method.shard(batch, named).to(device))
     return batches
 

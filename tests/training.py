@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from alst_impl import models, step
 from alst_impl.config import TrainConfig
 from alst_impl.data import Corpus
 from alst_impl.layout import make_mesh
-from alst_impl.methods.base import layouts
+from alst_impl.methods.base import layouts, step_samples
 from alst_impl.placement import Evidence, Placement
 
 
@@ -42,7 +42,14 @@ def config_of(**settings: Any) -> TrainConfig:
 def corpus_of(config: TrainConfig) -> Corpus:
     """The samples of a run."""
     vocab_size = models.described(config.model, config.overrides)["vocab_size"]
-    return Corpus(config.data, config.seqlen, config.seed, vocab_size, config.accumulation > 1)
+    return Corpus(
+        config.data,
+        config.seqlen,
+        config.seed,
+        vocab_size,
+        uneven=config.accumulation > 1,
+        step_samples=step_samples(config),
+    )
 
 
 def run_steps(rank: int, world_size: int, config: TrainConfig, steps: int = 1) -> Run | None:
@@ -103,9 +110,8 @@ class Truth:
 
 def truth_of(config: TrainConfig, steps: int = 1) -> Truth:
     """The truth for `steps` of `config`, for any method and engine."""
-    samples = len(layouts(config)) * config.batch_size * config.accumulation
     key = config.model_dump_json(exclude={"method", "engine", "world_size", "batch_size"})
-    return _truth(key, samples, steps)
+    return _truth(key, step_samples(config), steps)
 
 
 @functools.cache
@@ -121,12 +127,13 @@ def _truth(key: str, num_samples: int, steps: int) -> Truth:
         model.parameters(), o.learning_rate, o.betas, o.eps, o.weight_decay
     )
     initial = {name: p.detach().clone() for name, p in model.named_parameters()}
-    corpus = corpus_of(config)
+    corpus = replace(corpus_of(config), step_samples=num_samples)
     first: dict[str, Tensor] = {}
     losses, norms = [], []
     for index in range(steps):
-        samples = [corpus.sample(index * num_samples + i) for i in range(num_samples)]
-        losses.append(_stock_gradients(model, samples))
+        samples = range(index * num_samples, (index + 1) * num_samples)
+        rows = [row for i in samples for row in corpus.rows(i)]
+        losses.append(_stock_gradients(model, rows))
         if index == 0:
             trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
             first = {name: _gradient(p).clone() for name, p in trained}

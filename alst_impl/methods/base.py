@@ -12,6 +12,7 @@ from alst_impl.layout import Layout
 from alst_impl.models import described, field, rotary_by_longest, unsupported
 from alst_impl.ops.attention.cores.base import load_core
 from alst_impl.plugin import load
+from alst_impl.sources.base import load_source
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -265,6 +266,19 @@ def counted(evidence: dict[str, int], promise: str) -> int:
 def layouts(config: TrainConfig) -> list[Layout]:
     """The plan of every micro-batch of a run."""
     return load_method(config.method).plan([config.seqlen], config.world_size)
+
+
+def step_samples(config: TrainConfig) -> int:
+    """Samples of an optimizer step, over all ranks and micro-batches."""
+    return config.batch_size * config.accumulation * len(layouts(config))
+
+
+def check_method(config: TrainConfig) -> None:
+    """Raise `ValueError` unless the method can train on all that the source of `config` may give it."""
+    source = load_source(config.data.source)
+    source.check(config)
+    for seqlen in source.seqlens(config.seqlen):
+        load_method(config.method).check(config.model_copy(update={"seqlen": seqlen}))
 
 
 def load_method(spec: Spec) -> Method:

@@ -12,10 +12,11 @@ from pydantic import Field, ValidationError
 
 from alst_impl.config import Frozen, Spec, TrainConfig
 from alst_impl.engines.base import load_engine
-from alst_impl.methods.base import load_method
-from alst_impl.models import published
+from alst_impl.methods.base import check_method
+from alst_impl.models import described, published
 from alst_impl.ops.attention.cores.base import Core, load_core
 from alst_impl.plugin import explain, names
+from alst_impl.sources.base import load_source
 from harness.cells.hardware import load_hardware
 from harness.cells.units import length_text
 from harness.cells.worlds import FORECAST, TRAITS, Traits, World
@@ -159,7 +160,8 @@ def make_cell(settings: dict[str, Any]) -> Cell:
         raise ValueError(
             f"corpus '{corpus}' does not exist; use 'python-stdlib' or a text file or folder"
         )
-    load_method(train.method).check(train)
+    check_method(train)
+    _check_lengths(cell)
     engine = load_engine(train.engine)
     engine.check(train)
     if engine.updates_in_backward and (cell.gate or cell.followed):
@@ -241,6 +243,26 @@ def _check_world(cell: Cell, core: Core) -> None:
         raise ValueError(
             f"attention '{cell.train.attention}' needs a CUDA device, but world '{cell.world}' has none; "
             "use attention 'sdpa' or world 'cuda'"
+        )
+
+
+def _check_lengths(cell: Cell) -> None:
+    """Raise `ValueError` if steps have sequences of several lengths where only one is foreseen."""
+    data, seqlen = cell.train.data, cell.train.seqlen
+    source = load_source(data.source)
+    if len(source.seqlens(seqlen)) > 1 and cell.traits.forecast:
+        *_, shorter, longest = source.seqlens(seqlen)
+        raise ValueError(
+            f"world '{cell.world}' plays steps of one length, but source '{data.source.name}' has steps of "
+            f"{shorter} and of {longest} tokens; leave source out, and ask for each length by seqlen, with as many "
+            "tokens per step by batch_size"
+        )
+    fields = described(cell.train.model, cell.train.overrides)
+    if source.tokens_beyond and (cell.gate or cell.followed) and fields.get("output_router_logits"):
+        raise ValueError(
+            f"gate ({cell.gate}) and followed ({cell.followed}) compare with the stock model, whose router loss would "
+            f"count the token after each sequence of source '{data.source.name}'; set both to false, or "
+            "output_router_logits: false"
         )
 
 

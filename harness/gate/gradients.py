@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from alst_impl.config import DType, Frozen, LoraConfig, OptimizerConfig, TrainConfig
 from alst_impl.data import Corpus
-from alst_impl.methods.base import layouts
+from alst_impl.methods.base import step_samples
 from alst_impl.models import described, materialize, published
 from harness.gate import truth
 from harness.gate.verdict import (
@@ -46,15 +46,21 @@ TRUTH = Path(truth.__file__)
 def corpus_of(train: TrainConfig) -> Corpus:
     """The samples of a run. With accumulation, micro-batches have unequal numbers of labels."""
     vocab_size = described(train.model, train.overrides)["vocab_size"]
-    return Corpus(train.data, train.seqlen, train.seed, vocab_size, uneven=train.accumulation > 1)
+    return Corpus(
+        train.data,
+        train.seqlen,
+        train.seed,
+        vocab_size,
+        uneven=train.accumulation > 1,
+        step_samples=step_samples(train),
+    )
 
 
 def samples_of(train: TrainConfig, step: int) -> dict[str, Tensor]:
-    """All samples of `step`, over all ranks and micro-batches: int64 [N, S] each."""
-    corpus = corpus_of(train)
-    count = train.accumulation * len(layouts(train)) * train.batch_size
-    samples = [corpus.sample(i) for i in range(step * count, (step + 1) * count)]
-    ids, labels, positions, _ = zip(*samples, strict=True)
+    """All sequences of `step`, over all ranks and micro-batches: int64 [N, S] each."""
+    corpus, count = corpus_of(train), step_samples(train)
+    rows = [row for i in range(step * count, (step + 1) * count) for row in corpus.rows(i)]
+    ids, labels, positions, _ = zip(*rows, strict=True)
     return {
         "input_ids": torch.stack(ids),
         "labels": torch.stack(labels),

@@ -9,7 +9,7 @@ from enum import StrEnum
 from pydantic import Field
 
 from alst_impl.config import Frozen
-from alst_impl.methods.base import layouts
+from alst_impl.methods.base import step_samples
 from harness.cells.cell import Cell
 from harness.cells.experiment import Claim, Quantity
 from harness.cells.prediction import Limit
@@ -162,8 +162,7 @@ def predicted(
 def tokens_of_step(cell: Cell) -> int:
     """Number of tokens of one step over all ranks."""
     train, tp = cell.train, cell.simulation.tp if cell.simulation else 1
-    samples = train.batch_size * train.accumulation
-    return samples * train.seqlen * len(layouts(train)) // tp
+    return step_samples(train) * train.seqlen // tp
 
 
 def evidence(all_results: Iterable[Results]) -> list[Evidence]:

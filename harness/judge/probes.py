@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from alst_impl.data import Batch
 from alst_impl.engines.base import Runtime
-from alst_impl.methods.base import Method, layouts
+from alst_impl.methods.base import Method
 from alst_impl.placement import Placement
 from alst_impl.step import accumulate_gradients, micro_batches, start
 from harness.cells.cell import Cell
@@ -52,10 +52,11 @@ class _Probe:
     def __init__(self, cell: Cell, mesh: DeviceMesh, method: Method, runtime: Runtime) -> None:
         self.train, self.mesh, self.method, self.runtime = cell.train, mesh, method, runtime
         dp, size = mesh.get_local_rank("dp"), cell.train.batch_size
-        self.layout = replace(layouts(cell.train)[dp], mesh=mesh)
         self.corpus = corpus_of(cell.train)
         first = dp * size
         self.whole = self.corpus.batch(range(first, first + size))
+        planned = method.plan([self.whole.layout.length], cell.train.world_size)
+        self.layout = replace(planned[dp], mesh=mesh)
 
     def streams(self) -> Finding:
         """The ranks that share a sample hold it together; each dp rank has another sample."""
@@ -82,12 +83,12 @@ class _Probe:
         handle.remove()
         lengths = {length for rank in _all(seen) for length in rank}
         local, shards = self.layout.local, self.layout.shards
-        detail = f"{sorted(lengths)} of {self.train.seqlen} tokens on each of {shards} ranks"
+        detail = f"{sorted(lengths)} of {self.layout.length} tokens on each of {shards} ranks"
         return Finding(probe="shard length", passed=lengths == {local}, detail=detail)
 
     def causality(self) -> Finding:
         """A changed token changes its own logits and no earlier ones."""
-        place = self.train.seqlen // 2
+        place = self.layout.length // 2
         moved = self._moved_by(place)
         passed = not moved[:, :place].any() and bool(moved[:, place].all())
         return self._agreed(
@@ -125,7 +126,7 @@ class _Probe:
         if tiles is None or not watched:
             return Finding(probe="tiles", passed=True, detail="nothing is tiled by number")
         local = self.layout.local
-        limit = math.ceil(local / min(tiles, local)) * self.train.batch_size
+        limit = math.ceil(local / min(tiles, local)) * len(self.whole.input_ids)
         batches = micro_batches(
             self.train, self.corpus, self.method, self.mesh, 0, self.runtime.placement.device
         )
@@ -172,7 +173,7 @@ class _Probe:
                 shards = torch.cat(parts)
         # Probe `shards` tells of a shard that is not what the layout says.
         if shard.shape[1] != self.layout.local:
-            return torch.cat(shards.unbind(), dim=1)[:, : self.train.seqlen]
+            return torch.cat(shards.unbind(), dim=1)[:, : self.layout.length]
         return self.layout.whole(shards.unbind())
 
     def _agreed(self, probe: str, detail: str, *, passed: bool) -> Finding:

@@ -10,7 +10,7 @@ from typing import Any
 
 from alst_impl.config import Frozen, TrainConfig
 from alst_impl.engines.base import load_engine
-from alst_impl.methods.base import layouts, load_method
+from alst_impl.methods.base import load_method, step_samples
 from alst_impl.models import described, hf_config
 from alst_impl.ops.attention.cores.base import load_core
 from harness.cells.cell import Cell, host_memory_bytes
@@ -295,7 +295,7 @@ def _by_category(holdings: list[Holding]) -> dict[str, int]:
 
 def _sequences(config: TrainConfig) -> int:
     """Sequences of one step, over all ranks."""
-    return config.batch_size * config.accumulation * len(layouts(config))
+    return step_samples(config)
 
 
 def _flops(config: TrainConfig) -> Flops:

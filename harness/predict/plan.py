@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from alst_impl.config import TrainConfig
-from alst_impl.methods.base import divisors, layouts
+from alst_impl.methods.base import divisors, layouts, step_samples
 from alst_impl.models import described, field
 from harness.cells.cell import Cell, host_memory_bytes, make_cell
 from harness.cells.hardware import load_hardware
@@ -320,8 +320,7 @@ def tokens_per_second_per_gpu(train: TrainConfig, p: Prediction) -> float | None
     """Trained tokens of all samples of a step over its time and its GPUs."""
     if p.step_seconds_modelled is None:
         return None
-    samples = train.batch_size * train.accumulation * len(layouts(train))
-    return samples * train.seqlen / (p.step_seconds_modelled * train.world_size)
+    return step_samples(train) * train.seqlen / (p.step_seconds_modelled * train.world_size)
 
 
 def _advice(row: Candidate) -> str:

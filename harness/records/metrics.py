@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable
 from statistics import median
 from typing import NamedTuple
 
-from alst_impl.methods.base import layouts
+from alst_impl.methods.base import step_samples
 from alst_impl.models import described
+from alst_impl.sources.base import load_source
 from harness.cells.hardware import load_hardware
 from harness.formulas.flops import model_causal, shape_of
 from harness.records.record import CudaMemory, Measurement, ParameterGate, Readings
@@ -64,8 +65,7 @@ def _gate(r: Readings) -> list[ParameterGate]:
 
 def _samples(m: Measurement) -> int:
     """Samples of one optimizer step over the data-parallel ranks."""
-    t = m.cell.train
-    return t.batch_size * t.accumulation * len(layouts(t))
+    return step_samples(m.cell.train)
 
 
 def _tokens_per_s(m: Measurement) -> float | None:
@@ -79,6 +79,8 @@ def _mfu(m: Measurement) -> float | None:
     r = m.readings
     if seconds is None or peak is None or r is None or r.num_parameters is None:
         return None
+    if len(load_source(t.data.source).seqlens(t.seqlen)) > 1:
+        return None  # whose steps do unequal work
     shape = shape_of(described(t.model, t.overrides), r.num_parameters, r.num_expert_parameters)
     documents = t.data.lengths(t.seqlen, t.seed, 0)
     return _samples(m) * model_causal(shape, documents) / (seconds * t.world_size * peak)

@@ -184,8 +184,14 @@ def _options(cell: Cell) -> dict[str, Any]:
     t = cell.train
     method = {k: v for k, v in t.method.options.items() if k not in AXES}
     engine = {f"{t.engine.name}.{k}": v for k, v in t.engine.options.items()}
-    data = {f"data.{k}": v for k, v in t.data.model_dump().items()}
-    rest = {"engine": t.engine.name, "dtype": t.dtype, "attention": t.attention}
+    data = {f"data.{k}": v for k, v in t.data.model_dump(exclude={"source"}).items()}
+    source = {f"source.{k}": v for k, v in t.data.source.options.items()}
+    rest = {
+        "engine": t.engine.name,
+        "source": t.data.source.name,
+        "dtype": t.dtype,
+        "attention": t.attention,
+    }
     more = {
         "batch": t.batch_size,
         "accumulation": t.accumulation,
@@ -195,7 +201,7 @@ def _options(cell: Cell) -> dict[str, Any]:
     }
     if cell.simulation:
         more |= cell.simulation.model_dump(exclude={"search", "timeline"})
-    return {**method, **engine, **data, **t.overrides, **rest, **more}
+    return {**method, **engine, **data, **source, **t.overrides, **rest, **more}
 
 
 def series(cells: dict[str, Cell]) -> dict[str, str]:

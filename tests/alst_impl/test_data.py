@@ -46,7 +46,7 @@ def test_a_sample_is_a_function_of_seed_and_id() -> None:
 
 def test_samples_are_real_text() -> None:
     """The default corpus has the bytes of Python sources."""
-    ids, labels, positions, lengths = corpus(512).sample(0)
+    ids, labels, positions, lengths = corpus(512).rows(0)[0]
     assert bytes(ids.tolist()).isascii() or len(set(ids.tolist())) > 20
     assert torch.equal(labels[1:], ids[1:])
     assert positions.tolist() == list(range(512))
@@ -97,7 +97,7 @@ def test_the_only_label_on_a_shard_border_survives(sp: int) -> None:
 def test_labels_at_the_border_are_those_of_the_next_shards_first_token(sp: int) -> None:
     """From corpus to shard: shifting labels after sharding would lose this label."""
     source = corpus(8 * sp)
-    ids = source.sample(0)[0]
+    ids = source.rows(0)[0][0]
     whole = source.batch([0])
     for index in range(sp - 1):
         shard = Layout(whole.layout.length, sp=sp).cut(whole, index)
@@ -171,22 +171,22 @@ def test_files_and_folders_are_corpora(tmp_path: Path) -> None:
     text.write_bytes(b"abc")
     (tmp_path / "empty.txt").write_bytes(b"")
     for source in (text, tmp_path):
-        ids = corpus(10, corpus=str(source)).sample(0)[0]
+        ids = corpus(10, corpus=str(source)).rows(0)[0][0]
         assert bytes(ids.tolist()) in b"abcabcabcabcabc"
 
 
 def test_a_missing_or_empty_corpus_is_refused(tmp_path: Path) -> None:
     """The error names it and gives a fix."""
     with pytest.raises(ValueError, match=r"nowhere' does not exist; use 'python-stdlib' or"):
-        corpus(corpus=str(tmp_path / "nowhere")).sample(0)
+        corpus(corpus=str(tmp_path / "nowhere")).rows(0)[0]
     with pytest.raises(ValueError, match="holds no text"):
-        corpus(corpus=str(tmp_path)).sample(0)
+        corpus(corpus=str(tmp_path)).rows(0)[0]
 
 
 def test_a_token_outside_the_vocabulary_is_refused() -> None:
     """It would index past the end of the embedding."""
     with pytest.raises(ValueError, match="outside the model's vocabulary of 100"):
-        corpus(4000, vocab_size=100).sample(0)
+        corpus(4000, vocab_size=100).rows(0)[0]
 
 
 def first_batch(rank: int, world_size: int) -> tuple[int, int, Batch]:

@@ -45,7 +45,7 @@ def test_evaluation_at_sp2_is_the_stock_models_loss(
     )
     loss, trained, left = ranks(2)(evaluated, config)[0]
     model = models.materialize(config).double()
-    ids, labels, positions, _ = corpus_of(config).sample(0)
+    ids, labels, positions, _ = corpus_of(config).rows(0)[0]
     with torch.no_grad():
         expected = model(input_ids=ids[None], position_ids=positions[None], labels=labels[None])
     assert loss == pytest.approx(float(expected.loss), rel=1e-5)
