@@ -6,9 +6,10 @@ A new metric is a new entry of `METRICS`. Tables then have it for every record.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from statistics import median
+from statistics import fmean, median
 from typing import NamedTuple
 
+from alst_impl.config import TrainConfig
 from alst_impl.methods.base import step_samples
 from alst_impl.models import described
 from alst_impl.sources.base import load_source
@@ -63,14 +64,15 @@ def _gate(r: Readings) -> list[ParameterGate]:
     return [] if r.gate is None else r.gate.parameters
 
 
-def _samples(m: Measurement) -> int:
-    """Samples of one optimizer step over the data-parallel ranks."""
-    return step_samples(m.cell.train)
+def _several_lengths(t: TrainConfig) -> bool:
+    """Whether steps do unequal work, in sequences of several lengths."""
+    return len(load_source(t.data.source).seqlens(t.seqlen)) > 1
 
 
 def _tokens_per_s(m: Measurement) -> float | None:
-    seconds = value_of("step_s", m)
-    return None if seconds is None else _samples(m) * m.cell.train.seqlen / seconds
+    t = m.cell.train
+    seconds = _step(fmean if _several_lengths(t) else median)(m)
+    return None if seconds is None else step_samples(t) * t.seqlen / seconds
 
 
 def _mfu(m: Measurement) -> float | None:
@@ -79,11 +81,11 @@ def _mfu(m: Measurement) -> float | None:
     r = m.readings
     if seconds is None or peak is None or r is None or r.num_parameters is None:
         return None
-    if len(load_source(t.data.source).seqlens(t.seqlen)) > 1:
-        return None  # whose steps do unequal work
+    if _several_lengths(t):
+        return None
     shape = shape_of(described(t.model, t.overrides), r.num_parameters, r.num_expert_parameters)
     documents = t.data.lengths(t.seqlen, t.seed, 0)
-    return _samples(m) * model_causal(shape, documents) / (seconds * t.world_size * peak)
+    return step_samples(t) * model_causal(shape, documents) / (seconds * t.world_size * peak)
 
 
 METRICS = {
@@ -164,7 +166,7 @@ METRICS = {
     ),
     "tokens_per_s": Metric(
         "tokens/s",
-        "Tokens of one optimizer step, over the data-parallel ranks, divided by `step_s`.",
+        "Tokens of one optimizer step, over the data-parallel ranks, divided by `step_s`, or by the mean where steps have several lengths.",
         _tokens_per_s,
     ),
 }
