@@ -116,8 +116,8 @@ def _give_every_rank_one_sample(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def corpus_of(train: Any) -> Any:
         corpus = batch(train)
-        sample = type(corpus).sample
-        monkeypatch.setattr(type(corpus), "sample", lambda self, _: sample(self, 0))
+        rows = type(corpus).rows
+        monkeypatch.setattr(type(corpus), "rows", lambda self, _: rows(self, 0))
         return corpus
 
     monkeypatch.setattr(probes, "corpus_of", corpus_of)
