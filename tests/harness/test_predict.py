@@ -268,7 +268,10 @@ def test_search_prints_the_agreed_keys(
         ("tiny-llama --seqlen 64 --engine plain", ["plain", "--states gpu"]),
         ("tiny-llama --seqlen 64 --engine magic", ["unknown engine 'magic'", "fsdp2"]),
         ("tiny-llama --seqlen 64 --host-memory 256", ["'256' is not a size", "GiB"]),
-        ("tiny-llama --seqlen 64 --lora 16:q_proj,v_prj", ["no 'v_prj'", "q_proj, up_proj, v_proj"]),
+        (
+            "tiny-llama --seqlen 64 --lora 16:q_proj,v_prj",
+            ["no 'v_prj'", "q_proj, up_proj, v_proj"],
+        ),
         ("tiny-llama --seqlen 64 --margin 2", ["--margin", "2"]),
         ("tiny-llama", ["--seqlen"]),
         ("tiny-llama --seqlen 64 --gpus 3 --option sp=3", ["sp (3)", "use sp in [1, 2, 4, 8]"]),
