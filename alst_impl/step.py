@@ -14,7 +14,8 @@ from alst_impl.config import TrainConfig
 from alst_impl.data import Batch, Corpus
 from alst_impl.engines.base import Runtime, Setup, load_engine
 from alst_impl.methods.base import Method, check_method, load_method
-from alst_impl.models import Initializer, build
+from alst_impl.models import build
+from alst_impl.models.weights import Initializer
 from alst_impl.ops.attention.cores.base import load_core
 from alst_impl.placement import Placement
 

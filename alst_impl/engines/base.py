@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from alst_impl.data import Batch
-    from alst_impl.models import Initializer
+    from alst_impl.models.weights import Initializer
     from alst_impl.placement import Placement
 
 

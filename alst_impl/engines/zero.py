@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch.autograd.graph import GradientEdge
     from transformers import PreTrainedModel
 
-    from alst_impl.models import Initializer
+    from alst_impl.models.weights import Initializer
     from alst_impl.placement import Placement
 
 

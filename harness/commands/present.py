@@ -60,13 +60,13 @@ def figures(
 
 
 def _draw(results: Results, figure: str, folder: Path) -> None:
-    from harness.present import drawing
+    from harness.present import pictures
     from harness.present.figures.base import draw
 
     drawn = draw(figure, results)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{figure}.svg").write_text(drawing.svg(drawn))
-    (folder / f"{figure}.png").write_bytes(drawing.png(drawn))
+    (folder / f"{figure}.svg").write_text(pictures.svg(drawn))
+    (folder / f"{figure}.png").write_bytes(pictures.png(drawn))
 
 
 def report(

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from alst_impl.plugin import names
 from harness.cells import paths
-from harness.present import drawing
+from harness.present import pictures
 from harness.present.figures.base import draw
 from harness.present.grids.base import Grid
 from harness.present.lengths import together
@@ -43,11 +43,11 @@ def renew(*, write: bool) -> list[Path]:
                 write_text(path, text)
     for path, make in figures(c).items():
         figure = make()
-        if not path.is_file() or drawing.fingerprint(figure).encode() not in path.read_bytes():
+        if not path.is_file() or pictures.fingerprint(figure).encode() not in path.read_bytes():
             changed.append(path)
             if write:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(drawing.png(figure))
+                path.write_bytes(pictures.png(figure))
     return changed
 
 

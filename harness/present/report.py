@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from harness.cells import paths
 from harness.judge.claims import TOLERANCE, evidence
-from harness.present import drawing
+from harness.present import pictures
 from harness.present.described import described
 from harness.present.figures.base import draw
 from harness.present.grids.base import Grid, sort_value
@@ -199,7 +199,7 @@ def _picture(identity: str, figure: str, results: Results) -> Picture | None:
     note = " ".join(drawn.get_supxlabel().split()).removesuffix(source).strip()
     drawn.supxlabel("")  # the caption has these words
     width, height = (round(120 * inches) for inches in drawn.get_size_inches())
-    uri = "data:image/svg+xml;base64," + base64.b64encode(drawing.svg(drawn).encode()).decode()
+    uri = "data:image/svg+xml;base64," + base64.b64encode(pictures.svg(drawn).encode()).decode()
     return Picture(identity, uri, described(drawn), note, source, width, height)
 
 

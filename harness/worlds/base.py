@@ -20,7 +20,7 @@ from alst_impl.config import Frozen, TrainConfig
 from alst_impl.data import Corpus
 from alst_impl.engines.base import Runtime
 from alst_impl.methods.base import Method
-from alst_impl.models import Initializer
+from alst_impl.models.weights import Initializer
 from alst_impl.placement import Placement, no_evidence
 from alst_impl.step import StepResult, accumulate_gradients, micro_batches, start, train_step
 from harness.cells.cell import Cell

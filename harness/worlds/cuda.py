@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from alst_impl.engines.base import Runtime, load_engine
 from alst_impl.layout import make_mesh
 from alst_impl.methods.base import layouts
-from alst_impl.models import Initializer
+from alst_impl.models.weights import Initializer
 from harness.cells.cell import Cell
 from harness.processes.jobs import Rank
 from harness.records.record import CudaMemory, RankMemory

@@ -36,7 +36,7 @@ from alst_impl.engines.base import Runtime, load_engine
 from alst_impl.hf.tap import Tap
 from alst_impl.layout import Layout, make_mesh
 from alst_impl.methods.base import layouts, load_method
-from alst_impl.models import Initializer
+from alst_impl.models.weights import Initializer
 from harness.cells.cell import Cell
 from harness.cells.hardware import load_hardware
 from harness.cells.prediction import Cost, Holding, Timeline

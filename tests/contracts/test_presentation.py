@@ -9,7 +9,7 @@ from samples import gpu_sweep, measurement, sweep
 
 from harness.cells.cell import Cell
 from harness.cells.experiment import load_experiment
-from harness.present import drawing
+from harness.present import drawing, pictures
 from harness.present.figures.base import draw, figures
 from harness.records import record
 from harness.records.metrics import METRICS, Metric
@@ -38,14 +38,14 @@ def test_metric_has_no_value_without_readings(metric: Metric) -> None:
 def test_figure_draws_the_sample_sweep(figure: str) -> None:
     """A figure handles failed, wrong and missing cells, and is identical when drawn again."""
     results = sweep()
-    assert drawing.png(draw(figure, results)).startswith(b"\x89PNG")
-    assert drawing.svg(draw(figure, results)) == drawing.svg(draw(figure, results))
+    assert pictures.png(draw(figure, results)).startswith(b"\x89PNG")
+    assert pictures.svg(draw(figure, results)) == pictures.svg(draw(figure, results))
 
 
 @pytest.mark.parametrize("figure", figures())
 def test_figure_draws_a_sweep_of_cells_of_a_gpu_and_of_phantom_devices(figure: str) -> None:
     """The experiment has cells and their twins."""
-    assert drawing.png(draw(figure, gpu_sweep())).startswith(b"\x89PNG")
+    assert pictures.png(draw(figure, gpu_sweep())).startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("figure", figures())
@@ -54,7 +54,7 @@ def test_figure_draws_a_sweep_that_was_not_run(figure: str) -> None:
     results = sweep(models=("tiny-llama",))
     results.measurements.clear()
     assert "not measured" in drawing.source_line(results)
-    assert drawing.png(draw(figure, results)).startswith(b"\x89PNG")
+    assert pictures.png(draw(figure, results)).startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)

@@ -14,11 +14,12 @@ from harness.commands import present
 from harness.judge.claims import evidence
 from harness.judge.compare import changes
 from harness.present import drawing
-from harness.present.drawing import DOES_NOT_FIT, svg
+from harness.present.drawing import DOES_NOT_FIT
 from harness.present.figures.base import draw
 from harness.present.grids.gradients import finding_grid
 from harness.present.grids.predicted import simulated_grid
 from harness.present.pages.base import Committed, Kept
+from harness.present.pictures import svg
 from harness.present.report import BAD, GOOD, page
 from harness.records import record
 from harness.records.record import Measurement, Outcome, settled

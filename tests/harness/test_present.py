@@ -9,7 +9,7 @@ from samples import cell, measurement
 
 from harness.cells import paths
 from harness.commands import present
-from harness.present import drawing
+from harness.present import pictures
 from harness.present.figures.base import draw
 from harness.present.generated import pages, path_of
 from harness.records import record
@@ -118,11 +118,11 @@ def test_a_stale_figure_fails_the_check(checkout: Path, capsys: pytest.CaptureFi
     present.reference("two")
     path = paths.REFERENCE / "cpu" / "two" / "headline.png"
     other = Results("two", "q", "s", ["headline"], {cell().key: cell()}, {})
-    path.write_bytes(drawing.png(draw("headline", other)))
+    path.write_bytes(pictures.png(draw("headline", other)))
     assert present.report(check=True) == 1
     assert str(path) in capsys.readouterr().err
     results = fresh(paths.experiment("two"))
-    path.write_bytes(drawing.png(draw("headline", results), dpi=20))
+    path.write_bytes(pictures.png(draw("headline", results), dpi=20))
     assert present.report(check=True) == 0
 
 

@@ -10,7 +10,7 @@ from samples import cell, gpu_sweep, searched, sweep
 
 from harness.cells import paths
 from harness.commands import present
-from harness.present import drawing
+from harness.present import drawing, pictures
 from harness.present.figures.base import draw
 from harness.present.generated import documents, pages, path_of, readme_blocks, with_blocks
 from harness.present.lengths import beside_published, plain, shortened, together
@@ -167,10 +167,10 @@ def test_of_each_method_the_plain_and_the_longest_exact_length_are_shown() -> No
 def test_a_figure_is_known_by_what_it_shows() -> None:
     """Its points and words, whatever the size of its pixels."""
     one, other = (together([phantom("alst", n)]) for n in (5_000_000, 5_100_000))
-    same = drawing.fingerprint(draw("longest_sequences", one))
-    assert drawing.fingerprint(draw("longest_sequences", one)) == same
-    assert drawing.fingerprint(draw("longest_sequences", other)) != same
-    assert same.encode() in drawing.png(draw("longest_sequences", one), dpi=20)
+    same = pictures.fingerprint(draw("longest_sequences", one))
+    assert pictures.fingerprint(draw("longest_sequences", one)) == same
+    assert pictures.fingerprint(draw("longest_sequences", other)) != same
+    assert same.encode() in pictures.png(draw("longest_sequences", one), dpi=20)
 
 
 def test_a_method_has_one_colour_in_every_figure() -> None:

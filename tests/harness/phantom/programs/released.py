@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from alst_impl.config import TrainConfig
 from alst_impl.data import Batch
 from alst_impl.layout import Layout
-from alst_impl.models import Initializer
+from alst_impl.models.weights import Initializer
 from alst_impl.placement import Placement
 from alst_impl.step import accumulate_gradients, check, start
 
