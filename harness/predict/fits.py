@@ -128,8 +128,8 @@ def forecast(rank: Rank, cell: Cell) -> Forecast:
     return Forecast(simulated=_seen(step, prediction, search), readings=step.readings)
 
 
-def estimate(rank: Rank, cell: Cell) -> Prediction:
-    """Memory use and time of a step of `cell`, from few layers if they are many and alike. No allocator says what
+def estimate(rank: Rank, cell: Cell) -> tuple[Prediction, Use]:
+    """Prediction and memory use of a step of `cell`, from few layers if they are many and alike. No allocator says what
     it reserves: the step fits if `FULL` of the capacity is not exceeded.
 
     Raises `ValueError` if a step takes more than a phantom device can have.
@@ -143,7 +143,7 @@ def estimate(rank: Rank, cell: Cell) -> Prediction:
         assert step.cost is not None
         use, cost = use_of(cell, step), step.cost
     fits = use.device <= FULL * capacity_bytes(cell)
-    return _assembled(cell, use, None, cost, fits)
+    return _assembled(cell, use, None, cost, fits), use
 
 
 def confirmed(rank: Rank, cell: Cell, estimated: Prediction) -> Prediction:

@@ -54,7 +54,7 @@ def near_longest(rank: Rank, cell: Cell, known: dict[int, Use]) -> dict[int, Use
     """
     unit, found = STEP * sequence_parallel(cell.train), dict(known)
     for _ in range(LOOKS if is_deep(cell) else 0):
-        seqlen = max(int(_crossing(cell, found) / unit), 1) * unit
+        seqlen = max(int(crossing(cell, found) / unit), 1) * unit
         found[seqlen] = use_on_roomy(rank, at_length(cell, seqlen))
     return found
 
@@ -82,7 +82,7 @@ def longest(rank: Rank, cell: Cell, own: Limit | None, known: dict[int, Use]) ->
     limit: Limit = own or "gpu_memory"
     evaluations, stride = len(known), 1
     while high is None or high - low > max(1, int(PRECISION * high)):
-        tries = _next_tries(low, high, int(_crossing(cell, uses) / unit), stride)
+        tries = _next_tries(low, high, int(crossing(cell, uses) / unit), stride)
         stride *= 4
         lengths = " and ".join(length_text(n * unit) for n in tries)
         rank.progress(f"searching for the longest sequence, at {lengths} tokens")
@@ -123,13 +123,16 @@ def _next_tries(low: int, high: int | None, guess: int, stride: int) -> list[int
     return sorted({guess - half, guess + half})
 
 
-def _crossing(cell: Cell, known: dict[int, Use]) -> float:
-    """Tokens at which the first limit is met, by lines through the two longest known uses."""
-    limits = Use(device=FULL * capacity_bytes(cell), host=host_memory_bytes(cell))
+def crossing(cell: Cell, known: dict[int, Use]) -> float:
+    """Tokens at which the first limit is met, by lines through the two longest known uses: one for each phase,
+    because the peak of short sequences may lie in the update, which has no more bytes for more tokens.
+    """
     (x, near), (far, there) = sorted(known.items())[-2:]
+    room = FULL * capacity_bytes(cell)
+    lines = [(near.phases[name], there.phases[name], room) for name in near.phases]
+    lines.append((near.host, there.host, host_memory_bytes(cell)))
     meets = [
-        far + (limit - held) * (far - x) / max(held - before, 1)
-        for before, held, limit in zip(near, there, limits, strict=True)
+        far + (limit - held) * (far - x) / max(held - before, 1) for before, held, limit in lines
     ]
     return max(min(meets), 1.0)
 

@@ -28,7 +28,8 @@ from harness.predict.attempts import (
 )
 from harness.predict.depth import structure
 from harness.predict.fits import confirmed, estimate
-from harness.predict.longest import FULL
+from harness.predict.longest import crossing
+from harness.predict.stretch import Use
 from harness.processes.apart import apart
 from harness.processes.jobs import Rank
 
@@ -77,6 +78,7 @@ class Candidate:
 
     cell: Cell
     prediction: Prediction
+    use: Use
     longest_tokens: int = 0
 
     @property
@@ -175,7 +177,7 @@ def _of_ladder(rank: Rank, ladder: list[list[Cell]]) -> list[Candidate]:
     `ladder` has the cells of each rung by ascending degree.
     """
     try:
-        last = Candidate(ladder[-1][-1], estimate(rank, ladder[-1][-1]))
+        last = Candidate(ladder[-1][-1], *estimate(rank, ladder[-1][-1]))
     except TooLarge:
         return []
     if not last.prediction.fits:
@@ -241,39 +243,22 @@ def _degrees(name: str, shards: int, heads: int) -> dict[str, int] | None:
 def _fitting(rank: Rank, cell: Cell) -> Candidate | None:
     """The candidate of `cell`; None if it does not fit."""
     try:
-        prediction = estimate(rank, cell)
+        found = Candidate(cell, *estimate(rank, cell))
     except TooLarge:
         return None
-    return Candidate(cell, prediction) if prediction.fits else None
+    return found if found.prediction.fits else None
 
 
 def _with_longest(rank: Rank, found: Candidate) -> Candidate:
-    return replace(found, longest_tokens=_longest(rank, found))
-
-
-def _longest(rank: Rank, found: Candidate) -> int:
-    """The length at which a line through two estimates meets the memory of the device or of the host.
+    """`found` with the length at which lines through two estimates meet the memory of the device or of the host.
 
     The second is at twice the length, because pinned memory grows in powers of two.
     """
-    more = at_length(found.cell, 2 * found.cell.train.seqlen)
-    there = estimate(rank, more)
-    limits = (
-        (
-            found.prediction.allocated_bytes,
-            there.allocated_bytes,
-            FULL * capacity_bytes(found.cell),
-        ),
-        (found.prediction.host_bytes, there.host_bytes, host_memory_bytes(found.cell)),
+    here = found.cell.train.seqlen
+    _, there = estimate(rank, at_length(found.cell, 2 * here))
+    return replace(
+        found, longest_tokens=int(crossing(found.cell, {here: found.use, 2 * here: there}))
     )
-    seqlen = found.cell.train.seqlen
-    tokens = more.train.seqlen - seqlen
-    meets = [
-        seqlen + (limit - here) * tokens / (beyond - here)
-        for here, beyond, limit in limits
-        if beyond > here
-    ]
-    return int(min(meets, default=seqlen))
 
 
 def _rows(rank: Rank, fitting: list[Candidate]) -> list[Candidate]:

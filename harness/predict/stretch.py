@@ -23,10 +23,17 @@ ROUNDING = 512
 
 
 class Use(NamedTuple):
-    """Bytes of one device and of one node's host memory, either used by a step or available."""
+    """Bytes that a step takes."""
 
-    device: float
+    phases: dict[str, float]
+    """Peak of one device in forward, backward and update. With layers and tokens each is a line; the peak is not."""
     host: float
+    """Host memory of one node."""
+
+    @property
+    def device(self) -> float:
+        """Peak of one device."""
+        return max(self.phases.values())
 
 
 def num_layers(cell: Cell) -> int:
@@ -69,18 +76,15 @@ def _times(cell: Cell) -> float:
 
 def use_of(cell: Cell, step: Step) -> Use:
     """Memory use of `step`."""
-    return Use(device=step.allocated_bytes, host=host_bytes(cell, step))
+    return Use(phases=dict(step.memory.phase_peak_bytes), host=host_bytes(cell, step))
 
 
 def stretched_use(cell: Cell, near: Step, far: Step) -> Use:
-    """Memory use of a step with all layers. Each phase is stretched by itself, because the peak moves from the loss
-    to the update when layers, and with them gradients and states, are many.
-    """
-    few, more = (step.memory.phase_peak_bytes for step in (near, far))
-    hosts = (host_bytes(cell, step) for step in (near, far))
+    """Memory use of a step with all layers."""
+    few, more = (use_of(cell, step) for step in (near, far))
     return Use(
-        device=max(_stretched(cell, few[phase], more[phase]) for phase in few),
-        host=_stretched(cell, *hosts),
+        phases={name: _stretched(cell, few.phases[name], more.phases[name]) for name in few.phases},
+        host=_stretched(cell, few.host, more.host),
     )
 
 

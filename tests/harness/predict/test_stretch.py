@@ -34,7 +34,9 @@ def both(rank: Rank, payload: dict[str, Any]) -> dict[str, Any]:
     stretched = stretch.stretched_holdings(of, *few, step.allocated_bytes)
     return {
         "deep": stretch.is_deep(of),
-        "uses": [list(stretch.stretched_use(of, *few)), list(stretch.use_of(of, step))],
+        "uses": [
+            [u.device, u.host] for u in (stretch.stretched_use(of, *few), stretch.use_of(of, step))
+        ],
         "costs": [c.model_dump() for c in (stretch.stretched_cost(of, *few), counted(rank, of))],
         "holdings": [h and sorted(_by_line(h)) for h in (stretched, step.holdings)],
         "too much": stretch.stretched_holdings(of, *few, 2 * step.allocated_bytes),
@@ -46,14 +48,18 @@ def _by_line(holdings: list[Holding]) -> list[tuple[str, int, int]]:
     return [(h.operator + (h.location or h.category), h.nbytes, h.count) for h in holdings]
 
 
-def compared(**settings: Any) -> dict[str, Any]:
-    """What `both` finds of a model with `LAYERS`."""
-    of = cell(overrides={"num_hidden_layers": LAYERS}, **settings)
+def ran(body: str, of: Cell) -> dict[str, Any]:
+    """Result of `body` for `of` in a process with phantom devices."""
     payload = {"cell": of.model_dump(mode="json")}
-    ending = submit(f"{__name__}:both", payload, 1, of.timeout_s, accelerator="phantom")
+    ending = submit(f"{__name__}:{body}", payload, 1, of.timeout_s, accelerator="phantom")
     assert ending.how == "finished", ending
     (found,) = ending.results
     return dict(found)
+
+
+def compared(**settings: Any) -> dict[str, Any]:
+    """What `both` finds of a model with `LAYERS`."""
+    return ran("both", cell(overrides={"num_hidden_layers": LAYERS}, **settings))
 
 
 @pytest.mark.parametrize(
@@ -85,3 +91,24 @@ def test_the_peak_moves_to_another_phase() -> None:
     found = compared(method={"name": "alst"}, engine="plain", world_size=1, seqlen=128)
     stretched, full = (device for device, _ in found["uses"])
     assert stretched == pytest.approx(full, rel=0.001)
+
+
+def crossed(rank: Rank, payload: dict[str, Any]) -> dict[str, Any]:
+    """Body of a rank: the length at which backward meets the memory, where the update holds more until then."""
+    sys.path += os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    from harness.predict.attempts import capacity_bytes
+    from harness.predict.longest import FULL, crossing
+    from harness.predict.stretch import Use
+
+    of = Cell(**payload["cell"])
+    room = FULL * capacity_bytes(of)
+    known = {
+        tokens: Use(phases={"backward": room * tokens / 9_000, "update": room / 2}, host=tokens)
+        for tokens in (1_000, 2_000)
+    }
+    return {"tokens": crossing(of, known)}
+
+
+def test_what_no_token_adds_to_does_not_hide_what_grows() -> None:
+    """A plan with states on the GPUs said 8M where backward ends far earlier: it followed the peak, which was flat."""
+    assert ran("crossed", cell(method="alst", seqlen=1_000))["tokens"] == pytest.approx(9_000)
