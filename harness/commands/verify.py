@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from psutil import virtual_memory
 from rich.console import Console
 from rich.table import Table
 
@@ -17,6 +18,7 @@ from alst_impl.layout import sizes
 from alst_impl.methods.base import layouts, load_method
 from alst_impl.models import canonical
 from harness.cells.cell import Cell, make_cell
+from harness.cells.units import bytes_text
 from harness.cells.worlds import TRAITS, World
 from harness.commands.live import CellLine
 from harness.commands.options import parsed
@@ -136,12 +138,13 @@ def verify(
     return _report(cell, _measure(cell, results), probes, as_json)
 
 
+FP64_BYTES = 8
 ONE_COMPARED_STEP = {"warmup": 0, "steps": 0, "gate": True, "timed": False}
 
 
 def _check(cell: Cell, degrees: dict[str, int], probes: bool) -> None:
     """Raise `ValueError` unless a sample has a label, the method makes `degrees` of its ranks, and can be probed if
-    asked.
+    asked, and unless this machine can hold the truth.
     """
     if cell.train.seqlen < 2:
         raise ValueError(f"--seqlen {cell.train.seqlen}: no token has a next one; use 2 or more")
@@ -153,6 +156,14 @@ def _check(cell: Cell, degrees: dict[str, int], probes: bool) -> None:
         raise ValueError(
             f"--probes runs on CPU ranks without a pipeline, not in world '{cell.world}' with pp "
             f"({degrees['pp']}); leave it out"
+        )
+    from harness.predict.depth import structure  # which imports torch
+
+    needed, held = 2 * FP64_BYTES * structure(cell.train).num_parameters, virtual_memory().total
+    if needed > held:
+        raise ValueError(
+            f"--model {cell.train.model}: the truth holds weights and gradients in fp64, {bytes_text(needed)}, and this "
+            f"machine has {bytes_text(held)}; take fewer layers of it, such as --override num_hidden_layers=2"
         )
 
 

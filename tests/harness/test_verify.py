@@ -251,3 +251,15 @@ def test_a_model_that_draws_random_numbers_is_refused(
     assert "draws random numbers" in line
     assert "set router_jitter_noise (0.1) to 0" in line
     assert "Traceback" not in printed.err
+
+
+def test_a_model_whose_truth_no_machine_holds_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At once, before the kernel kills what it finds: exit code 2, and the line names both sizes and the way out."""
+    arguments = ["--model", "llama3.1-8b", "--override", "intermediate_size=100_000_000"]
+    assert run_verify(monkeypatch, *arguments, "--results", str(tmp_path)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert all(word in line for word in ("fp64, ", "this machine has ", "num_hidden_layers=2")), (
+        line
+    )
