@@ -5,6 +5,7 @@ Legend: K documents of a global batch, N devices. A document is named by its pla
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -157,9 +158,9 @@ class Planner(Frozen):
         check(made, request)
         return made
 
+    @abstractmethod
     def choose(self, request: Request) -> Plan:
         """The plan: what a planner defines."""
-        raise NotImplementedError
 
 
 class Blasted(Planner):
@@ -172,9 +173,9 @@ class Blasted(Planner):
         trials = islice(blasted(request), self.trials)
         return request.fastest(p for cut in trials for p in self.assigned(cut, request))
 
+    @abstractmethod
     def assigned(self, micro_batches: list[Documents], request: Request) -> list[Plan]:
         """Plans of these micro-batches, in each of which the longest documents are first."""
-        raise NotImplementedError
 
 
 def load_planner(spec: Spec) -> Planner:

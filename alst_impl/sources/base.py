@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
 
@@ -37,9 +38,9 @@ class Source(Frozen):
         """The lengths that sequences of a sample of `seqlen` tokens may have, ascending."""
         return [seqlen]
 
+    @abstractmethod
     def reader(self, corpus: Corpus) -> Reader:
         """What reads the samples of `corpus`: what a source defines."""
-        raise NotImplementedError
 
 
 def load_source(spec: Spec) -> Source:
