@@ -7,9 +7,9 @@ import importlib
 import inspect
 import pkgutil
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from pydantic import ValidationError
 
@@ -25,7 +25,7 @@ def names(package: str) -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(paths) if m.name != "base")
 
 
-def load(package: str, base: type[T], spec: Spec, kind: str | None = None) -> T:
+def load(package: str, base: Callable[..., T], spec: Spec, kind: str | None = None) -> T:
     """The one subclass of `base` in module `package.<spec.name>`, made from `spec.options`.
 
     Raises `ValueError` for an unknown name or option, naming the known ones. `kind` is what users call the
@@ -35,10 +35,13 @@ def load(package: str, base: type[T], spec: Spec, kind: str | None = None) -> T:
         kind = kind or package.rsplit(".", 1)[-1].removesuffix("s")
         raise ValueError(f"unknown {kind} '{spec.name}'; use one of {', '.join(names(package))}")
     module = importlib.import_module(f"{package}.{spec.name}")
+    parent = cast(
+        "type[T]", base
+    )  # a Callable above, because mypy takes no abstract class for a type
     (cls,) = (
         c
         for _, c in inspect.getmembers(module, inspect.isclass)
-        if issubclass(c, base) and c.__module__ == module.__name__
+        if issubclass(c, parent) and c.__module__ == module.__name__
     )
     try:
         return cls(**spec.options)

@@ -272,5 +272,4 @@ def load_distributed(module: nn.Module, optimizer: torch.optim.Optimizer, folder
 
 def load_engine(spec: Spec) -> Engine:
     """The engine that `spec` names."""
-    # Instantiating an abstract class fails, so `load` returns a concrete one; mypy cannot see that.
-    return load("alst_impl.engines", Engine, spec)  # type: ignore[type-abstract]
+    return load("alst_impl.engines", Engine, spec)

@@ -82,10 +82,10 @@ def check_rows(name: str, tokens: Tensor, rows: int | None) -> None:
     """
     if rows is None:
         return
-    beyond = tokens[(tokens < 0) | (tokens >= rows)]
-    if len(beyond):
+    beyond = (tokens < 0) | (tokens >= rows)
+    if beyond.any():
         raise ValueError(
-            f"batch['{name}'] has {int(beyond[0])}, but the model has the tokens 0 to {rows - 1}; use its own "
+            f"batch['{name}'] has {int(tokens[beyond][0])}, but the model has the tokens 0 to {rows - 1}; use its own "
             f"tokenizer, and {IGNORE_INDEX} for labels that do not count"
         )
 

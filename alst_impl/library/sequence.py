@@ -75,7 +75,7 @@ class LongSequence:
             whole = read(batch)
             self._setting.check_layout(whole.layout)
             self._check_router_loss(batch)
-            self._check_rows(whole)
+            self._check_rows(batch)
         except ValueError as error:
             refusal = error
         num_labels, drawn = self._agreed(whole, num_items, refusal)
@@ -130,11 +130,12 @@ class LongSequence:
         dist.all_reduce(total)
         return (total // self.shards).sum()  # whose ranks hold the same samples
 
-    def _check_rows(self, whole: Batch) -> None:
+    def _check_rows(self, batch: Mapping[str, Any]) -> None:
         embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
-        labels = whole.shift_labels[whole.shift_labels != IGNORE_INDEX]
-        check_rows("input_ids", whole.input_ids, getattr(embedding, "num_embeddings", None))
-        check_rows("labels", labels, getattr(head, "out_features", None))
+        labels = batch["labels"][:, 1:]  # nothing predicts the first token
+        counted = labels.masked_fill(labels == IGNORE_INDEX, 0)
+        check_rows("input_ids", batch["input_ids"], getattr(embedding, "num_embeddings", None))
+        check_rows("labels", counted, getattr(head, "out_features", None))
 
     def _check_router_loss(self, batch: Mapping[str, Any]) -> None:
         mask = batch.get("attention_mask")

@@ -173,6 +173,12 @@ def test_scripts_of_users_loops_run_as_one_rank_of_eight(script: str, tmp_path: 
     assert result.processes[0].devices[0].allocated_bytes > 0
 
 
+def test_batches_that_come_from_the_device_are_sharded() -> None:
+    """Their tokens are unknown, so whether the model has them is not looked at."""
+    result = phantom("device_batch", gpus=8, rank=0)
+    assert result.verdict == "fits", result.reason
+
+
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 

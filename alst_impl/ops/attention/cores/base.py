@@ -269,4 +269,4 @@ def load_core(name: str) -> Core:
     """The core attention `name`. Raises `ValueError` for an unknown name, naming the known ones."""
     cores, spec = "alst_impl.ops.attention.cores", Spec(name=name)
     # `load` returns a concrete class; mypy cannot see that.
-    return load(cores, Core, spec, kind="attention")  # type: ignore[type-abstract]
+    return load(cores, Core, spec, kind="attention")
