@@ -73,6 +73,12 @@ def seconds_text(value: float) -> str:
     return f"{number_text(value)} s"
 
 
+def interval_text(value: float, low: float, high: float) -> str:
+    """Seconds with their interval, all in the unit of `value`."""
+    scale = 1e3 if value < 1 else 1
+    return f"{seconds_text(value)} ({number_text(low * scale)}-{number_text(high * scale)})"
+
+
 def length_text(value: float) -> str:
     """A length in tokens, as `alst_impl.config.tokens` reads it: `128K` and `1M` are 131,072 and 1,048,576.
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from harness.cells.cell import Cell, host_memory_bytes
 from harness.cells.hardware import load_hardware
 from harness.cells.prediction import Plan, Planned
-from harness.cells.units import bytes_text, length_text, number_text, options_text, seconds_text
+from harness.cells.units import bytes_text, interval_text, length_text, options_text
 from harness.commands.predict import AsJson, hush_transformers, on_phantom, wide_console
 from harness.commands.request import Request, Seqlen, States, about, asking, engine_of, places
 from harness.commands.tables import show
@@ -124,9 +124,7 @@ def _cells(row: Planned, device: int, host: float) -> list[str]:
     of_host = "" if math.isinf(host) else f" of {bytes_text(host)}"
     step = UNKNOWN
     if p.time is not None:
-        step = (
-            f"{seconds_text(p.time.seconds)} ({number_text(p.time.low)}-{number_text(p.time.high)})"
-        )
+        step = interval_text(p.time.seconds, p.time.low, p.time.high)
     return [
         ", ".join(row.best),
         str(row.gpus),

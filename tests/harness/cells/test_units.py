@@ -9,7 +9,13 @@ import pytest
 import typer
 
 from alst_impl.config import TOO_LONG, DataConfig, TrainConfig, tokens
-from harness.cells.units import bandwidth_value, bytes_value, flops_value, length_text
+from harness.cells.units import (
+    bandwidth_value,
+    bytes_value,
+    flops_value,
+    interval_text,
+    length_text,
+)
 from harness.commands.options import share
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
@@ -145,3 +151,10 @@ def test_a_share_is_a_number_or_percent() -> None:
     for text in ("5", "95%", "-1%", "nan", "five"):
         with pytest.raises(typer.BadParameter, match=r"write such as 0\.05 or 5%"):
             share(text)
+
+
+def test_an_interval_has_the_unit_of_its_value() -> None:
+    """Milliseconds are not followed by seconds, also where the interval reaches beyond one."""
+    assert interval_text(0.00322, 0.00274, 0.00371) == "3.22 ms (2.74-3.71)"
+    assert interval_text(0.95, 0.8, 1.1) == "950 ms (800-1100)"
+    assert interval_text(1.45, 0.9, 1.67) == "1.45 s (0.9-1.67)"
