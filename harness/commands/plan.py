@@ -97,7 +97,7 @@ def _print(console: Console, cell: Cell, found: Plan) -> None:
     title = f"{train.model}, {length_text(train.seqlen)} tokens on {cell.hardware}: best of {found.tried} settings"
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1))
     headings = ("", "GPUs", "sp x cp x dp", "method", "states", "GPU", "host / node", "step")
-    rates = ("tokens/s/GPU", "MFU", "binds", "longest")
+    rates = ("tokens/s/GPU", "MFU", "binds", "longest, about")
     for heading in (*headings, *rates):
         words = heading in ("", "method", "states", "binds")
         wraps = heading == "method"
@@ -112,9 +112,19 @@ def _print(console: Console, cell: Cell, found: Plan) -> None:
     show(console, table)
     for number, each in enumerate(found.rows, start=1):
         console.print(f"{number}. next: {each.advice}", highlight=False)
+    console.print(
+        "longest: on a line through this length and twice as many tokens; alst search tries whole steps",
+        highlight=False,
+    )
     first = found.rows[0].prediction
     if first.time:
         console.print(f"speeds: {first.time.basis}", highlight=False)
+
+
+def _rounded(tokens: int) -> str:
+    """`tokens` rounded down to two digits, because an extrapolation knows no more."""
+    unit = 10 ** max(len(str(tokens)) - 2, 0)
+    return f"{tokens // unit * unit:,}"
 
 
 def _cells(row: Planned, device: int, host: float) -> list[str]:
@@ -137,7 +147,7 @@ def _cells(row: Planned, device: int, host: float) -> list[str]:
         f"{row.tokens_per_second_per_gpu:,.0f}" if row.tokens_per_second_per_gpu else UNKNOWN,
         f"{row.mfu:.0%}" if row.mfu else UNKNOWN,
         p.time.binds if p.time else UNKNOWN,
-        length_text(row.longest_tokens),
+        _rounded(row.longest_tokens),
     ]
 
 
