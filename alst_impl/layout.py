@@ -30,7 +30,7 @@ Documents = Sequence[Sequence[int]]
 
 @dataclass(frozen=True)
 class Part:
-    """Which slice of a sample, of which micro-batch. Slices of a sample are computed in order."""
+    """Which slice of a sample, of which micro-batch. Forwards of a sample's slices run in order."""
 
     micro_batch: int
     index: int
@@ -56,8 +56,10 @@ class Layout:
     order: Literal["contiguous", "zigzag"] = "contiguous"
     """Parts of the sequence along `cp`: one chunk for each rank, or one chunk from the front and its mirror image from
     the back, so that all ranks have equally many visible (query, key) pairs."""
+    passes: int = 1
+    """Chunks of the sequence that the `sp` ranks compute one after another, each rank its part of every chunk."""
     part: Part | None = None
-    """The slice of the sequence that a pipeline computes now; None for all tokens."""
+    """The slice of the sequence that is computed now, of a pipeline or of `passes`; None for all tokens."""
     documents: Documents | None = None
     """Packed documents of each sample; None if a sample is one document. In a shard, padding is one of them."""
     draws: str | None = field(default=None, compare=False, repr=False)
@@ -69,12 +71,14 @@ class Layout:
     @property
     def chunks(self) -> int:
         """Number of chunks that a rank of the ring holds."""
-        return 2 if self.order == "zigzag" and self.cp > 1 else 1
+        return (
+            self.passes if self.passes > 1 else 2 if self.order == "zigzag" and self.cp > 1 else 1
+        )
 
     @property
     def multiple(self) -> int:
         """Chunk lengths are multiples of this, so that the `sp` ranks get equal parts."""
-        return self.sp // math.gcd(self.sp, self.chunks)
+        return self.sp if self.passes > 1 else self.sp // math.gcd(self.sp, self.chunks)
 
     @property
     def chunk(self) -> int:
@@ -123,6 +127,10 @@ class Layout:
     def spans(self, shard: int) -> list[slice]:
         """Places of the tokens of shard `shard` of P in the padded sample, in the order in which they are held."""
         ring, part = divmod(shard, self.sp)
+        if self.passes > 1:
+            size = self.chunk // self.sp
+            starts = range(part * size, self.padded, self.chunk)
+            return [slice(start, start + size) for start in starts]
         held = [ring, 2 * self.cp - 1 - ring] if self.chunks == 2 else [ring]
         spans, skip, left = [], part * self.local, self.local
         for index in held:
@@ -236,9 +244,10 @@ def reached(layout: Layout | None, length: int, shards: int) -> Layout:
             f"{shards} ranks share each sample, but attention got a batch that {found.shards} share: shard it "
             "(Method.shard, or alst.shard in a loop of your own), and pass `layout` on to the model"
         )
-    if found.part is None and found.local != length:
+    held = found.local if found.part is None or found.passes == 1 else found.local // found.passes
+    if (found.part is None or found.passes > 1) and held != length:
         raise ValueError(
-            f"attention got {length} tokens of a sample, but its layout says {found.local}: run backward of a batch "
+            f"attention got {length} tokens of a sample, but its layout says {held}: run backward of a batch "
             "before forward of one of another length, or pass `layout` on to every layer"
         )
     return found

@@ -16,7 +16,7 @@ COUNTERS = {
     "rotations": "sends of keys and values, or of their gradients, to the next rank of a ring",
     "offloaded_bytes": "bytes of checkpointed layer inputs copied to the host",
     "gathers": "runs of modules that mix tokens otherwise than by attention, on the tokens of all ranks",
-    "slices": "forward passes of sequence slices through a pipeline stage",
+    "slices": "passes of sequence slices through a pipeline stage, or of chunks through the model",
 }
 """What a run counts as proof that the long-sequence code ran."""
 Evidence = dict[str, int]

@@ -26,6 +26,7 @@ from alst_impl.hf.structure import (
     mixers,
     refuse_positions_of_shards,
     token_wise_modules,
+    without_logits,
 )
 from alst_impl.hf.tiling import tile_loss, tile_module
 
@@ -54,4 +55,5 @@ __all__ = [
     "use_attentions",
     "use_router_loss",
     "wants_router_loss",
+    "without_logits",
 ]

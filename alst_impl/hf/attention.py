@@ -218,13 +218,13 @@ def noted_layout(part: nn.Module) -> Layout | None:
 def _layout(module: nn.Module, passed: Layout | None) -> Layout | None:
     """The layout of a call of attention: `passed`, or else the one that was noted when its decoder was called.
 
-    Layers that are recomputed note the one of their first run again. A pipeline runs slices of other samples in
-    between, so there a layer has to pass it on.
+    Layers that are recomputed note the one of their first run again. A pipeline runs other slices between forward and
+    backward of one, so there a layer has to pass it on.
     """
     if passed is not None:
         return passed
     noted: Layout | None = vars(module).get("noted_layout")
-    if noted is not None and (noted.pp > 1 or noted.part is not None):
+    if noted is not None and (noted.pp > 1 or (noted.part is not None and noted.passes == 1)):
         raise ValueError(
             f"layers do not pass keyword arguments on to their {type(module).__name__}, which a pipeline needs; "
             "use method 'alst'"

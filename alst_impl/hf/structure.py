@@ -232,6 +232,12 @@ def head_name(model: PreTrainedModel) -> str:
     )
 
 
+def without_logits(model: PreTrainedModel) -> dict[str, Any]:
+    """Arguments of a forward without labels that make the head compute logits of one token alone, if it can."""
+    takes = inspect.signature(_forward_of(model)).parameters
+    return {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+
+
 def expert_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Parameters of the routed experts: of all modules that are named `experts`, as transformers does."""
     experts = (module for name, module in model.named_modules() if name.endswith(".experts"))

@@ -49,7 +49,6 @@ class Alst(Tiled):
         `attention` names the core attention.
         """
         from alst_impl.ops.attention.cores.base import load_core
-        from alst_impl.ops.attention.ulysses import UlyssesAttention
 
         core = load_core(attention)
-        self.attach(model, UlyssesAttention(core, placement.evidence, shards), placement)
+        self.attach(model, lambda: core, shards, placement)

@@ -15,7 +15,7 @@ from alst_impl.plugin import load
 from alst_impl.sources.base import load_source
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from torch import Tensor
     from torch.distributed import DeviceMesh
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from alst_impl.data import Batch
     from alst_impl.engines.base import Runtime
-    from alst_impl.ops.attention.ulysses import UlyssesAttention
+    from alst_impl.ops.attention.ulysses import WholeSequence
     from alst_impl.placement import Placement
 
 
@@ -156,15 +156,25 @@ class Tiled(Method):
         return promised
 
     def attach(
-        self, model: PreTrainedModel, attention: UlyssesAttention, placement: Placement
+        self,
+        model: PreTrainedModel,
+        core: Callable[[], WholeSequence],
+        shards: int,
+        placement: Placement,
     ) -> None:
-        """Install `attention` and the tiling in `model`, in place."""
-        from alst_impl import hf
+        """Install attention over `shards` ranks and the tiling in `model`, in place.
 
-        if attention.shards > 1:
+        `core` is called for each attention module.
+        """
+        from alst_impl import hf
+        from alst_impl.ops.attention.ulysses import UlyssesAttention
+
+        if shards > 1:
             hf.refuse_positions_of_shards(model)
-        hf.use_attention(model, attention)
-        hf.gather_mixers(model, placement.evidence, attention.shards)
+        modules = hf.attention_modules(model)
+        attentions = [UlyssesAttention(core(), placement.evidence, shards) for _ in modules]
+        hf.use_attentions(model, attentions)
+        hf.gather_mixers(model, placement.evidence, shards)
         tiles, evidence, config = self.tiles, placement.evidence, model.config
 
         def tiles_of_hidden(x: Tensor) -> int:

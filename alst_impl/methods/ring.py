@@ -80,8 +80,7 @@ class Ring(Tiled):
     ) -> None:
         from alst_impl.ops.attention.cores.base import load_core
         from alst_impl.ops.attention.ring import RingAttention
-        from alst_impl.ops.attention.ulysses import UlyssesAttention
 
-        evidence, shards = placement.evidence, layouts(config)[0].shards
-        core = RingAttention(evidence) if self.cp > 1 else load_core(config.attention)
-        self.attach(model, UlyssesAttention(core, evidence, shards), placement)
+        ring = RingAttention(placement.evidence) if self.cp > 1 else None
+        core = ring or load_core(config.attention)
+        self.attach(model, lambda: core, layouts(config)[0].shards, placement)

@@ -108,7 +108,9 @@ class Sight:
         assert not borders or all(each[-1] == layout.padded for each in borders), (
             "documents cover the sample and its padding"
         )
-        return cls(layout.cp, layout.chunk, layout.chunks == 2, variant.window, borders)
+        zigzag = layout.order == "zigzag" and layout.cp > 1
+        size = layout.cp * layout.passes
+        return cls(size, layout.chunk, zigzag, variant.window, borders)
 
     @property
     def local(self) -> int:
@@ -126,7 +128,7 @@ class Sight:
             return list(range(self.size))
         found = {0}
         for chunk in range(self.size * (2 if self.zigzag else 1)):
-            first = self._first_seen(chunk * self.chunk) // self.chunk
+            first = self.first_seen(chunk * self.chunk) // self.chunk
             seen = range(first, chunk)
             found |= {(self._place(chunk) - self._place(other)) % self.size for other in seen}
         return sorted(found)
@@ -163,7 +165,7 @@ class Sight:
             return [(slice(None), self.borders[0])]
         return [(slice(i, i + 1), borders) for i, borders in enumerate(self.borders)]
 
-    def _first_seen(self, token: int) -> int:
+    def first_seen(self, token: int) -> int:
         """The first key that `token` sees in any of the samples."""
         start = min(borders[bisect_right(borders, token) - 1] for _, borders in self._samples())
         return start if self.window is None else max(start, token - self.window + 1)

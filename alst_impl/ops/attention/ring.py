@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -70,7 +70,7 @@ class RingAttention:
 
         Raises `ValueError` for soft-capped scores.
         """
-        group, dim = layout.group("cp"), value.shape[3]
+        group = layout.group("cp")
         assert group is not None, "a ring has several ranks"
         if variant.softcap is not None:
             raise ValueError(
@@ -78,9 +78,7 @@ class RingAttention:
                 "flash kernel returns, which has no soft-cap; use method 'alst'"
             )
         ring = Ring(group, Sight.of(layout, variant, query.shape[0]), self.evidence)
-        query, key, value = _of_equal_dims(query, key, value)
-        out = apply(_RingFunction, ring, variant.scale, query, key, value, variant.sinks)
-        return out if out.shape[3] == dim else out[..., :dim]
+        return attend(ring, query, key, value, variant)
 
 
 def _of_equal_dims(*tensors: Tensor) -> list[Tensor]:
@@ -92,6 +90,47 @@ def _of_equal_dims(*tensors: Tensor) -> list[Tensor]:
     ]
 
 
+class Sums(Protocol):
+    """Gradients of keys and values in fp32 (or wider), added up block by block in the order of `Carrier.blocks`."""
+
+    def so_far(self, source: int) -> Tensor:
+        """Sum of the gradients that queries elsewhere found for the keys and values of `source`, to be added to."""
+        ...
+
+    def leave(self, source: int, total: Tensor | None) -> None:
+        """Take the sum of `source`, if any of the queries saw its keys."""
+        ...
+
+    def own(self) -> Tensor:
+        """The sum of the queries' own keys and values, after the last block."""
+        ...
+
+
+class Carrier(Protocol):
+    """Brings keys and values to the queries of one place, block by block."""
+
+    @property
+    def place(self) -> int:
+        """The place of the queries, whose keys every query sees some of."""
+        ...
+
+    def meetings(self, source: int) -> list[Meeting]:
+        """Calls for the queries and the keys of `source`."""
+        ...
+
+    def blocks(self, own: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Yield (place, keys and values [2, B, K, s, D]) for every place that is needed, `own` first.
+
+        The next one arrives while one is used. The caller must drop each before it asks for the next, so that
+        there are never more than two.
+        """
+        ...
+
+    def sums(self, own: Tensor) -> Sums:
+        """Where the gradients go during one backward; `own` gives shape and device."""
+        ...
+
+
 @dataclass(frozen=True)
 class Ring:
     """The ranks of a ring, and how keys and values travel between them."""
@@ -100,9 +139,14 @@ class Ring:
     sight: Sight
     evidence: Evidence
 
+    @property
+    def place(self) -> int:
+        """This rank."""
+        return self.group.rank()
+
     def meetings(self, source: int) -> list[Meeting]:
         """Calls for this rank's queries and the keys of `source`."""
-        return list(self.sight.meetings(self.group.rank(), source))
+        return list(self.sight.meetings(self.place, source))
 
     def pass_on(self, x: Tensor, by: int) -> _Passing:
         """Start to send `x` to the rank `by` places ahead, and to receive such a tensor from as far behind. Collective."""
@@ -119,24 +163,54 @@ class Ring:
         self.evidence["rotations"] += 1
         return _Passing(works, x, received)
 
-    def rotate(self, mine: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-        """Yield (rank, places to go, its tensor) for every rank whose keys any rank sees so far away, this one first.
-
-        The next tensor arrives while one is used. Gradients that follow it by as many places end at its owner.
-        The caller must drop each tensor before it asks for the next, so that there are never more than two.
-        """
-        size, rank = self.group.size(), self.group.rank()
-        held, offsets = mine, self.sight.offsets()
-        for offset, following in zip(offsets, [*offsets[1:], size], strict=True):
-            passing = self.pass_on(held, following - offset) if following < size else None
-            yield (rank - offset) % size, following - offset, held
+    def blocks(self, own: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """As `Carrier.blocks`, from every rank whose keys any rank sees so far away. Collective."""
+        held, offsets = own, self.sight.offsets()
+        for offset, by in zip(offsets, self.steps(), strict=True):
+            passing = self.pass_on(held, by) if offset != offsets[-1] else None
+            yield (self.place - offset) % self.group.size(), held
             if passing is not None:
                 held = passing.wait()
             del passing
 
+    def steps(self) -> list[int]:
+        """How many places each block goes on after its use. Gradients that follow it end at its owner."""
+        offsets = self.sight.offsets()
+        following = [*offsets[1:], self.group.size()]
+        return [after - offset for offset, after in zip(offsets, following, strict=True)]
+
+    def sums(self, own: Tensor) -> Sums:
+        """Gradients that travel behind the keys and values."""
+        return _Travelling(self, own)
+
+
+class _Travelling:
+    """Gradients of keys and values on their way round the ring. Collective."""
+
+    def __init__(self, ring: Ring, own: Tensor) -> None:
+        self._ring, self._own = ring, own
+        self._steps = ring.steps()
+        self._passing: _Passing | None = None
+
+    def so_far(self, source: int) -> Tensor:
+        return zeros(self._own) if self._passing is None else self._passing.wait()
+
+    def leave(self, source: int, total: Tensor | None) -> None:
+        going = self.so_far(source) if total is None else total
+        self._passing = self._ring.pass_on(going, self._steps.pop(0))
+
+    def own(self) -> Tensor:
+        assert self._passing is not None, "own keys and values are a block"
+        return self._passing.wait()
+
+
+def zeros(like: Tensor) -> Tensor:
+    """Zeros to add gradients of `like` to, in fp32 (or wider)."""
+    return torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
+
 
 def _forward(
-    ring: Ring, query: Tensor, pair: Tensor, scale: float, sinks: Tensor | None
+    carrier: Carrier, query: Tensor, pair: Tensor, scale: float, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor, dict[Shape, flash.Rest]]:
     """Output [B,H,s,D] in the dtype of `query`, log-sum-exp [B,H,s], and the kernel's `Rest` by shape.
 
@@ -146,9 +220,9 @@ def _forward(
     wide = torch.promote_types(query.dtype, torch.float32)
     rests: dict[Shape, flash.Rest] = {}
     out = logsumexp = query.new_empty(0)
-    for source, _, (key, value) in ring.rotate(pair):
-        met = ring.meetings(source)
-        own = source == ring.group.rank()  # the first one, whose keys every query sees some of
+    for source, (key, value) in carrier.blocks(pair):
+        met = carrier.meetings(source)
+        own = source == carrier.place
         if own and len(met) > 1:
             out = query.new_zeros(query.shape, dtype=wide)
             logsumexp = query.new_full(query.shape[:3], float("-inf"), dtype=wide)
@@ -176,7 +250,7 @@ def _forward(
 
 
 def _backward(
-    ring: Ring,
+    carrier: Carrier,
     grad: Tensor,
     query: Tensor,
     pair: Tensor,
@@ -187,17 +261,11 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `query` [B,H,s,D] and `pair` [2,B,K,s,D] in fp32 (or wider)."""
     backward = flash.operators(query.device).backward
-    wide = torch.promote_types(query.dtype, torch.float32)
-    grad_query = torch.zeros_like(query, dtype=wide)
-    passing: _Passing | None = None
-
-    def arrived() -> Tensor:
-        """Gradients of the keys and values at hand from the ranks that had them before."""
-        return torch.zeros_like(pair, dtype=wide) if passing is None else passing.wait()
-
-    for source, by, (key, value) in ring.rotate(pair):
-        totals: Tensor | None = None
-        for each in ring.meetings(source):
+    grad_query = zeros(query)
+    sums = carrier.sums(pair)
+    for source, (key, value) in carrier.blocks(pair):
+        total: Tensor | None = None
+        for each in carrier.meetings(source):
             grads = backward(
                 each.of_queries(grad),
                 each.of_queries(query),
@@ -211,22 +279,32 @@ def _backward(
                 scale,
             )
             grad_query[each.samples, :, each.queries] += each.restored(grads[0])
-            totals = arrived() if totals is None else totals
-            for total, found in zip(totals, grads[1:], strict=True):
-                total[each.samples, :, each.keys] += each.restored(found)
-            del grads, total, found
+            total = sums.so_far(source) if total is None else total
+            for into, found in zip(total, grads[1:], strict=True):
+                into[each.samples, :, each.keys] += each.restored(found)
+            del grads, into, found
         del key, value
-        passing = ring.pass_on(arrived() if totals is None else totals, by)
-        del totals
-    assert passing is not None
-    return grad_query, passing.wait()
+        sums.leave(source, total)
+        del total
+    return grad_query, sums.own()
 
 
-class _RingFunction(torch.autograd.Function):
+def attend(carrier: Carrier, query: Tensor, key: Tensor, value: Tensor, variant: Variant) -> Tensor:
+    """query [B, H, s, D], key [B, K, s, D], value [B, K, s, V] -> [B, H, s, V] over all that `carrier` brings.
+
+    Differentiable. `variant` has no soft-cap, and its limits are those of the carrier's meetings.
+    """
+    dim = value.shape[3]
+    query, key, value = _of_equal_dims(query, key, value)
+    out = apply(_Blockwise, carrier, variant.scale, query, key, value, variant.sinks)
+    return out if out.shape[3] == dim else out[..., :dim]
+
+
+class _Blockwise(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        ring: Ring,
+        carrier: Carrier,
         scale: float,
         query: Tensor,
         key: Tensor,
@@ -234,8 +312,8 @@ class _RingFunction(torch.autograd.Function):
         sinks: Tensor | None,
     ) -> Tensor:
         pair = torch.stack([key, value])  # one message; and the copies can outlive what they are of
-        out, logsumexp, ctx.rests = _forward(ring, query, pair, scale, sinks)
-        ctx.ring, ctx.scale = ring, scale
+        out, logsumexp, ctx.rests = _forward(carrier, query, pair, scale, sinks)
+        ctx.carrier, ctx.scale = carrier, scale
         ctx.save_for_backward(query, pair, out, logsumexp, sinks)
         return out
 
@@ -243,7 +321,7 @@ class _RingFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, pair, out, logsumexp, sinks = ctx.saved_tensors
         grad_query, grad_pair = _backward(
-            ctx.ring, grads[0], query, pair, out, logsumexp, ctx.rests, ctx.scale
+            ctx.carrier, grads[0], query, pair, out, logsumexp, ctx.rests, ctx.scale
         )
         grad_key, grad_value = grad_pair.to(pair.dtype)
         of_sinks = None

@@ -17,6 +17,7 @@ from torch.distributed import ProcessGroup
 
 from alst_impl.layout import Layout, reached
 from alst_impl.ops.attention.cores.base import Core
+from alst_impl.ops.attention.pages import PagedAttention
 from alst_impl.ops.attention.ring import RingAttention
 from alst_impl.ops.attention.variant import Variant
 from alst_impl.ops.autograd import apply
@@ -93,12 +94,16 @@ def _of_heads(variant: Variant, group: ProcessGroup) -> Variant:
     return replace(variant, sinks=variant.sinks.chunk(group.size())[group.rank()])
 
 
+WholeSequence = Core | RingAttention | PagedAttention
+
+
 @dataclass(frozen=True)
 class UlyssesAttention:
     """Attention over sequences that are sharded along axis `sp` of their layout; without shards, the core itself."""
 
-    core: Core | RingAttention
-    """Attends over the tokens of the ranks along `sp`. A ring attends over those of all ranks along `cp`, too."""
+    core: WholeSequence
+    """Attends over the tokens of the ranks along `sp`. A ring attends over those of all ranks along `cp`, too, and pages
+    over those of earlier chunks."""
     evidence: Evidence
     shards: int = 1
     """Ranks that share a sample. If there are several, a call without its layout is refused."""

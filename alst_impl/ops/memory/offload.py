@@ -39,6 +39,26 @@ class OnHost:
         self.event: Any = None
 
 
+class Kept:
+    """A tensor on the host, in pieces, that may be fetched and overwritten any number of times."""
+
+    def __init__(self, x: Tensor, pieces: list[Tensor]) -> None:
+        self.shape, self.dtype, self.pieces = x.shape, x.dtype, pieces
+
+
+class Coming:
+    """A tensor on its way to the device."""
+
+    def __init__(self, x: Tensor, event: Any) -> None:
+        self._x, self._event = x, event
+
+    def wait(self) -> Tensor:
+        """The tensor, once later work on the current stream may use it."""
+        if self._event is not None:
+            torch.cuda.current_stream().wait_event(self._event)
+        return self._x
+
+
 class HostOffload:
     """Copies layer inputs between `placement.device` and `placement.host`.
 
@@ -93,6 +113,26 @@ class HostOffload:
         x = torch.empty(host.shape, dtype=host.dtype, device=self._placement.device)
         self._copy([x], [host])
         return x
+
+    @as_it_stands
+    def keep(self, x: Tensor, into: Kept | None = None) -> Kept:
+        """Start copying `x` to the host, over what `into` holds if it is given; the caller may drop `x` at once."""
+        kept = into or Kept(x, [self.room(piece.shape, piece.dtype) for piece in _pieces(x)])
+        for piece, host in zip(_pieces(x), kept.pieces, strict=True):
+            self.put(piece, host)
+        return kept
+
+    @as_it_stands
+    def fetch(self, kept: Kept) -> Coming:
+        """Start copying `kept` to the device, after all copies that were started before."""
+        x = torch.empty(kept.shape, dtype=kept.dtype, device=self._placement.device)
+        if self._side is None:
+            self._copy(_pieces(x), kept.pieces)
+            return Coming(x, None)
+        self._side.wait_stream(torch.cuda.current_stream())  # which may still read what was here
+        with torch.cuda.stream(self._side):
+            self._copy(_pieces(x), kept.pieces)
+            return Coming(x, self._side.record_event())
 
     def room(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Allocate host memory for `put`."""
