@@ -35,7 +35,11 @@ def evaluated(rank: int, world_size: int, config: TrainConfig) -> tuple[float, f
 @pytest.mark.parametrize(
     "engine", [{"name": "plain"}, {"name": "fsdp2"}, {"name": "zero"}], ids=str
 )
-@pytest.mark.parametrize("method", [{"name": "alst", "tiles": 3}, {"name": "layerwise"}], ids=str)
+@pytest.mark.parametrize(
+    "method",
+    [{"name": "alst", "tiles": 3}, {"name": "layerwise"}, {"name": "chunked", "chunk": 16}],
+    ids=str,
+)
 def test_evaluation_at_sp2_is_the_stock_models_loss(
     ranks: Ranks, engine: dict[str, Any], method: dict[str, Any]
 ) -> None:

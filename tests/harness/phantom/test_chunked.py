@@ -1,0 +1,24 @@
+"""The memory of a step in chunks, by PyTorch's own allocator."""
+
+from __future__ import annotations
+
+import phantoms
+import pytest
+
+pytestmark = phantoms.NEEDED
+
+
+@pytest.mark.parametrize("offload", [True, False])
+def test_a_step_takes_the_memory_of_one_chunk(offload: bool) -> None:
+    """Twice as many chunks take the same bytes but for ids, labels and positions, with pages on the host.
+
+    Pages on the device are keys and values in bf16 and their gradients in fp32.
+    """
+    used = {}
+    for passes in (8, 16):
+        method = {"name": "chunked", "chunk": 4096, "offload": offload}
+        cell = phantoms.cell(method=method, seqlen=passes * 4096)
+        used[passes] = phantoms.predicted(cell).allocated_bytes
+    width = 2 * 4 * 8 * (2 + 4) * 2  # keys and values, of 4 heads of 8, in two dtypes, in 2 layers
+    page = 3 * 8 + (0 if offload else width)
+    assert used[16] - used[8] == page * 8 * 4096
