@@ -121,13 +121,14 @@ class Chunked(Tiled):
 
         samples = [chunks(batch) for batch in batches]
         runtime.start_step(sum(map(len, samples)))
-        losses = []
+        total = torch.zeros((), device=num_valid.device)
         for sample in samples:
             self._clear(runtime)
             for batch in sample[:-1]:
                 self._leave_page(runtime, batch)
-            losses += [self.micro_step(runtime, batch, num_valid) for batch in reversed(sample)]
-        return torch.stack(losses).sum()
+            for batch in reversed(sample):
+                total = total + self.micro_step(runtime, batch, num_valid)
+        return total
 
     def micro_step(self, runtime: Runtime, batch: Batch, num_valid: Tensor) -> Tensor:
         runtime.placement.evidence["slices"] += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from functools import partial
 
 import torch
 
@@ -16,7 +17,9 @@ from harness.cells.prediction import Cost, Holding, Timeline
 from harness.cells.units import length_text
 from harness.devices.outside import outside_bytes
 from harness.phantom.load import described
+from harness.predict import passes
 from harness.predict.parts import run_part
+from harness.processes.apart import apart
 from harness.processes.jobs import Rank
 from harness.records.record import RankMemory
 from harness.worlds.base import RankReadings, run
@@ -71,7 +74,28 @@ class Exceeded(Frozen):
 def attempt(
     rank: Rank, cell: Cell, device_bytes: int, *, counted: bool = False, explained: bool = False
 ) -> Step | Exceeded:
-    """Run a step of `cell` on a phantom device of `device_bytes`. This process must not have used a device before."""
+    """A step of `cell` on a phantom device of `device_bytes`, stretched from few chunks if it has many (`passes`).
+
+    This process must not have used a device before.
+    """
+    if not passes.stretches(cell):
+        return run_attempt(rank, cell, device_bytes, counted=counted, explained=explained)
+    layout, found = layouts(cell.train)[0], []
+    for few in passes.with_few(cell):
+        missing = passes.missing_bytes(layout, layouts(few.train)[0]) * cell.train.batch_size
+        room = max(device_bytes - missing, 0)
+        once = partial(run_attempt, rank, few, room, counted=counted, explained=explained)
+        (step,) = apart([once])
+        if isinstance(step, Exceeded):
+            return step
+        found.append(step.model_dump())
+    return Step(**passes.stretched(found, layout.passes))
+
+
+def run_attempt(
+    rank: Rank, cell: Cell, device_bytes: int, *, counted: bool, explained: bool
+) -> Step | Exceeded:
+    """A step of `cell` with all its chunks, as `attempt`."""
     os.environ["PHANTOM_DEVICE"] = described(load_hardware(cell.hardware), 1, device_bytes)
     found = []
     for played in _played(cell):

@@ -112,3 +112,37 @@ def crossed(rank: Rank, payload: dict[str, Any]) -> dict[str, Any]:
 def test_what_no_token_adds_to_does_not_hide_what_grows() -> None:
     """A plan with states on the GPUs said 8M where backward ends far earlier: it followed the peak, which was flat."""
     assert ran("crossed", cell(method="alst", seqlen=1_000))["tokens"] == pytest.approx(9_000)
+
+
+def chunked(rank: Rank, payload: dict[str, Any]) -> dict[str, Any]:
+    """Body of a rank: bytes, work and holdings of a step of many chunks, stretched and of the step itself."""
+    sys.path += os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    from harness.predict import attempts, passes
+    from harness.processes.apart import apart
+
+    of = Cell(**payload["cell"])
+    asked: dict[str, Any] = {"counted": True, "explained": True}
+    calls = [
+        partial(attempts.attempt, rank, of, attempts.ROOMY_BYTES, **asked),
+        partial(attempts.run_attempt, rank, of, attempts.ROOMY_BYTES, **asked),
+    ]
+    steps = apart(calls)
+    return {
+        "stretches": passes.stretches(of),
+        "uses": [
+            [each.allocated_bytes, attempts.host_bytes(of, each), each.memory.host_peak_bytes]
+            for each in steps
+        ],
+        "costs": [each.cost.model_dump() for each in steps],
+        "holdings": [sorted(_by_line(each.holdings)) for each in steps],
+    }
+
+
+def test_a_step_of_many_chunks_is_stretched_to_the_byte() -> None:
+    """From three steps of few chunks, on sequences that chunks do not divide."""
+    method = {"name": "chunked", "sp": 2, "chunk": 128}
+    found = ran("chunked", cell(method=method, world_size=2, seqlen=11 * 128 - 100))
+    assert found["stretches"]
+    for name in ("uses", "costs", "holdings"):
+        stretched, full = found[name]
+        assert stretched == full, name
