@@ -43,25 +43,21 @@ class Chunked(Tiled):
     sp: int = Field(default=1, ge=1)
     """Sequence-parallel degree: ranks that share one chunk."""
     chunk: int | None = Field(default=None, ge=1)
-    """Maximum tokens of a chunk, over all ranks that share it. None is 32,768 for each of them."""
+    """Maximum tokens of a chunk on each of the ranks that share it; None is 32,768."""
     offload: bool = True
     """Keep keys, values, their gradients and checkpointed layer inputs in host memory."""
 
     def layout(self, length: int) -> Layout:
-        size = self.chunk or TOKENS * self.sp
-        passes = -(-length // (size // self.sp * self.sp)) if size >= self.sp else 1
+        passes = -(-length // (self.sp * (self.chunk or TOKENS)))
         return Layout(length, sp=self.sp, passes=passes)
 
     def check(self, config: TrainConfig) -> None:
         check_sharded(config, self.sp, "chunked", knows=self.knows)
-        if self.chunk is not None and self.chunk > config.seqlen:
+        longest = config.seqlen // self.sp
+        if self.chunk is not None and self.chunk > longest:
             raise ValueError(
-                f"chunk ({self.chunk}) is more than seqlen ({config.seqlen}); use a chunk up to {config.seqlen}"
-            )
-        if self.chunk is not None and self.chunk < self.sp:
-            raise ValueError(
-                f"chunk ({self.chunk}) is less than sp ({self.sp}), and each rank needs a token of it; use a chunk "
-                f"from {self.sp} on"
+                f"chunk ({self.chunk}) is more than the {longest} of {config.seqlen} tokens that each of sp "
+                f"({self.sp}) ranks holds; use a chunk up to {longest}"
             )
         passes = self.layout(config.seqlen).passes
         if passes == 1:

@@ -40,7 +40,7 @@ def plan(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="A method to choose from: alst, layerwise, baseline, ring, usp; repeatable.",
+            help="A method to choose from: alst, layerwise, chunked, baseline, ring, usp; repeatable.",
             show_default="alst, layerwise, baseline, and rings where heads do not divide the GPUs",
         ),
     ] = None,

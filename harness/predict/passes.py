@@ -39,7 +39,7 @@ def with_few(cell: Cell) -> list[Cell]:
     """The same run with `FEW` chunks of equal length."""
     layout = layouts(cell.train)[0]
     method = cell.train.method
-    options = {**method.options, "chunk": layout.chunk}
+    options = {**method.options, "chunk": layout.chunk // layout.sp}
     update = {"method": method.model_copy(update={"options": options})}
     return [
         cell.model_copy(

@@ -7,6 +7,7 @@ estimated from a step of few layers on a phantom device. What is shown then runs
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -45,6 +46,7 @@ METHODS: dict[str, tuple[dict[str, Any], ...]] = {
     "ring": ({"offload": False}, {}),
     "usp": ({"offload": False}, {}),
     "layerwise": ({"keep_attention": True}, {}, {"stream": True}),
+    "chunked": ({}, {"chunk": 8_192}),
 }
 """Methods that a plan chooses from, each with sets of options: a ladder on which every rung takes less memory of
 the GPU and no less time.
@@ -54,6 +56,7 @@ DEGREES = {
     "ring": ("cp",),
     "usp": ("sp", "cp"),
     "layerwise": ("sp",),
+    "chunked": ("sp",),
     "baseline": (),
 }
 """Degrees that each of them has."""
@@ -104,7 +107,7 @@ def make_plan(
     """Settings with which the length of `cell` fits on `gpus` devices, or else on the fewest.
 
     All of `methods` are tried with all of `engines`; without `methods` all of `METHODS`, but rings only where
-    heads do not divide the GPUs. Method, engine and number of ranks of `cell` are replaced. Raises `ValueError`
+    heads do not divide the GPUs, and chunks, which compute more than others, only where nothing else fits. Method, engine and number of ranks of `cell` are replaced. Raises `ValueError`
     for an unknown method, or if none can train the model.
     """
     unknown = [name for name in methods or () if name not in METHODS]
@@ -117,6 +120,9 @@ def make_plan(
     for count in (gpus,) if gpus else GPUS:
         chosen = methods or _sensible(cell, count)
         found = list(_tried(rank, cell, count, chosen, engines))
+        if not (methods or any(each.prediction.fits for each in found)):
+            with suppress(ValueError):  # of models that chunks would cut apart
+                found += _tried(rank, cell, count, ["chunked"], engines)
         tried += found
         rows = _rows(rank, [each for each in found if each.prediction.fits])
         if rows:
@@ -140,7 +146,7 @@ def _heads(cell: Cell) -> int:
 
 def _sensible(cell: Cell, gpus: int) -> list[str]:
     rings = _heads(cell) % gpus != 0
-    return [name for name in METHODS if rings or "cp" not in DEGREES[name]]
+    return [name for name in METHODS if name != "chunked" and (rings or "cp" not in DEGREES[name])]
 
 
 def _tried(

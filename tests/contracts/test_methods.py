@@ -20,7 +20,7 @@ MEASURED = {"deepspeed_alst"}
 """Peers. Their results are measured (tests/alst_impl/test_deepspeed_alst.py), not guaranteed."""
 VARIANTS: dict[str, list[dict[str, Any]]] = {"zero": [{"stage": stage} for stage in (2, 3)]}
 """Options that make an engine a different one. ZeRO stages 1 and 2 differ in when gradients are reduced."""
-OPTIONS = {"sp": 2, "cp": 2, "pp": 2, "tiles": 3, "chunk": 30}
+OPTIONS = {"sp": 2, "cp": 2, "pp": 2, "tiles": 3, "chunk": 15}
 """Options for methods that have such a field."""
 REFUSED = {("seq1f1b", "zero")}
 """Pairs of method and engine that are incompatible."""

@@ -140,7 +140,7 @@ def chunked(rank: Rank, payload: dict[str, Any]) -> dict[str, Any]:
 
 def test_a_step_of_many_chunks_is_stretched_to_the_byte() -> None:
     """From three steps of few chunks, on sequences that chunks do not divide."""
-    method = {"name": "chunked", "sp": 2, "chunk": 128}
+    method = {"name": "chunked", "sp": 2, "chunk": 64}
     found = ran("chunked", cell(method=method, world_size=2, seqlen=11 * 128 - 100))
     assert found["stretches"]
     for name in ("uses", "costs", "holdings"):
