@@ -26,6 +26,8 @@ if asked:
 else:
     left_out = {
         "smoke",
+        "decomposition",
+        "decomposition_cpu",
         "longest",
         "layerwise_cpu",
         "peers",

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from harness.cells import paths
+from harness.cells.cell import Cell
 from harness.cells.experiment import load_experiment
+from harness.commands.defects import own
 from harness.judge.defects import Defect, plant, read_catches, read_defects
 from harness.records.record import Outcome
 from harness.run.measure import measure
@@ -37,13 +39,28 @@ def test_the_matrix_has_caught_every_defect_that_gradients_show() -> None:
     assert len(CAUGHT) >= 15
 
 
+def _cells(defect: Defect) -> list[tuple[str, Cell]]:
+    """Cells that may catch `defect`: the one that it names, or those of the matrix."""
+    if defect.cell is not None:
+        return [(label, cell) for label, cell, _ in own(defect)]
+    work = load_experiment(ROOT / paths.experiment("correctness")).matrix_cells()
+    return [(row.label, cell) for row, cell in work]
+
+
+def test_cells_that_defects_name_pass_without_them(tmp_path: Path) -> None:
+    """Otherwise their failures would prove nothing; `test_matrix.py` shows the same of the matrix."""
+    named = {label: cell for defect in DEFECTS.values() for label, cell, _ in own(defect)}
+    assert named
+    for cell in named.values():
+        assert measure(cell, tmp_path).outcome is Outcome.OK
+
+
 @pytest.mark.parametrize("name", CAUGHT)
 def test_the_cell_that_caught_a_defect_fails(
     name: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """It fails as when the defect was found. `test_matrix.py` shows that the cell passes without the defect."""
-    work = load_experiment(ROOT / paths.experiment("correctness")).matrix_cells()
-    (cell,) = [cell for row, cell in work if row.label == CAUGHT[name].cell]
+    """It fails as when the defect was found."""
+    (cell,) = [cell for label, cell in _cells(DEFECTS[name]) if label == CAUGHT[name].cell]
     shared = tmp_path_factory.getbasetemp().parent / "truths"
     m = measure(cell, shared, sources=plant(DEFECTS[name], tmp_path))
     may_be_nan = name == UNWRITTEN and m.outcome is Outcome.NAN_LOSS

@@ -19,6 +19,7 @@ from alst_impl.config import TrainConfig
 from alst_impl.extras import require
 from alst_impl.layout import Layout
 from alst_impl.methods.base import Method, check_sharded
+from alst_impl.sources.base import load_source
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,7 +77,11 @@ class DeepspeedAlst(Method):
                 f"seqlen ({config.seqlen}) must be divisible by sp ({self.sp}) for method "
                 f"'deepspeed_alst', which does not pad; use {config.seqlen // self.sp * self.sp}"
             )
-
+        if self.sp > 1 and len(load_source(config.data.source).seqlens(config.seqlen)) > 1:
+            raise ValueError(
+                f"DeepSpeed's attention takes batch_size ({config.batch_size}) sequences in every step, but source "
+                f"'{config.data.source.name}' has more in steps of shorter ones; use method 'alst'"
+            )
         if self.trainer_loss and (self.tile_loss or self.sp == 1):
             raise ValueError(
                 f"trainer_loss needs a sharded sequence and an untiled loss, but sp is {self.sp} and tile_loss is "

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from harness.cells import paths
-from harness.cells.cell import Cell
+from harness.cells.cell import Cell, make_cell
 from harness.cells.experiment import load_experiment
 from harness.commands.matrix import CORRECTNESS, chosen
 from harness.commands.run import DEFAULT_RESULTS, truth_cache
@@ -25,7 +25,7 @@ from harness.run.measure import measure
 from harness.run.ranks import truths
 
 Trial = tuple[str, Cell, dict[str, Any] | None]
-"""Levels of a row, its cell, and the truth for it."""
+"""Levels of a row, its cell, and the truth for it; None where it has yet to be computed."""
 
 
 def defects(
@@ -37,8 +37,8 @@ def defects(
 ) -> int:
     """Plant each defect of experiments/planted/defects.yaml by itself, and run cells until one fails.
 
-    The cells are those that tests run (`alst matrix --part covering`), in the order of the matrix. The cell that
-    caught each defect is written to experiments/planted/caught.csv. Exit code 0: all were caught; 1: one was not.
+    The cells are those that tests run (`alst matrix --part covering`), in the order of the matrix, or one that the
+    defect names. The cell that caught each defect is written to experiments/planted/caught.csv. Exit code 0: all were caught; 1: one was not.
 
     Example: alst defects
     """
@@ -58,7 +58,7 @@ def defects(
     caught: dict[str, Catch] = {}
     with ThreadPoolExecutor(jobs) as pool:
         running = {
-            pool.submit(first_catch, name, defect, trials, truth_cache(results)): name
+            pool.submit(first_catch, name, defect, own(defect) or trials, truth_cache(results)): name
             for name, defect in planted.items()
         }
         for future in as_completed(running):
@@ -79,6 +79,14 @@ def _trials(cache: Path) -> list[Trial]:
     work = chosen(load_experiment(CORRECTNESS), "covering")
     found = [truth for some in truths([cell for _, cell in work], cache) for truth in some]
     return [(row.label, cell, truth) for (row, cell), truth in zip(work, found, strict=True)]
+
+
+def own(defect: Defect) -> list[Trial]:
+    """The cell that `defect` names, if any, without its truth."""
+    if defect.cell is None:
+        return []
+    cell = make_cell(defect.cell)
+    return [(cell.key, cell, None)]
 
 
 def first_catch(name: str, defect: Defect, trials: Sequence[Trial], cache: Path) -> Catch | None:

@@ -147,6 +147,6 @@ def _summary(experiment: Experiment, measured: list[Measurement]) -> Table:
             gate,
             f"{statistics.median(steps):.3f}" if steps else "-",
             f"{max(peaks) / 2**20:.1f}" if peaks else "-",
-            f"{readings.loss[-1]:.5f}",
+            f"{readings.loss[-1]:.5f}" if readings.loss else "-",
         )
     return table

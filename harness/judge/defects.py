@@ -9,6 +9,7 @@ import csv
 import io
 import shutil
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
@@ -33,6 +34,8 @@ class Defect(Frozen):
     file: str
     """Path below `alst_impl/`."""
     edits: list[Edit]
+    cell: dict[str, Any] | None = None
+    """Settings of a cell that catches it, if none of the matrix can."""
     tests: list[str] = []
     """Tests below `tests/alst_impl/` that catch it, if no gradient does."""
 
@@ -42,7 +45,7 @@ class Catch(Frozen):
 
     defect: str
     cell: str
-    """Levels of its row in the matrix."""
+    """Levels of its row in the matrix; the key of a cell of the defect's own."""
     outcome: str
     """Outcome of the cell's run."""
     detail: str

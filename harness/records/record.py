@@ -146,6 +146,8 @@ class Readings(Frozen):
 
     step_s: list[list[float]]
     """Wall time of each timed step on each rank."""
+    seqlens: list[int] = []
+    """Tokens of a sequence of each timed step, over all ranks. Empty in old records."""
     loss: list[float]
     """Global mean loss of every step, warm-up included."""
     grad_norm: list[float]

@@ -73,6 +73,7 @@ def readings_of(ranks: list[dict[str, Any]], devices: list[DeviceReadings]) -> R
     """The readings of all ranks, with ranks innermost."""
     return Readings(
         step_s=[list(step) for step in zip(*(rank["step_s"] for rank in ranks), strict=True)],
+        seqlens=ranks[0]["seqlens"],
         loss=ranks[0]["loss"],
         grad_norm=ranks[0]["grad_norm"],
         memory=[rank["memory"] for rank in ranks if rank["memory"] is not None],

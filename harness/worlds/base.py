@@ -86,6 +86,8 @@ class RankReadings(Frozen):
 
     step_s: list[float]
     """Wall time of each timed step."""
+    seqlens: list[int] = []
+    """Tokens of a sequence of each timed step."""
     loss: list[float]
     """Global mean loss of every step."""
     grad_norm: list[float]
@@ -146,6 +148,7 @@ class _Run:
         world.stand(self.runtime)
         self.corpus = world.corpus(cell.train)
         self.step = 0
+        self.seqlens: list[int] = []
         self.loss: list[float] = []
         self.grad_norm: list[float] = []
         self.cosine: list[float] = []
@@ -158,10 +161,12 @@ class _Run:
         gate = self._gate() if cell.gate else None
         for i in range(cell.warmup):
             self._timed(f"warm-up step {i + 1}/{cell.warmup}")
+        first = self.step
         step_s = [self._timed(f"step {i + 1}/{cell.steps}") for i in range(cell.steps)]
         memory = self._tracked() if cell.steps or not self.world.has_time else None
         return RankReadings(
             step_s=step_s,
+            seqlens=self.seqlens[first : first + cell.steps],
             loss=self.loss,
             grad_norm=self.grad_norm,
             memory=memory,
@@ -180,6 +185,7 @@ class _Run:
             self.cell.train, self.corpus, self.method, self.mesh, self.step, self.world.device
         )
         self.step += 1
+        self.seqlens.append(batches[0].layout.length)
         return batches
 
     def _note(self, result: StepResult) -> None:

@@ -238,15 +238,32 @@ def test_impossible_settings_are_refused(changed: dict[str, Any], message: str) 
         step.check(config)
 
 
-def test_a_method_must_take_every_length() -> None:
+@pytest.mark.parametrize(
+    ("method", "engine", "message"),
+    [
+        (
+            {"name": "seq1f1b", "pp": 2, "slices": 64},
+            "plain",
+            "slices (64) is more than seqlen (32)",
+        ),
+        ({"name": "seq1f1b", "pp": 2}, "zero", "use engine 'plain' or 'fsdp2'"),
+        (
+            {"name": "deepspeed_alst", "sp": 2},
+            "zero",
+            "DeepSpeed's attention takes batch_size (1) sequences in every step, but source 'decomposition' has more in "
+            "steps of shorter ones; use method 'alst'",
+        ),
+    ],
+)
+def test_a_method_and_its_engine_must_take_every_length(
+    method: dict[str, Any], engine: str, message: str
+) -> None:
     """Slices of a pipeline may not be empty in the shortest sequence, either."""
+    source = {"name": "decomposition", "shortest": SHORTEST}
     config = config_of(
-        method={"name": "seq1f1b", "pp": 2, "slices": 64},
-        seqlen=LONGEST,
-        world_size=2,
-        data={"source": {"name": "decomposition", "shortest": SHORTEST}},
+        method=method, engine=engine, seqlen=LONGEST, world_size=2, data={"source": source}
     )
-    with pytest.raises(ValueError, match=r"slices \(64\) is more than seqlen \(32\)"):
+    with pytest.raises(ValueError, match=re.escape(message)):
         step.check(config)
 
 
@@ -295,5 +312,36 @@ def test_gradients_are_those_of_the_stock_model(
     """Which sees each sequence alone, in fp64."""
     config = trained(texts, method=method, engine=engine, dtype=dtype, world_size=2)
     run, truth = ranks(2)(run_steps, config, 3)[0], truth_of(config, 3)
+    assert_same_gradients(run.gradients, truth.gradients, exact, exact)
+    assert_trains_as(run, truth)
+
+
+@pytest.mark.parametrize(
+    ("method", "engine", "dtype", "world_size"),
+    [
+        ({"name": "baseline"}, {"name": "zero", "stage": 3}, "float32", 2),
+        ({"name": "alst", "sp": 2, "tiles": 3}, {"name": "zero", "stage": 2}, "float32", 2),
+        ({"name": "ring", "cp": 2}, {"name": "zero", "stage": 3}, "float32", 2),
+        ({"name": "usp", "cp": 2, "sp": 2}, "fsdp2", "float64", 4),
+        ({"name": "layerwise", "sp": 2}, {"name": "zero", "stage": 3}, "float32", 2),
+        ({"name": "mst"}, "fsdp2", "float64", 2),
+        ({"name": "chunked", "chunk": 24}, "plain", "float64", 2),
+        ({"name": "seq1f1b", "pp": 2}, "plain", "float64", 2),
+    ],
+)
+def test_every_method_accumulates_exact_gradients_of_short_sequences(
+    ranks: Ranks,
+    texts: Path,
+    method: dict[str, Any],
+    engine: str | dict[str, Any],
+    dtype: str,
+    world_size: int,
+) -> None:
+    """Over two micro-batches with unequal numbers of labels; the step after it has another length."""
+    config = trained(
+        texts, method=method, engine=engine, dtype=dtype, world_size=world_size, accumulation=2
+    )
+    exact = 1e-12 if dtype == "float64" else 1e-5
+    run, truth = ranks(world_size)(run_steps, config, 2)[0], truth_of(config, 2)
     assert_same_gradients(run.gradients, truth.gradients, exact, exact)
     assert_trains_as(run, truth)
