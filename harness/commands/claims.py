@@ -6,7 +6,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -50,6 +49,7 @@ def claims(
 
     Example: alst claims --json
     """
+    from harness.judge import decomposition
     from harness.judge.claims import Verdict, evidence
     from harness.judge.compare import changes
     from harness.records.table import fresh
@@ -68,10 +68,13 @@ def claims(
     found = evidence(judged)
     if all(each.verdict is Verdict.NOT_MEASURED for each in found):
         raise ValueError(_nothing(len(found), results))
+    derived = [
+        e for r in judged if r.name == decomposition.EXPERIMENT for e in decomposition.evidence(r)
+    ]
     if as_json:
-        print(json.dumps([each.model_dump(mode="json") for each in found], indent=1))
+        print(json.dumps([each.model_dump(mode="json") for each in found + derived], indent=1))
     else:
-        _print_claims(found)
+        _print_claims(found, derived)
     old = [m.cell.label for each in judged for m in each.measurements.values() if stale(m)]
     if old:
         print(
@@ -205,18 +208,20 @@ def _why_to_run(experiment: Experiment, key: str, results: Path) -> str | None:
     return None
 
 
-def _print_claims(found: Iterable[Evidence]) -> None:
+def _print_claims(found: list[Evidence], derived: list[Evidence]) -> None:
     from harness.judge.claims import Verdict
-    from harness.present.grids.claims import claim_grid, claim_summary
+    from harness.present.grids.claims import claim_grid, claim_summary, derived_summary
 
     colours = {Verdict.REPRODUCED: "green", Verdict.LONGER: "cyan", Verdict.REFUTED: "red"}
-    found = list(found)
-    grid = claim_grid(found)
+    shown = found + derived
+    grid = claim_grid(shown)
     table = Table()
     for i, heading in enumerate(grid.headings[:-1]):  # the report and --json have the sources
         table.add_column(heading, justify="right" if 0 < i < 4 else "left", no_wrap=True)
-    for each, row in zip(found, grid.rows, strict=True):
+    for each, row in zip(shown, grid.rows, strict=True):
         table.add_row(*row[:-1], style=colours.get(each.verdict))
     console = Console()
     show(console, table)
     console.print(claim_summary(found), highlight=False)
+    if derived:
+        console.print(derived_summary(derived), highlight=False)

@@ -58,7 +58,9 @@ def defects(
     caught: dict[str, Catch] = {}
     with ThreadPoolExecutor(jobs) as pool:
         running = {
-            pool.submit(first_catch, name, defect, own(defect) or trials, truth_cache(results)): name
+            pool.submit(
+                first_catch, name, defect, own(defect) or trials, truth_cache(results)
+            ): name
             for name, defect in planted.items()
         }
         for future in as_completed(running):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from enum import StrEnum
+from typing import Literal
 
 from pydantic import Field
 
@@ -25,6 +26,9 @@ WITHIN = (0.03, 0.05, TOLERANCE)
 
 OURS = "alst"
 """Our own implementation of ALST: its numbers stand beside published ones and reproduce none."""
+
+Derived = Literal["count", "ratio"]
+"""Published quantities that follow from other published numbers, or from several cells: no claim of one cell has them."""
 
 UNITS: dict[Quantity, str] = {
     "longest_tokens": "tokens",
@@ -70,7 +74,7 @@ class Evidence(Frozen):
     """Method of the cell."""
     place: str = Field(exclude=True)
     """Table, row and column of the published number; two methods may stand beside one number."""
-    quantity: Quantity = Field(exclude=True)
+    quantity: Quantity | Derived = Field(exclude=True)
     limit: Limit | None = Field(exclude=True)
     """The limit of the cell's longest sequence."""
     ruled_out: str = Field(exclude=True)
@@ -125,7 +129,7 @@ def count(found: Iterable[Evidence]) -> Counts:
     )
 
 
-def judge(quantity: Quantity, published: float, ours: float | None) -> Verdict:
+def judge(quantity: Quantity | Derived, published: float, ours: float | None) -> Verdict:
     """The verdict. Only lengths and their ratios can be `longer`; a time or a memory that is far off is refuted."""
     if ours is None:
         return Verdict.NOT_MEASURED

@@ -9,7 +9,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from harness.cells.cell import Cell
 from harness.cells.experiment import Quantity
 from harness.cells.units import length_text, options_text, percent_text
-from harness.judge.claims import Evidence, evidence
+from harness.judge.claims import Derived, Evidence, evidence
 from harness.present import drawing
 from harness.records.table import NOT_SIMULATED, Results
 
@@ -27,7 +27,7 @@ def _name(cell: Cell) -> str:
     return f"{train.model}: {', '.join(of_method)}"
 
 
-def _number(quantity: Quantity, value: float) -> str:
+def _number(quantity: Quantity | Derived, value: float) -> str:
     return length_text(value) if quantity == "longest_tokens" else f"{value:.3g}x"
 
 

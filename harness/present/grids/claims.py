@@ -65,7 +65,9 @@ def quantity_text(of: Evidence, value: float) -> str:
     """A value in the unit of its claim."""
     if of.quantity == "longest_tokens":
         return length_text(value)
-    if of.quantity == "longest_ratio":
+    if of.quantity == "count":
+        return f"{value:,.0f}"
+    if of.quantity in ("longest_ratio", "ratio"):
         return ratio_text(value)
     if of.quantity == "tokens_per_second":
         return f"{value:,.0f}/s"
@@ -126,6 +128,14 @@ def claim_summary(found: Sequence[Evidence]) -> str:
     if counts.fitted:
         sentences.append(f"{counts.fitted} more were used to fit a constant and are no evidence.")
     return " ".join([*sentences, ours_summary(found)]).strip()
+
+
+def derived_summary(found: Sequence[Evidence]) -> str:
+    """How many numbers hold that follow from other published ones or from several cells; none is among `found` of `claim_summary`."""
+    held = sum(e.verdict is Verdict.REPRODUCED for e in found)
+    return (
+        f"Of {len(found)} more, which follow from others or from several cells: {held} reproduced."
+    )
 
 
 def ours_summary(found: Iterable[Evidence]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-from samples import measurement
+from samples import cuda_cell, measurement, simulated, twin_of
 
 from harness.cells.experiment import load_experiment
 from harness.commands.run import _summary
@@ -45,3 +45,10 @@ def test_the_table_of_a_run_has_units() -> None:
     )
     assert "step [s]" in text
     assert "peak [MiB]" in text
+
+
+def test_the_table_of_a_run_takes_forecasts() -> None:
+    """They have readings without a loss."""
+    forecast = simulated(twin_of(cuda_cell()))
+    text = shown(_summary(load_experiment(ROOT / "experiments" / "smoke.yaml"), [forecast]), 80)
+    assert " ok " in text

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from phantoms import NEEDED, cell, predicted
 
 from harness.cells.cell import make_cell
 from harness.records.metrics import value_of
@@ -38,6 +39,9 @@ def test_a_cell_of_several_lengths_passes_the_gate_and_trains(tmp_path: Path) ->
     assert m.readings.gate.passed
     assert {rank["local_seqlen"] for rank in m.readings.evidence} <= {8, 16, 32, 64}
     steps = [max(ranks) for ranks in m.readings.step_s]
+    assert set(m.readings.seqlens) <= {16, 32, 64, 128}
+    assert len(set(m.readings.seqlens)) > 1
+    assert len(m.readings.seqlens) == len(steps)
     assert value_of("tokens_per_s", m) == pytest.approx(3 * 128 / sum(steps))
     assert value_of("mfu", m) is None
 
@@ -86,3 +90,19 @@ def test_a_corpus_that_is_too_short_is_refused_in_its_record(tmp_path: Path) -> 
         Outcome.REFUSED,
         True,
     ), m.detail
+
+
+@NEEDED[0]
+@NEEDED[1]
+def test_each_length_is_foreseen_by_its_own_cell() -> None:
+    """The way out of the refusal. With as many tokens, short sequences take as many bytes and less work."""
+    lengths = {8_192: 1, 1_024: 8}
+    whole, short = (
+        predicted(cell(method="baseline", engine="plain", seqlen=seqlen, batch_size=size))
+        for seqlen, size in lengths.items()
+    )
+    assert short.allocated_bytes == whole.allocated_bytes
+    assert short.cost is not None
+    assert whole.cost is not None
+    assert short.cost.matmul_flops == whole.cost.matmul_flops
+    assert whole.cost.attention_flops == pytest.approx(8 * short.cost.attention_flops, rel=0.01)
