@@ -195,6 +195,10 @@ class Corpus:
         """The sequences of sample `index`."""
         return [self._row(index, *row) for row in self._read(index)]
 
+    def lengths(self, index: int) -> tuple[int, ...]:
+        """Lengths of the documents of sample `index`, in order. Reads no text if the source knows them without."""
+        return self._source.lengths(self, index)
+
     def _row(self, index: int, tokens: Tokens, lengths: tuple[int, ...]) -> Sequence:
         if tokens.max(initial=0) >= self.vocab_size:
             raise ValueError(

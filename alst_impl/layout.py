@@ -233,13 +233,15 @@ def make_mesh(layouts: Sequence[Layout], device: str) -> DeviceMesh:
     return init_device_mesh(device, tuple(shape.values()), mesh_dim_names=tuple(shape))
 
 
-def reached(layout: Layout | None, length: int, shards: int) -> Layout:
+def reached(layout: Layout | None, length: int, shards: int | None) -> Layout:
     """The layout of a call of attention; without one, `length` tokens that one rank holds.
 
-    Raises `ValueError` unless it is of `shards` ranks that share each sample.
+    Raises `ValueError` unless it is of `shards` ranks that share each sample. None: their number changes from batch to
+    batch, and there must be a layout.
     """
+    assert layout is not None or shards is not None, "a batch of unknown ranks"
     found = Layout(length) if layout is None else layout
-    if found.shards != shards:
+    if shards is not None and found.shards != shards:
         raise ValueError(
             f"{shards} ranks share each sample, but attention got a batch that {found.shards} share: shard it "
             "(Method.shard, or alst.shard in a loop of your own), and pass `layout` on to the model"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -79,16 +79,8 @@ def micro_batches(
     step: int,
     device: torch.device,
 ) -> list[Batch]:
-    """This rank's micro-batches of `step`. Sample ids run over steps, then micro-batches, then dp ranks."""
-    rank, size = mesh.get_local_rank("dp"), config.batch_size
-    batches = []
-    for micro in range(config.accumulation):
-        first = ((step * config.accumulation + micro) * mesh["dp"].size() + rank) * size
-        batch = corpus.batch(range(first, first + size))
-        layout = method.plan([batch.layout.length], config.world_size)[rank]
-        named = replace(layout, mesh=mesh, draws=f"{config.seed}/{first}")
-        batches.append(method.shard(batch, named).to(device))
-    return batches
+    """This rank's micro-batches of `step`, on `device`."""
+    return [batch.to(device) for batch in method.micro_batches(config, corpus, mesh, step)]
 
 
 def _num_valid(batches: list[Batch]) -> Tensor:

@@ -33,7 +33,7 @@ REFUSED = ("alibi", "linear_attn_mask", "position_bias", "relative_distance")
 """Arguments that a model computes from the number of tokens, so that those of shards do not make the whole's."""
 
 
-def gather_mixers(model: PreTrainedModel, evidence: Evidence, shards: int) -> None:
+def gather_mixers(model: PreTrainedModel, evidence: Evidence, shards: int | None) -> None:
     """Make the mixers of `model` run on whole sequences of `shards` ranks. Changes the instances only."""
     stock, eager = vars(model).get("stock_attention"), copy.deepcopy(model.config)
     eager._attn_implementation = "eager"
@@ -58,7 +58,7 @@ class _Gathering:
 
     stock: Callable[..., Any]
     evidence: Evidence
-    shards: int
+    shards: int | None
     mask: Callable[..., Any] | None
     """transformers' function that makes the mask of the module; None if it needs none."""
     config: PreTrainedConfig

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from torch.distributed import DeviceMesh
     from transformers import PreTrainedModel
 
-    from alst_impl.data import Batch
+    from alst_impl.data import Batch, Corpus
     from alst_impl.engines.base import Runtime
     from alst_impl.ops.attention.ulysses import WholeSequence
     from alst_impl.placement import Placement
@@ -62,6 +63,23 @@ class Method(Frozen):
         """
         layout = self.layout(max(lengths))
         return [layout] * (world_size // layout.ranks)
+
+    def micro_batches(
+        self, config: TrainConfig, corpus: Corpus, mesh: DeviceMesh, step: int
+    ) -> list[Batch]:
+        """This rank's shards of the micro-batches of `step`, on the CPU. Collective if `shard` is.
+
+        By default sample ids run over steps, then micro-batches, then dp ranks.
+        """
+        rank, size = mesh.get_local_rank("dp"), config.batch_size
+        batches = []
+        for micro in range(config.accumulation):
+            first = ((step * config.accumulation + micro) * mesh["dp"].size() + rank) * size
+            batch = corpus.batch(range(first, first + size))
+            layout = self.plan([batch.layout.length], config.world_size)[rank]
+            named = replace(layout, mesh=mesh, draws=f"{config.seed}/{first}")
+            batches.append(self.shard(batch, named))
+        return batches
 
     def shard(self, batch: Batch, layout: Layout) -> Batch:
         """This rank's shard of the whole `batch`. Collective for stacks that shard batches themselves."""
@@ -159,17 +177,17 @@ class Tiled(Method):
         self,
         model: PreTrainedModel,
         core: Callable[[], WholeSequence],
-        shards: int,
+        shards: int | None,
         placement: Placement,
     ) -> None:
-        """Install attention over `shards` ranks and the tiling in `model`, in place.
+        """Install attention over `shards` ranks and the tiling in `model`, in place. None: as many as layouts say.
 
         `core` is called for each attention module.
         """
         from alst_impl import hf
         from alst_impl.ops.attention.ulysses import UlyssesAttention
 
-        if shards > 1:
+        if shards != 1:
             hf.refuse_positions_of_shards(model)
         modules = hf.attention_modules(model)
         attentions = [UlyssesAttention(core(), placement.evidence, shards) for _ in modules]

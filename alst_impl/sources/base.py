@@ -38,6 +38,10 @@ class Source(Frozen):
         """The lengths that sequences of a sample of `seqlen` tokens may have, ascending."""
         return [seqlen]
 
+    def lengths(self, corpus: Corpus, index: int) -> tuple[int, ...]:
+        """Lengths of the documents of sample `index`, in order."""
+        return corpus.config.lengths(corpus.seqlen, corpus.seed, index)
+
     @abstractmethod
     def reader(self, corpus: Corpus) -> Reader:
         """What reads the samples of `corpus`: what a source defines."""

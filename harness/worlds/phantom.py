@@ -107,6 +107,10 @@ class Blank:
         positions = torch.arange(self._seqlen).expand_as(ids)
         return Batch(ids, ids.clone(), positions, Layout(self._seqlen))
 
+    def lengths(self, _: int) -> tuple[int, ...]:
+        """One document."""
+        return (self._seqlen,)
+
 
 class Marks:
     """Marks within a step, in order: each phase and each pass through a layer."""

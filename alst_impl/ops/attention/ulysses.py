@@ -105,8 +105,9 @@ class UlyssesAttention:
     """Attends over the tokens of the ranks along `sp`. A ring attends over those of all ranks along `cp`, too, and pages
     over those of earlier chunks."""
     evidence: Evidence
-    shards: int = 1
-    """Ranks that share a sample. If there are several, a call without its layout is refused."""
+    shards: int | None = 1
+    """Ranks that share a sample; None if their number changes from batch to batch. Unless it is 1, a call without its
+    layout is refused."""
 
     def __call__(
         self,
