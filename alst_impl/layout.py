@@ -236,10 +236,8 @@ def make_mesh(layouts: Sequence[Layout], device: str) -> DeviceMesh:
 def reached(layout: Layout | None, length: int, shards: int | None) -> Layout:
     """The layout of a call of attention; without one, `length` tokens that one rank holds.
 
-    Raises `ValueError` unless it is of `shards` ranks that share each sample. None: their number changes from batch to
-    batch, and there must be a layout.
+    Raises `ValueError` unless it is of `shards` ranks that share each sample; None: of as many as it says.
     """
-    assert layout is not None or shards is not None, "a batch of unknown ranks"
     found = Layout(length) if layout is None else layout
     if shards is not None and found.shards != shards:
         raise ValueError(

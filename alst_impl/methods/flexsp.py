@@ -10,7 +10,6 @@ Every rank makes the same plan, from lengths that the seed fixes, while the step
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -24,7 +23,7 @@ from alst_impl.config import Frozen, Spec, TrainConfig
 from alst_impl.config import Tokens as Length
 from alst_impl.engines.base import load_engine
 from alst_impl.layout import IGNORE_INDEX, Layout, make_mesh
-from alst_impl.methods.base import Tiled, check_shardable, step_samples
+from alst_impl.methods.base import Tiled, check_sharded, step_samples
 from alst_impl.models import described, rotary_by_longest
 from alst_impl.models import field as field_of
 from alst_impl.planners.base import Cluster, Groups, Lengths, Plan, Seconds, load_planner
@@ -92,7 +91,7 @@ def work_of(model: PreTrainedModel, config: TrainConfig, speeds: Speeds) -> Work
     shared = fields.get("num_key_value_heads") or heads
     parameters = sum(p.numel() for p in model.parameters())
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    looked_up = 0 if embedding.weight is head.weight else embedding.weight.numel()
+    looked_up = 0 if head.weight is embedding.weight else embedding.weight.numel()
     forwards, itemsize = 2 if config.checkpoint else 1, model.dtype.itemsize
     passes = forwards + 2  # backward counts twice
     return Work(
@@ -121,66 +120,62 @@ class _Running:
 
 
 class Flexsp(Tiled):
-    """Everything inside a group is as in ALST. `seqlen` tokens are a sample, and the longest that a document can be."""
+    """Everything inside a group is as in ALST. A step has as many samples as ALST's at the same `sp`."""
 
     knows: ClassVar[frozenset[str]] = frozenset({"softcap", "sinks", "chunks"})
+    sp: int = Field(default=1, ge=1)
+    """Ranks of the largest groups, a power of two."""
     planner: Spec = Spec(name="flexsp")
     """File in `alst_impl/planners/` and its options."""
     tokens: Length | None = None
-    """Tokens that a rank holds in a micro-batch. None: as many as the largest group needs for a sample."""
-    max_degree: int | None = Field(default=None, ge=1)
-    """Most ranks of a group, a power of two. None: the largest that divides the ranks and the heads."""
+    """Tokens that a rank holds in a micro-batch. None: as many as one of a largest group holds of `batch_size` samples."""
     speeds: Speeds = Speeds()
-    """What the plan takes the devices to reach."""
+    """What a plan takes the devices to reach."""
     _running: _Running | None = PrivateAttr(default=None)
 
-    def largest(self, config: TrainConfig) -> int:
-        """Ranks of the largest group."""
-        if self.max_degree is not None:
-            return self.max_degree
-        heads = field_of(described(config.model, config.overrides), "num_attention_heads")
-        both = math.gcd(config.world_size, heads)
-        return both & -both  # its largest power of two
+    def layout(self, length: int) -> Layout:
+        """That of the largest groups."""
+        return Layout(length, sp=self.sp)
 
-    def capacity(self, config: TrainConfig) -> int:
-        """Tokens that a rank holds."""
-        return self.tokens or -(-config.seqlen // self.largest(config))
+    def cluster(self, config: TrainConfig) -> Cluster:
+        """The ranks, what they hold, and the degrees of groups."""
+        tokens = self.tokens or config.batch_size * self.layout(config.seqlen).local
+        powers = range(self.sp.bit_length())
+        return Cluster(config.world_size, tokens, tuple(2**power for power in powers))
 
     def check(self, config: TrainConfig) -> None:
         super().check(config)
-        load_planner(self.planner)
-        most = self.largest(config)
-        if most & (most - 1) or config.world_size % most:
+        if self.sp & (self.sp - 1):
+            below = 1 << (self.sp.bit_length() - 1)
             raise ValueError(
-                f"max_degree ({most}) must be a power of two that divides world_size ({config.world_size}) for method "
-                f"'flexsp'; use {config.world_size & -config.world_size} or a smaller power of two"
+                f"sp ({self.sp}) must be a power of two for method 'flexsp', which halves its groups; use {below}"
             )
-        fields = described(config.model, config.overrides)
-        check_shardable(fields, most, "flexsp", config.model, self.knows)
-        scaling = rotary_by_longest(fields)
+        check_sharded(config, self.sp, "flexsp", knows=self.knows)
+        scaling = rotary_by_longest(described(config.model, config.overrides))
         if scaling is not None:
             raise ValueError(
-                f"model '{config.model}' has rotary scaling '{scaling}', whose frequencies depend on the longest document "
-                "that a group packs, so gradients would depend on the plan; use method 'baseline'"
+                f"model '{config.model}' has rotary scaling '{scaling}', whose frequencies depend on the longest position "
+                "of what runs together, which a plan changes; use method 'alst'"
             )
-        if config.seqlen > most * self.capacity(config):
+        cluster = self.cluster(config)
+        if config.seqlen > cluster.longest:
             raise ValueError(
-                f"no group can hold a document of seqlen ({config.seqlen}) tokens: the largest has {most} ranks of "
-                f"{self.capacity(config)} tokens (tokens) each; use tokens of at least {-(-config.seqlen // most)}"
+                f"no group can hold a document of seqlen ({config.seqlen}) tokens: the largest has sp ({self.sp}) ranks, "
+                f"which hold {cluster.tokens} tokens each; use tokens={-(-config.seqlen // self.sp)}, or a larger sp"
             )
         if load_source(config.data.source).tokens_beyond:
             raise ValueError(
-                f"source '{config.data.source.name}' gives a step sequences of one length, so there is nothing to plan; "
-                "use method 'alst'"
+                f"source '{config.data.source.name}' gives the sequences of a step one length, so there is nothing to "
+                "plan; use method 'alst'"
             )
         if load_engine(config.engine).updates_in_backward:
             raise ValueError(
                 "update_in_backward updates in every backward, but method 'flexsp' runs as many micro-batches as a plan "
-                "needs; use update_in_backward: false"
+                "has; use update_in_backward: false"
             )
 
     def promises(self, config: TrainConfig) -> set[str]:
-        # A rank may be idle in a step's only micro-batch, or in a group of its own.
+        # It depends on the plan.
         return super().promises(config) - {"local_seqlen"}
 
     def apply(
@@ -189,13 +184,11 @@ class Flexsp(Tiled):
         from alst_impl.ops.attention.cores.base import load_core
         from alst_impl.ops.attention.ulysses import UlyssesAttention
 
-        ranks = config.world_size
-        powers = range(self.largest(config).bit_length())
-        cluster = Cluster(ranks, self.capacity(config), tuple(2**power for power in powers))
-        meshes = {
-            degree: make_mesh([Layout(1, sp=degree)] * (ranks // degree), mesh.device_type)
-            for degree in cluster.degrees
-        }
+        cluster = self.cluster(config)
+        meshes = {self.sp: mesh}
+        for degree in cluster.degrees[:-1]:
+            groups = [Layout(1, sp=degree)] * (cluster.devices // degree)
+            meshes[degree] = make_mesh(groups, mesh.device_type)
         self._running = _Running(meshes, cluster, work_of(model, config, self.speeds))
         attention = UlyssesAttention(load_core(config.attention), placement.evidence, None)
         self.attach(model, attention, placement)

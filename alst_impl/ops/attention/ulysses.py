@@ -106,8 +106,8 @@ class UlyssesAttention:
     over those of earlier chunks."""
     evidence: Evidence
     shards: int | None = 1
-    """Ranks that share a sample; None if their number changes from batch to batch. Unless it is 1, a call without its
-    layout is refused."""
+    """Ranks that share a sample. If there are several, a call without its layout is refused. None: as many as its layout
+    says, which may change from batch to batch."""
 
     def __call__(
         self,
