@@ -187,6 +187,11 @@ class Corpus:
     def _source(self) -> Source:
         return load_source(self.config.source)
 
+    @property
+    def packed(self) -> bool:
+        """Whether samples hold several documents."""
+        return self.config.packed or self._source.packs
+
     @cached_property
     def _read(self) -> Reader:
         return self._source.reader(self)
@@ -231,5 +236,5 @@ class Corpus:
             input_ids=torch.stack(ids)[:, :seqlen].contiguous(),
             shift_labels=shifted[:, :seqlen].contiguous(),
             position_ids=torch.stack(positions)[:, :seqlen].contiguous(),
-            layout=Layout(seqlen, documents=lengths if self.config.packed else None),
+            layout=Layout(seqlen, documents=lengths if self.packed else None),
         )

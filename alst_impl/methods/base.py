@@ -47,6 +47,9 @@ class Method(Frozen):
     def check(self, config: TrainConfig) -> None:
         """Raise `ValueError` for settings that cannot work. The message gives the values, the rule and the fix."""
 
+    def check_played(self, config: TrainConfig) -> None:
+        """Raise `ValueError` unless one rank shows the bytes of the fullest, as in a run that executes one for all."""
+
     def period(self) -> int:
         """Number of layers per checkpoint segment."""
         return 1

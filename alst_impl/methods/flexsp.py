@@ -174,6 +174,18 @@ class Flexsp(Tiled):
                 "has; use update_in_backward: false"
             )
 
+    def check_played(self, config: TrainConfig) -> None:
+        if config.data.packed or load_source(config.data.source).packs:
+            raise ValueError(
+                "a forecast plays one rank for all, but of packed documents method 'flexsp' makes a plan for each step, "
+                "which decides what rank is the fullest; leave documents and source out: it then plays a full rank"
+            )
+        if self.tokens is not None:
+            raise ValueError(
+                f"a forecast plays a rank that samples fill, but tokens ({self.tokens}) does not follow from their length; "
+                f"leave tokens out, and use a seqlen of {self.tokens * self.sp} (tokens x sp)"
+            )
+
     def promises(self, config: TrainConfig) -> set[str]:
         # It depends on the plan.
         return super().promises(config) - {"local_seqlen"}

@@ -10,6 +10,7 @@ from alst_impl.config import TrainConfig
 from alst_impl.layout import Layout
 from alst_impl.methods.base import Tiled, check_flash_by_name, check_sharded, layouts
 from alst_impl.models import described
+from alst_impl.sources.base import load_source
 
 if TYPE_CHECKING:
     from torch.distributed import DeviceMesh
@@ -72,7 +73,8 @@ class Ring(Tiled):
     def promises(self, config: TrainConfig) -> set[str]:
         # Documents and chunks may end where the ranks' tokens do, so that no key has to travel.
         chunked = described(config.model, config.overrides).get("attention_chunk_size")
-        travels = self.cp > 1 and not config.data.packed and not chunked
+        packed = config.data.packed or load_source(config.data.source).packs
+        travels = self.cp > 1 and not packed and not chunked
         return super().promises(config) | ({"rotations/gathers"} if travels else set())
 
     def apply(

@@ -30,6 +30,8 @@ class Source(Frozen):
 
     tokens_beyond: ClassVar[int] = 0
     """Tokens of a row after its sequence. With 1, the last position of a sequence has a label, too."""
+    packs: ClassVar[bool] = False
+    """Whether a sample holds several documents, of lengths that only the text tells."""
 
     def check(self, config: TrainConfig) -> None:
         """Raise `ValueError` for settings that cannot work. The message gives the values, the rule and the fix."""

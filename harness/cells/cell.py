@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError
 
 from alst_impl.config import Frozen, Spec, TrainConfig
 from alst_impl.engines.base import load_engine
-from alst_impl.methods.base import check_method
+from alst_impl.methods.base import check_method, load_method
 from alst_impl.models import described, published
 from alst_impl.ops.attention.cores.base import Core, load_core
 from alst_impl.plugin import explain, names
@@ -247,8 +247,10 @@ def _check_world(cell: Cell, core: Core) -> None:
 
 
 def _check_lengths(cell: Cell) -> None:
-    """Raise `ValueError` if steps have sequences of several lengths where only one is foreseen."""
+    """Raise `ValueError` if steps have several lengths where only one is foreseen."""
     data, seqlen = cell.train.data, cell.train.seqlen
+    if cell.traits.forecast:
+        load_method(cell.train.method).check_played(cell.train)
     source = load_source(data.source)
     if len(source.seqlens(seqlen)) > 1 and cell.traits.forecast:
         *_, shorter, longest = source.seqlens(seqlen)

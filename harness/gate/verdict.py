@@ -213,7 +213,8 @@ def known_factor(ratio: float, train: TrainConfig) -> str | None:
 
 def _labels(train: TrainConfig, axes: dict[str, int]) -> dict[str, float]:
     """Numbers of labels of a step and of a rank, if only the last position of each sample is ignored."""
-    if train.data.mask != "none" or train.data.packed or train.accumulation > 1:
+    packed = train.data.packed or load_source(train.data.source).packs
+    if train.data.mask != "none" or packed or train.accumulation > 1:
         return {}
     labels = (train.seqlen - 1) * train.batch_size * axes["dp"]
     return {"the number of labels": labels, "the number of labels / sp": labels / axes["sp"]}

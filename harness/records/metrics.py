@@ -64,14 +64,15 @@ def _gate(r: Readings) -> list[ParameterGate]:
     return [] if r.gate is None else r.gate.parameters
 
 
-def _several_lengths(t: TrainConfig) -> bool:
-    """Whether steps do unequal work, in sequences of several lengths."""
-    return len(load_source(t.data.source).seqlens(t.seqlen)) > 1
+def _unequal(t: TrainConfig) -> bool:
+    """Whether steps do unequal work, in sequences or documents of lengths that the text tells."""
+    source = load_source(t.data.source)
+    return source.packs or len(source.seqlens(t.seqlen)) > 1
 
 
 def _tokens_per_s(m: Measurement) -> float | None:
     t = m.cell.train
-    seconds = _step(fmean if _several_lengths(t) else median)(m)
+    seconds = _step(fmean if _unequal(t) else median)(m)
     return None if seconds is None else step_samples(t) * t.seqlen / seconds
 
 
@@ -81,7 +82,7 @@ def _mfu(m: Measurement) -> float | None:
     r = m.readings
     if seconds is None or peak is None or r is None or r.num_parameters is None:
         return None
-    if _several_lengths(t):
+    if _unequal(t):
         return None
     shape = shape_of(described(t.model, t.overrides), r.num_parameters, r.num_expert_parameters)
     documents = t.data.lengths(t.seqlen, t.seed, 0)

@@ -240,8 +240,9 @@ class Phantom(Cuda):
 
     def corpus(self, config: TrainConfig) -> Any:
         """Blank samples if the data is unpacked and unmasked, because no kernel reads their content."""
-        plain = not config.data.packed and config.data.mask == "none"
-        return Blank(config) if plain else super().corpus(config)
+        corpus = super().corpus(config)
+        plain = not corpus.packed and config.data.mask == "none"
+        return Blank(config) if plain else corpus
 
     def skips_update(self) -> bool:
         """Skips updates on the host, which would be real arithmetic and use no device memory."""
