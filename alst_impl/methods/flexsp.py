@@ -23,7 +23,7 @@ from alst_impl.config import Frozen, Spec, TrainConfig
 from alst_impl.config import Tokens as Length
 from alst_impl.engines.base import load_engine
 from alst_impl.layout import IGNORE_INDEX, Layout, make_mesh
-from alst_impl.methods.base import Tiled, check_sharded, step_samples
+from alst_impl.methods.base import Tiled, check_shardable, divisors, step_samples
 from alst_impl.models import described, rotary_by_longest
 from alst_impl.models import field as field_of
 from alst_impl.planners.base import Cluster, Groups, Lengths, Plan, Seconds, load_planner
@@ -86,7 +86,9 @@ class Work:
 def work_of(model: PreTrainedModel, config: TrainConfig, speeds: Speeds) -> Work:
     """The work of `model`. Every layer counts as full causal attention, and every expert as used."""
     fields = described(config.model, config.overrides)
-    heads, layers = (field_of(fields, f"num_{what}") for what in ("attention_heads", "hidden_layers"))
+    heads, layers = (
+        field_of(fields, f"num_{what}") for what in ("attention_heads", "hidden_layers")
+    )
     width = fields.get("head_dim") or field_of(fields, "hidden_size") // heads
     shared = fields.get("num_key_value_heads") or heads
     parameters = sum(p.numel() for p in model.parameters())
@@ -145,13 +147,15 @@ class Flexsp(Tiled):
 
     def check(self, config: TrainConfig) -> None:
         super().check(config)
-        if self.sp & (self.sp - 1):
-            below = 1 << (self.sp.bit_length() - 1)
+        powers = [n for n in divisors(config.world_size) if not n & (n - 1)]
+        if self.sp not in powers:
             raise ValueError(
-                f"sp ({self.sp}) must be a power of two for method 'flexsp', which halves its groups; use {below}"
+                f"sp ({self.sp}) must be a power of two that divides world_size ({config.world_size}) for method "
+                f"'flexsp', whose other groups are halves of the largest; use sp in {powers}"
             )
-        check_sharded(config, self.sp, "flexsp", knows=self.knows)
-        scaling = rotary_by_longest(described(config.model, config.overrides))
+        fields = described(config.model, config.overrides)
+        check_shardable(fields, self.sp, "flexsp", config.model, self.knows)
+        scaling = rotary_by_longest(fields)
         if scaling is not None:
             raise ValueError(
                 f"model '{config.model}' has rotary scaling '{scaling}', whose frequencies depend on the longest position "
@@ -226,6 +230,12 @@ class Flexsp(Tiled):
             named = replace(layout, draws=f"{config.seed}/{step}/{number}/{first}")
             batches.append(documents.packed(members, named) if members else idle(named))
         return batches
+
+    def finish_planning(self) -> None:
+        """Wait until all plans that were begun are made."""
+        assert self._running is not None, "apply comes first"
+        for future in self._running.plans.values():
+            future.result()
 
     def _plan(self, corpus: Corpus, samples: Sequence[int]) -> Plan:
         running = self._running
