@@ -93,7 +93,7 @@ def work_of(model: PreTrainedModel, config: TrainConfig, speeds: Speeds) -> Work
     shared = fields.get("num_key_value_heads") or heads
     parameters = sum(p.numel() for p in model.parameters())
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    looked_up = 0 if head.weight is embedding.weight else embedding.weight.numel()
+    looked_up = sum(p.numel() for p in {*embedding.parameters()} - {*head.parameters()})
     forwards, itemsize = 2 if config.checkpoint else 1, model.dtype.itemsize
     passes = forwards + 2  # backward counts twice
     return Work(
@@ -135,6 +135,9 @@ class Flexsp(Tiled):
     """What a plan takes the devices to reach."""
     _running: _Running | None = PrivateAttr(default=None)
 
+    def require(self) -> None:
+        load_planner(self.planner).require()
+
     def layout(self, length: int) -> Layout:
         """That of the largest groups."""
         return Layout(length, sp=self.sp)
@@ -162,10 +165,16 @@ class Flexsp(Tiled):
                 "of what runs together, which a plan changes; use method 'alst'"
             )
         cluster = self.cluster(config)
-        if config.seqlen > cluster.longest:
+        degree = load_planner(self.planner).model_dump().get("degree") or self.sp
+        if degree not in cluster.degrees:
             raise ValueError(
-                f"no group can hold a document of seqlen ({config.seqlen}) tokens: the largest has sp ({self.sp}) ranks, "
-                f"which hold {cluster.tokens} tokens each; use tokens={-(-config.seqlen // self.sp)}, or a larger sp"
+                f"planner '{self.planner.name}' makes groups of degree {degree}, but method 'flexsp' at sp ({self.sp}) has "
+                f"those of {list(cluster.degrees)}; use one of them, or a larger sp"
+            )
+        if config.seqlen > degree * cluster.tokens:
+            raise ValueError(
+                f"no group can hold a document of seqlen ({config.seqlen}) tokens: the largest has {degree} ranks, which "
+                f"hold {cluster.tokens} tokens each; use tokens={-(-config.seqlen // degree)}, or a larger sp"
             )
         if load_source(config.data.source).tokens_beyond:
             raise ValueError(

@@ -148,6 +148,9 @@ class Request:
 class Planner(Frozen):
     """A way to plan; its options are its fields."""
 
+    def require(self) -> None:
+        """Raise `ValueError`, naming the extra, if a package that planning needs is not installed."""
+
     def plan(self, lengths: Sequence[int], cluster: Cluster, cost: Cost) -> Plan:
         """The micro-batches and groups of a global batch of documents of `lengths`.
 

@@ -39,8 +39,11 @@ class FlexSP(Blasted):
     tolerance: float = Field(default=0.01, gt=0)
     """The search of a micro-batch ends when its least time is known this well."""
 
-    def choose(self, request: Request) -> Plan:
+    def require(self) -> None:
         require("planner 'flexsp'", "flexsp", "scipy")
+
+    def choose(self, request: Request) -> Plan:
+        self.require()
         return super().choose(request)
 
     def assigned(self, micro_batches: list[Documents], request: Request) -> list[Plan]:

@@ -198,7 +198,7 @@ def test_exchanges_cost_more_beyond_a_node() -> None:
     [
         (
             {"method": {"name": "flexsp", "sp": 4, "tokens": 16}, "world_size": 4},
-            "no group can hold a document of seqlen (67) tokens: the largest has sp (4) ranks, which hold 16 tokens each; "
+            "no group can hold a document of seqlen (67) tokens: the largest has 4 ranks, which hold 16 tokens each; "
             "use tokens=17",
         ),
         (
@@ -219,11 +219,30 @@ def test_exchanges_cost_more_beyond_a_node() -> None:
             "unknown planner 'greedy'; use one of",
         ),
         (
+            {
+                "method": {"name": "flexsp", "planner": {"name": "single", "degree": 2}},
+                "world_size": 2,
+            },
+            "planner 'single' makes groups of degree 2, but method 'flexsp' at sp (1) has those of [1]",
+        ),
+        (
+            {
+                "method": {
+                    "name": "flexsp",
+                    "sp": 4,
+                    "planner": {"name": "single", "degree": 2},
+                },
+                "world_size": 4,
+            },
+            "no group can hold a document of seqlen (67) tokens: the largest has 2 ranks, which hold 17 tokens each; use "
+            "tokens=34",
+        ),
+        (
             {"method": {"name": "flexsp", "planner": {"name": "flexsp", "trials": 0}}},
             "trials = 0",
         ),
         (
-            {"method": "flexsp", "seqlen": 64, "data": {"source": "decomposition"}},
+            {"method": "flexsp", "seqlen": 512, "data": {"source": "decomposition"}},
             "source 'decomposition' gives the sequences of a step one length",
         ),
         (
@@ -245,7 +264,7 @@ def test_exchanges_cost_more_beyond_a_node() -> None:
         (
             {
                 "method": "flexsp",
-                "overrides": {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+                "overrides": {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
             },
             "rotary scaling 'dynamic', whose frequencies depend on the longest position of what runs together",
         ),
