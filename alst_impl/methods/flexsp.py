@@ -207,7 +207,6 @@ class Flexsp(Tiled):
         self, model: PreTrainedModel, config: TrainConfig, mesh: DeviceMesh, placement: Placement
     ) -> None:
         from alst_impl.ops.attention.cores.base import load_core
-        from alst_impl.ops.attention.ulysses import UlyssesAttention
 
         cluster = self.cluster(config)
         meshes = {self.sp: mesh}
@@ -215,8 +214,8 @@ class Flexsp(Tiled):
             groups = [Layout(1, sp=degree)] * (cluster.devices // degree)
             meshes[degree] = make_mesh(groups, mesh.device_type)
         self._running = _Running(meshes, cluster, work_of(model, config, self.speeds))
-        attention = UlyssesAttention(load_core(config.attention), placement.evidence, None)
-        self.attach(model, attention, placement)
+        core = load_core(config.attention)
+        self.attach(model, lambda: core, None, placement)
 
     def micro_batches(
         self, config: TrainConfig, corpus: Corpus, mesh: DeviceMesh, step: int

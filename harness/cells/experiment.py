@@ -20,12 +20,13 @@ Quantity = Literal[
     "longest_tokens",
     "longest_ratio",
     "step_seconds",
+    "speedup",
     "tokens_per_second",
     "device_bytes",
     "allocated_bytes",
 ]
-"""Published quantities: longest sequence, its ratio to another run's, time of a step, tokens of all
-ranks per second, device memory as NVML reads it, allocated memory as PyTorch's profiler reads it."""
+"""Published quantities: longest sequence, its ratio to another run's, time of a step, time of another system over it,
+tokens of all ranks per second, device memory as NVML reads it, allocated memory as PyTorch's profiler reads it."""
 
 
 class Claim(Frozen):

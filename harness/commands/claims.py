@@ -52,6 +52,8 @@ def claims(
     from harness.judge import decomposition
     from harness.judge.claims import Verdict, evidence
     from harness.judge.compare import changes
+    from harness.judge.replays import evidence_of
+    from harness.records.replays import committed
     from harness.records.table import fresh
     from harness.run.measure import stale
 
@@ -65,7 +67,8 @@ def claims(
         kept = {k: m for k, m in reference_records(e.name).items() if k in cells}
         made.append((kept, here.measurements))
         judged.append(replace(here, measurements=kept | here.measurements))
-    found = evidence(judged)
+    of_cells = evidence(judged)
+    found = [*of_cells, *evidence_of(committed())]
     if all(each.verdict is Verdict.NOT_MEASURED for each in found):
         raise ValueError(_nothing(len(found), results))
     derived = [
@@ -81,7 +84,7 @@ def claims(
             f"alst: {len(old)} records are of other code; --run makes them again",
             file=sys.stderr,
         )
-    absent = [each.id for each in found if each.verdict is Verdict.NOT_MEASURED]
+    absent = [each.id for each in of_cells if each.verdict is Verdict.NOT_MEASURED]
     if absent:
         print(f"alst: {len(absent)} claims have no record: {', '.join(absent)}", file=sys.stderr)
     moved = [

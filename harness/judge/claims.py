@@ -34,6 +34,7 @@ UNITS: dict[Quantity, str] = {
     "longest_tokens": "tokens",
     "longest_ratio": "x",
     "step_seconds": "s",
+    "speedup": "x",
     "tokens_per_second": "tokens/s",
     "device_bytes": "GiB",
     "allocated_bytes": "GiB",

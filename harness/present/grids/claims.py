@@ -23,6 +23,7 @@ HEADINGS = ["claim", "published", "predicted", "error", "limit", "verdict", "sou
 QUANTITIES: dict[Quantity, str] = {
     "longest_ratio": "Ratios of longest sequences",
     "step_seconds": "Seconds of a step",
+    "speedup": "Times of other systems over those of a system",
     "tokens_per_second": "Tokens per second",
     "device_bytes": "Memory of a GPU, as NVML reads it",
     "allocated_bytes": "Memory that PyTorch's allocator handed out",
@@ -67,7 +68,7 @@ def quantity_text(of: Evidence, value: float) -> str:
         return length_text(value)
     if of.quantity == "count":
         return f"{value:,.0f}"
-    if of.quantity in ("longest_ratio", "ratio"):
+    if of.quantity in ("longest_ratio", "ratio", "speedup"):
         return ratio_text(value)
     if of.quantity == "tokens_per_second":
         return f"{value:,.0f}/s"

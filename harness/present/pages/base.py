@@ -9,6 +9,7 @@ from pathlib import Path
 
 from harness.cells import paths
 from harness.judge.claims import Evidence, evidence
+from harness.judge.replays import evidence_of
 from harness.present.kinds import is_compared, is_repeated, is_simulated, is_timed
 from harness.records import families, replays
 from harness.records.families import Family
@@ -98,6 +99,7 @@ class Committed:
     def claims(self) -> dict[str, list[Evidence]]:
         """By experiment: every published number that it stands for, with a record or without."""
         found = {k.results.name: evidence([k.results]) for k in self.forecasts}
+        found["flexsp"] = evidence_of(self.replays)
         return {name: claims for name, claims in found.items() if claims}
 
     @property
