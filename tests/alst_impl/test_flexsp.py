@@ -41,15 +41,18 @@ FAR = {"node": 1, "beyond": 1e6}
 
 
 def mixed(**settings: Any) -> TrainConfig:
-    """Two samples of four documents, in a group of 4, then in one of 2 beside two of 1, then in four of 1."""
-    method = {"name": "flexsp", "sp": 4, "tokens": 17, "tiles": 3, "planner": "megatron"}
+    """Two samples of four documents, planned as Megatron Core does."""
+    method = {"name": "flexsp", "sp": 4, "tokens": 22, "tiles": 3, "planner": "megatron"}
+    data = {"documents": 4, "mask": "prefix"}
+    return config_of(method=method, world_size=RANKS, accumulation=2, seed=1, data=data, **settings)
+
+
+def packed(**settings: Any) -> TrainConfig:
+    """Two samples of six documents, planned as FlexSP does."""
+    method = {"name": "flexsp", "sp": 4, "tokens": 17}
+    data = {"documents": 6}
     return config_of(
-        method=method,
-        world_size=RANKS,
-        accumulation=2,
-        seed=2,
-        data={"documents": 4, "mask": "prefix"},
-        **settings,
+        method=method, world_size=RANKS, accumulation=2, seed=36, data=data, **settings
     )
 
 
@@ -74,20 +77,31 @@ def planned(config: TrainConfig) -> list[list[tuple[int, list[int]]]]:
 
 
 def test_the_plans_of_these_tests_have_several_degrees_and_an_idle_rank() -> None:
-    """So that what follows tests them."""
-    degrees = [[degree for degree, _ in groups] for groups in planned(mixed())]
-    assert degrees == [[4], [2, 1, 1], [1, 1, 1, 1]]
+    """So that what follows tests them, and groups that pack documents beside others that do not."""
+    assert planned(mixed()) == [
+        [(4, [58])],
+        [(2, [23]), (1, [22]), (1, [11, 11])],
+        [(2, [4]), (1, [4]), (1, [1])],
+    ]
+    assert planned(packed()) == [
+        [(4, [37])],
+        [(2, [27]), (2, [13, 12])],
+        [(1, [10]), (1, [9, 2]), (1, [8, 2, 1]), (1, [7, 6])],
+    ]
     assert planned(idle()) == [[(1, [23]), (1, [22]), (1, [22])]]
 
 
-@pytest.mark.parametrize("make", [mixed, idle])
 @pytest.mark.parametrize(
-    ("engine", "dtype", "exact"),
+    ("make", "engine", "dtype", "exact"),
     [
-        ("plain", "float64", 1e-12),
-        ("fsdp2", "float64", 1e-12),
-        ("fsdp2", "float32", 1e-5),
-        ("zero", "float32", 1e-5),
+        (mixed, "plain", "float64", 1e-12),
+        (packed, "plain", "float64", 1e-12),
+        (idle, "plain", "float64", 1e-12),
+        (packed, "fsdp2", "float64", 1e-12),
+        (idle, "fsdp2", "float64", 1e-12),
+        (mixed, "fsdp2", "float32", 1e-5),
+        (mixed, "zero", "float32", 1e-5),
+        (idle, "zero", "float32", 1e-5),
     ],
 )
 def test_gradients_are_those_of_the_stock_model(

@@ -7,17 +7,14 @@ from dataclasses import dataclass
 from statistics import fmean, median, stdev
 
 from harness.cells.units import percent_text, ratio_text
+from harness.judge import replays as judged
 from harness.present.grids.base import MISSING, Grid
 from harness.present.pages.base import Committed
 from harness.present.render import render
 from harness.records.published import rows
 from harness.records.replays import Replayed
 
-SYSTEMS = {
-    "flexsp": "FlexSP",
-    "best_fit": "FlexSP-BatchAda",
-    "static": "DeepSpeed-Ulysses ZeRO-3",
-}
+SYSTEMS = {planner: system for system, planner in judged.SYSTEMS.items()}
 """Planner -> published system that plans so."""
 PLANNERS = ("megatron", "single", "best_fit", "static")
 """Those that are compared with `flexsp`."""
@@ -61,8 +58,8 @@ def by_case(replayed: Iterable[Replayed]) -> Cases:
         (row["model"], int(row["max_context_k_tokens"]), row["system"]): float(
             row["avg_iteration_time_s"]
         )
-        for row in rows("flexsp_end_to_end")
-        if row["dataset"] == "Wikipedia"
+        for row in rows(judged.TABLE)
+        if row["dataset"] == judged.DATASET
     }
     return {
         case: {
@@ -91,7 +88,7 @@ def page(c: Committed) -> str:
     return render(
         "planners.md",
         batches=len({each.batch for each in c.replays}),
-        published=len(rows("flexsp_end_to_end")),
+        published=len(rows(judged.TABLE)),
         predicted=len(errors),
         median=f"{median(errors):.0%}" if errors else MISSING,
         worst=f"{max(errors):.0%}" if errors else MISSING,
