@@ -109,6 +109,15 @@ def work_of(model: PreTrainedModel, config: TrainConfig, speeds: Speeds) -> Work
 
 
 @dataclass(frozen=True)
+class _Ahead:
+    """A plan that is made while an earlier step trains."""
+
+    corpus: Corpus
+    step: int
+    plan: Future[Plan]
+
+
+@dataclass(frozen=True)
 class _Running:
     """What a run of the method keeps from step to step."""
 
@@ -117,8 +126,8 @@ class _Running:
     cluster: Cluster
     work: Work
     planning: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "plan"))
-    plans: dict[int, Future[Plan]] = field(default_factory=dict)
-    """By step: those that were not used yet."""
+    ahead: list[_Ahead] = field(default_factory=list)
+    """At most one."""
 
 
 class Flexsp(Tiled):
@@ -221,15 +230,10 @@ class Flexsp(Tiled):
         self, config: TrainConfig, corpus: Corpus, mesh: DeviceMesh, step: int
     ) -> list[Batch]:
         """As `Method.micro_batches`, of the plan of `step`. Begins to plan the next step."""
-        running = self._running
+        running, count = self._running, step_samples(config)
         assert running is not None, "apply comes first"
-        plans, count = running.plans, step_samples(config)
-        for number in (step, step + 1):
-            if number not in plans:
-                samples = range(number * count, (number + 1) * count)
-                plans[number] = running.planning.submit(self._plan, corpus, samples)
-        plan, samples = plans.pop(step).result(), range(step * count, (step + 1) * count)
-        documents = _Documents(corpus, places(corpus, samples))
+        documents = _Documents(corpus, places(corpus, range(step * count, (step + 1) * count)))
+        plan = self._planned(corpus, step, count)
         rank, batches = mesh.get_rank(), []
         for number, groups in enumerate(plan.micro_batches):
             found = group_of(groups, rank)
@@ -240,16 +244,26 @@ class Flexsp(Tiled):
         return batches
 
     def finish_planning(self) -> None:
-        """Wait until all plans that were begun are made."""
+        """Wait until the plan that was begun is made."""
         assert self._running is not None, "apply comes first"
-        for future in self._running.plans.values():
-            future.result()
+        for each in self._running.ahead:
+            each.plan.result()
 
-    def _plan(self, corpus: Corpus, samples: Sequence[int]) -> Plan:
-        running = self._running
+    def _planned(self, corpus: Corpus, step: int, count: int) -> Plan:
+        """The plan of `step`, of `count` samples; the next one's is begun."""
+        running, planner = self._running, load_planner(self.planner)
         assert running is not None
-        lengths = [length for sample in samples for length in corpus.lengths(sample)]
-        return load_planner(self.planner).plan(lengths, running.cluster, running.work)
+
+        def plan(number: int) -> Plan:
+            samples = range(number * count, (number + 1) * count)
+            lengths = [length for sample in samples for length in corpus.lengths(sample)]
+            return planner.plan(lengths, running.cluster, running.work)
+
+        made = [each.plan for each in running.ahead if each.corpus is corpus and each.step == step]
+        (found,) = made or [running.planning.submit(plan, step)]
+        following = _Ahead(corpus, step + 1, running.planning.submit(plan, step + 1))
+        running.ahead[:] = [following]
+        return found.result()
 
 
 def group_of(groups: Groups, rank: int) -> tuple[int, tuple[int, ...], int] | None:
