@@ -108,13 +108,19 @@ def work_of(model: PreTrainedModel, config: TrainConfig, speeds: Speeds) -> Work
     )
 
 
+Place = tuple[int, slice]
+"""The sample of a document, and where in it the document is."""
+Planned = tuple[Plan, list[Place]]
+"""The plan of a step, and the places of its documents."""
+
+
 @dataclass(frozen=True)
 class _Ahead:
     """A plan that is made while an earlier step trains."""
 
     corpus: Corpus
     step: int
-    plan: Future[Plan]
+    planned: Future[Planned]
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,7 @@ class _Running:
 class Flexsp(Tiled):
     """Everything inside a group is as in ALST. A step has as many samples as ALST's at the same `sp`."""
 
-    knows: ClassVar[frozenset[str]] = frozenset({"softcap", "sinks", "chunks"})
+    knows: ClassVar[frozenset[str]] = frozenset({"softcap", "sinks"})
     sp: int = Field(default=1, ge=1)
     """Ranks of the largest groups, a power of two."""
     planner: Spec = Spec(name="flexsp")
@@ -230,14 +236,12 @@ class Flexsp(Tiled):
         self, config: TrainConfig, corpus: Corpus, mesh: DeviceMesh, step: int
     ) -> list[Batch]:
         """As `Method.micro_batches`, of the plan of `step`. Begins to plan the next step."""
-        running, count = self._running, step_samples(config)
+        running = self._running
         assert running is not None, "apply comes first"
-        documents = _Documents(corpus, places(corpus, range(step * count, (step + 1) * count)))
-        plan = self._planned(corpus, step, count)
-        rank, batches = mesh.get_rank(), []
+        plan, found = self._planned(running, corpus, step, step_samples(config))
+        documents, rank, batches = _Documents(corpus, found), mesh.get_rank(), []
         for number, groups in enumerate(plan.micro_batches):
-            found = group_of(groups, rank)
-            degree, members, first = found or (1, (), rank)
+            degree, members, first = group_of(groups, rank) or (1, (), rank)
             layout = Layout(1, sp=degree, mesh=running.meshes[degree])
             named = replace(layout, draws=f"{config.seed}/{step}/{number}/{first}")
             batches.append(documents.packed(members, named) if members else idle(named))
@@ -247,23 +251,21 @@ class Flexsp(Tiled):
         """Wait until the plan that was begun is made."""
         assert self._running is not None, "apply comes first"
         for each in self._running.ahead:
-            each.plan.result()
+            each.planned.result()
 
-    def _planned(self, corpus: Corpus, step: int, count: int) -> Plan:
+    def _planned(self, running: _Running, corpus: Corpus, step: int, count: int) -> Planned:
         """The plan of `step`, of `count` samples; the next one's is begun."""
-        running, planner = self._running, load_planner(self.planner)
-        assert running is not None
+        planner = load_planner(self.planner)
 
-        def plan(number: int) -> Plan:
-            samples = range(number * count, (number + 1) * count)
-            lengths = [length for sample in samples for length in corpus.lengths(sample)]
-            return planner.plan(lengths, running.cluster, running.work)
+        def plan(number: int) -> Planned:
+            found = places(corpus, range(number * count, (number + 1) * count))
+            lengths = [place.stop - place.start for _, place in found]
+            return planner.plan(lengths, running.cluster, running.work), found
 
-        made = [each.plan for each in running.ahead if each.corpus is corpus and each.step == step]
-        (found,) = made or [running.planning.submit(plan, step)]
-        following = _Ahead(corpus, step + 1, running.planning.submit(plan, step + 1))
-        running.ahead[:] = [following]
-        return found.result()
+        own = [a.planned for a in running.ahead if a.corpus is corpus and a.step == step]
+        (planned,) = own or [running.planning.submit(plan, step)]
+        running.ahead[:] = [_Ahead(corpus, step + 1, running.planning.submit(plan, step + 1))]
+        return planned.result()
 
 
 def group_of(groups: Groups, rank: int) -> tuple[int, tuple[int, ...], int] | None:
@@ -274,10 +276,6 @@ def group_of(groups: Groups, rank: int) -> tuple[int, tuple[int, ...], int] | No
             return group.degree, group.documents, first
         first += group.degree
     return None
-
-
-Place = tuple[int, slice]
-"""The sample of a document, and where in it the document is."""
 
 
 def places(corpus: Corpus, samples: Iterable[int]) -> list[Place]:
