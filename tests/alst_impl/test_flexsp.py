@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from phantoms import cell, missing, predicted
 from training import (
     assert_same_gradients,
     assert_trains_as,
@@ -29,7 +30,6 @@ from alst_impl.methods.flexsp import Flexsp, Speeds, work_of
 from alst_impl.models import build, described
 from alst_impl.placement import Placement
 from alst_impl.planners.base import load_planner
-from harness.cells.cell import make_cell
 from harness.formulas.flops import model_causal, shape_of
 
 if TYPE_CHECKING:
@@ -307,16 +307,18 @@ def test_impossible_settings_are_refused(settings: dict[str, Any], message: str)
 )
 def test_a_forecast_plays_a_full_rank_or_none(settings: dict[str, Any], message: str) -> None:
     """What one rank cannot show is refused."""
-    cell = {
-        "model": "tiny-llama",
-        "method": {"name": "flexsp", "sp": 4},
-        "engine": "fsdp2",
-        "seqlen": 256,
-        "world_size": 4,
-        "dtype": "bfloat16",
-        "world": "phantom",
-        "hardware": "h100-80gb",
-    }
-    make_cell(cell)
+    usual = {"method": {"name": "flexsp", "sp": 4}, "seqlen": 256, "world_size": 4}
+    cell(**usual)
     with pytest.raises(ValueError, match=re.escape(message)):
-        make_cell({**cell, **settings})
+        cell(**{**usual, **settings})
+
+
+@pytest.mark.phantom
+@pytest.mark.skipif(bool(missing()), reason=missing() or "all there")
+def test_a_full_rank_allocates_what_a_rank_of_alst_does() -> None:
+    """To the byte: two groups of four, each with one sample."""
+    of_method = [
+        predicted(cell(method={"name": name, "sp": 4}, seqlen=16_384, world_size=8))
+        for name in ("alst", "flexsp")
+    ]
+    assert of_method[0].allocated_bytes == of_method[1].allocated_bytes
