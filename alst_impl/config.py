@@ -13,6 +13,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
     PositiveInt,
     model_serializer,
     model_validator,
@@ -85,6 +86,22 @@ class Spec(Frozen):
     @model_serializer
     def as_written(self) -> dict[str, Any]:
         return {"name": self.name, **self.options}
+
+    def __str__(self) -> str:
+        """The name, and the options in parentheses, as in `flex (pattern=window (window=8))`."""
+        options = ", ".join(f"{name}={_shown(value)}" for name, value in self.options.items())
+        return f"{self.name} ({options})" if options else self.name
+
+
+def _shown(value: Any) -> Any:
+    return Spec(**value) if isinstance(value, dict) and "name" in value else value
+
+
+NameOrSpec = Annotated[
+    Spec,
+    PlainSerializer(lambda spec: spec.as_written() if spec.options else spec.name),
+]
+"""A plug-in that is written as its name alone where it has no options, as it was before it could have some."""
 
 
 EXCERPTS = Spec(name="excerpts")
@@ -178,11 +195,13 @@ class TrainConfig(Frozen):
     """Number of ranks."""
     dtype: DType = "float32"
     """Dtype of parameters and activations."""
-    attention: str = "sdpa"
-    """Core attention: a file in `alst_impl/ops/attention/cores/`.
+    attention: NameOrSpec = Spec(name="sdpa")
+    """Core attention: a file in `alst_impl/ops/attention/cores/` and its options.
     With `sdpa`, PyTorch chooses the kernel; every other name is one CUDA kernel. That of `flex` is compiled, for
     windows, chunks, soft-caps and sinks, most of which `sdpa` computes in slow tiles on a GPU. Method 'baseline'
-    under `sdpa` uses transformers' eager attention for models without a fused one (sinks, soft-caps)."""
+    under `sdpa` uses transformers' eager attention for models without a fused one (sinks, soft-caps).
+    `sdpa` and `flex` take a `pattern` of keys that a query sees: `{name: flex, pattern: {name: window, window: 4_096}}`.
+    Patterns are the files in `alst_impl/ops/attention/patterns/`; `sdpa` computes them in tiles of plain PyTorch."""
     lora: LoraConfig | None = None
     """Train only adapters; None trains every weight."""
     checkpoint: bool = True

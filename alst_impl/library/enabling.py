@@ -21,7 +21,7 @@ def enable(
     *,
     method: str = "alst",
     reduction: Reduction = "mean",
-    attention: str = "sdpa",
+    attention: str | dict[str, Any] = "sdpa",
     checkpoint: bool = True,
     host: str = "cpu",
     **options: Any,
@@ -66,7 +66,7 @@ def enable(
     if setting.shards > 1:
         _refuse_dropped_weights(inner)
     placement = Placement(device_of(inner, mesh), torch.device(host))
-    check_attention(attention, placement.device)
+    check_attention(setting.config.attention, placement.device)
     before = set(own_forwards(inner))
     setting.method.apply(inner, setting.config, mesh, placement)
     if checkpoint:

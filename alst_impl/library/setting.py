@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from alst_impl.config import DataConfig, LoraConfig, Spec, TrainConfig
 from alst_impl.layout import Layout, make_mesh
-from alst_impl.methods.base import Method, load_method
+from alst_impl.methods.base import Method, check_attends, load_method
 from alst_impl.ops.attention.cores.base import load_core
 
 SHARED = ("cp", "sp")
@@ -113,6 +113,7 @@ def settle(
         **config,
     )
     _check_calls_the_model(method, spec.name)
+    check_attends(asked)
     described.check(method, asked)
     if mesh is None:
         groups = [method.layout(1)] * (dist.get_world_size() // shards)
@@ -186,12 +187,12 @@ def device_of(model: PreTrainedModel, mesh: DeviceMesh) -> torch.device:
     return torch.device(mesh.device_type, torch.accelerator.current_device_index())
 
 
-def check_attention(name: str, device: torch.device) -> None:
-    """Raise `ValueError` if core attention `name` does not run on `device`, or if it lacks a package."""
-    core = load_core(name)
+def check_attention(spec: Spec, device: torch.device) -> None:
+    """Raise `ValueError` if the core attention does not run on `device`, or if it lacks a package."""
+    core = load_core(spec)
     if device.type == "cpu" and not core.cpu:
         raise ValueError(
-            f"attention '{name}' needs a CUDA device, but the model computes on {device}; use attention='sdpa'"
+            f"attention '{spec}' needs a CUDA device, but the model computes on {device}; use attention='sdpa'"
         )
     message = core.missing()
     if message is not None:

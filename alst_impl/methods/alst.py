@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from alst_impl.config import TrainConfig
+from alst_impl.config import Spec, TrainConfig
 from alst_impl.layout import Layout
 from alst_impl.methods.base import Tiled, check_sharded, layouts
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch.distributed import DeviceMesh
     from transformers import PreTrainedModel
 
+    from alst_impl.ops.attention.patterns.base import Pattern
     from alst_impl.placement import Placement
 
 
@@ -25,6 +26,9 @@ class Alst(Tiled):
     )
     sp: int = Field(default=1, ge=1)
     """Sequence-parallel degree: ranks that share one sample."""
+
+    def attends(self, pattern: Pattern) -> bool:
+        return True
 
     def check(self, config: TrainConfig) -> None:
         check_sharded(config, self.sp, "alst", knows=self.knows)
@@ -42,7 +46,7 @@ class Alst(Tiled):
         self.enable(model, placement, config.attention, layouts(config)[0].shards)
 
     def enable(
-        self, model: PreTrainedModel, placement: Placement, attention: str, shards: int
+        self, model: PreTrainedModel, placement: Placement, attention: Spec, shards: int
     ) -> None:
         """Add sequence parallelism and tiling to `model`, in place, for `shards` ranks that share a sample.
 

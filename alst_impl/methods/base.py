@@ -10,7 +10,7 @@ from pydantic import Field
 
 from alst_impl.config import Frozen, Precision, Spec, TrainConfig
 from alst_impl.layout import Layout
-from alst_impl.models import described, field, rotary_by_longest, unsupported
+from alst_impl.models import described, field, rotary_by_longest, unsupported, window
 from alst_impl.ops.attention.cores.base import load_core
 from alst_impl.plugin import load
 from alst_impl.sources.base import load_source
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from alst_impl.data import Batch, Corpus
     from alst_impl.engines.base import Runtime
+    from alst_impl.ops.attention.patterns.base import Pattern
     from alst_impl.ops.attention.ulysses import WholeSequence
     from alst_impl.placement import Placement
 
@@ -40,6 +41,10 @@ class Method(Frozen):
 
     knows: ClassVar[frozenset[str]] = frozenset()
     """Features of models (`alst_impl.models.FEATURES`) that the method computes exactly, if it shards sequences."""
+
+    def attends(self, pattern: Pattern) -> bool:
+        """Whether the method computes attention with `pattern` exactly."""
+        return False
 
     def require(self) -> None:
         """Raise `ValueError`, naming the extra, if a package that `apply` needs is not installed."""
@@ -289,6 +294,35 @@ def check_flash_by_name(config: TrainConfig, method: str) -> None:
         )
 
 
+def check_attends(config: TrainConfig) -> None:
+    """Raise `ValueError` if attention has a pattern that the method does not compute."""
+    pattern = load_core(config.attention).pattern
+    if pattern is not None and not load_method(config.method).attends(pattern):
+        raise ValueError(
+            f"method '{config.method.name}' does not compute attention pattern {pattern.text}; use method 'alst'"
+        )
+
+
+def check_pattern(config: TrainConfig) -> None:
+    """Raise `ValueError` if attention has a pattern that makes no sense for the samples, for the method or for the model."""
+    pattern = load_core(config.attention).pattern
+    if pattern is None:
+        return
+    pattern.check(config.seqlen)
+    check_attends(config)
+    fields = described(config.model, config.overrides)
+    for name, limit in (
+        ("sliding_window", window(fields)),
+        ("attention_chunk_size", fields.get("attention_chunk_size")),
+    ):
+        if limit is not None and limit < config.seqlen:
+            raise ValueError(
+                f"model '{config.model}' limits the keys that a query sees itself ({name}={limit} at seqlen "
+                f"{config.seqlen}), and attention pattern {pattern.text} does not join other limits; use a model without, "
+                "or leave the pattern out"
+            )
+
+
 def counted(evidence: dict[str, int], promise: str) -> int:
     """The count that a promise names: of one counter, or of several that stand for each other ("exchanges/gathers")."""
     return sum(evidence[name] for name in promise.split("/"))
@@ -308,6 +342,7 @@ def check_method(config: TrainConfig) -> None:
     """Raise `ValueError` unless the method can train on all that the source of `config` may give it."""
     source = load_source(config.data.source)
     source.check(config)
+    check_pattern(config)
     for seqlen in source.seqlens(config.seqlen):
         load_method(config.method).check(config.model_copy(update={"seqlen": seqlen}))
 

@@ -67,7 +67,7 @@ class DeepspeedAlst(Method):
                 f"method 'deepspeed_alst' runs under DeepSpeed only, not engine '{config.engine.name}'; "
                 "use engine 'zero'"
             )
-        if config.attention not in ("sdpa", "flash_attention_2"):
+        if config.attention.name not in ("sdpa", "flash_attention_2"):
             raise ValueError(
                 f"method 'deepspeed_alst' hands attention to transformers, which has no '{config.attention}'; "
                 "use sdpa or flash_attention_2"
@@ -146,11 +146,12 @@ class DeepspeedAlst(Method):
 
         # Adopts the existing process group. DeepSpeed's classes require this call.
         deepspeed.init_distributed(dist.get_backend(), auto_mpi_discovery=False, verbose=False)
-        if config.attention != model.config._attn_implementation:
-            model.set_attn_implementation(config.attention)
+        kernel = config.attention.name
+        if kernel != model.config._attn_implementation:
+            model.set_attn_implementation(kernel)
         UlyssesSPAttentionHF.register_with_transformers(
             model_name_or_path=model,
-            core_attn_implementation=config.attention,
+            core_attn_implementation=kernel,
             sequence_parallel_size=self.sp,
             micro_batch_size=config.batch_size,
             seq_length_is_variable=True,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch.distributed import DeviceMesh
     from transformers import PreTrainedModel
 
+    from alst_impl.ops.attention.patterns.base import Pattern
     from alst_impl.placement import Placement
 
 
@@ -36,6 +37,9 @@ class Ring(Tiled):
     chunk from the front and its mirror image from the back, so all ranks have equal work. If every layer has a
     short window, all ranks have equal work in `contiguous`, too, and keys travel to the next ranks alone; in
     `zigzag` they travel both ways."""
+
+    def attends(self, pattern: Pattern) -> bool:
+        return pattern.as_window() is not None or self.cp == 1
 
     def shards_of_place(self) -> int:
         """Number of ranks that share a position in the ring and split its heads."""

@@ -213,7 +213,9 @@ def _settles_at_once(settings: dict[str, Any]) -> bool:
     )
     try:
         settles = load_engine(Spec.model_validate(engine)).settles_at_once
-        return settles and not load_core(attention).compiled  # whose first calls also try kernels
+        return (
+            settles and not load_core(Spec.model_validate(attention)).compiled
+        )  # whose first calls also try kernels
     except ValueError:
         return False  # which is told when the cell is checked
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
+from alst_impl.config import Spec
 from alst_impl.ops.attention.cores.base import load_core
 from harness.cells.cell import Cell
 from harness.cells.hardware import ROWS, load_hardware
@@ -131,8 +132,8 @@ def require_cuda_build(what: str) -> None:
         )
 
 
-def require_attention(name: str) -> None:
-    """Raise `ValueError` if the package of attention `name` is missing."""
-    message = load_core(name).missing()
+def require_attention(spec: Spec | str) -> None:
+    """Raise `ValueError` if the package of a core attention is missing."""
+    message = load_core(spec).missing()
     if message is not None:
         raise ValueError(message)

@@ -24,6 +24,7 @@ from alst_impl.config import DType, Frozen, LoraConfig, OptimizerConfig, TrainCo
 from alst_impl.data import Corpus
 from alst_impl.methods.base import step_samples
 from alst_impl.models import described, materialize, published
+from alst_impl.ops.attention.cores.base import load_core
 from harness.gate import truth
 from harness.gate.verdict import (
     ROUNDED,
@@ -66,6 +67,14 @@ def samples_of(train: TrainConfig, step: int) -> dict[str, Tensor]:
         "labels": torch.stack(labels),
         "position_ids": torch.stack(positions),
     }
+
+
+def pattern_of(train: TrainConfig) -> dict[str, Any] | None:
+    """The attention pattern of a run with all its options, as `truth.masks` takes it; None without one."""
+    pattern = load_core(train.attention).pattern
+    if pattern is None:
+        return None
+    return {"name": train.attention.options["pattern"]["name"], **pattern.model_dump()}
 
 
 class Truth(Frozen):
@@ -113,6 +122,7 @@ class _Job:
     dtype: DType
     what: str
     lora: LoraConfig | None
+    pattern: dict[str, Any] | None
 
     def saved(self, folder: Path) -> list[str]:
         """Write the input of `truth.py` to `folder`. Returns its arguments."""
@@ -120,6 +130,8 @@ class _Job:
             self.model.save_pretrained(folder)
         else:
             self._save_adapted(folder, self.lora)
+        if self.pattern is not None:
+            (folder / truth.PATTERN).write_text(json.dumps(self.pattern))
         save_file(self.samples, folder / "samples.safetensors")
         paths = [str(folder), str(folder / "samples.safetensors"), str(self.output)]
         return [*paths, self.dtype, self.what]
@@ -147,6 +159,9 @@ def _wanted(train: TrainConfig, cache: Path, jobs: dict[str, _Job], *, doubts: b
     config = published(train.model, train.overrides)
     if train.lora is not None:
         config["lora"] = train.lora.model_dump(mode="json")
+    pattern = pattern_of(train)
+    if pattern is not None:
+        config["pattern"] = pattern
     content = _content_hash(config, model.state_dict(), samples)
 
     def file(dtype: DType, what: str = "gradients") -> str:
@@ -154,7 +169,7 @@ def _wanted(train: TrainConfig, cache: Path, jobs: dict[str, _Job], *, doubts: b
         key += "" if what == "gradients" else f"-{what}"
         output = cache / f"{key}.safetensors"
         if not output.exists():
-            jobs[key] = _Job(model, samples, output, dtype, what, train.lora)
+            jobs[key] = _Job(model, samples, output, dtype, what, train.lora, pattern)
         return str(output)
 
     if train.dtype not in ROUNDED:
@@ -261,7 +276,10 @@ class Companion:
         with torch.no_grad():
             for name, weight in weights.items():
                 held[name].copy_(weight)
-        expected = truth.gradients_of(self._model, samples_of(self._train, step))
+        samples, pattern = samples_of(self._train, step), pattern_of(self._train)
+        if pattern is not None:
+            samples["masks"] = truth.masks(pattern, samples["position_ids"])
+        expected = truth.gradients_of(self._model, samples)
         del expected["loss"]
         self._model.zero_grad()
         mine = torch.cat([ours[name].double().flatten() for name in expected])

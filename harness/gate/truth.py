@@ -6,7 +6,8 @@ DTYPE is `float64` for the truth. With another DTYPE the result shows the loss o
 WHAT is `gradients`, or `doubts`: all that rounding to DTYPE can do to them, see `doubts`. This file shares no code with the code that it judges, because an error in shared code would not show.
 
 `save_pretrained` writes MODEL_FOLDER. With adapters it holds `config.json`, `lora.json` (arguments of peft's
-`LoraConfig`) and `adapted.safetensors` (all weights by name). SAMPLES hold `input_ids`, `labels` (not shifted, -100
+`LoraConfig`) and `adapted.safetensors` (all weights by name), and for attention with a pattern `pattern.json`, its
+name and all its options: the truth then has the same mask, see `masks`. SAMPLES hold `input_ids`, `labels` (not shifted, -100
 is ignored) and `position_ids`, int64 [N, S], of every micro-batch of one optimizer step on all ranks.
 
 GRADIENTS get the gradient of each parameter, tied ones once, and `loss`: the sum of all token losses divided by the
@@ -23,6 +24,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -39,6 +41,8 @@ PROBED = 4
 """Number of tokens that suffices to see whether a model draws random numbers."""
 ADAPTED, LORA = "adapted.safetensors", "lora.json"
 """Weights of a model with adapters, and arguments of peft's `LoraConfig`."""
+PATTERN = "pattern.json"
+"""Name and options of a pattern of attention."""
 
 
 class Refused(ValueError):
@@ -205,13 +209,17 @@ def gradients_of(model: Any, samples: dict[str, torch.Tensor]) -> dict[str, torc
     if drawn:
         raise Refused(drawn)
     count = max(int((samples["labels"][:, 1:] != -100).sum()), 1)
+    seen = samples.get("masks", [None] * len(samples["labels"]))
     total = torch.zeros((), dtype=torch.float64)
-    for ids, labels, positions in zip(
-        samples["input_ids"], samples["labels"], samples["position_ids"], strict=True
+    for ids, labels, positions, mask in zip(
+        samples["input_ids"], samples["labels"], samples["position_ids"], seen, strict=True
     ):
         # Without an attention mask, transformers separates packed documents by their positions.
         output = model(
-            input_ids=ids[None], position_ids=positions[None], attention_mask=None, use_cache=False
+            input_ids=ids[None],
+            position_ids=positions[None],
+            attention_mask=None if mask is None else _added(mask, dtype),
+            use_cache=False,
         )
         logits = output.logits
         # Some models round their logits to fp32, for a soft-cap: their truth is then as exact as fp32.
@@ -238,6 +246,39 @@ def gradients_of(model: Any, samples: dict[str, torch.Tensor]) -> dict[str, torc
         if p.requires_grad
     }
     return {**found, "loss": total}
+
+
+def masks(pattern: dict[str, Any], positions: torch.Tensor) -> torch.Tensor:
+    """Which keys each query sees under `pattern`, bool [N, S, S], for `position_ids` [N, S] of packed documents.
+
+    Places are those of a token in its document. `window`: the last keys, every `dilation`-th, and the first
+    `global_tokens`. `block_sparse`: blocks see the last `window_blocks`, the first `global_blocks` and some others.
+    """
+    document = (positions == 0).cumsum(1)
+    query, key = positions[:, :, None], positions[:, None, :]
+    before: torch.Tensor = (document[:, :, None] == document[:, None, :]) & (key <= query)
+    if pattern["name"] == "window":
+        steps, rest = (query - key) // pattern["dilation"], (query - key) % pattern["dilation"]
+        near = (rest == 0) & (steps < pattern["window"])
+        return before & (near | (key < pattern["global_tokens"]))
+    if pattern["name"] != "block_sparse":
+        raise Refused(f"pattern '{pattern['name']}' has no dense mask in {Path(__file__).name}")
+    query, key = query // pattern["block"], key // pattern["block"]
+    found = (query - key < pattern["window_blocks"]) | (key < pattern["global_blocks"])
+    for block in range(int(query.max()) + 1):
+        others = np.arange(pattern["global_blocks"], block - pattern["window_blocks"] + 1)
+        count = min(pattern["random_blocks"], len(others))
+        if count:
+            random_blocks = np.random.default_rng([pattern["seed"], block]).choice(
+                others, count, replace=False
+            )
+            found |= (query == block) & torch.isin(key, torch.from_numpy(random_blocks))
+    return before & found
+
+
+def _added(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What transformers adds to scores for a mask [S, S]: [1, 1, S, S]."""
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, -torch.inf)[None, None]
 
 
 class _Lowest(TorchDispatchMode):
@@ -337,11 +378,19 @@ def _model(folder: str, dtype: torch.dtype) -> Any:
     return model.to(dtype)
 
 
+def _samples(folder: str, file: str) -> dict[str, torch.Tensor]:
+    """The samples in `file`, with masks if attention has a pattern."""
+    samples, pattern = load_file(file), Path(folder, PATTERN)
+    if pattern.exists():
+        samples["masks"] = masks(json.loads(pattern.read_text()), samples["position_ids"])
+    return samples
+
+
 def main(folder: str, samples: str, output: str, dtype: str, what: str) -> None:
     """Compute `what` and write `output` atomically."""
     compute = {"gradients": gradients, "doubts": doubts}[what]
     try:
-        found = compute(folder, load_file(samples), getattr(torch, dtype))
+        found = compute(folder, _samples(folder, samples), getattr(torch, dtype))
     except RuntimeError as error:
         if dtype == "float64":
             raise

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from alst_impl.config import DType, Frozen, Precision, TrainConfig
 from alst_impl.layout import sizes
 from alst_impl.methods.base import counted, layouts, load_method
+from alst_impl.ops.attention.cores.base import load_core
 from alst_impl.sources.base import load_source
 from harness.records.record import Gate, Measurement, Outcome, ParameterGate
 
@@ -158,6 +159,12 @@ def exactness(gate: Gate, train: TrainConfig) -> str | None:
     )
 
 
+def same_mask(train: TrainConfig) -> str:
+    """That the truth of a run with an attention pattern is no full attention; empty without a pattern."""
+    pattern = load_core(train.attention).pattern
+    return f"pattern {pattern.text}: the truth has the same mask" if pattern else ""
+
+
 def excess(parameter: ParameterGate, tolerance: Tolerance) -> float:
     """Used fraction of the bound on ratio or cosine, the larger of both; above 1 fails. 0 for a zero gradient."""
     if parameter.ratio is None or parameter.cosine is None:
@@ -301,4 +308,4 @@ def outcome_line(measurement: Measurement) -> str:
             f"passed: worst {worst.parameter}, zero{_within(gate, worst, measurement.cell.train)}"
         )
     line = f"passed: worst {worst.parameter}, {_errors(worst)}"
-    return f"{line}; {inexact}" if inexact else line
+    return "; ".join(filter(None, (line, inexact, same_mask(measurement.cell.train))))

@@ -327,7 +327,7 @@ def _time(cell: Cell, cost: Cost | None) -> dict[str, Any]:
         time = steptime.step_time(
             cost,
             row,
-            kernel=cell.simulation.timed_as or config.attention,
+            kernel=cell.simulation.timed_as or config.attention.name,
             ranks=config.world_size,
             host_parameters=structure(config).num_trained_parameters if on_host else 0,
             bubble=pipelines.waiting(config),

@@ -320,7 +320,7 @@ def _advice(row: Candidate) -> str:
     if p.time is None:
         return p.time_unknown or ""
     assert cell.simulation is not None
-    kernel = cell.simulation.timed_as or cell.train.attention
+    kernel = cell.simulation.timed_as or cell.train.attention.name
     rates = architecture(load_hardware(cell.hardware))
     if p.time.binds == "attention" and rates is not None:
         fastest = max(rates.attention, key=lambda name: rates.attention[name].share)

@@ -70,7 +70,7 @@ def _texts(train: TrainConfig, hardware: str, *, expandable_segments: bool) -> d
         "engine": engine,
         "enabled": {
             "method": train.method.name,
-            "attention": train.attention,
+            "attention": train.model_dump()["attention"],
             "checkpoint": train.checkpoint,
             **load_method(train.method).model_dump(),
         },

@@ -190,7 +190,7 @@ def _options(cell: Cell) -> dict[str, Any]:
         "engine": t.engine.name,
         "source": t.data.source.name,
         "dtype": t.dtype,
-        "attention": t.attention,
+        "attention": str(t.attention),
     }
     more = {
         "batch": t.batch_size,
@@ -248,7 +248,7 @@ def _description(cell: Cell) -> dict[str, Any]:
         "batch_size": t.batch_size,
         "accumulation": t.accumulation,
         "dtype": t.dtype,
-        "attention": t.attention,
+        "attention": str(t.attention),
         "checkpoint": t.checkpoint,
         "setting": setting(cell),
     }

@@ -8,10 +8,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+
+from pydantic import BeforeValidator, model_validator
 
 from alst_impl.config import Frozen, Spec
 from alst_impl.layout import Documents, Layout
+from alst_impl.ops.attention.patterns.base import Pattern, as_pattern, pairs_of
 from alst_impl.ops.attention.variant import Variant, visible_pairs
 from alst_impl.plugin import load
 
@@ -28,10 +32,28 @@ class Core(Frozen):
 
     cpu: ClassVar[bool] = False
     """Whether it runs on a CPU."""
-    flash: ClassVar[bool] = False
-    """Whether PyTorch's flash kernel may be called in its place, as methods do that need its log-sum-exp."""
+    replaceable: ClassVar[bool] = False
+    """Whether PyTorch's flash kernel may be called in its place where there is no pattern."""
     compiled: ClassVar[bool] = False
     """Whether PyTorch compiles its kernel, so that what watches PyTorch's operators does not see it."""
+
+    patterned: ClassVar[bool] = False
+    """Whether it computes patterns."""
+    pattern: Annotated[Pattern | None, BeforeValidator(as_pattern)] = None
+    """Which of the keys before it a query sees; None for all that the model's layer lets it see."""
+
+    @model_validator(mode="after")
+    def only_some_cores_take_a_pattern(self) -> Self:
+        if self.pattern is not None and not self.patterned:
+            raise ValueError(
+                f"its kernel does not compute pattern {self.pattern.text}; use attention 'sdpa' or 'flex'"
+            )
+        return self
+
+    @property
+    def flash(self) -> bool:
+        """Whether PyTorch's flash kernel may be called in its place, as methods do that need its log-sum-exp."""
+        return self.replaceable and self.pattern is None
 
     def missing(self) -> str | None:
         """Error message if a package that the core needs is not installed; None if nothing is missing."""
@@ -47,13 +69,28 @@ class Core(Frozen):
         mask.
         """
 
+    def limits(self, layout: Layout, variant: Variant) -> tuple[Pattern, Variant]:
+        """The pattern, and the `variant` beside it. Raises `ValueError` if the model's layer limits keys, too."""
+        assert self.pattern is not None, "asked where there is one"
+        variant = variant.over(layout.length)
+        limits = replace(variant, softcap=None, sinks=None).says()
+        if limits:
+            raise ValueError(
+                f"attention pattern {self.pattern.text} does not join other limits, but the model's layer has {limits}; "
+                "use a model without, remove them by overrides, or leave the pattern out"
+            )
+        return self.pattern, variant
+
     def visible_pairs(self, layout: Layout, window: int | None = None) -> int:
         """(query, key) pairs of one head over the documents of `layout`; without documents, of one sample.
 
         Padding is included. By default causal within each document, of which a query sees the last `window`
-        keys.
+        keys; with a pattern, which no window joins, exactly those of the pattern.
         """
         samples = layout.documents or ((layout.padded,),)
+        pattern = self.pattern
+        if pattern is not None:
+            return sum(pairs_of(pattern, length) for lengths in samples for length in lengths)
         return sum(visible_pairs(length, window) for lengths in samples for length in lengths)
 
 
@@ -265,8 +302,8 @@ def output(result: Any) -> Tensor:
     return out
 
 
-def load_core(name: str) -> Core:
-    """The core attention `name`. Raises `ValueError` for an unknown name, naming the known ones."""
-    cores, spec = "alst_impl.ops.attention.cores", Spec(name=name)
+def load_core(spec: Spec | str) -> Core:
+    """The core attention of a name, with options. Raises `ValueError` for an unknown one, naming the known ones."""
+    spec = Spec.model_validate(spec) if isinstance(spec, str) else spec
     # `load` returns a concrete class; mypy cannot see that.
-    return load(cores, Core, spec, kind="attention")
+    return load("alst_impl.ops.attention.cores", Core, spec, kind="attention")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class SdpaFlash(PackingKernel):
     """The kernel that the project's records are made with."""
 
-    flash: ClassVar[bool] = True
+    replaceable: ClassVar[bool] = True
 
     def causal(self, query: Tensor, key: Tensor, value: Tensor, variant: Variant) -> Tensor:
         from torch.nn.attention import SDPBackend, sdpa_kernel
