@@ -287,7 +287,7 @@ def check_rotary(fields: dict[str, Any], axis: str, parts: int, model: str) -> N
 
 def check_flash_by_name(config: TrainConfig, method: str) -> None:
     """Raise `ValueError` unless attention is PyTorch's flash kernel, whose log-sum-exp `method` uses."""
-    if not load_core(config.attention).flash:
+    if not load_core(config.attention).replaceable:
         raise ValueError(
             f"method '{method}' calls PyTorch's flash kernel by name, but attention is "
             f"'{config.attention}'; use sdpa or sdpa_flash"

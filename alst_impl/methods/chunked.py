@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from alst_impl.data import Batch
     from alst_impl.engines.base import Runtime
     from alst_impl.ops.attention.pages import Pages
+    from alst_impl.ops.attention.patterns.base import Pattern
     from alst_impl.placement import Placement
 
 TOKENS = 32_768
@@ -46,6 +47,9 @@ class Chunked(Tiled):
     """Maximum tokens of a chunk on each of the ranks that share it; None is 32,768."""
     offload: bool = True
     """Keep keys, values, their gradients and checkpointed layer inputs in host memory."""
+
+    def attends(self, pattern: Pattern) -> bool:
+        return pattern.as_window() is not None
 
     def layout(self, length: int) -> Layout:
         passes = -(-length // (self.sp * (self.chunk or TOKENS)))

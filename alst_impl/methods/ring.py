@@ -10,6 +10,7 @@ from alst_impl.config import TrainConfig
 from alst_impl.layout import Layout
 from alst_impl.methods.base import Tiled, check_flash_by_name, check_sharded, layouts
 from alst_impl.models import described
+from alst_impl.ops.attention.cores.base import load_core
 from alst_impl.sources.base import load_source
 
 if TYPE_CHECKING:
@@ -78,15 +79,16 @@ class Ring(Tiled):
         # Documents and chunks may end where the ranks' tokens do, so that no key has to travel.
         chunked = described(config.model, config.overrides).get("attention_chunk_size")
         packed = config.data.packed or load_source(config.data.source).packs
-        travels = self.cp > 1 and not packed and not chunked
+        pattern = load_core(config.attention).pattern
+        alone = pattern is not None and pattern.as_window() == 1
+        travels = self.cp > 1 and not (packed or chunked or alone)
         return super().promises(config) | ({"rotations/gathers"} if travels else set())
 
     def apply(
         self, model: PreTrainedModel, config: TrainConfig, mesh: DeviceMesh, placement: Placement
     ) -> None:
-        from alst_impl.ops.attention.cores.base import load_core
         from alst_impl.ops.attention.ring import RingAttention
 
-        ring = RingAttention(placement.evidence) if self.cp > 1 else None
-        core = ring or load_core(config.attention)
+        whole = load_core(config.attention)
+        core = RingAttention(placement.evidence, whole) if self.cp > 1 else whole
         self.attach(model, lambda: core, layouts(config)[0].shards, placement)

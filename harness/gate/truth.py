@@ -256,11 +256,12 @@ def masks(pattern: dict[str, Any], positions: torch.Tensor) -> torch.Tensor:
     """
     document = (positions == 0).cumsum(1)
     query, key = positions[:, :, None], positions[:, None, :]
-    before: torch.Tensor = (document[:, :, None] == document[:, None, :]) & (key <= query)
+    before = (document[:, :, None] == document[:, None, :]) & (key <= query)
     if pattern["name"] == "window":
         steps, rest = (query - key) // pattern["dilation"], (query - key) % pattern["dilation"]
         near = (rest == 0) & (steps < pattern["window"])
-        return before & (near | (key < pattern["global_tokens"]))
+        seen: torch.Tensor = before & (near | (key < pattern["global_tokens"]))
+        return seen
     if pattern["name"] != "block_sparse":
         raise Refused(f"pattern '{pattern['name']}' has no dense mask in {Path(__file__).name}")
     query, key = query // pattern["block"], key // pattern["block"]
@@ -273,7 +274,8 @@ def masks(pattern: dict[str, Any], positions: torch.Tensor) -> torch.Tensor:
                 others, count, replace=False
             )
             found |= (query == block) & torch.isin(key, torch.from_numpy(random_blocks))
-    return before & found
+    seen = before & found
+    return seen
 
 
 def _added(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -11,12 +11,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from alst_impl.config import Spec
+from training import assert_same_gradients, config_of, run_steps
+
+from alst_impl.config import Spec, TrainConfig
 from alst_impl.layout import Documents, Layout
+from alst_impl.models import materialize
 from alst_impl.ops.attention import sparse
 from alst_impl.ops.attention.cores.base import load_core
 from alst_impl.ops.attention.patterns.base import Pattern, as_pattern
 from alst_impl.ops.attention.variant import Variant
+from harness.gate import truth
+from harness.gate.gradients import pattern_of as pattern_of_run
+from harness.gate.gradients import samples_of
+from harness.gate.verdict import TOLERANCES
+from tests.conftest import Ranks
 
 PATTERNS: list[dict[str, Any]] = [
     {"name": "window", "window": 1},
@@ -171,3 +179,64 @@ def test_tiles_are_exact(
         results.append([out.detach(), *grads])
     for found, truth in zip(*results, strict=True):
         torch.testing.assert_close(found, truth, rtol=1e-11, atol=1e-12)
+
+
+ULYSSES = {"name": "alst", "sp": 2, "tiles": 3}
+RUNS: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = [
+    *((options, ULYSSES, {"engine": "plain"}) for options in PATTERNS[3:11:2]),
+    (PATTERNS[10], ULYSSES, {"engine": "fsdp2"}),
+    (PATTERNS[10], ULYSSES, {"engine": {"name": "zero", "stage": 3}, "dtype": "float32"}),
+    (PATTERNS[10], {"name": "baseline"}, {"engine": "plain"}),
+    (PATTERNS[7], {"name": "mst"}, {"engine": "fsdp2", "dtype": "float32"}),
+]
+WINDOWED = [
+    {"name": "ring", "cp": 2},
+    {"name": "usp", "cp": 2, "sp": 2},
+    {"name": "chunked", "chunk": 30},
+]
+
+
+def config_with(options: dict[str, Any], method: dict[str, Any], **more: Any) -> TrainConfig:
+    """A run whose attention has a pattern, with packed documents at an odd length, and accumulation."""
+    settings = {"dtype": "float64", "accumulation": 2, "data": {"documents": 3, "mask": "prefix"}}
+    return config_of(
+        **{**settings, **more},
+        method=method,
+        seqlen=ODD,
+        world_size=max(2, method.get("cp", 1) * method.get("sp", 1)),
+        attention={"name": "sdpa", "pattern": options},
+    )
+
+
+def assert_gradients_are_those_of_the_same_mask(ranks: Ranks, config: TrainConfig) -> None:
+    """Every gradient is that of the stock model in fp64 with a dense mask."""
+    model = materialize(config).double()  # the weights that the run starts with
+    samples, pattern = samples_of(config, 0), pattern_of_run(config)
+    assert pattern is not None
+    full = truth.gradients_of(model, samples)
+    model.zero_grad()
+    samples["masks"] = truth.masks(pattern, samples["position_ids"])
+    expected = truth.gradients_of(model, samples)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert (expected[name] - full[name]).norm() > 0.1 * full[name].norm()  # the pattern hides much
+    del expected["loss"]
+    run = ranks(config.world_size)(run_steps, config)[0]
+    exact = TOLERANCES[config.dtype]
+    assert_same_gradients(run.gradients, expected, exact.ratio, exact.cosine)
+
+
+@pytest.mark.parametrize(("options", "method", "settings"), RUNS, ids=str)
+def test_a_run_trains_as_the_stock_model_with_the_same_mask(
+    ranks: Ranks, options: dict[str, Any], method: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    """Under methods with whole sequences of some heads, and every engine."""
+    assert_gradients_are_those_of_the_same_mask(ranks, config_with(options, method, **settings))
+
+
+@pytest.mark.parametrize("method", WINDOWED, ids=str)
+def test_methods_that_compute_windows_take_a_pattern_that_is_one(
+    ranks: Ranks, method: dict[str, Any]
+) -> None:
+    """A ring sends keys to the ranks that see them alone."""
+    config = config_with(PATTERNS[1], method, engine="plain")
+    assert_gradients_are_those_of_the_same_mask(ranks, config)

@@ -28,6 +28,7 @@ from torch.distributed import ProcessGroup, Work
 
 from alst_impl.layout import Layout
 from alst_impl.ops.attention import flash
+from alst_impl.ops.attention.cores.base import Core
 from alst_impl.ops.attention.meetings import Meeting, Shape, Sight
 from alst_impl.ops.attention.variant import Variant
 from alst_impl.ops.autograd import apply
@@ -56,6 +57,8 @@ class RingAttention:
     """Causal attention over a sequence that is sharded along axis `cp` of its layout."""
 
     evidence: Evidence
+    core: Core | None = None
+    """What attends where there is no ring. Its pattern may be a window; None has none."""
 
     def __call__(
         self,
@@ -70,6 +73,8 @@ class RingAttention:
 
         Raises `ValueError` for soft-capped scores.
         """
+        if self.core is not None:
+            variant = self.core.narrowed(layout, variant)
         group = layout.group("cp")
         assert group is not None, "a ring has several ranks"
         if variant.softcap is not None:
