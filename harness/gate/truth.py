@@ -260,8 +260,7 @@ def masks(pattern: dict[str, Any], positions: torch.Tensor) -> torch.Tensor:
     if pattern["name"] == "window":
         steps, rest = (query - key) // pattern["dilation"], (query - key) % pattern["dilation"]
         near = (rest == 0) & (steps < pattern["window"])
-        seen: torch.Tensor = before & (near | (key < pattern["global_tokens"]))
-        return seen
+        return torch.logical_and(before, near | (key < pattern["global_tokens"]))
     if pattern["name"] != "block_sparse":
         raise Refused(f"pattern '{pattern['name']}' has no dense mask in {Path(__file__).name}")
     query, key = query // pattern["block"], key // pattern["block"]
@@ -274,8 +273,7 @@ def masks(pattern: dict[str, Any], positions: torch.Tensor) -> torch.Tensor:
                 others, count, replace=False
             )
             found |= (query == block) & torch.isin(key, torch.from_numpy(random_blocks))
-    seen = before & found
-    return seen
+    return torch.logical_and(before, found)
 
 
 def _added(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

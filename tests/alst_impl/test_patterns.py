@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from functools import lru_cache
 from itertools import pairwise
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-
+from torch.nn.attention import flex_attention
 from training import assert_same_gradients, config_of, run_steps
 
 from alst_impl.config import Spec, TrainConfig
 from alst_impl.layout import Documents, Layout
 from alst_impl.models import materialize
-from alst_impl.ops.attention import sparse
+from alst_impl.ops.attention import flex, sparse
 from alst_impl.ops.attention.cores.base import load_core
 from alst_impl.ops.attention.patterns.base import Pattern, as_pattern
 from alst_impl.ops.attention.variant import Variant
@@ -177,18 +178,83 @@ def test_tiles_are_exact(
         loss(out).backward()
         grads = [x.grad for x in [*tensors, *([sinks] if with_sinks else [])]]
         results.append([out.detach(), *grads])
-    for found, truth in zip(*results, strict=True):
-        torch.testing.assert_close(found, truth, rtol=1e-11, atol=1e-12)
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's definition of FlexAttention, whose gradients are allowed on a CPU, in place of the compiled kernel."""
+    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
+    monkeypatch.setattr(flex, "_without_sinks", flex.without_sinks)
+    monkeypatch.setattr(flex, "_with_sinks", flex.with_sinks)
+
+
+@pytest.mark.usefixtures("uncompiled")
+@named
+@pytest.mark.parametrize("documents", DOCUMENTS)
+def test_flex_has_the_same_mask(options: dict[str, Any], documents: Documents | None) -> None:
+    """Output and every gradient equal those of dense scores, by PyTorch's own definition of the kernel."""
+    results = []
+    for ours in (True, False):
+        *tensors, sinks = inputs()
+        variant = Variant(0.7, softcap=0.5, sinks=sinks)
+        if ours:
+            out = flex.attend(*tensors, variant, documents, pattern_of(options))
+        else:
+            out = expected_attention(options, tensors, variant, documents)
+        loss(out).backward()
+        results.append([out.detach(), *(x.grad for x in [*tensors, sinks])])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
+
+
+@named
+@pytest.mark.parametrize("block", [4, 16, 32])
+@pytest.mark.parametrize("samples", [((ODD,),), ((70, 1, 78), (ODD,))])
+def test_flex_visits_the_blocks_that_are_seen(
+    options: dict[str, Any], block: int, samples: flex.Samples
+) -> None:
+    """Each block with a key that some query sees is listed once, and as whole only if all queries see all its keys."""
+    for sample, found in enumerate(samples):
+        mask = torch.block_diag(*(dense(options, n).double() for n in found)).bool()
+        part, whole = (
+            {(row, column) for which, row, column in pairs.tolist() if which == sample}
+            for pairs in flex.listed_blocks(samples, pattern_of(options), block)
+        )
+        assert not part & whole
+        for row in range(-(-ODD // block)):
+            for column in range(-(-ODD // block)):
+                tile = mask[row * block : (row + 1) * block, column * block : (column + 1) * block]
+                if tile.any():
+                    assert (row, column) in part | whole
+                if (row, column) in whole:
+                    assert tile.all()
+                    assert tile.shape[1] == block
+
+
+@pytest.mark.parametrize("options", [PATTERNS[3], {"name": "block_sparse", "block": 128}], ids=str)
+def test_tables_of_blocks_stay_small(options: dict[str, Any]) -> None:
+    """At a million tokens; both directions list the same blocks."""
+    block, tables = flex.sparse_tables(((2**20,),), pattern_of(options))
+    assert block == 1_024
+    assert max(place.numel() for _, place in tables) <= flex.ENTRIES
+    kv, whole_kv, q, whole_q = (int(number.sum()) for number, _ in tables)
+    assert (kv, whole_kv) == (q, whole_q)
 
 
 ULYSSES = {"name": "alst", "sp": 2, "tiles": 3}
-RUNS: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = [
-    *((options, ULYSSES, {"engine": "plain"}) for options in PATTERNS[3:11:2]),
-    (PATTERNS[10], ULYSSES, {"engine": "fsdp2"}),
-    (PATTERNS[10], ULYSSES, {"engine": {"name": "zero", "stage": 3}, "dtype": "float32"}),
-    (PATTERNS[10], {"name": "baseline"}, {"engine": "plain"}),
-    (PATTERNS[7], {"name": "mst"}, {"engine": "fsdp2", "dtype": "float32"}),
-]
+ZERO = {"engine": {"name": "zero", "stage": 3}, "dtype": "float32"}
+RUNS = {
+    "window-and-global-tokens": (PATTERNS[3], ULYSSES, {}),
+    "dilated": (PATTERNS[5], ULYSSES, {}),
+    "random-blocks": (PATTERNS[10], ULYSSES, {}),
+    "fsdp2": (PATTERNS[10], ULYSSES, {"engine": "fsdp2"}),
+    "zero": (PATTERNS[10], ULYSSES, ZERO),
+    "baseline": (PATTERNS[10], {"name": "baseline"}, {}),
+    "mst": (PATTERNS[7], {"name": "mst"}, {"engine": "fsdp2", "dtype": "float32"}),
+}
 WINDOWED = [
     {"name": "ring", "cp": 2},
     {"name": "usp", "cp": 2, "sp": 2},
@@ -225,18 +291,17 @@ def assert_gradients_are_those_of_the_same_mask(ranks: Ranks, config: TrainConfi
     assert_same_gradients(run.gradients, expected, exact.ratio, exact.cosine)
 
 
-@pytest.mark.parametrize(("options", "method", "settings"), RUNS, ids=str)
-def test_a_run_trains_as_the_stock_model_with_the_same_mask(
-    ranks: Ranks, options: dict[str, Any], method: dict[str, Any], settings: dict[str, Any]
-) -> None:
+@pytest.mark.parametrize("run", RUNS)
+def test_a_run_trains_as_the_stock_model_with_the_same_mask(ranks: Ranks, run: str) -> None:
     """Under methods with whole sequences of some heads, and every engine."""
+    options, method, settings = RUNS[run]
     assert_gradients_are_those_of_the_same_mask(ranks, config_with(options, method, **settings))
 
 
-@pytest.mark.parametrize("method", WINDOWED, ids=str)
+@pytest.mark.parametrize("method", WINDOWED, ids=itemgetter("name"))
 def test_methods_that_compute_windows_take_a_pattern_that_is_one(
     ranks: Ranks, method: dict[str, Any]
 ) -> None:
     """A ring sends keys to the ranks that see them alone."""
-    config = config_with(PATTERNS[1], method, engine="plain")
+    config = config_with(PATTERNS[1], method)
     assert_gradients_are_those_of_the_same_mask(ranks, config)

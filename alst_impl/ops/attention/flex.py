@@ -9,17 +9,22 @@ Legend: B batch, S sequence, H query heads, K kv heads, D head dim, n blocks of 
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch._dynamo as dynamo
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from alst_impl.layout import Documents
 from alst_impl.ops.attention import flash
+from alst_impl.ops.attention.patterns.base import Pattern
 from alst_impl.ops.attention.variant import Variant
 from alst_impl.ops.autograd import as_it_stands
 
@@ -39,22 +44,31 @@ are sinks, whether gradients are recorded, size of blocks, and for the first len
 OPTIONS: FlexKernelOptions = {"BACKEND": "TRITON"}
 """The kernel for few queries, which PyTorch may choose without it, does not take every mask."""
 
+Samples = tuple[tuple[int, ...], ...]
+"""Lengths of the documents of each sample."""
+Pairs = NDArray[np.int64]
+"""Sample, block of queries and block of keys, [N, 3]."""
 Table = tuple[Tensor, Tensor]
 """For each row of blocks, how many blocks are listed, [B, 1, n], and which, [B, 1, n, w]; int32."""
 
 
 @as_it_stands  # the functions that it calls are compiled apart from its caller
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, variant: Variant, documents: Documents | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    variant: Variant,
+    documents: Documents | None,
+    pattern: Pattern | None = None,
 ) -> Tensor:
     """query [B, H, S, D], key [B, K, S, D], value [B, K, S, V] -> [B, H, S, V] in their dtype, causal. On CUDA.
 
-    `variant.chunk` is ignored: `documents` are cut at the borders of chunks. Scores and sums are in fp32.
+    A query sees the last `variant.window` keys of its document, or those of `pattern`. `variant.chunk` is ignored: `documents` are cut at the borders of chunks. Scores and sums are in fp32.
     """
     samples = tuple(map(tuple, documents or [[query.shape[2]]]))
     if len(set(samples)) == 1:
         samples = samples[:1]
-    mask = block_mask(samples, variant.window, query.shape[0], query.device)
+    mask = block_mask(samples, pattern or variant.window, query.shape[0], query.device)
     wider = max(value.shape[3] / query.shape[3], 1)  # strides of the output over those of the query
     query, key, value = (_within_reach(x, wider) for x in (query, key, value))
     # A soft-cap that is no constant is an error in the kernel.
@@ -112,28 +126,36 @@ def _capped(softcap: float) -> Callable[..., Tensor]:
 
 @lru_cache(maxsize=MASKS)
 def block_mask(
-    samples: tuple[tuple[int, ...], ...], window: int | None, batch: int, device: torch.device
+    samples: Samples, limit: int | Pattern | None, batch: int, device: torch.device
 ) -> BlockMask:
     """The mask of `batch` samples with documents of the lengths in `samples`: one for all, or one for each.
 
-    A query sees the last `window` keys of its document. The mask is made on the host, and none of its tensors
-    has more than B x S or `ENTRIES` entries.
+    A query sees the last `limit` keys of its document, or those of the pattern `limit`. The mask is made on the host,
+    and none of its tensors has more than B x S or `ENTRIES` entries.
     """
     with torch.inference_mode(mode=False):  # it may be made in an evaluation, and kept for training
-        first = first_keys(samples, window)
-        block = _block_size(first)
-        kv, whole_kv, q, whole_q = (_on(device, table) for table in block_tables(first, block))
+        sees = None
+        if isinstance(limit, Pattern):
+            first, sees = first_keys(samples, None), limit.sees(sum(samples[0]), device)
+            block, tables = sparse_tables(samples, limit)
+        else:
+            first = first_keys(samples, limit)
+            block = _block_size(first)
+            tables = block_tables(first, block)
+        kv, whole_kv, q, whole_q = (_on(device, table) for table in tables)
         first = first.to(device).expand(batch, -1)
     seqlen = first.shape[1]
 
     def mask_mod(sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query) & (key >= first[sample, query])
+        start = first[sample, query]
+        seen = (key <= query) & (key >= start)
+        return seen if sees is None else seen & sees(query - start, key - start)
 
     lengths, blocks = (seqlen, seqlen), (block, block)
     return BlockMask(lengths, *kv, *whole_kv, *q, *whole_q, BLOCK_SIZE=blocks, mask_mod=mask_mod)
 
 
-def first_keys(samples: tuple[tuple[int, ...], ...], window: int | None) -> Tensor:
+def first_keys(samples: Samples, window: int | None) -> Tensor:
     """The first key that each query sees, int32 [B, S], ascending, on the host."""
     rows = []
     for lengths in samples:
@@ -193,6 +215,52 @@ def _table(run: tuple[Tensor, Tensor], more: tuple[Tensor, Tensor] | None = None
     shift = torch.where(column < first[..., None], start[..., None], (following - first)[..., None])
     place = (column + shift).clamp(max=start.shape[1] - 1)  # those beyond the number are not used
     return number.to(torch.int32).unsqueeze(1), place.to(torch.int32).unsqueeze(1)
+
+
+def sparse_tables(samples: Samples, pattern: Pattern) -> tuple[int, tuple[Table, ...]]:
+    """The smallest size of blocks with which no table exceeds `ENTRIES`, and the tables, as `block_tables` has them."""
+    block = BLOCK
+    while True:
+        rows = len(samples), -(-sum(samples[0]) // block)
+        of_queries = listed_blocks(samples, pattern, block)
+        of_keys = [pairs[np.lexsort(pairs.T[[1, 2, 0]])][:, [0, 2, 1]] for pairs in of_queries]
+        listed = [
+            (pairs, np.bincount(pairs[:, 0] * rows[1] + pairs[:, 1], minlength=rows[0] * rows[1]))
+            for pairs in (*of_queries, *of_keys)
+        ]
+        if max(int(number.max()) for _, number in listed) * rows[0] * rows[1] <= ENTRIES:
+            return block, tuple(_listed(*each, rows) for each in listed)
+        block *= 2
+
+
+def listed_blocks(samples: Samples, pattern: Pattern, block: int) -> tuple[Pairs, Pairs]:
+    """Blocks of keys that a block of queries sees in part, and those that it sees whole, ascending."""
+    part, whole = [], []
+    for sample, lengths in enumerate(samples):
+        borders = [0, *accumulate(lengths)]
+        for row, first in enumerate(range(0, borders[-1], block)):
+            stop = min(first + block, borders[-1])
+            some: set[int] = set()
+            every: set[int] = set()
+            for document in range(bisect_right(borders, first) - 1, bisect_left(borders, stop)):
+                start = borders[document]
+                queries = max(first, start) - start, min(stop, borders[document + 1]) - start
+                for key, end in pattern.runs(*queries):
+                    some |= set(range((start + key) // block, (start + end - 1) // block + 1))
+                if queries[1] - queries[0] == stop - first:
+                    for key, end in pattern.whole_runs(*queries):
+                        every |= set(range(-(-(start + key) // block), (start + end) // block))
+            part += [(sample, row, column) for column in sorted(some - every)]
+            whole += [(sample, row, column) for column in sorted(every)]
+    return np.array(part).reshape(-1, 3), np.array(whole, dtype=int).reshape(-1, 3)
+
+
+def _listed(pairs: Pairs, number: NDArray[np.int64], rows: tuple[int, int]) -> Table:
+    """The table of `pairs`, of which each row has `number`, [B * n]."""
+    place = np.zeros((len(number), max(int(number.max()), 2)), dtype=np.int32)
+    place[np.arange(place.shape[1]) < number[:, None]] = pairs[:, 2]
+    counted = torch.from_numpy(number.astype(np.int32)).view(rows[0], 1, rows[1])
+    return counted, torch.from_numpy(place).view(rows[0], 1, rows[1], -1)
 
 
 def _on(device: torch.device, table: Table) -> Table:

@@ -21,6 +21,7 @@ class Flex(Core):
     """GPU only. The first calls of a process take the time of a compiler."""
 
     compiled: ClassVar[bool] = True
+    patterned: ClassVar[bool] = True
 
     def missing(self) -> str | None:
         if importlib.util.find_spec("triton") is not None:
@@ -34,6 +35,9 @@ class Flex(Core):
 
         _check(query, value)
         batch, _, seqlen, _ = query.shape
+        if self.pattern is not None:
+            pattern, variant = self.limits(layout, variant)
+            return flex.attend(query, key, value, variant, layout.documents, pattern)
         variant = variant.over(seqlen)
         documents = variant.documents(batch, seqlen, layout.documents)
         return flex.attend(query, key, value, variant, documents)

@@ -44,6 +44,10 @@ class Pattern(Frozen):
         """
 
     @abstractmethod
+    def whole_runs(self, first: int, stop: int) -> list[Run]:
+        """Keys that every query from `first` to before `stop` sees, or at least most of them: ascending runs."""
+
+    @abstractmethod
     def pairs(self, length: int) -> int:
         """(query, key) pairs that a document of `length` tokens has."""
 

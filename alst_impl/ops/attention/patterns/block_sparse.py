@@ -52,21 +52,33 @@ class BlockSparse(Pattern):
         none = (-1,) * self.random_blocks
         rows = [(*self.drawn(block), *none)[: self.random_blocks] for block in range(blocks)]
         table = torch.tensor(rows, dtype=torch.int32, device=device)  # [blocks, random_blocks]
+        size, last, first = self.block, self.window_blocks, self.global_blocks
+        count = self.random_blocks
 
         def seen(query: Tensor, key: Tensor) -> Tensor:
-            own, other = query // self.block, key // self.block
-            found = (own - other < self.window_blocks) | (other < self.global_blocks)
-            for index in range(self.random_blocks):
+            own, other = query // size, key // size
+            found = (own - other < last) | (other < first)
+            for index in range(count):
                 found = found | (table[own, index] == other)
             return found
 
         return seen
 
     def runs(self, first: int, stop: int) -> list[Run]:
-        found: set[int] = set()
-        for block in range(first // self.block, (stop - 1) // self.block + 1):
-            found |= set(self.blocks(block))
-        return merged((block * self.block, min((block + 1) * self.block, stop)) for block in found)
+        return self._tokens(set().union(*self._seen(first, stop)), stop)
+
+    def whole_runs(self, first: int, stop: int) -> list[Run]:
+        return self._tokens(set.intersection(*self._seen(first, stop)), first + 1)
+
+    def _seen(self, first: int, stop: int) -> list[set[int]]:
+        """The blocks that each block of queries sees."""
+        own = range(first // self.block, (stop - 1) // self.block + 1)
+        return [set(self.blocks(block)) for block in own]
+
+    def _tokens(self, blocks: set[int], stop: int) -> list[Run]:
+        """Runs of the tokens of `blocks` before `stop`."""
+        size = self.block
+        return merged((block * size, min((block + 1) * size, stop)) for block in blocks)
 
     def pairs(self, length: int) -> int:
         total = 0

@@ -34,12 +34,13 @@ class Window(Pattern):
                 )
 
     def sees(self, length: int, device: device) -> Sees:
-        reach = self.window * self.dilation
+        step, reach, first = self.dilation, self.window * self.dilation, self.global_tokens
 
         def seen(query: Tensor, key: Tensor) -> Tensor:
-            distance = query - key
-            near = (distance < reach) & (distance % self.dilation == 0)
-            return near | (key < self.global_tokens)
+            near = query - key < reach
+            if step > 1:
+                near = near & ((query - key) % step == 0)
+            return near | (key < first) if first else near
 
         return seen
 
@@ -50,6 +51,10 @@ class Window(Pattern):
             shifts = range(0, self.window * self.dilation, self.dilation)
             near = [(max(first - by, 0), stop - by) for by in shifts if by < stop]
         return merged([(0, min(self.global_tokens, stop)), *near])
+
+    def whole_runs(self, first: int, stop: int) -> list[Run]:
+        near = [(max(stop - self.window, 0), first + 1)] if self.dilation == 1 else []
+        return merged([(0, min(self.global_tokens, first + 1)), *near])
 
     def pairs(self, length: int) -> int:
         query = np.arange(length)
