@@ -225,6 +225,11 @@ def _check_world(cell: Cell, core: Core) -> None:
     if cell.traits.gpus:
         return
     if cell.traits.phantom:
+        if core.pattern is not None and not core.compiled:
+            raise ValueError(
+                f"attention '{cell.train.attention.name}' computes pattern {core.pattern.text} in tiles of plain PyTorch, "
+                "which no one trains with on a GPU, so that their bytes say nothing; use attention 'flex'"
+            )
         if not (core.flash or core.compiled):
             raise ValueError(
                 f"phantom devices run PyTorch's own attention kernels only, not attention '{cell.train.attention}'; "

@@ -21,7 +21,7 @@ from alst_impl.ops.attention.cores.base import load_core
 from harness.cells.cell import Cell, make_cell
 from harness.cells.hardware import is_file, row_name
 from harness.cells.units import bytes_value
-from harness.commands.options import length, share
+from harness.commands.options import length, parsed, share
 
 Result = TypeVar("Result")
 States = Literal["host", "gpu"]
@@ -64,6 +64,15 @@ class Request:
             "those of PyTorch's own where the kernel cannot run on a phantom device."
         ),
     ] = "sdpa"
+    pattern: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME:KEY=VALUE,...",
+            show_default="all keys before a query",
+            help="Keys that a query sees, with kernel flex: a file in alst_impl/ops/attention/patterns/ and its options, "
+            "such as window:window=4096,global_tokens=64.",
+        ),
+    ] = None
     engine: Annotated[
         str | None,
         typer.Option(
@@ -109,7 +118,9 @@ class Request:
         """The checked cell of this run with `method` and its `options`; sp, then cp, are the largest legal degrees
         that `options` do not say. Raises `ValueError` for an impossible one.
         """
-        runs = load_core(self.kernel).flash
+        limits = {} if self.pattern is None else {"pattern": _pattern(self.pattern)}
+        attention = Spec(name=self.kernel, options=limits)
+        runs = load_core(attention).flash or self.pattern is not None
         return make_cell(
             {
                 "model": canonical(self.model),
@@ -120,7 +131,7 @@ class Request:
                 "accumulation": self.accumulate,
                 "world_size": gpus,
                 "dtype": self.dtype,
-                "attention": self.kernel if runs else "sdpa",
+                "attention": attention if runs else "sdpa",
                 "lora": _lora(self.lora),
                 "data": {"documents": _documents(self.documents)},
                 "world": "phantom",
@@ -233,6 +244,11 @@ def _lora(text: str | None) -> dict[str, Any] | None:
             f"--lora {text}: '{rank}' is no rank; write such as 16 or 16:q_proj,v_proj"
         )
     return {"rank": int(rank), **({"targets": targets.split(",")} if targets else {})}
+
+
+def _pattern(text: str) -> dict[str, Any]:
+    name, _, options = text.partition(":")
+    return {"name": name, **parsed(options.split(",") if options else [], "--pattern")}
 
 
 def _documents(text: str) -> int | list[int]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from alst_impl.config import Frozen
 from alst_impl.models import field, window
+from alst_impl.ops.attention.patterns.base import Pattern, pairs_of
 from alst_impl.ops.attention.variant import visible_pairs
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -89,15 +90,20 @@ def paper_formula(shape: Shape, seqlen: int) -> float:
     return float(linear + 4 * passes * shape.num_layers * shape.hidden_size * seqlen**2)
 
 
-def model_causal(shape: Shape, documents: Sequence[int], frozen: float = 0.0) -> float:
+def model_causal(
+    shape: Shape,
+    documents: Sequence[int],
+    frozen: float = 0.0,
+    pattern: Pattern | None = None,
+) -> float:
     """FLOPs that training on one sequence of `documents` (their lengths) requires, without recomputation and
     without masked scores.
 
     6 (N - lookup - idle) S + 12 L H D pairs: three passes. Attention has two matrix products over the visible
-    query-key pairs. The share `frozen` of the parameters has no gradient, which saves them one pass.
+    query-key pairs, with a `pattern` only over its own. The share `frozen` of the parameters has no gradient, which saves them one pass.
     """
     linear = linear_forward(shape, sum(documents)) * (3 - frozen)
-    return float(linear + 3 * attention_forward(shape, documents))
+    return float(linear + 3 * attention_forward(shape, documents, pattern))
 
 
 def linear_forward(shape: Shape, seqlen: int) -> int:
@@ -106,8 +112,16 @@ def linear_forward(shape: Shape, seqlen: int) -> int:
     return 2 * active * seqlen
 
 
-def attention_forward(shape: Shape, documents: Sequence[int]) -> int:
-    """FLOPs of causal attention in one forward pass: q k^T and p v over visible pairs, within `documents`."""
+def attention_forward(
+    shape: Shape, documents: Sequence[int], pattern: Pattern | None = None
+) -> int:
+    """FLOPs of causal attention in one forward pass: q k^T and p v over visible pairs, within `documents`.
+
+    With a `pattern`, which no window of a layer joins, these are its pairs.
+    """
+    if pattern is not None:
+        seen = shape.num_layers * sum(pairs_of(pattern, length) for length in documents)
+        return 4 * shape.num_heads * shape.head_dim * seen
     windowed = sum(shape.windows.values())
     pairs = (shape.num_layers - windowed) * sum(visible_pairs(length) for length in documents)
     for size, layers in shape.windows.items():

@@ -306,9 +306,10 @@ def _flops(config: TrainConfig) -> Flops:
     shape = flops.shape_of(fields, parts.num_parameters, parts.num_expert_parameters)
     frozen = 1 - parts.num_trained_parameters / parts.num_parameters
     documents = config.data.lengths(config.seqlen, config.seed, 0)
+    pattern = load_core(config.attention).pattern
     return Flops(
         paper_formula=_sequences(config) * flops.paper_formula(shape, config.seqlen),
-        model_causal=_sequences(config) * flops.model_causal(shape, documents, frozen),
+        model_causal=_sequences(config) * flops.model_causal(shape, documents, frozen, pattern),
     )
 
 

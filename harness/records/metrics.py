@@ -12,6 +12,7 @@ from typing import NamedTuple
 from alst_impl.config import TrainConfig
 from alst_impl.methods.base import step_samples
 from alst_impl.models import described
+from alst_impl.ops.attention.cores.base import load_core
 from alst_impl.sources.base import load_source
 from harness.cells.hardware import load_hardware
 from harness.formulas.flops import model_causal, shape_of
@@ -86,7 +87,8 @@ def _mfu(m: Measurement) -> float | None:
         return None
     shape = shape_of(described(t.model, t.overrides), r.num_parameters, r.num_expert_parameters)
     documents = t.data.lengths(t.seqlen, t.seed, 0)
-    return step_samples(t) * model_causal(shape, documents) / (seconds * t.world_size * peak)
+    flops = model_causal(shape, documents, pattern=load_core(t.attention).pattern)
+    return step_samples(t) * flops / (seconds * t.world_size * peak)
 
 
 METRICS = {

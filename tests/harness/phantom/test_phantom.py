@@ -241,13 +241,29 @@ def test_the_trainer_of_transformers_runs_as_one_rank_of_four() -> None:
 
 @pytest.mark.slow
 @NEEDS_TRITON
-def test_the_code_of_core_flex_computes_attention(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "limit",
+    [
+        {"window": 290, "pattern": None},
+        {
+            "window": None,
+            "pattern": {
+                "name": "block_sparse",
+                "block": 48,
+                "window_blocks": 2,
+                "random_blocks": 2,
+            },
+        },
+    ],
+    ids=["window", "pattern"],
+)
+def test_the_code_of_core_flex_computes_attention(tmp_path: Path, limit: dict[str, Any]) -> None:
     """The code that PyTorch makes for the device, run by Triton's interpreter, has the output and gradients of
     core `sdpa`, where blocks are seen whole, in part and not at all, and the last one is short. That tells
     nothing of what a GPU's compiler makes of it.
     """
     documents = [[440, 9, 1]]
-    case = {"seqlen": 450, "documents": documents, "window": 290, "softcap": 3.0}
+    case = {"seqlen": 450, "documents": documents, "softcap": 3.0, **limit}
     arguments = [str(tmp_path), json.dumps(case)]
     result = phantom("flex_code", arguments=arguments, limit_s=400)
     assert result.verdict == "fits", (result.reason, result.processes)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch._inductor.codecache import PyCodeCache
 
+from alst_impl.config import Spec
 from alst_impl.layout import Layout
 from alst_impl.ops.attention.cores.base import load_core
 from alst_impl.ops.attention.variant import Variant
@@ -31,4 +32,5 @@ query, key, value = (torch.zeros(shape, device="cuda", requires_grad=True) for s
 sinks = torch.zeros(2, device="cuda", requires_grad=True)
 variant = Variant(0.3, case["window"], softcap=case["softcap"], sinks=sinks)
 layout = Layout(case["seqlen"], documents=case["documents"])
-load_core("flex")(query, key, value, layout=layout, variant=variant).sum().backward()
+core = load_core(Spec(name="flex", options={"pattern": case["pattern"]}))
+core(query, key, value, layout=layout, variant=variant).sum().backward()

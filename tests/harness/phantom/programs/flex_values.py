@@ -23,6 +23,7 @@ from torch._inductor.codecache import PyCodeCache
 from torch._inductor.runtime import triton_helpers, triton_heuristics
 from torch.nn.attention import flex_attention
 
+from alst_impl.config import Spec
 from alst_impl.layout import Layout
 from alst_impl.ops.attention import flex
 from alst_impl.ops.attention.cores.base import load_core
@@ -142,14 +143,15 @@ torch.manual_seed(1)
 shapes = [(len(case["documents"]), heads, case["seqlen"], 16) for heads in (2, 1, 1)]
 drawn = [*(torch.randn(shape) for shape in shapes), torch.tensor([-1.0, 2.0])]
 layout = Layout(case["seqlen"], documents=case["documents"])
+core = load_core(Spec(name="sdpa", options={"pattern": case["pattern"]}))
 results = []
 for dtype in (torch.float32, torch.float64):
     tensors = [x.to(dtype, copy=True).requires_grad_() for x in drawn]
     variant = Variant(0.3, case["window"], softcap=case["softcap"], sinks=tensors[3])
     if dtype == torch.float32:
-        out = flex.attend(*tensors[:3], variant, case["documents"])
+        out = flex.attend(*tensors[:3], variant, case["documents"], core.pattern)
     else:
-        out = load_core("sdpa")(*tensors[:3], layout=layout, variant=variant)
+        out = core(*tensors[:3], layout=layout, variant=variant)
     out.backward(torch.linspace(-1, 2, out.numel(), dtype=dtype).view_as(out))
     results.append([out.detach(), *(x.grad for x in tensors)])
 print(json.dumps([float((a - b).norm() / b.norm()) for a, b in zip(*results, strict=True)]))
