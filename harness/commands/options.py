@@ -8,7 +8,7 @@ from typing import Any
 import typer
 import yaml
 
-from alst_impl.config import tokens
+from alst_impl.config import Spec, tokens
 
 
 def parsed(pairs: list[str], flag: str = "--option") -> dict[str, Any]:
@@ -23,6 +23,15 @@ def parsed(pairs: list[str], flag: str = "--option") -> dict[str, Any]:
         except yaml.YAMLError:
             raise ValueError(f"{flag} {pair}: the value is not YAML; quote it") from None
     return options
+
+
+def core_spec(kernel: str, pattern: str | None) -> Spec:
+    """Core attention `kernel`, with the `pattern` that text such as `window:window=4096,global_tokens=64` names."""
+    if pattern is None:
+        return Spec(name=kernel)
+    name, _, text = pattern.partition(":")
+    options = parsed(text.split(",") if text else [], "--pattern")
+    return Spec(name=kernel, options={"pattern": {"name": name, **options}})
 
 
 def share(text: str | float) -> float:

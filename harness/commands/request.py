@@ -21,7 +21,7 @@ from alst_impl.ops.attention.cores.base import load_core
 from harness.cells.cell import Cell, make_cell
 from harness.cells.hardware import is_file, row_name
 from harness.cells.units import bytes_value
-from harness.commands.options import length, parsed, share
+from harness.commands.options import core_spec, length, share
 
 Result = TypeVar("Result")
 States = Literal["host", "gpu"]
@@ -118,8 +118,7 @@ class Request:
         """The checked cell of this run with `method` and its `options`; sp, then cp, are the largest legal degrees
         that `options` do not say. Raises `ValueError` for an impossible one.
         """
-        limits = {} if self.pattern is None else {"pattern": _pattern(self.pattern)}
-        attention = Spec(name=self.kernel, options=limits)
+        attention = core_spec(self.kernel, self.pattern)
         runs = load_core(attention).flash or self.pattern is not None
         return make_cell(
             {
@@ -244,11 +243,6 @@ def _lora(text: str | None) -> dict[str, Any] | None:
             f"--lora {text}: '{rank}' is no rank; write such as 16 or 16:q_proj,v_proj"
         )
     return {"rank": int(rank), **({"targets": targets.split(",")} if targets else {})}
-
-
-def _pattern(text: str) -> dict[str, Any]:
-    name, _, options = text.partition(":")
-    return {"name": name, **parsed(options.split(",") if options else [], "--pattern")}
 
 
 def _documents(text: str) -> int | list[int]:

@@ -21,15 +21,23 @@ from harness.cells.cell import Cell, make_cell
 from harness.cells.units import bytes_text
 from harness.cells.worlds import TRAITS, World
 from harness.commands.live import CellLine
-from harness.commands.options import parsed
+from harness.commands.options import core_spec, parsed
 from harness.commands.request import Seqlen
 from harness.commands.run import DEFAULT_RESULTS, truth_cache
-from harness.gate.verdict import exactness
+from harness.gate.verdict import exactness, same_mask
 from harness.records.record import Measurement, Outcome, Readings
 from harness.run.measure import measure
 from harness.run.ranks import probed
 
 Pairs = list[str] | None
+Pattern = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME:KEY=VALUE,...",
+        show_default="all keys before a query",
+        help="Keys that a query sees, as in `alst predict`; the stock model gets the same mask.",
+    ),
+]
 Model = Annotated[str, typer.Option(help="A published configuration, or a path to a config.json.")]
 Overrides = Annotated[
     Pairs,
@@ -101,6 +109,7 @@ def verify(
     accumulation: Accumulation = 1,
     mask: Mask = "none",
     documents: Documents = 1,
+    pattern: Pattern = None,
     dtype: Dtype = "float32",
     seed: Seed = 0,
     world: InWorld = "cpu",
@@ -126,6 +135,7 @@ def verify(
             "seqlen": seqlen,
             "batch_size": batch,
             "accumulation": accumulation,
+            "attention": core_spec("sdpa", pattern),
             "dtype": dtype,
             "seed": seed,
             "data": {"mask": mask, "documents": documents},
@@ -218,12 +228,13 @@ def _answer(cell: Cell, readings: Readings) -> dict[str, Any]:
     gate = readings.gate
     assert gate is not None
     counters = readings.evidence
+    exact = exactness(gate, cell.train) or "exact within the dtype"
     return {
         "passed": gate.passed,
         "cell": cell.model_dump(mode="json"),
         "loss": {"ours": gate.loss, "truth": gate.truth_loss},
         "worst": gate.worst.model_dump(),
-        "exactness": exactness(gate, cell.train) or "exact within the dtype",
+        "exactness": "; ".join(filter(None, (exact, same_mask(cell.train)))),
         "parameters": [parameter.model_dump() for parameter in gate.parameters],
         # The smallest count of all ranks shows a rank that did nothing.
         "evidence": {name: min(c[name] for c in counters) for name in counters[0]},

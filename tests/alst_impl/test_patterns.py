@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 from functools import lru_cache
 from itertools import pairwise
 from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,14 +15,19 @@ import torch
 from torch import Tensor
 from torch.nn.attention import flex_attention
 from training import assert_same_gradients, config_of, run_steps
+from transformers import BigBirdConfig
+from transformers.masking_utils import sliding_window_overlay
 
 from alst_impl.config import Spec, TrainConfig
 from alst_impl.layout import Documents, Layout
 from alst_impl.models import materialize
-from alst_impl.ops.attention import flex, sparse
+from alst_impl.ops.attention import flex, patterns, sparse
 from alst_impl.ops.attention.cores.base import load_core
 from alst_impl.ops.attention.patterns.base import Pattern, as_pattern
 from alst_impl.ops.attention.variant import Variant
+from alst_impl.plugin import names
+from alst_impl.step import check
+from harness.formulas.flops import Shape, attention_forward
 from harness.gate import truth
 from harness.gate.gradients import pattern_of as pattern_of_run
 from harness.gate.gradients import samples_of
@@ -63,7 +70,7 @@ def seen(options: dict[str, Any], query: int, key: int) -> bool:
     block, last, first = o["block"], o.get("window_blocks", 3), o.get("global_blocks", 1)
     own, other = query // block, key // block
     between = np.arange(first, own - last + 1)
-    count = min(o.get("random_blocks", 1), len(between))
+    count = min(o.get("random_blocks", 3), len(between))
     rng = np.random.default_rng([o.get("seed", 0), own])
     drawn = rng.choice(between, count, replace=False) if count else []
     return own - other < last or other < first or other in drawn
@@ -305,3 +312,134 @@ def test_methods_that_compute_windows_take_a_pattern_that_is_one(
     """A ring sends keys to the ranks that see them alone."""
     config = config_with(PATTERNS[1], method)
     assert_gradients_are_those_of_the_same_mask(ranks, config)
+
+
+def test_every_pattern_is_among_those_of_these_tests() -> None:
+    """And so it has a dense mask in the program that computes the truth."""
+    assert {options["name"] for options in PATTERNS} == set(names(patterns.__name__))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"name": "window", "window": 0}, "window = 0: .* greater than or equal to 1"),
+        ({"name": "window", "window": 4, "dilation": 0}, "dilation = 0: .* greater than or equal"),
+        ({"name": "window", "window": 4, "global_tokens": 67}, r"global_tokens \(67\) .* up to 66"),
+        (
+            {"name": "window", "window": 4, "dilation": 67},
+            r"dilation \(67\) .* use dilation up to 66",
+        ),
+        ({"name": "block_sparse", "block": 68}, r"block \(68\) .* use block up to 67"),
+        ({"name": "block_sparse", "block": 16, "random_blocks": 6}, r"\(6\) .* up to 5"),
+        (
+            {"name": "windows", "window": 4},
+            "unknown pattern 'windows'; use one of block_sparse, win",
+        ),
+        ({"name": "window", "windows": 4}, "windows = 4: Extra inputs are not permitted"),
+    ],
+)
+def test_a_pattern_that_makes_no_sense_is_refused_in_one_line(
+    options: dict[str, Any], words: str
+) -> None:
+    """The error names the value, the rule and the way out."""
+    attention = {"name": "sdpa", "pattern": options}
+    with pytest.raises(ValueError, match=words) as caught:
+        check(config_of(method="alst", attention=attention))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "words"),
+    [
+        ({"method": "layerwise"}, PATTERNS[1], "'layerwise' does not .* use method 'alst'"),
+        ({"method": "seq1f1b"}, PATTERNS[1], "'seq1f1b' does not .* use method 'alst'"),
+        ({"method": "deepspeed_alst"}, PATTERNS[1], "'deepspeed_alst' does not"),
+        ({"method": {"name": "ring", "cp": 2}}, PATTERNS[3], "'ring' does not .* 'alst'"),
+        ({"method": {"name": "chunked", "chunk": 30}}, PATTERNS[3], "'chunked' does not"),
+        (
+            {"model": "tiny-mistral", "overrides": {"sliding_window": 13}},
+            PATTERNS[1],
+            "sliding_window=.* a model without",
+        ),
+    ],
+)
+def test_a_pattern_is_refused_where_it_is_not_computed(
+    settings: dict[str, Any], options: dict[str, Any], words: str
+) -> None:
+    """By methods whose attention knows no pattern, and for layers that have a window of their own."""
+    settings = {"method": "alst", "world_size": 2, **settings}
+    with pytest.raises(ValueError, match=words) as caught:
+        check(config_of(**settings, attention={"name": "sdpa", "pattern": options}))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_kernel_without_patterns_refuses_one() -> None:
+    """It names those that have them."""
+    spec = Spec(name="flash_attention_2", options={"pattern": PATTERNS[1]})
+    with pytest.raises(ValueError, match=r"window \(window=7\); use attention 'sdpa' or 'flex'"):
+        load_core(spec)
+
+
+def test_attention_without_options_is_written_as_its_name() -> None:
+    """As before it could have options, so that keys of cells and files of runs stay valid."""
+    plain = config_of(attention={"name": "sdpa"})
+    assert plain.model_dump()["attention"] == "sdpa"
+    assert plain == config_of() == TrainConfig(**plain.model_dump())
+    asked = {"name": "sdpa", "pattern": PATTERNS[1]}
+    sparse_run = config_of(attention=asked)
+    assert sparse_run.model_dump(mode="json")["attention"] == asked
+    assert str(sparse_run.attention) == "sdpa (pattern=window (window=7))"
+
+
+def test_flops_are_those_of_the_pattern() -> None:
+    """Two matrix products over its pairs, in each packed document."""
+    shape = Shape(
+        num_parameters=1,
+        num_lookup_parameters=0,
+        num_layers=3,
+        hidden_size=8,
+        num_heads=2,
+        head_dim=4,
+    )
+    pattern = pattern_of(PATTERNS[3])
+    pairs = sum(int(dense(PATTERNS[3], n).sum()) for n in (70, 79))
+    assert attention_forward(shape, [70, 79], pattern) == 2 * 2 * 4 * 2 * 3 * pairs
+
+
+def published() -> dict[str, str]:
+    """Value of each published fact."""
+    path = Path(__file__).parents[2] / "experiments/published/attention_patterns.csv"
+    with path.open(newline="") as file:
+        return {row["item"]: row["value"] for row in csv.DictReader(file)}
+
+
+def test_a_window_is_that_of_transformers() -> None:
+    """Its mask, pair by pair, and that of attention sinks by their formula."""
+    rows = torch.arange(ODD)
+    q, k = rows[:, None], rows
+    overlay = sliding_window_overlay(7)(0, 0, q, k)
+    mask = pattern_of(PATTERNS[1]).sees(ODD, rows.device)(q, k)
+    assert published()["sliding_window"] == "q - k < window"
+    assert torch.equal(mask, overlay)
+    assert torch.equal(mask, q - k < 7)
+    with_sinks = pattern_of(PATTERNS[3]).sees(ODD, rows.device)(q, k)
+    assert published()["attention_sinks"] == "k < n_sink or q - k < window"
+    assert torch.equal(with_sinks, (k < 3) | (q - k < 5))
+
+
+def test_defaults_of_blocks_are_those_of_bigbird() -> None:
+    """As transformers has them, and the published table."""
+    found, theirs = pattern_of({"name": "block_sparse"}).model_dump(), BigBirdConfig()
+    assert found["block"] == theirs.block_size == int(published()["block_size"])
+    assert found["random_blocks"] == theirs.num_random_blocks
+    assert theirs.num_random_blocks == int(published()["num_random_blocks"])
+
+
+def test_flex_has_no_backward_on_a_cpu() -> None:
+    """PyTorch says so, and the core offers another."""
+    query, key, value, _ = (x.float() for x in inputs())
+    with pytest.raises(NotImplementedError):
+        flex_attention.flex_attention(query, key, value, enable_gqa=True)
+    core = load_core(Spec(name="flex", options={"pattern": PATTERNS[1]}))
+    with pytest.raises(ValueError, match="no backward on cpu; use attention 'sdpa'"):
+        core(query, key, value, layout=Layout(ODD), variant=Variant(1))

@@ -265,6 +265,17 @@ def test_search_prints_the_agreed_keys(
         ("tiny-llama --seqlen 64 --documents 0", ["--documents 0", "such as 16"]),
         ("tiny-llama --seqlen 64 --lora many", ["--lora many", "such as 16"]),
         ("tiny-llama --seqlen 64 --kernel magic", ["magic", "sdpa"]),
+        ("tiny-llama --seqlen 64 --pattern window:window=0", ["window = 0", "equal to 1"]),
+        ("tiny-llama --seqlen 64 --pattern window:4", ["--pattern 4", "key=value"]),
+        ("tiny-llama --seqlen 64 --pattern window:window=8", ["window=8", "use attention 'flex'"]),
+        (
+            "tiny-llama --seqlen 64 --kernel flex --pattern window:window=8,global_tokens=64",
+            ["global_tokens (64)", "seqlen (64)", "up to 63"],
+        ),
+        (
+            "tiny-llama --seqlen 64 --kernel sdpa_flash --pattern window:window=8",
+            ["window (window=8)", "use attention 'sdpa' or 'flex'"],
+        ),
         ("tiny-llama --seqlen 64 --engine plain", ["plain", "--states gpu"]),
         ("tiny-llama --seqlen 64 --engine magic", ["unknown engine 'magic'", "fsdp2"]),
         ("tiny-llama --seqlen 64 --host-memory 256", ["'256' is not a size", "GiB"]),

@@ -25,7 +25,7 @@ class BlockSparse(Pattern):
     """Number of last blocks that a query sees, its own included."""
     global_blocks: int = Field(default=1, ge=0)
     """First blocks of a document that all later ones see."""
-    random_blocks: int = Field(default=1, ge=0)
+    random_blocks: int = Field(default=3, ge=0)
     """Number of further blocks that all queries of a block see, or all that there are, if fewer."""
     seed: int = Field(default=0, ge=0)
     """Draws them, for a block from its seed and its number alone: all heads, layers, steps and ranks draw the same."""
