@@ -107,6 +107,7 @@ def group_numbers(
     document of `edges` [Q], of which there are `counts` [Q].
     """
     from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
 
     degrees = np.asarray(cluster.degrees)
     share: NDArray[np.float64] = edges[:, None] / degrees
@@ -121,10 +122,12 @@ def group_numbers(
     devices = np.hstack([degrees, np.zeros(q * d)])[None]
     all_done = np.hstack([np.zeros((q, d)), np.kron(np.eye(q), np.ones(d))])
     most = np.concatenate([cluster.devices // degrees, (free * counts[:, None]).ravel()])
+    # With dense matrices scipy makes every warning of the process an error for a moment, and another thread may train.
+    limited, all_done = csr_array(np.vstack([*within, devices])), csr_array(all_done)
     found = milp(
         np.zeros(d + q * d),
         constraints=[
-            LinearConstraint(np.vstack([*within, devices]), ub=[0] * 2 * d + [cluster.devices]),
+            LinearConstraint(limited, ub=[0] * 2 * d + [cluster.devices]),
             LinearConstraint(all_done, counts, counts),
         ],
         bounds=Bounds(0, most),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -282,3 +283,19 @@ def test_a_wrong_plan_is_caught(groups: tuple[Group, ...]) -> None:
 def test_an_unknown_planner_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match="unknown planner 'flex'; use one of best_fit, flexsp"):
         load_planner(Spec(name="flex"))
+
+
+@pytest.mark.parametrize("name", PLANNERS)
+def test_a_planner_leaves_the_warnings_of_other_threads_alone(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Filters of warnings belong to the process, and a step trains while the next one is planned."""
+
+    def changed(*_: object, **__: object) -> None:
+        raise AssertionError("a planner changed the filters of warnings")
+
+    lengths, cluster = batch(3)
+    planned(name, lengths, cluster)  # what is imported on first use may
+    with monkeypatch.context() as patched:
+        patched.setattr(warnings.catch_warnings, "__enter__", changed)
+        planned(name, lengths, cluster)
