@@ -5,7 +5,8 @@ group of ranks, which packs its documents and runs Ulysses over them. Parameters
 change from one micro-batch to the next and move no weights. All ranks run equally many micro-batches; one that a plan
 leaves idle runs a token without a label, to take its part in the engine's collectives.
 
-Every rank makes the same plan, from lengths that the seed fixes, while the step before it trains.
+Every rank makes the same plan, from lengths that the seed fixes and with the same release of scipy, while the step before it
+trains.
 """
 
 from __future__ import annotations
