@@ -16,6 +16,8 @@ from alst_impl.data import Corpus
 from alst_impl.layout import make_mesh
 from alst_impl.methods.base import layouts, step_samples
 from alst_impl.placement import Evidence, Placement
+from harness.gate.gradients import pattern_of
+from harness.gate.truth import masks
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def _truth(key: str, num_samples: int, steps: int) -> Truth:
     for index in range(steps):
         samples = range(index * num_samples, (index + 1) * num_samples)
         rows = [row for i in samples for row in corpus.rows(i)]
-        losses.append(_stock_gradients(model, rows))
+        losses.append(_stock_gradients(model, rows, pattern_of(config)))
         if index == 0:
             trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
             first = {name: _gradient(p).clone() for name, p in trained}
@@ -145,14 +147,15 @@ def _truth(key: str, num_samples: int, steps: int) -> Truth:
     return Truth(first, losses, norms, initial, final)
 
 
-def _stock_gradients(model: Any, samples: list[Any]) -> float:
-    """Loss over all labels of `samples`, with gradients from the model's own forward."""
+def _stock_gradients(model: Any, samples: list[Any], pattern: dict[str, Any] | None) -> float:
+    """Loss over all labels of `samples`, with gradients from the model's own forward, and the mask of a pattern."""
     valid = max(sum(int((labels[1:] != -100).sum()) for _, labels, _, _ in samples), 1)
     total = 0.0
     for ids, labels, positions, _ in samples:
         loss = model(
             input_ids=ids[None],
             position_ids=positions[None],
+            attention_mask=None if pattern is None else _added(pattern, positions, model.dtype),
             labels=labels[None],
             num_items_in_batch=torch.tensor(valid),
             use_cache=False,
@@ -160,6 +163,11 @@ def _stock_gradients(model: Any, samples: list[Any]) -> float:
         loss.backward()
         total += float(loss.detach())
     return total
+
+
+def _added(pattern: dict[str, Any], positions: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to scores: 0, or -inf for what a query does not see."""
+    return masks(pattern, positions[None])[:, None].to(dtype).log()
 
 
 def _gradient(parameter: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def pattern_of(train: TrainConfig) -> dict[str, Any] | None:
     pattern = load_core(train.attention).pattern
     if pattern is None:
         return None
-    return {"name": train.attention.options["pattern"]["name"], **pattern.model_dump()}
+    return {"name": pattern.name, **pattern.model_dump()}
 
 
 class Truth(Frozen):

@@ -14,13 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention import flex_attention
-from training import assert_same_gradients, config_of, run_steps
+from training import assert_same_gradients, config_of, run_steps, truth_of
 from transformers import BigBirdConfig
 from transformers.masking_utils import sliding_window_overlay
 
 from alst_impl.config import Spec, TrainConfig
 from alst_impl.layout import Documents, Layout
-from alst_impl.models import materialize
 from alst_impl.ops.attention import flex, patterns, sparse
 from alst_impl.ops.attention.cores.base import load_core
 from alst_impl.ops.attention.patterns.base import Pattern, as_pattern
@@ -28,10 +27,6 @@ from alst_impl.ops.attention.variant import Variant
 from alst_impl.plugin import names
 from alst_impl.step import check
 from harness.formulas.flops import Shape, attention_forward
-from harness.gate import truth
-from harness.gate.gradients import pattern_of as pattern_of_run
-from harness.gate.gradients import samples_of
-from harness.gate.verdict import TOLERANCES
 from tests.conftest import Ranks
 
 PATTERNS: list[dict[str, Any]] = [
@@ -283,19 +278,13 @@ def config_with(options: dict[str, Any], method: dict[str, Any], **more: Any) ->
 
 def assert_gradients_are_those_of_the_same_mask(ranks: Ranks, config: TrainConfig) -> None:
     """Every gradient is that of the stock model in fp64 with a dense mask."""
-    model = materialize(config).double()  # the weights that the run starts with
-    samples, pattern = samples_of(config, 0), pattern_of_run(config)
-    assert pattern is not None
-    full = truth.gradients_of(model, samples)
-    model.zero_grad()
-    samples["masks"] = truth.masks(pattern, samples["position_ids"])
-    expected = truth.gradients_of(model, samples)
+    expected = truth_of(config).gradients
+    full = truth_of(config.model_copy(update={"attention": Spec(name="sdpa")})).gradients
     name = "model.layers.0.self_attn.q_proj.weight"
     assert (expected[name] - full[name]).norm() > 0.1 * full[name].norm()  # the pattern hides much
-    del expected["loss"]
     run = ranks(config.world_size)(run_steps, config)[0]
-    exact = TOLERANCES[config.dtype]
-    assert_same_gradients(run.gradients, expected, exact.ratio, exact.cosine)
+    exact = {"float64": 1e-12, "float32": 1e-5}[config.dtype]
+    assert_same_gradients(run.gradients, expected, exact, exact)
 
 
 @pytest.mark.parametrize("run", RUNS)

@@ -28,7 +28,17 @@ ROWS = 64
 
 def attend(query: Tensor, key: Tensor, value: Tensor, variant: Variant, pattern: Pattern) -> Tensor:
     """query [B, H, S, D], key [B, K, S, D], value [B, K, S, V] -> [B, H, S, V] in their dtype. One document. Local."""
-    return apply(_Sparse, variant, pattern, query, key, value, variant.sinks)
+    step, pattern = pattern.strided()
+    tensors = query, key, value
+    if step == 1:
+        return apply(_Sparse, variant, pattern, *tensors, variant.sinks)
+    starts = range(min(step, query.shape[2]))
+    parts = [
+        apply(_Sparse, variant, pattern, *(x[:, :, first::step] for x in tensors), variant.sinks)
+        for first in starts
+    ]
+    places = torch.cat([torch.arange(first, query.shape[2], step) for first in starts])
+    return torch.cat(parts, dim=2)[:, :, places.argsort().to(query.device)]
 
 
 class _Sparse(torch.autograd.Function):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from textwrap import wrap
+
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
@@ -15,7 +17,7 @@ from harness.judge.claims import OURS
 from harness.present import drawing
 from harness.records.metrics import value_of
 from harness.records.record import Measurement
-from harness.records.table import NOT_MEASURED, Results, gate_state
+from harness.records.table import NOT_MEASURED, Results, gates, series
 
 TILES = 128
 """Tiles of a panel in each direction."""
@@ -24,19 +26,19 @@ QUERIES = 4_096
 
 
 def draw(results: Results) -> Figure:
-    """A panel per attention and length: the share of each tile's pairs that are seen, of one unpacked document."""
-    shown = {
-        (str(cell.train.attention), cell.train.seqlen): key for key, cell in results.cells.items()
-    }
-    panels = drawing.panels(list(shown) or [()], width=3.2, height=3.2)
+    """A panel per attention at its longest length: the share of each tile's pairs that are seen, of one document."""
+    cells = sorted(results.cells.items(), key=lambda pair: pair[1].train.seqlen)
+    shown = list({str(cell.train.attention): key for key, cell in cells}.values())
+    compared = gates(results, series(results.cells))
+    panels = drawing.panels(shown or [""], width=3.2, height=3.2)
     colour = drawing.palette([OURS])[OURS]
     colours = LinearSegmentedColormap.from_list("seen", ["#ffffff", colour])
-    for place, axes in panels.axes.items():
+    for key, axes in panels.axes.items():
         if not shown:
             drawing.say(axes, NOT_MEASURED)
             continue
-        cell, m = results.cells[shown[place]], results.measurements.get(shown[place])
-        seqlen, core = cell.train.seqlen, load_core(cell.train.attention)
+        train, m = results.cells[key].train, results.measurements.get(key)
+        seqlen, core = train.seqlen, load_core(train.attention)
         axes.imshow(
             tiles(core, seqlen) ** 0.5,  # one key in four of a dilated window is seen, too
             extent=(0, seqlen, seqlen, 0),
@@ -47,7 +49,9 @@ def draw(results: Results) -> Figure:
         )
         axes.grid(visible=False)
         axes.set_title(_title(core), loc="left", fontsize=8.5)
-        axes.set_xlabel(f"{_share(core, seqlen):.1%} of the pairs, {_time(m)}", fontsize=8.5)
+        axes.set_xlabel(
+            f"{_share(core, seqlen):.1%} of the pairs, {_time(m, compared[key])}", fontsize=8.5
+        )
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(FuncFormatter(lambda value, _: length_text(int(value))))
             axis.set_major_locator(FixedLocator([0, seqlen // 2, seqlen]))
@@ -84,13 +88,13 @@ def _share(core: Core, seqlen: int) -> float:
 def _title(core: Core) -> str:
     if core.pattern is None:
         return "all keys before it"
-    name, _, options = core.pattern.text.partition(" ")
-    return f"{name}\n{options.strip('()')}"
+    options = ", ".join(f"{key}={value}" for key, value in core.pattern.model_dump().items())
+    return "\n".join([core.pattern.name, *wrap(options, 42)])
 
 
-def _time(m: Measurement | None) -> str:
+def _time(m: Measurement | None, gate: str) -> str:
+    """Time of a step whose gradients were right, at its length or another."""
     seconds = None if m is None else value_of("step_s", m)
-    if m is None or seconds is None:
+    if seconds is None:
         return NOT_MEASURED
-    state = gate_state(m)
-    return seconds_text(seconds) if state == "passed" else f"gradients {state}"
+    return f"{seconds_text(seconds)} a step" if gate.startswith("passed") else f"gradients {gate}"

@@ -51,15 +51,24 @@ class Pattern(Frozen):
     def pairs(self, length: int) -> int:
         """(query, key) pairs that a document of `length` tokens has."""
 
+    def strided(self) -> tuple[int, Pattern]:
+        """The distance of tokens that alone see each other, and the pattern among them."""
+        return 1, self
+
     def as_window(self) -> int | None:
         """The number of last keys that a query sees if that is all of the pattern; else None."""
         return None
 
     @property
     def text(self) -> str:
-        """Name and options, as in `window (window=8)`."""
+        """Name and options that are no defaults, as in `window (window=8)`."""
         options = ", ".join(f"{k}={v}" for k, v in self.model_dump(exclude_defaults=True).items())
-        return f"{type(self).__module__.rsplit('.', 1)[-1]} ({options})"
+        return f"{self.name} ({options})" if options else self.name
+
+    @property
+    def name(self) -> str:
+        """Name of its file."""
+        return type(self).__module__.rsplit(".", 1)[-1]
 
 
 def merged(runs: Iterable[Run]) -> list[Run]:

@@ -64,5 +64,9 @@ class Window(Pattern):
         both = near - np.clip(beyond, 0, near)
         return int((near + np.minimum(query + 1, self.global_tokens) - both).sum())
 
+    def strided(self) -> tuple[int, Pattern]:
+        # Global tokens are seen from all.
+        return (1, self) if self.global_tokens else (self.dilation, Window(window=self.window))
+
     def as_window(self) -> int | None:
         return self.window if self.dilation == 1 and not self.global_tokens else None
