@@ -18,8 +18,10 @@ from training import assert_same_gradients, config_of, run_steps, truth_of
 from transformers import BigBirdConfig
 from transformers.masking_utils import sliding_window_overlay
 
+import alst_impl
 from alst_impl.config import Spec, TrainConfig
 from alst_impl.layout import Documents, Layout
+from alst_impl.models import materialize
 from alst_impl.ops.attention import flex, patterns, sparse
 from alst_impl.ops.attention.cores.base import load_core
 from alst_impl.ops.attention.patterns.base import Pattern, as_pattern
@@ -50,6 +52,7 @@ PATTERNS: list[dict[str, Any]] = [
     {"name": "block_sparse", "block": 90, "random_blocks": 2},
 ]
 ODD = 149
+IDS = torch.arange(61)[None] * 7 % 260
 DOCUMENTS: list[Documents | None] = [None, ((70, 1, 78), (149,)), ((9, 140), (9, 140))]
 named = pytest.mark.parametrize("options", PATTERNS, ids=lambda o: "-".join(map(str, o.values())))
 
@@ -432,3 +435,20 @@ def test_flex_has_no_backward_on_a_cpu() -> None:
     core = load_core(Spec(name="flex", options={"pattern": PATTERNS[1]}))
     with pytest.raises(ValueError, match="no backward on cpu; use attention 'sdpa'"):
         core(query, key, value, layout=Layout(ODD), variant=Variant(1))
+
+
+def loss_of_an_enabled_model(rank: int, world_size: int) -> float:
+    """Body of a rank: the loss of a model of the user's, whose attention has a pattern."""
+    model = materialize(config_of(dtype="float64"))
+    attention = {"name": "sdpa", "pattern": PATTERNS[3]}
+    alst = alst_impl.enable(model, sp=world_size, attention=attention)
+    batch = alst.shard({"input_ids": IDS, "labels": IDS})
+    return float(model(**batch).loss.detach())
+
+
+def test_an_enabled_model_takes_a_pattern(ranks: Ranks) -> None:
+    """The library's loss is that of the stock model with a dense mask."""
+    mask = dense(PATTERNS[3], IDS.shape[1])[None, None].double().log()
+    stock = materialize(config_of(dtype="float64"))
+    expected = float(stock(input_ids=IDS, labels=IDS, attention_mask=mask).loss.detach())
+    assert sum(ranks(2)(loss_of_an_enabled_model)) / 2 == pytest.approx(expected, rel=1e-6)
