@@ -46,6 +46,10 @@ class Method(Frozen):
         """Whether the method computes attention with `pattern` exactly."""
         return False
 
+    def replaces_core(self, seqlen: int) -> bool:
+        """Whether calls of PyTorch's flash kernel stand in the core's place for samples of `seqlen` tokens."""
+        return False
+
     def require(self) -> None:
         """Raise `ValueError`, naming the extra, if a package that `apply` needs is not installed."""
 

@@ -49,7 +49,10 @@ class Chunked(Tiled):
     """Keep keys, values, their gradients and checkpointed layer inputs in host memory."""
 
     def attends(self, pattern: Pattern) -> bool:
-        return pattern.as_window() is not None
+        return (pattern.as_window() or (0, 1))[1] == 0
+
+    def replaces_core(self, seqlen: int) -> bool:
+        return self.layout(seqlen).passes > 1
 
     def layout(self, length: int) -> Layout:
         passes = -(-length // (self.sp * (self.chunk or TOKENS)))

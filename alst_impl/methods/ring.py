@@ -42,6 +42,9 @@ class Ring(Tiled):
     def attends(self, pattern: Pattern) -> bool:
         return pattern.as_window() is not None or self.cp == 1
 
+    def replaces_core(self, seqlen: int) -> bool:
+        return self.cp > 1
+
     def shards_of_place(self) -> int:
         """Number of ranks that share a position in the ring and split its heads."""
         return 1
@@ -80,7 +83,7 @@ class Ring(Tiled):
         chunked = described(config.model, config.overrides).get("attention_chunk_size")
         packed = config.data.packed or load_source(config.data.source).packs
         pattern = load_core(config.attention).pattern
-        alone = pattern is not None and pattern.as_window() == 1
+        alone = pattern is not None and (pattern.as_window() or (0, 0))[0] == 1
         travels = self.cp > 1 and not (packed or chunked or alone)
         return super().promises(config) | ({"rotations/gathers"} if travels else set())
 

@@ -225,12 +225,13 @@ def _check_world(cell: Cell, core: Core) -> None:
     if cell.traits.gpus:
         return
     if cell.traits.phantom:
-        if core.pattern is not None and not core.compiled:
+        replaced = load_method(cell.train.method).replaces_core(cell.train.seqlen)
+        if core.pattern is not None and not core.compiled and not replaced:
             raise ValueError(
                 f"attention '{cell.train.attention.name}' computes pattern {core.pattern.text} in tiles of plain PyTorch, "
                 "which no one trains with on a GPU, so that their bytes say nothing; use attention 'flex'"
             )
-        if not (core.flash or core.compiled):
+        if not (core.replaceable or core.compiled):
             raise ValueError(
                 f"phantom devices run PyTorch's own attention kernels only, not attention '{cell.train.attention}'; "
                 "use attention 'sdpa_flash', 'sdpa' or 'flex'"

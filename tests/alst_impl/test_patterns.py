@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 from functools import lru_cache
 from itertools import pairwise
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -260,11 +259,19 @@ RUNS = {
     "baseline": (PATTERNS[10], {"name": "baseline"}, {}),
     "mst": (PATTERNS[7], {"name": "mst"}, {"engine": "fsdp2", "dtype": "float32"}),
 }
-WINDOWED = [
-    {"name": "ring", "cp": 2},
-    {"name": "usp", "cp": 2, "sp": 2},
-    {"name": "chunked", "chunk": 30},
-]
+WINDOWED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "ring": (PATTERNS[1], {"name": "ring", "cp": 2}, {}),
+    "ring-and-global-tokens": (PATTERNS[3], {"name": "ring", "cp": 3}, {}),
+    "contiguous": (PATTERNS[3], {"name": "ring", "cp": 4, "placement": "contiguous"}, {}),
+    "many-global-tokens": (PATTERNS[4], {"name": "ring", "cp": 4}, {"data": {"documents": 1}}),
+    "unequal-samples": (
+        PATTERNS[3],
+        {"name": "ring", "cp": 2},
+        {"batch_size": 2, "engine": "fsdp2"},
+    ),
+    "usp": (PATTERNS[3], {"name": "usp", "cp": 2, "sp": 2}, {}),
+    "chunked": (PATTERNS[1], {"name": "chunked", "chunk": 30}, {}),
+}
 
 
 def config_with(options: dict[str, Any], method: dict[str, Any], **more: Any) -> TrainConfig:
@@ -284,7 +291,7 @@ def assert_gradients_are_those_of_the_same_mask(ranks: Ranks, config: TrainConfi
     expected = truth_of(config).gradients
     full = truth_of(config.model_copy(update={"attention": Spec(name="sdpa")})).gradients
     name = "model.layers.0.self_attn.q_proj.weight"
-    assert (expected[name] - full[name]).norm() > 0.1 * full[name].norm()  # the pattern hides much
+    assert (expected[name] - full[name]).norm() > 0.01 * full[name].norm()  # it hides something
     run = ranks(config.world_size)(run_steps, config)[0]
     exact = {"float64": 1e-12, "float32": 1e-5}[config.dtype]
     assert_same_gradients(run.gradients, expected, exact, exact)
@@ -297,13 +304,11 @@ def test_a_run_trains_as_the_stock_model_with_the_same_mask(ranks: Ranks, run: s
     assert_gradients_are_those_of_the_same_mask(ranks, config_with(options, method, **settings))
 
 
-@pytest.mark.parametrize("method", WINDOWED, ids=itemgetter("name"))
-def test_methods_that_compute_windows_take_a_pattern_that_is_one(
-    ranks: Ranks, method: dict[str, Any]
-) -> None:
-    """A ring sends keys to the ranks that see them alone."""
-    config = config_with(PATTERNS[1], method)
-    assert_gradients_are_those_of_the_same_mask(ranks, config)
+@pytest.mark.parametrize("run", WINDOWED)
+def test_methods_that_compute_windows_take_a_pattern_that_is_one(ranks: Ranks, run: str) -> None:
+    """A ring sends keys to the ranks that see them alone, and global tokens to all."""
+    options, method, settings = WINDOWED[run]
+    assert_gradients_are_those_of_the_same_mask(ranks, config_with(options, method, **settings))
 
 
 def test_every_pattern_is_among_those_of_these_tests() -> None:
@@ -346,7 +351,7 @@ def test_a_pattern_that_makes_no_sense_is_refused_in_one_line(
         ({"method": "layerwise"}, PATTERNS[1], "'layerwise' does not .* use method 'alst'"),
         ({"method": "seq1f1b"}, PATTERNS[1], "'seq1f1b' does not .* use method 'alst'"),
         ({"method": "deepspeed_alst"}, PATTERNS[1], "'deepspeed_alst' does not"),
-        ({"method": {"name": "ring", "cp": 2}}, PATTERNS[3], "'ring' does not .* 'alst'"),
+        ({"method": {"name": "ring", "cp": 2}}, PATTERNS[5], "'ring' does not .* 'alst'"),
         ({"method": {"name": "chunked", "chunk": 30}}, PATTERNS[3], "'chunked' does not"),
         (
             {"model": "tiny-mistral", "overrides": {"sliding_window": 13}},

@@ -11,7 +11,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from torch import Tensor
@@ -98,9 +98,11 @@ class Sight:
     """Number of keys that a query sees, itself included; None for all."""
     borders: Sequence[Borders] | None = None
     """Documents of each sample, padding included; None if a sample is one document."""
+    global_tokens: int = 0
+    """First tokens of a document that all later queries see beside their window."""
 
     @classmethod
-    def of(cls, layout: Layout, variant: Variant, batch: int) -> Sight:
+    def of(cls, layout: Layout, variant: Variant, batch: int, global_tokens: int = 0) -> Sight:
         """The sight of `batch` samples. `layout.documents` cover their padding, as `Layout.cut` leaves them."""
         variant = variant.over(layout.length)
         documents = variant.documents(batch, layout.padded, layout.documents)
@@ -110,7 +112,7 @@ class Sight:
         )
         zigzag = layout.order == "zigzag" and layout.cp > 1
         size = layout.cp * layout.passes
-        return cls(size, layout.chunk, zigzag, variant.window, borders)
+        return cls(size, layout.chunk, zigzag, variant.window, borders, global_tokens)
 
     @property
     def local(self) -> int:
@@ -148,6 +150,51 @@ class Sight:
                 for samples, borders in self._samples():
                     for met in self._of_chunks(queries, keys, borders):
                         yield met.moved(*by, samples)
+
+    def _global_runs(self) -> Iterator[tuple[slice, int, int, int, int]]:
+        """Samples, start and end of a document, its global tokens that a window leaves out, and their first place of G."""
+        if not self.global_tokens or self.window is None:
+            return
+        for samples, borders in self._samples():
+            place = 0
+            for start, stop in pairwise(borders):
+                count = min(self.global_tokens, stop - start - self.window)
+                if count > 0:
+                    yield samples, start, stop, count, place
+                    place += count
+
+    @property
+    def num_global(self) -> int:
+        """Global tokens that queries see beyond their windows, of the sample that has most: G."""
+        return max((place + count for *_, count, place in self._global_runs()), default=0)
+
+    def global_places(self, rank: int) -> Iterator[tuple[slice, slice, slice]]:
+        """Samples, places among G, and places among its s tokens of the global tokens that `rank` holds."""
+        for samples, start, _, count, place in self._global_runs():
+            for held, chunk in enumerate(self._chunks(rank)):
+                first = max(start, chunk * self.chunk)
+                stop = min(start + count, (chunk + 1) * self.chunk)
+                if first < stop:
+                    by = (held - chunk) * self.chunk
+                    among = slice(place + first - start, place + stop - start)
+                    yield samples, among, slice(first + by, stop + by)
+
+    def global_meetings(self, rank: int) -> Iterator[Meeting]:
+        """Calls for queries of `rank` and the global keys that their windows leave out, among G."""
+        for samples, start, stop, count, place in self._global_runs():
+            assert self.window is not None, "it leaves them out"
+            whole = start + self.window + count  # from here on, queries see all of them
+            for held, chunk in enumerate(self._chunks(rank)):
+                by = (held - chunk) * self.chunk
+                first = max(start + self.window, chunk * self.chunk)
+                last = min(stop, (chunk + 1) * self.chunk)
+                border = max(min(last, whole), first)
+                seen = first - start - self.window
+                for met in _onset(first, border, seen):
+                    yield met.moved(by, place, samples)
+                if border < last:
+                    met = Meeting(slice(border, last), slice(0, count), causal=False)
+                    yield met.moved(by, place, samples)
 
     def _chunks(self, place: int) -> list[int]:
         """Chunks that rank `place` holds, in order."""
@@ -201,6 +248,14 @@ def _own(start: int, stop: int, window: int | None) -> Iterator[Meeting]:
     if whole < stop:
         yield Meeting(slice(whole, stop), slice(whole, stop), causal=True)
         yield from _earlier((whole, stop), (whole - block, whole), window)
+
+
+def _onset(first: int, stop: int, seen: int) -> Iterator[Meeting]:
+    """Calls for queries of which the first sees key `seen` and all before it, and each next one a key more."""
+    if first < stop:
+        if seen > 0:
+            yield Meeting(slice(first, stop), slice(0, seen), causal=False)
+        yield Meeting(slice(first, stop), slice(seen, seen + stop - first), causal=True)
 
 
 def _blocks(start: int, stop: int, block: int, *, back: int) -> Iterator[Meeting]:

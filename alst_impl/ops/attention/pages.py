@@ -148,7 +148,7 @@ class PagedAttention:
                 f"attention got all {layout.passes} chunks of a sample at once, but they run one after another; "
                 "train with method 'chunked', or set chunk to the length of the sample"
             )
-        variant = self.core.narrowed(layout, variant)
+        variant, _ = self.core.narrowed(layout, variant)
         if variant.softcap is not None:
             raise ValueError(
                 f"attention in {layout.passes} chunks does not support {variant.says(['softcap'])}: it merges what "

@@ -4,8 +4,8 @@ Source: Ring Self-Attention (arXiv:2105.13120), in blockwise form (arXiv:2310.01
 A block is attention of this rank's queries to one rank's keys: an output and its log-sum-exp. Blocks merge
 into attention over all keys. The backward of a block needs only the merged output and log-sum-exp, so blocks
 are recomputed. Gradients of keys and values travel with them, and end on the rank that they belong to.
-Under a window or with documents, keys and values skip ranks that see none of them (`meetings`). Sinks join in once,
-after the last block.
+Under a window or with documents, keys and values skip ranks that see none of them (`meetings`). Global tokens, which
+queries see beyond a window, are the last block, of all ranks at once. Sinks join in once, after it.
 
 The error does not grow with the ring. The kernel rounds each block to the dtype once. The output is a convex
 combination of blocks, formed in fp32 (or wider) and rounded once more at the end, so its error is at most
@@ -33,6 +33,9 @@ from alst_impl.ops.attention.meetings import Meeting, Shape, Sight
 from alst_impl.ops.attention.variant import Variant
 from alst_impl.ops.autograd import apply
 from alst_impl.placement import Evidence
+
+GLOBAL = -1
+"""The place of global keys and values, which all ranks get at once."""
 
 
 @dataclass
@@ -73,8 +76,9 @@ class RingAttention:
 
         Raises `ValueError` for soft-capped scores.
         """
+        global_tokens = 0
         if self.core is not None:
-            variant = self.core.narrowed(layout, variant)
+            variant, global_tokens = self.core.narrowed(layout, variant)
         group = layout.group("cp")
         assert group is not None, "a ring has several ranks"
         if variant.softcap is not None:
@@ -82,7 +86,8 @@ class RingAttention:
                 f"the ring of {layout.cp} ranks does not support {variant.says(['softcap'])}: it merges what PyTorch's "
                 "flash kernel returns, which has no soft-cap; use method 'alst'"
             )
-        ring = Ring(group, Sight.of(layout, variant, query.shape[0]), self.evidence)
+        sight = Sight.of(layout, variant, query.shape[0], global_tokens)
+        ring = Ring(group, sight, self.evidence)
         return attend(ring, query, key, value, variant)
 
 
@@ -151,7 +156,17 @@ class Ring:
 
     def meetings(self, source: int) -> list[Meeting]:
         """Calls for this rank's queries and the keys of `source`."""
+        if source == GLOBAL:
+            return list(self.sight.global_meetings(self.place))
         return list(self.sight.meetings(self.place, source))
+
+    def shared(self, own: Tensor) -> Tensor:
+        """Global keys and values [2, B, K, G, D] from their owners, whose `own` they are in part. Collective."""
+        found = own.new_zeros(*own.shape[:3], self.sight.num_global, own.shape[4])
+        for sample, into, held in self.sight.global_places(self.place):
+            found[:, sample, :, into] = own[:, sample, :, held]
+        dist.all_reduce(found, group=self.group)
+        return found
 
     def pass_on(self, x: Tensor, by: int) -> _Passing:
         """Start to send `x` to the rank `by` places ahead, and to receive such a tensor from as far behind. Collective."""
@@ -177,6 +192,9 @@ class Ring:
             if passing is not None:
                 held = passing.wait()
             del passing
+        del held
+        if self.sight.num_global:
+            yield GLOBAL, self.shared(own)
 
     def steps(self) -> list[int]:
         """How many places each block goes on after its use. Gradients that follow it end at its owner."""
@@ -198,9 +216,24 @@ class _Travelling:
         self._passing: _Passing | None = None
 
     def so_far(self, source: int) -> Tensor:
+        if source == GLOBAL:
+            shape = *self._own.shape[:3], self._ring.sight.num_global, self._own.shape[4]
+            return zeros(self._own.new_empty(shape))
         return zeros(self._own) if self._passing is None else self._passing.wait()
 
+    def _leave_global(self, total: Tensor | None) -> None:
+        """Sum the gradients of global keys that the ranks found, and add those of this rank's."""
+        found = self.so_far(GLOBAL) if total is None else total
+        dist.all_reduce(found, group=self._ring.group)
+        own = self.own()
+        for sample, into, held in self._ring.sight.global_places(self._ring.place):
+            own[:, sample, :, held] += found[:, sample, :, into]
+        self._passing = _Passing([], None, own)
+
     def leave(self, source: int, total: Tensor | None) -> None:
+        if source == GLOBAL:
+            self._leave_global(total)
+            return
         going = self.so_far(source) if total is None else total
         self._passing = self._ring.pass_on(going, self._steps.pop(0))
 

@@ -81,14 +81,14 @@ class Core(Frozen):
             )
         return self.pattern, variant
 
-    def narrowed(self, layout: Layout, variant: Variant) -> Variant:
-        """`variant` with the window that is all of the pattern, for methods that compute windows themselves."""
+    def narrowed(self, layout: Layout, variant: Variant) -> tuple[Variant, int]:
+        """`variant` with the window of the pattern, for methods that compute windows themselves, and its global tokens."""
         if self.pattern is None:
-            return variant
+            return variant, 0
         pattern, variant = self.limits(layout, variant)
-        window = pattern.as_window()
-        assert window is not None, "methods are asked first whether they compute a pattern"
-        return replace(variant, window=window)
+        keys = pattern.as_window()
+        assert keys is not None, "methods are asked first whether they compute a pattern"
+        return replace(variant, window=keys[0]), keys[1]
 
     def visible_pairs(self, layout: Layout, window: int | None = None) -> int:
         """(query, key) pairs of one head over the documents of `layout`; without documents, of one sample.

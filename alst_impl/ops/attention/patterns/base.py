@@ -55,8 +55,8 @@ class Pattern(Frozen):
         """The distance of tokens that alone see each other, and the pattern among them."""
         return 1, self
 
-    def as_window(self) -> int | None:
-        """The number of last keys that a query sees if that is all of the pattern; else None."""
+    def as_window(self) -> tuple[int, int] | None:
+        """The number of last keys that a query sees, and of first ones, if that is all of the pattern; else None."""
         return None
 
     @property

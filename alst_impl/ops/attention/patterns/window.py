@@ -68,5 +68,5 @@ class Window(Pattern):
         # Global tokens are seen from all.
         return (1, self) if self.global_tokens else (self.dilation, Window(window=self.window))
 
-    def as_window(self) -> int | None:
-        return self.window if self.dilation == 1 and not self.global_tokens else None
+    def as_window(self) -> tuple[int, int] | None:
+        return (self.window, self.global_tokens) if self.dilation == 1 else None
