@@ -36,7 +36,7 @@ def enable(
 
     With `reduction` "mean", gradients are right once they are averaged over all ranks, as DDP, fully_shard,
     DeepSpeed, accelerate and Trainer do; with "sum", once they are summed. `attention` names a file in
-    `alst_impl/ops/attention/cores/`. `checkpoint` recomputes decoder layers in backward; `host` is the device
+    `alst_impl/ops/attention/cores/`, or has its `name` and options, such as a `pattern`. `checkpoint` recomputes decoder layers in backward; `host` is the device
     that keeps what is offloaded.
 
     Dropout of layers and adapters is drawn for each token alone, whatever seeds the ranks have; `alst_impl.ops.draws`

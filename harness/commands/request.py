@@ -69,8 +69,8 @@ class Request:
         typer.Option(
             metavar="NAME:KEY=VALUE,...",
             show_default="all keys before a query",
-            help="Keys that a query sees, with kernel flex: a file in alst_impl/ops/attention/patterns/ and its options, "
-            "such as window:window=4096,global_tokens=64.",
+            help="Keys that a query sees, with kernel flex, or of methods ring and usp with theirs: a file in "
+            "alst_impl/ops/attention/patterns/ and its options, such as window:window=4096,global_tokens=64.",
         ),
     ] = None
     engine: Annotated[

@@ -23,6 +23,7 @@ from alst_impl.layout import Documents, Layout
 from alst_impl.models import materialize
 from alst_impl.ops.attention import flex, patterns, sparse
 from alst_impl.ops.attention.cores.base import load_core
+from alst_impl.ops.attention.meetings import Meeting, Sight
 from alst_impl.ops.attention.patterns.base import Pattern, as_pattern
 from alst_impl.ops.attention.variant import Variant
 from alst_impl.plugin import names
@@ -309,6 +310,46 @@ def test_methods_that_compute_windows_take_a_pattern_that_is_one(ranks: Ranks, r
     """A ring sends keys to the ranks that see them alone, and global tokens to all."""
     options, method, settings = WINDOWED[run]
     assert_gradients_are_those_of_the_same_mask(ranks, config_with(options, method, **settings))
+
+
+@pytest.mark.parametrize("zigzag", [False, True])
+@pytest.mark.parametrize("borders", [None, [(0, 70, 71, 160)], [(0, 70, 71, 160), (0, 9, 11, 160)]])
+def test_a_ring_computes_every_pair_once(zigzag: bool, borders: list[Any] | None) -> None:
+    """Those of windows and of global tokens, which do not make other keys travel further."""
+    sight = Sight(4, 20 if zigzag else 40, zigzag, 5, borders, 3)
+    assert zigzag or sight.offsets() == [0, 1]
+    samples = borders or [(0, 160)]
+    seen = torch.zeros(len(samples), 160, 160, dtype=torch.int64)
+    layout = Layout(160, cp=4, order="zigzag" if zigzag else "contiguous")
+    held = [layout.positions(rank) for rank in range(4)]
+    shared = torch.full((len(samples), sight.num_global), -1)
+    for rank in range(4):
+        for sample, into, own in sight.global_places(rank):
+            shared[sample, into] = held[rank][own]
+    for rank in range(4):
+        for index in range(len(samples)):
+            calls = [(met, shared[index]) for met in sight.global_meetings(rank)]
+            calls += [(met, held[by]) for by in range(4) for met in sight.meetings(rank, by)]
+            for met, places in calls:
+                if index in range(len(samples))[met.samples]:
+                    seen[index] += counted(met, held[rank], places)
+    expected = [
+        torch.block_diag(*(dense(PATTERNS[3], b - a).double() for a, b in pairwise(each)))
+        for each in samples
+    ]
+    assert torch.equal(seen, torch.stack(expected).long())
+
+
+def counted(met: Meeting, queries: Tensor, keys: Tensor) -> Tensor:
+    """How often a call computes each pair, [160, 160]."""
+    rows, columns = queries[met.queries].chunk(met.blocks), keys[met.keys].chunk(met.blocks)
+    found = torch.zeros(160, 160, dtype=torch.int64)
+    for row, column in zip(rows, columns, strict=True):
+        mask = torch.ones(len(row), len(column), dtype=torch.bool)
+        if met.causal:
+            mask = mask.triu() if met.backwards else mask.tril()
+        found[row[:, None], column] += mask
+    return found
 
 
 def test_every_pattern_is_among_those_of_these_tests() -> None:

@@ -167,6 +167,30 @@ def test_a_compiled_attention_runs_in_a_step() -> None:
     assert found.simulated.prediction.cost is None
 
 
+def test_a_window_with_global_tokens_spares_a_ring_most_of_its_traffic() -> None:
+    """Keys travel to the next rank alone, and 16 global ones to all; PyTorch's flash kernel computes fewer pairs."""
+    costs = []
+    for options in ({}, {"pattern": {"name": "window", "window": 256, "global_tokens": 16}}):
+        found = measure(
+            cell(
+                method={"name": "ring", "cp": 8, "placement": "contiguous"},
+                attention={"name": "sdpa", **options},
+                world_size=8,
+                seqlen=65_536,
+                engine="plain",
+            ),
+            Path("unused"),
+        )
+        assert found.outcome is Outcome.OK, found.detail
+        assert found.simulated is not None
+        assert found.simulated.prediction is not None
+        assert found.simulated.prediction.cost is not None
+        costs.append(found.simulated.prediction.cost)
+    full, windowed = costs
+    assert 0 < windowed.link_bytes < 0.3 * full.link_bytes
+    assert 0 < windowed.attention_flops < 0.1 * full.attention_flops
+
+
 def test_the_longest_sequence_ends_at_the_allocators_out_of_memory() -> None:
     """The longest and the shortest failing length are close, and the limit is the device's memory."""
     found = measure(
