@@ -49,7 +49,8 @@ class Chunked(Tiled):
     """Keep keys, values, their gradients and checkpointed layer inputs in host memory."""
 
     def attends(self, pattern: Pattern) -> bool:
-        return (pattern.as_window() or (0, 1))[1] == 0
+        keys = pattern.as_window()
+        return keys is not None and not keys[1]
 
     def replaces_core(self, seqlen: int) -> bool:
         return self.layout(seqlen).passes > 1

@@ -83,7 +83,8 @@ class Ring(Tiled):
         chunked = described(config.model, config.overrides).get("attention_chunk_size")
         packed = config.data.packed or load_source(config.data.source).packs
         pattern = load_core(config.attention).pattern
-        alone = pattern is not None and (pattern.as_window() or (0, 0))[0] == 1
+        keys = None if pattern is None else pattern.as_window()
+        alone = keys is not None and keys[0] == 1
         travels = self.cp > 1 and not (packed or chunked or alone)
         return super().promises(config) | ({"rotations/gathers"} if travels else set())
 
