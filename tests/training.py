@@ -16,8 +16,8 @@ from alst_impl.data import Corpus
 from alst_impl.layout import make_mesh
 from alst_impl.methods.base import layouts, step_samples
 from alst_impl.placement import Evidence, Placement
-from harness.gate.gradients import pattern_of
 from harness.gate.truth import masks
+from harness.gate.truths import pattern_of
 
 
 @dataclass(frozen=True)

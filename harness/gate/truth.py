@@ -218,7 +218,7 @@ def gradients_of(model: Any, samples: dict[str, torch.Tensor]) -> dict[str, torc
         output = model(
             input_ids=ids[None],
             position_ids=positions[None],
-            attention_mask=None if mask is None else _added(mask, dtype),
+            attention_mask=None if mask is None else mask.to(dtype).log()[None, None],
             use_cache=False,
         )
         logits = output.logits
@@ -274,11 +274,6 @@ def masks(pattern: dict[str, Any], positions: torch.Tensor) -> torch.Tensor:
             )
             found |= (query == block) & torch.isin(key, torch.from_numpy(random_blocks))
     return torch.logical_and(before, found)
-
-
-def _added(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What transformers adds to scores for a mask [S, S]: [1, 1, S, S]."""
-    return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, -torch.inf)[None, None]
 
 
 class _Lowest(TorchDispatchMode):
@@ -378,19 +373,14 @@ def _model(folder: str, dtype: torch.dtype) -> Any:
     return model.to(dtype)
 
 
-def _samples(folder: str, file: str) -> dict[str, torch.Tensor]:
-    """The samples in `file`, with masks if attention has a pattern."""
-    samples, pattern = load_file(file), Path(folder, PATTERN)
-    if pattern.exists():
-        samples["masks"] = masks(json.loads(pattern.read_text()), samples["position_ids"])
-    return samples
-
-
 def main(folder: str, samples: str, output: str, dtype: str, what: str) -> None:
     """Compute `what` and write `output` atomically."""
     compute = {"gradients": gradients, "doubts": doubts}[what]
+    given, pattern = load_file(samples), Path(folder, PATTERN)
+    if pattern.exists():
+        given["masks"] = masks(json.loads(pattern.read_text()), given["position_ids"])
     try:
-        found = compute(folder, _samples(folder, samples), getattr(torch, dtype))
+        found = compute(folder, given, getattr(torch, dtype))
     except RuntimeError as error:
         if dtype == "float64":
             raise

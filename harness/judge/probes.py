@@ -23,7 +23,7 @@ from alst_impl.methods.base import Method
 from alst_impl.placement import Placement
 from alst_impl.step import accumulate_gradients, micro_batches, start
 from harness.cells.cell import Cell
-from harness.gate.gradients import corpus_of
+from harness.gate.truths import corpus_of
 from harness.processes.jobs import Rank
 from harness.records.record import Finding
 from harness.worlds.base import load_world

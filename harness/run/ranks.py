@@ -86,7 +86,7 @@ def prepare(
     trains = [cell.train.model_dump(mode="json") for cell in cells]
     wanted = {"trains": trains, "cache": str(cache.resolve()), "doubts": doubts}
     timeout_s = max(cell.timeout_s for cell in cells) * (DOUBTING if doubts else 1)
-    ending = client.submit("harness.gate.gradients:prepare_truths", wanted, 1, timeout_s, listener)
+    ending = client.submit("harness.gate.truths:prepare_truths", wanted, 1, timeout_s, listener)
     if ending.error == "Refused":
         raise ValueError(f"{cells[0].label if len(cells) == 1 else 'the gate'}: {ending.message}")
     return ending

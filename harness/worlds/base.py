@@ -24,7 +24,8 @@ from alst_impl.models.weights import Initializer
 from alst_impl.placement import Placement, no_evidence
 from alst_impl.step import StepResult, accumulate_gradients, micro_batches, start, train_step
 from harness.cells.cell import Cell
-from harness.gate.gradients import Companion, Truth, compare, compare_update, corpus_of
+from harness.gate.gradients import Companion, compare, compare_update
+from harness.gate.truths import Truth, corpus_of
 from harness.processes.jobs import Rank
 from harness.processes.launch import store_at
 from harness.records.record import Gate, RankMemory

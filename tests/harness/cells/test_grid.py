@@ -14,7 +14,8 @@ from alst_impl.config import OptimizerConfig, TrainConfig
 from harness.__main__ import main
 from harness.cells.experiment import load_experiment
 from harness.cells.grid import Matrix, merge
-from harness.gate.gradients import Truth, compare, compare_update, stock_change
+from harness.gate.gradients import compare, compare_update, stock_change
+from harness.gate.truths import Truth
 from harness.gate.verdict import explain_failure
 from harness.processes import client
 from harness.processes.jobs import Ending

@@ -13,7 +13,8 @@ from torch import Tensor
 from alst_impl.config import TrainConfig
 from alst_impl.models import materialize
 from harness.gate import truth
-from harness.gate.gradients import Truth, compare, samples_of
+from harness.gate.gradients import compare
+from harness.gate.truths import Truth, samples_of
 
 FAMILIES = Path(__file__).parents[2] / "families"
 TRAIN = TrainConfig(model="tiny-llama", method="baseline", seqlen=8, dtype="bfloat16")

@@ -15,8 +15,9 @@ from training import config_of, run_steps
 
 from alst_impl.config import DataConfig, DType, Spec, TrainConfig
 from alst_impl.models import materialize, published
-from harness.gate.gradients import Truth, compare, samples_of
+from harness.gate.gradients import compare
 from harness.gate.truth import gradients_of
+from harness.gate.truths import Truth, samples_of
 from harness.gate.verdict import EPSILON, broken_promises, explain_failure, known_factor
 
 

@@ -80,7 +80,7 @@ def _bytes_at_rest(rank: int, world_size: int) -> dict[str, int]:
     from alst_impl.methods.base import layouts
     from alst_impl.placement import Placement
     from alst_impl.step import micro_batches, start, train_step
-    from harness.gate.gradients import corpus_of
+    from harness.gate.truths import corpus_of
 
     config = cell().train.model_copy(update={"seqlen": 128})
     mesh = make_mesh(layouts(config), "cpu")
