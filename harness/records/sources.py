@@ -45,7 +45,8 @@ def judging_fingerprint() -> str:
 
 
 def _hash(files: list[Path]) -> str:
-    libraries = f"torch {version('torch')}, transformers {version('transformers')}"
+    release = version("torch").partition("+")[0]  # not its build: phantom devices have another
+    libraries = f"torch {release}, transformers {version('transformers')}"
     digest = hashlib.sha256(libraries.encode())
     for path in files:
         content = path.read_bytes()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from phantoms import NEEDED, cell, measured
 
 from harness.records.sources import without_words
+from harness.run.measure import stale
 
 CODE = '''"""A module."""
 
@@ -35,3 +37,10 @@ def test_words_decide_nothing(old: str, new: str) -> None:
 def test_code_does(old: str, new: str) -> None:
     """Also what a string says."""
     assert without_words(CODE) != without_words(CODE.replace(old, new))
+
+
+@NEEDED[0]
+@NEEDED[1]
+def test_a_forecast_of_this_code_is_not_stale() -> None:
+    """Though phantom devices have a build of PyTorch of their own."""
+    assert not stale(measured(cell(method="baseline", engine="plain", seqlen=256)))
