@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from harness.cells.units import bytes_text, length_text, percent_text, ratio_text
-from harness.judge.claims import Evidence, evidence
+from harness.judge.claims import Evidence, Verdict, evidence
 from harness.judge.decomposition import EXPERIMENT, cost_over, mean_length, planned, step_seconds
 from harness.judge.decomposition import evidence as derived
 from harness.present.grids.base import MISSING, Grid
-from harness.present.grids.claims import claim_grid, derived_summary
+from harness.present.grids.claims import claim_grid
 from harness.present.pages.base import Committed
 from harness.present.render import render
 from harness.records.table import Results
@@ -21,7 +21,7 @@ def page(c: Committed) -> str:
         "decomposition.md",
         image="" if kept is None else kept.shown(),
         steps=Grid([], []) if kept is None else step_grid(kept.results),
-        summary=derived_summary(found),
+        held=sum(e.verdict is Verdict.REPRODUCED for e in found),
         derived=_without(claim_grid(found), "limit"),
         wikipedia=f"{mean_length('Wikipedia'):,.0f}",
         dclm=f"{mean_length('DCLM-Baseline subset'):,.0f}",
