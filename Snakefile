@@ -26,10 +26,12 @@ if asked:
 else:
     left_out = {
         "smoke",
+        "chunked",
         "decomposition",
         "decomposition_cpu",
         "longest",
         "layerwise_cpu",
+        "patterns_cpu",
         "peers",
         "loss_parity",
         "methods",
