@@ -40,6 +40,7 @@ else:
         "paper_mst",
         "paper_scaling",
         "seq1f1b",
+        "step_times",
     }
     EXPERIMENTS = {
         name: e
