@@ -9,11 +9,20 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from training import assert_same_gradients, assert_trains_as, config_of, run_steps, truth_of
+from training import (
+    assert_same_gradients,
+    assert_trains_as,
+    config_of,
+    corpus_of,
+    run_steps,
+    truth_of,
+)
 
+from alst_impl import step
+from alst_impl.config import TrainConfig
 from alst_impl.data import Batch
-from alst_impl.layout import IGNORE_INDEX, Layout, Part
-from alst_impl.methods.base import check_method, load_method
+from alst_impl.layout import IGNORE_INDEX, Layout, Part, make_mesh
+from alst_impl.methods.base import check_method, layouts, load_method
 from alst_impl.methods.chunked import Chunked, chunks
 from alst_impl.ops.attention.cores.base import load_core
 from alst_impl.ops.attention.pages import PagedAttention, Pages
@@ -152,6 +161,27 @@ def test_every_gradient_is_that_of_the_stock_model(
     assert_same_gradients(run.gradients, truth.gradients, exact, exact)
     assert_trains_as(run, truth)
     assert run.evidence["slices"] == 2 * 2 * load_method(config.method).layout(67).passes
+
+
+def trained_after_others(rank: int, world_size: int, config: TrainConfig) -> dict[str, Tensor]:
+    """Gradients of the first step after an evaluation of the second step's samples."""
+    mesh, placement = make_mesh(layouts(config), "cpu"), Placement(torch.device("cpu"))
+    method, runtime = step.start(config, mesh, placement)
+
+    def batches(number: int) -> list[Batch]:
+        corpus = corpus_of(config)
+        return step.micro_batches(config, corpus, method, mesh, number, placement.device)
+
+    step.evaluate(method, runtime, batches(1))
+    step.accumulate_gradients(method, runtime, batches(0))
+    return {name: gradient.clone() for name, gradient in runtime.gradients().items()}
+
+
+def test_a_step_sees_no_page_of_an_evaluation(ranks: Ranks) -> None:
+    """An evaluation runs no backward, in which a chunk's page is dropped."""
+    config = config_of(method={"name": "chunked", "chunk": 16})
+    gradients = ranks(1)(trained_after_others, config)[0]
+    assert_same_gradients(gradients, truth_of(config).gradients)
 
 
 @pytest.mark.parametrize(

@@ -134,8 +134,8 @@ def _exchanged(""",
 def test_control_flow_on_an_unknown_value_is_an_error(tmp_path: Path) -> None:
     """The error names the place."""
     edit = Edit(
-        old='    """This rank\'s micro-batches of `step`.',
-        new='    assert torch.ones(1, device=device).cos().item() < 2\n    """This rank\'s micro-batches of `step`.',
+        old='    """This rank\'s micro-batches of `step`, on',
+        new='    assert torch.ones(1, device=device).cos().item() < 2\n    """This rank\'s micro-batches of `step`, on',
     )
     planted = plant(Defect(file="step.py", edits=[edit]), tmp_path)
     found = measure(cell(), Path("unused"), sources=planted)
