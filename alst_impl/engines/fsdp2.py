@@ -32,14 +32,15 @@ if TYPE_CHECKING:
 class FSDP2Runtime(Runtime):
     """A sharded model; gradients are summed, not averaged."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, *, reduces_always: bool) -> None:
+        """With `reduces_always`, no backward leaves whole gradients; otherwise they add up until a step's last one."""
         self.module = setup.model
         self.placement = setup.placement
         self.stages = stages(setup.mesh)
         trained = [p for p in setup.model.parameters() if p.requires_grad]
         self.optimizer = optimizer_of(trained, setup.config)
         self._max_norm = setup.config.optimizer.max_grad_norm
-        self._left = 0
+        self._reduces_always, self._left = reduces_always, 0
 
     def start_step(self, num_backwards: int) -> None:
         self._left = num_backwards
@@ -48,7 +49,8 @@ class FSDP2Runtime(Runtime):
         import torch
 
         self._left -= 1
-        cast("FSDPModule", self.module).set_requires_gradient_sync(self._left == 0)
+        reduces = self._reduces_always or self._left == 0
+        cast("FSDPModule", self.module).set_requires_gradient_sync(reduces)
         torch.autograd.backward(output, gradient)
 
     def _update(self) -> Tensor:
@@ -97,7 +99,8 @@ class FSDP2(Engine):
 
     offload: bool = False
     """Keep shards of parameters, gradients and optimizer states in host memory, and update there.
-    This is PyTorch's `CPUOffloadPolicy`."""
+    This is PyTorch's `CPUOffloadPolicy`. Every backward of a step then reduces its gradients, which else would add up on
+    the device, unsharded."""
 
     @property
     def updates_on_host(self) -> bool:
@@ -136,7 +139,7 @@ class FSDP2(Engine):
         if untied and embedding in ends:
             # The backward of an embedding needs no weights.
             cast("FSDPModule", embedding).set_unshard_in_backward(False)
-        return FSDP2Runtime(setup)
+        return FSDP2Runtime(setup, reduces_always=self.offload)
 
 
 def _placements(

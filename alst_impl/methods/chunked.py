@@ -8,6 +8,8 @@ are ours.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -127,9 +129,9 @@ class Chunked(Tiled):
         runtime.start_step(sum(map(len, samples)))
         total = torch.zeros((), device=num_valid.device)
         for sample in samples:
-            self._clear(runtime)
-            for batch in sample[:-1]:
-                self._leave_page(runtime, batch)
+            with _pages_left(runtime):
+                for batch in sample[:-1]:
+                    self._leave_page(runtime, batch)
             for batch in reversed(sample):
                 total = total + self.micro_step(runtime, batch, num_valid)
         return total
@@ -143,9 +145,11 @@ class Chunked(Tiled):
 
         losses = []
         for batch in batches:
-            self._clear(runtime)
-            losses += [runtime.forward(chunk, num_valid) for chunk in chunks(batch)]
-        self._clear(runtime)
+            *earlier, last = chunks(batch)
+            with _pages_left(runtime):
+                losses += [runtime.forward(chunk, num_valid) for chunk in earlier]
+            losses.append(runtime.forward(last, num_valid))
+        _clear(runtime)
         return torch.stack(losses).sum()
 
     @staticmethod
@@ -162,11 +166,22 @@ class Chunked(Tiled):
         with torch.no_grad(), draws.of_rank(batch.layout, batch.input_ids.device):
             runtime.module(**inputs, use_cache=False)
 
-    @staticmethod
-    def _clear(runtime: Runtime) -> None:
-        """Drop what a sample left, also one that an error ended."""
-        for pages in _state(runtime).pages:
-            pages.clear()
+
+def _clear(runtime: Runtime) -> None:
+    """Drop the pages of the sample before."""
+    for pages in _state(runtime).pages:
+        pages.clear()
+
+
+@contextmanager
+def _pages_left(runtime: Runtime) -> Iterator[None]:
+    """Context in which chunks of a sample leave their pages, in place of those of the sample before."""
+    _clear(runtime)
+    for pages in _state(runtime).pages:
+        pages.leaving = True
+    yield
+    for pages in _state(runtime).pages:
+        pages.leaving = False
 
 
 @dataclass(frozen=True)

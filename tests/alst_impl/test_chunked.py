@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -99,9 +100,11 @@ def in_chunks(
         q, k, v = (x[:, :, at] for x in (query, key, value))
         return attention(q, k, v, layout=part, variant=variant)
 
+    attention.pages.leaving = True
     with torch.no_grad():
         for index in range(layout.passes - 1):
             attend(index)
+    attention.pages.leaving = False
     found = []
     for index in reversed(range(layout.passes)):
         out = attend(index)
@@ -182,6 +185,15 @@ def test_a_step_sees_no_page_of_an_evaluation(ranks: Ranks) -> None:
     config = config_of(method={"name": "chunked", "chunk": 16})
     gradients = ranks(1)(trained_after_others, config)[0]
     assert_same_gradients(gradients, truth_of(config).gradients)
+
+
+@pytest.mark.parametrize("family", ["diffllama", "hrm_text"])
+def test_attention_that_runs_several_times_in_a_pass_is_refused(ranks: Ranks, family: str) -> None:
+    """Its keys would be taken for those of the chunk's first call."""
+    model = str(Path(__file__).parents[1] / "families" / f"{family}.json")
+    config = config_of(model=model, method={"name": "chunked", "chunk": 16}, overrides={})
+    with pytest.raises(AssertionError, match=r"several times in a pass.*; use method 'alst'"):
+        ranks(1)(run_steps, config)
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,8 @@ class Pages:
     """Keys and values [2, B, K, c, D]."""
     totals: dict[int, Tensor | Kept] = field(default_factory=dict)
     """Their gradients, in fp32 (or wider)."""
+    leaving: bool = False
+    """Whether the chunk that runs leaves its page. When it runs again, for backward, the page is there."""
 
     def put(self, held: dict[int, Tensor | Kept], chunk: int, x: Tensor) -> None:
         """Keep `x` for `chunk` in `held`, which is `pairs` or `totals`."""
@@ -58,7 +60,8 @@ class Pages:
         self.totals.pop(chunk, None)
 
     def clear(self) -> None:
-        """Drop all pages."""
+        """Drop all pages, also those of a pass that an error ended."""
+        self.leaving = False
         self.pairs.clear()
         self.totals.clear()
 
@@ -83,7 +86,12 @@ class _Chunk:
     def blocks(self, own: Tensor) -> Iterator[tuple[int, Tensor]]:
         """As `Carrier.blocks`, from the latest chunk to the earliest that a query sees. Local."""
         pages = self.pages
-        if self.place < self.at.count - 1 and self.place not in pages.pairs:
+        if pages.leaving:
+            if self.place in pages.pairs:
+                raise ValueError(
+                    "the model calls an attention module several times in a pass, and a chunk has one page in each "
+                    "module; use method 'alst'"
+                )
             pages.put(pages.pairs, self.place, own)
         chunk = self.sight.chunk
         earlier = range(self.place - 1, self.sight.first_seen(self.place * chunk) // chunk - 1, -1)

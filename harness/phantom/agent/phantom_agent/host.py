@@ -36,9 +36,16 @@ def leave_large_untouched() -> Any:
     from torch.optim import adam, sgd
 
     library = torch.library.Library("aten", "IMPL")
-    for operator in ("copy_", "zero_", "fill_.Scalar", "fill_.Tensor", "mul_.Tensor"):
+    for operator in (
+        "copy_",
+        "zero_",
+        "fill_.Scalar",
+        "fill_.Tensor",
+        "mul_.Tensor",
+        "add_.Tensor",
+    ):
         kernel = torch.library.get_kernel(f"aten::{operator}", "CPU")
-        second = operator in ("copy_", "fill_.Tensor", "mul_.Tensor")
+        second = operator in ("copy_", "fill_.Tensor", "mul_.Tensor", "add_.Tensor")
         library.impl(operator, _in_place(kernel, second), "CPU", with_keyset=True)
     for module, name in ((adam, "adam"), (sgd, "sgd")):
         setattr(module, name, _updating(getattr(module, name)))
@@ -55,14 +62,14 @@ def _in_place(kernel: Any, second: bool) -> Callable[..., Any]:
         bool: torch.bool, int: torch.int64, float: torch.float64, complex: torch.complex128
     }  # fmt: skip
 
-    def run(keys: Any, tensor: Any, *others: Any) -> Any:
+    def run(keys: Any, tensor: Any, *others: Any, **named: Any) -> Any:
         if hollow(tensor):
             return tensor
         # PyTorch converts a tensor that wraps a number to that number when it calls Python.
         if second and type(others[0]) in dtypes:
             number, *rest = others
             others = (torch.scalar_tensor(number, dtype=dtypes[type(number)]), *rest)
-        return kernel.call_boxed(keys, tensor, *others)
+        return kernel.call_boxed(keys, tensor, *others, **named)
 
     return run
 
