@@ -85,8 +85,8 @@ def _lengths_on(axes: Axes, label: str) -> None:
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: length_text(value)))
     axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.margins(0.1)
     axes.set_ylim(bottom=0)
-    axes.margins(x=0.1)
     axes.set_xlabel(label)
 
 
