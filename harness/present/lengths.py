@@ -17,6 +17,9 @@ from harness.records.table import Results
 MODEL = "llama3.1-8b"
 """Published lengths are of models with its shapes."""
 
+HARDWARE = "h100-80gb"
+"""Lengths of cards with less memory stand in their own experiments."""
+
 METHODS = ("alst", "layerwise")
 """Methods of this project whose lengths stand beside published ones."""
 
@@ -119,10 +122,13 @@ def _of(results: Results) -> Iterator[Length]:
 
 
 def _looks_for_a_length(cell: Cell) -> bool:
-    """Whether it searches with one of `METHODS` on `MODEL` without a margin and is no ablation, which turns a part off."""
+    """Whether it searches with one of `METHODS` on `MODEL` without a margin, trains every weight on `HARDWARE`, and is no
+    ablation, which turns a part off.
+    """
     if not cell.traits.forecast or cell.simulation is None or cell.simulation.margin:
         return False
     ours = cell.train.model == MODEL and cell.train.method.name in METHODS
+    ours = ours and cell.train.lora is None and cell.hardware == HARDWARE
     whole = not any(value is False for value in cell.train.method.options.values())
     return cell.simulation.search and ours and whole
 
