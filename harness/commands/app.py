@@ -8,6 +8,7 @@ from harness.commands import (
     claims,
     defects,
     gpu,
+    league,
     lists,
     matrix,
     phantom,
@@ -36,6 +37,7 @@ app.command("predict")(predict.predict)
 app.command("search")(predict.search)
 app.command("plan")(plan.plan)
 app.command("replay")(replay.replay)
+app.command("league")(league.league)
 app.command("models")(lists.models)
 app.command("hardware")(lists.hardware)
 app.command("claims")(claims.claims)

@@ -95,7 +95,7 @@ def prepare_truths(rank: Rank, payload: dict[str, Any]) -> list[dict[str, Any]]:
         missing = [job for job in jobs.values() if not job.output.exists()]
         if missing:
             rank.progress("computing the truth: stock model, whole, fp64")
-            _run_truth([job.saved(rank.scratch / str(i)) for i, job in enumerate(missing)])
+            run_truth([job.saved(rank.scratch / str(i)) for i, job in enumerate(missing)])
     return [truth.model_dump() for truth in truths]
 
 
@@ -181,7 +181,11 @@ def _content_hash(
     return digest.hexdigest()[:24]
 
 
-def _run_truth(jobs: list[list[str]]) -> None:
+def run_truth(jobs: list[list[str]]) -> None:
+    """Run `truth.py` in another process on the arguments of each of `jobs`, of which there is at least one.
+
+    Raises what it refuses, `RuntimeError` where it fails.
+    """
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
     arguments = [argument for job in jobs for argument in job]
     done = subprocess.run(

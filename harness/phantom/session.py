@@ -201,6 +201,7 @@ def run(
     sites: Path | None = None,
     hollow_host: bool | None = None,
     output: int | None = None,
+    errors: int | None = None,
     base: Mapping[str, str] = os.environ,
     on_progress: Callable[[float, int], None] | None = None,
     *,
@@ -210,7 +211,7 @@ def run(
 
     A launcher in it starts that rank alone (by default 0), or `all_ranks`. With `hollow_host`, large float tensors
     on the host are never written; with None, the command starts again like that once it takes half of this machine's
-    free memory. `on_progress(seconds, bytes)` is called a few times a second with the memory in use on the fullest
+    free memory. `output` and `errors` are descriptors of files for what it prints. `on_progress(seconds, bytes)` is called a few times a second with the memory in use on the fullest
     device. Raises `ValueError` if the command cannot be started.
     """
     from harness.cells.hardware import load_hardware
@@ -234,7 +235,9 @@ def run(
                 **environment(folder, device, told),
                 **({"PHANTOM_HOLLOW_HOST": "1"} if hollow else {}),
             }
-            ended = follow(command, surroundings, folder, limit_s, host_bytes, output, on_progress)
+            ended = follow(
+                command, surroundings, folder, limit_s, host_bytes, (output, errors), on_progress
+            )
             processes = [
                 Process(**json.loads(p.read_text())) for p in sorted(folder.glob("process-*.json"))
             ]
@@ -260,10 +263,12 @@ def follow(
     folder: Path,
     limit_s: float,
     host_bytes: float,
-    output: int | None,
+    printed: tuple[int | None, int | None],
     on_progress: Callable[[float, int], None] | None,
 ) -> int | None:
     """Run `command` and return its exit code; None if it was stopped after `limit_s` seconds.
+
+    `printed` are the files for its output and its errors.
 
     Raises `HostMemory` if it was stopped because it took more than `host_bytes` of this machine's memory.
     """
@@ -271,7 +276,11 @@ def follow(
     if program is None:
         raise ValueError(f"command '{command[0]}' does not exist")
     process = subprocess.Popen(
-        [program, *command[1:]], env=dict(surroundings), stdout=output, start_new_session=True
+        [program, *command[1:]],
+        env=dict(surroundings),
+        stdout=printed[0],
+        stderr=printed[1],
+        start_new_session=True,
     )
     begin = time.monotonic()
     try:
