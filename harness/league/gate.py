@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import signal
 import subprocess
 import tempfile
@@ -52,12 +54,20 @@ def judged(task: Task, cache: Path) -> tuple[Verdict, str, Gradient | None]:
         if ended is None:
             return "cannot run", f"the step did not end within {LIMIT_S} s", None
         if ended or not made.is_file():
-            return "cannot run", _last_line(log) or f"ended with exit code {ended}", None
+            return "cannot run", _first_error(log) or f"ended with exit code {ended}", None
         gradients = load_file(made)
     loss = float(gradients.pop("loss"))
     gate = compare(gradients, loss, Truth(**truth), cell.train)
-    wrong = "" if gate.passed else explain_failure(gate, cell.train)
-    return ("right" if gate.passed else "wrong"), wrong, gradient_of(gate, cell.train)
+    found = gradient_of(gate, cell.train)
+    if gate.passed:
+        return "right", "", found
+    if not found.wrong_parameters:
+        return (
+            "wrong",
+            f"loss {gate.loss} instead of {gate.truth_loss}; its gradients are right",
+            found,
+        )
+    return "wrong", explain_failure(gate, cell.train), found
 
 
 def cell_of(task: Task) -> Cell:
@@ -75,7 +85,7 @@ def gradient_of(gate: Gate, train: TrainConfig) -> Gradient:
     ]
     finite = worst.error_norm is not None and worst.truth_norm
     return Gradient(
-        loss=gate.loss,
+        loss=gate.loss if math.isfinite(gate.loss) else None,
         truth_loss=gate.truth_loss,
         worst=worst.parameter,
         error=(worst.error_norm or 0.0) / (worst.truth_norm or 1.0) if finite else None,
@@ -117,8 +127,12 @@ def _run(task: Task, cell: Cell, folder: Path, made: Path, log: int) -> int | No
             process.wait()
 
 
-def _last_line(log: Path) -> str:
-    """The last line of a traceback or a message in `log`."""
+def _first_error(log: Path) -> str:
+    """What the first rank that failed says in `log`, or else its last line."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    named = [line for line in lines if "Error" in line.split(":")[0] or "refuse" in line]
-    return (named or lines or [""])[0 if named else -1][:300]
+    named = (
+        re.fullmatch(r"(?:\[rank\d+\]: )?((?:\w+\.)*\w*(?:Error|Exception)\b.*)", line)
+        for line in lines
+    )
+    said = next((found[1] for found in named if found), None)
+    return (said or (lines or [""])[-1])[:300]

@@ -53,6 +53,8 @@ def step_at(task: Task, seqlen: int) -> Found:
             outside_bytes=round(asked.outside_gib[task.gpus] * GIB),
             limit_s=LIMIT_S,
             sites=sites if sites.is_file() else None,
+            # States of the whole model are more than this machine has room for.
+            hollow_host=True if task.states == "host" else None,
             output=file.fileno(),
             errors=file.fileno(),
             base=environment(task, folder),

@@ -53,7 +53,8 @@ class Step(Frozen):
 class Gradient(Frozen):
     """Loss and gradients of a step, compared with those of the stock model in fp64."""
 
-    loss: float
+    loss: float | None
+    """None if it is not finite."""
     truth_loss: float
     worst: str
     """The parameter that uses most of its tolerance."""
