@@ -35,12 +35,12 @@ Found = tuple[Verdict, str, Step | None]
 def step_at(task: Task, seqlen: int) -> Found:
     """Memory of two steps at `seqlen`. The verdict is "does not fit" as well where a node's host memory would not do."""
     asked = league.league()
-    sites = league.folder() / task.peer / "sites.yaml"
     log = FRESH / f"{task.key}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="league-") as scratch, log.open("w") as file:
         folder = Path(scratch)
         hollow_model(folder / "model", task.model)
+        sites = _sites(task, seqlen, folder)
         result = session.run(
             command(
                 task,
@@ -52,18 +52,39 @@ def step_at(task: Task, seqlen: int) -> Found:
             gpus=task.gpus,
             outside_bytes=round(asked.outside_gib[task.gpus] * GIB),
             limit_s=LIMIT_S,
-            sites=sites if sites.is_file() else None,
-            # States of the whole model are more than this machine has room for.
-            hollow_host=True if task.states == "host" else None,
+            sites=sites,
+            hollow_host=True,  # states of a whole model are more than this machine has room for
             output=file.fileno(),
             errors=file.fileno(),
             base=environment(task, folder),
         )
     step = _step(result.processes, seqlen)
+    if result.verdict == "no record":
+        return "no record", "; ".join([result.reason, *_doubtful(result.processes)]), step
     if result.verdict != "fits":
         return result.verdict, result.reason, step
     assert step is not None
     return _on_host(task, step)
+
+
+def _sites(task: Task, seqlen: int, folder: Path) -> Path | None:
+    """The peer's reviewed reads of unknown values for a run, in `folder`; None if it has none."""
+    path = league.folder() / task.peer / "sites.yaml"
+    if not path.is_file():
+        return None
+    shards = task.gpus if league.peers()[task.peer].sequence_parallel else 1
+    made = folder / "sites.yaml"
+    made.write_text(path.read_text().replace('"{local_tokens}"', str(seqlen // shards)))
+    return made
+
+
+def _doubtful(processes: list[Process]) -> list[str]:
+    """Places that read values that nobody knows, and have no answer in `sites.yaml`."""
+    reads = [read for process in processes for read in process.reads if read.doubtful]
+    places = [
+        f"{_short(read.file)}:{read.line} in {read.function}, {read.bytes} bytes" for read in reads
+    ]
+    return list(dict.fromkeys(places))
 
 
 def _on_host(task: Task, step: Step) -> Found:

@@ -14,7 +14,7 @@ from harness.league import gate, memory
 from harness.league.packages import missing, version
 from harness.records import league as records
 from harness.records.league import Record
-from harness.records.sources import fingerprint
+from harness.records.sources import library_fingerprint
 
 SHARED = ("case.py", "loop.py")
 """Files that all scripts use."""
@@ -88,5 +88,5 @@ def code(peer: str) -> str:
         if path.is_file() and path.suffix in (".py", ".yaml", ".txt") and path.name != "peer.yaml":
             digest.update(path.name.encode() + path.read_bytes())
     if peer in OURS:
-        digest.update(fingerprint().encode())
+        digest.update(library_fingerprint().encode())
     return digest.hexdigest()[:16]

@@ -25,6 +25,8 @@ HEADLINE = paths.REFERENCE / "longest.png"
 """Published lengths beside ours."""
 PLANNERS = paths.REFERENCE / "planners.png"
 """Published times of global batches beside ours."""
+LEAGUE = paths.REFERENCE / "league.png"
+"""Stacks of others beside our own methods."""
 
 
 def renew(*, write: bool) -> list[Path]:
@@ -64,6 +66,7 @@ def figures(c: Committed) -> dict[Path, Callable[[], Figure]]:
     return {
         HEADLINE: partial(draw, "longest_sequences", lengths),
         PLANNERS: partial(draw, "planners", lengths),
+        LEAGUE: partial(draw, "league", lengths),
         **of_experiments,
     }
 

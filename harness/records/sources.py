@@ -17,6 +17,10 @@ FORECASTING = ("cells", "devices", "formulas", "meters", "phantom", "predict", "
 JUDGING = ("gate", "worlds")
 """Packages of the harness that run and judge gradients; of the implementation, every file counts."""
 
+RUNNING = ("phantom",)
+"""Packages of the harness that decide what a script of its own holds on a phantom device; of the implementation, every
+file counts."""
+
 KINDS = ("*.py", "*.c", "*.h", "*.json", "*.yaml")
 """Files that count."""
 
@@ -42,6 +46,12 @@ def fingerprint() -> str:
 def judging_fingerprint() -> str:
     """Equal for code and libraries that train and judge gradients the same."""
     return _hash(_files(JUDGING))
+
+
+@cache
+def library_fingerprint() -> str:
+    """Equal for code and libraries with which a script that uses this project's library holds the same."""
+    return _hash(_files(RUNNING))
 
 
 def _hash(files: list[Path]) -> str:

@@ -1,0 +1,83 @@
+"""The league at a glance: bytes at one length, the longest sequence, and whose gradients are right."""
+
+from __future__ import annotations
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from harness.cells.league import OURS, league, peers
+from harness.cells.units import length_text
+from harness.present import drawing
+from harness.present.pages.league import GB, GIB, SHOWN, exactness, fitting, of_place
+from harness.records.league import committed, committed_path
+from harness.records.published import look_up
+from harness.records.table import NOT_SIMULATED, Results
+
+
+def draw(_: Results) -> Figure:
+    """A row per stack, most tokens first: of the committed records, whatever the results are."""
+    found = committed()
+    model, gpus = SHOWN
+    shown = {name: of_place(found, name, model, gpus) for name in peers()}
+    shown = {name: of for name, of in shown.items() if fitting(*of)}
+    order = sorted(shown, key=lambda name: -max(s.seqlen for s in fitting(*shown[name])))
+    figure = Figure(figsize=(11, 0.42 * max(len(order), 3) + 2.2), layout="constrained")
+    held, longest = figure.subplots(1, 2, sharey=True)
+    for place, name in enumerate(order):
+        lengths, search = shown[name]
+        colour = drawing.WHEEL[0] if name in OURS else drawing.GREY
+        at = lengths.get(LENGTH)
+        if at and at.verdict == "fits" and at.step:
+            gib = at.step.allocated_bytes / GIB
+            drawing.point(held, gib, place, colour, "predicted", f"{gib:.1f}")
+        elif at:
+            drawing.words(held, 1, place, at.verdict, drawing.FAINT)
+        for gib in _published(name, model, gpus):
+            drawing.point(held, gib, place - 0.22, drawing.INK, "published")
+        tokens = max(step.seqlen for step in fitting(lengths, search))
+        said = f"{length_text(tokens)}; {exactness(found, name)}"
+        drawing.point(longest, tokens, place, colour, "predicted", said)
+    held.set_xlabel(f"GiB of a GPU, allocated at {length_text(LENGTH)} tokens")
+    held.set_xlim(left=0)
+    _tokens_on(longest)
+    held.set_yticks(range(len(order)), [peers()[name].title for name in order])
+    held.set_ylim(len(order) - 0.4, -0.6)
+    if not order:
+        drawing.say(held, NOT_SIMULATED)
+    handles = [
+        drawing.handle("ours", drawing.WHEEL[0], "predicted"),
+        drawing.handle("others", drawing.GREY, "predicted"),
+        drawing.handle("published", drawing.INK, "published"),
+    ]
+    title = (
+        f"{model} on {gpus} x {league().hardware}: who holds how much, how long, and is it right"
+    )
+    return drawing.frame(figure, str(committed_path()), title, handles, NOTE)
+
+
+def _published(name: str, model: str, gpus: int) -> list[float]:
+    """Published GiB of a peer at the length of the figure."""
+    return [
+        look_up(claim.table, claim.row, column).value * GB / GIB
+        for claim in peers()[name].published
+        if (claim.model, claim.gpus, claim.seqlen) == (model, gpus, LENGTH)
+        for quantity, column in claim.columns.items()
+        if quantity == "allocated_bytes"
+    ]
+
+
+def _tokens_on(axes: Axes) -> None:
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: length_text(value)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("longest sequence that fits, tokens; gradients under the gate")
+
+
+LENGTH = 2**20
+NOTE = (
+    "Every stack's own script and documented settings, on phantom devices: bf16 weights, AdamW with states on the device, one "
+    "sample, PyTorch's flash attention. Stacks that keep fp32 master weights hold more at rest. Gradients: cases out of plain, uneven "
+    "labels, packed documents and accumulation that are right in fp32 on CPU ranks."
+)
+"""What the rows have in common."""
