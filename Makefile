@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := sweep
 .DELETE_ON_ERROR:
-.PHONY: sweep install phantom peers browser test update lint clean
+.PHONY: sweep install phantom peers league browser test update lint clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -31,6 +31,10 @@ phantom: $(STAMP)  ## Fetch PyTorch's CUDA build (0.5 GB) for `alst phantom`, wi
 
 peers: $(STAMP)  ## The same, with what the released ALST recipes call: Liger, Triton, ArcticTraining (0.2 GB)
 	python -m harness.phantom.wheel --peers
+
+league: peers  ## Install the stacks of others in experiments/peers/, run them, and write results/league/league.md
+	python -m harness.league.packages
+	snakemake --cores all --config experiments=league
 
 browser:  ## Install Chromium, in which the tests of the report open it
 	@command -v chromium || test "$$(id -u)" = 0 || { echo 'make browser: no chromium on the path; install it, or let root do so: sudo make browser' >&2; exit 2; }

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from harness.cells.experiment import load_experiment
+from harness.cells.league import tasks
 from harness.processes.launch import command, num_nodes
 from harness.records.sources import code_files
 from harness.processes.tied import unlock
@@ -21,8 +22,11 @@ unlock(Path(".snakemake"))
 asked = str(config.get("experiments", ""))
 loaded = [load_experiment(path) for path in sorted(Path("experiments").glob("*.yaml"))]
 by_name = {experiment.name: experiment for experiment in loaded}
+# The league runs scripts, not cells: `experiments=league` alone, or beside experiments.
+LEAGUE = "league" in asked.split(",")
 if asked:
-    EXPERIMENTS = {name: by_name[name] for name in asked.split(",")}
+    names = [name for name in asked.split(",") if name != "league"]
+    EXPERIMENTS = {name: by_name[name] for name in names}
 else:
     left_out = {
         "smoke",
@@ -109,7 +113,7 @@ def code_of(wildcards):
 
 
 wildcard_constraints:
-    name="|".join(EXPERIMENTS),
+    name="|".join(EXPERIMENTS) or "-",
     key="[^/]+",
     figure="[^/]+",
 
@@ -124,7 +128,8 @@ rule all:
         [f"results/cells/{name}/{key}.json" for name in CELLS for key in CELLS[name]],
         [drawn(name) for name in EXPERIMENTS],
         expand("results/tables/{name}.csv", name=EXPERIMENTS),
-        "results/report.html",
+        "results/report.html" if EXPERIMENTS else [],
+        "results/league/league.md" if LEAGUE else [],
 
 
 rule cell:
@@ -202,3 +207,31 @@ rule report:
         "report"
     shell:
         "{params.alst} report {params.names} > {log} 2>&1"
+
+
+rule task:
+    output:
+        "results/league/{key}.json",
+    log:
+        "results/logs/league/{key}.log",
+    params:
+        alst=f"{TIED} {ALST}",
+    message:
+        "league: {wildcards.key}"
+    shell:
+        "{params.alst} league {wildcards.key} > {log} 2>&1"
+
+
+rule league:
+    input:
+        [f"results/league/{key}.json" for key in tasks()],
+    output:
+        "results/league/league.md",
+    log:
+        "results/logs/league/page.log",
+    params:
+        alst=f"{TIED} {ALST}",
+    message:
+        "league: page"
+    shell:
+        "{params.alst} league --page > {log} 2>&1"

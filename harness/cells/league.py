@@ -68,6 +68,8 @@ class Peer(Frozen):
     models: list[str]
     gate: list[str]
     """Cases that run under the gate."""
+    gate_ranks: int | None = Field(default=None, gt=0)
+    """CPU ranks under the gate, where they are not the league's."""
     cannot: dict[str, str] = {}
     """Case, or `gate` or `bytes` for all of them -> why it does not run."""
     patches: str | None

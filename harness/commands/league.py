@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from harness.cells.league import tasks
 from harness.cells.units import bytes_text, length_text
 from harness.commands.run import DEFAULT_RESULTS, truth_cache
-from harness.records.league import Record
+from harness.records import league as records
+from harness.records.league import FRESH, Record
+from harness.records.record import write_text
 
 
 def league(
     keys: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Tasks, as --list prints them, or parts of their names; by default all.",
+            help="Tasks, as --list prints them: names, beginnings of names or patterns with *; by default all.",
             show_default=False,
         ),
     ] = None,
     listed: Annotated[bool, typer.Option("--list", help="Print the tasks' names alone.")] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Run tasks that have a record again.")
+    ] = False,
+    page: Annotated[
+        bool,
+        typer.Option("--page", help=f"Write the page of all records to {FRESH} instead."),
     ] = False,
     commit: Annotated[
         bool,
@@ -36,18 +44,20 @@ def league(
     compared with that of the stock model. Records go to results/league/; a task that has one is not run again.
     A stack whose packages are not here is `not installed`: `python -m harness.league.packages` installs them.
 
-    Examples: alst league alst-gate; alst league trl-qwen3-8b-x8; alst league --commit
+    Examples: alst league alst-gate; alst league '*-qwen3-8b-x8-*'; alst league --commit
     """
-    from harness.cells.league import tasks
     from harness.league.runs import final, run
-    from harness.records import league as records
 
-    chosen = [key for key in tasks() if not keys or any(part in key for part in keys)]
+    chosen = [key for key in tasks() if not keys or any(is_meant(key, part) for part in keys)]
     if not chosen:
-        raise ValueError(f"no task's name has {' or '.join(keys or [])}; see `alst league --list`")
+        raise ValueError(
+            f"no task is called {' or '.join(keys or [])}, or begins so; see `alst league --list`"
+        )
     if listed:
         print("\n".join(chosen))
         return 0
+    if page:
+        return _page()
     if commit:
         return _commit(chosen)
     console = Console()
@@ -63,6 +73,11 @@ def league(
         said = line(record) + ("" if fresh else " (recorded before)")
         console.print(f"{number}/{len(chosen)} {key}: {said}", highlight=False, soft_wrap=True)
     return 0
+
+
+def is_meant(key: str, part: str) -> bool:
+    """Whether `part` names the task `key`: its name, the beginning of it, or a pattern with `*`."""
+    return fnmatchcase(key, part if "*" in part or part in tasks() else f"{part}*")
 
 
 def line(record: Record) -> str:
@@ -81,9 +96,21 @@ def line(record: Record) -> str:
     return ", ".join(parts)
 
 
+def _page() -> int:
+    """Write the page and its figure, of fresh records and of committed ones where there is none."""
+    from harness.present import pictures
+    from harness.present.figures.league import of_records
+    from harness.present.pages.league import IMAGE, text
+
+    found = {**records.committed(), **records.fresh()}
+    write_text(FRESH / "league.md", text(found))
+    (FRESH / IMAGE).write_bytes(pictures.png(of_records(found, str(FRESH))))
+    print(f"wrote {FRESH / 'league.md'}")
+    return 0
+
+
 def _commit(chosen: list[str]) -> int:
     from harness.present.generated import renew
-    from harness.records import league as records
 
     found = [record for key, record in records.fresh().items() if key in chosen]
     if not found:

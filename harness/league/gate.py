@@ -101,8 +101,8 @@ def _run(task: Task, cell: Cell, folder: Path, made: Path, log: int) -> int | No
     train = cell.train
     materialize(train).float().save_pretrained(folder / "model")
     save_file(samples_of(train, 0), folder / "samples.safetensors")
-    asked = league.league().gate
-    ranks = asked.ranks if league.peers()[task.peer].sequence_parallel else 1
+    peer = league.peers()[task.peer]
+    ranks = peer.gate_ranks or (league.league().gate.ranks if peer.sequence_parallel else 1)
     arguments = [
         *("--model", str(folder / "model"), "--seqlen", str(train.seqlen), "--steps", "1"),
         *("--accumulation", str(train.accumulation)),

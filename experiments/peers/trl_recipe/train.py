@@ -27,7 +27,19 @@ class Gradients(TrainerCallback):
             )()
             for name, p in model.named_parameters()
         }
-        case.save(float("nan"), found)
+        case.save(trainer.loss, found)
+
+
+class Trainer(SFTTrainer):
+    """Keeps the loss of a step, which the trainer logs only after the update."""
+
+    loss = 0.0
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The trainer's own step."""
+        loss = super().training_step(*args, **kwargs)
+        self.loss += float(loss) if case.gated else 0.0
+        return loss
 
 
 os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false" if case.gated else "true"
@@ -39,6 +51,7 @@ arguments = SFTConfig(
     gradient_accumulation_steps=case.accumulation,
     max_steps=case.steps,
     learning_rate=LEARNING_RATE,
+    max_grad_norm=0.0 if case.gated else 1.0,
     logging_steps=1,
     save_strategy="no",
     report_to=[],
@@ -53,7 +66,7 @@ arguments = SFTConfig(
         "cpu_offload": case.states == "host",
         "cpu_ram_efficient_loading": not case.gated,
     },
-    parallelism_config=ParallelismConfig(cp_size=case.world_size),
+    parallelism_config=ParallelismConfig(cp_size=case.world_size) if case.world_size > 1 else None,
 )
 rows = [
     {"input_ids": row["input_ids"].tolist(), "labels": row["labels"].tolist()}
@@ -62,7 +75,7 @@ rows = [
 tokenizer = PreTrainedTokenizerFast(
     tokenizer_object=Tokenizer(WordLevel({END: 0}, END)), eos_token=END, pad_token=END
 )
-trainer = SFTTrainer(
+trainer = Trainer(
     case.model,
     arguments,
     train_dataset=Dataset.from_list(rows),

@@ -10,14 +10,18 @@ from harness.cells.league import OURS, league, peers
 from harness.cells.units import length_text
 from harness.present import drawing
 from harness.present.pages.league import GB, GIB, SHOWN, exactness, fitting, of_place
-from harness.records.league import committed, committed_path
+from harness.records.league import Record, committed, committed_path
 from harness.records.published import look_up
 from harness.records.table import NOT_SIMULATED, Results
 
 
 def draw(_: Results) -> Figure:
-    """A row per stack, most tokens first: of the committed records, whatever the results are."""
-    found = committed()
+    """The figure of the committed records, whatever the results are."""
+    return of_records(committed(), str(committed_path()))
+
+
+def of_records(found: dict[str, Record], source: str) -> Figure:
+    """A row per stack, most tokens first. `source` says where the records `found` are."""
     model, gpus = SHOWN
     shown = {name: of_place(found, name, model, gpus) for name in peers()}
     shown = {name: of for name, of in shown.items() if fitting(*of)}
@@ -53,7 +57,7 @@ def draw(_: Results) -> Figure:
     title = (
         f"{model} on {gpus} x {league().hardware}: who holds how much, how long, and is it right"
     )
-    return drawing.frame(figure, str(committed_path()), title, handles, NOTE)
+    return drawing.frame(figure, source, title, handles, NOTE)
 
 
 def _published(name: str, model: str, gpus: int) -> list[float]:

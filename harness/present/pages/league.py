@@ -25,8 +25,13 @@ LARGEST = 3
 
 
 def page(_: Committed) -> str:
-    """Tables of memory, gradients and published numbers, and what each row is."""
-    asked, found = league(), committed()
+    """The page of the committed records."""
+    return text(committed())
+
+
+def text(found: dict[str, Record]) -> str:
+    """Tables of memory, gradients and published numbers of the records `found`, and what each row is."""
+    asked = league()
     return render(
         "league.md",
         image=IMAGE,
