@@ -87,7 +87,7 @@ def line(record: Record) -> str:
     if step is not None:
         parts.append(
             f"{length_text(step.seqlen)} tokens, {bytes_text(step.allocated_bytes)} allocated, "
-            f"{bytes_text(step.reserved_bytes)} reserved, {bytes_text(step.pinned_bytes)} pinned by a rank"
+            f"{bytes_text(step.reserved_bytes)} reserved, {bytes_text(step.host_bytes)} of the host by a rank"
         )
     if gradient is not None and gradient.error is not None:
         parts.append(f"worst {gradient.worst}, error {gradient.error:.1e} of its norm")

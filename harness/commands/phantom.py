@@ -172,7 +172,7 @@ def used(process: Process) -> list[str]:
     return [
         f"rank {process.rank}, device {use.device} ({use.name}): allocated {use.allocated_bytes / GIB:.2f} GiB, "
         f"reserved {use.reserved_bytes / GIB:.2f} of {use.total_bytes / GIB:.2f} GiB, {use.retries} retries; "
-        f"host pinned {process.pinned_bytes / GIB:.2f} GiB"
+        f"host pinned {process.pinned_bytes / GIB:.2f} GiB, other {process.pageable_bytes / GIB:.2f} GiB"
         for use in process.devices
     ]
 

@@ -90,10 +90,10 @@ def _doubtful(processes: list[Process]) -> list[str]:
 def _on_host(task: Task, step: Step) -> Found:
     """The verdict on a step that fits on the device."""
     row = load_hardware(league.league().hardware)
-    held = min(task.gpus, row.devices_per_node) * step.pinned_bytes
+    held = min(task.gpus, row.devices_per_node) * step.host_bytes
     if row.host_memory_bytes is not None and held > row.host_memory_bytes:
         room = bytes_text(row.host_memory_bytes)
-        return "does not fit", f"{bytes_text(held)} of page-locked host memory, of {room}", step
+        return "does not fit", f"{bytes_text(held)} of host memory, of {room}", step
     return "fits", "ran to its end", step
 
 
@@ -108,6 +108,7 @@ def _step(processes: list[Process], seqlen: int) -> Step | None:
         allocated_bytes=use.allocated_bytes,
         reserved_bytes=use.reserved_bytes,
         pinned_bytes=process.pinned_bytes,
+        pageable_bytes=process.pageable_bytes,
         attention=process.attention,
         alive=[
             Alive(

@@ -108,6 +108,8 @@ class Process(Frozen):
     """Number of ranks that it ran for: itself, and those that were not started."""
     devices: list[DeviceUse]
     pinned_bytes: int
+    pageable_bytes: int
+    """Peak of other host memory, of blocks of 16 MiB and more."""
     launches: int
     matmuls: int
     matmul_flops: int

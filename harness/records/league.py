@@ -44,10 +44,17 @@ class Step(Frozen):
     reserved_bytes: int
     pinned_bytes: int
     """Page-locked host memory of one rank."""
+    pageable_bytes: int
+    """Other host memory of one rank, in blocks of 16 MiB and more."""
     attention: list[str]
     """Families of attention kernels that were launched."""
     alive: list[Alive]
     """Memory at the peak, largest first."""
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory of one rank."""
+        return self.pinned_bytes + self.pageable_bytes
 
 
 class Gradient(Frozen):

@@ -17,7 +17,7 @@ def process(rank: int, reserved: int, stands_for: int = 1) -> Process:
         retries=0, ooms=0, alive=[],
     )  # fmt: skip
     return Process(
-        pid=1, rank=rank, stands_for=stands_for, devices=[use], pinned_bytes=0, launches=0, matmuls=0, matmul_flops=0,
+        pid=1, rank=rank, stands_for=stands_for, devices=[use], pinned_bytes=0, pageable_bytes=0, launches=0, matmuls=0, matmul_flops=0,
         attention=[], refused=[], reads=[], oom=None, error=None,
     )  # fmt: skip
 

@@ -100,12 +100,12 @@ def memory_grid(found: dict[str, Record], model: str, gpus: int) -> Grid:
                 *(_at(lengths.get(seqlen)) for seqlen in asked.seqlens),
                 MISSING if per_token is None else bytes_text(per_token),
                 _longest(longest),
-                _pinned(fitting(lengths, longest), gpus),
+                _on_host(fitting(lengths, longest), gpus),
                 exactness(found, name),
             ]
         )
     headings = [f"{length_text(seqlen)}: allocated / reserved" for seqlen in asked.seqlens]
-    more = ["a token of a rank", "longest sequence", "host, page-locked", "gradients"]
+    more = ["a token of a rank", "longest sequence", "host memory of a node", "gradients"]
     return Grid(["stack", *headings, *more], rows)
 
 
@@ -126,13 +126,13 @@ def _longest(record: Record | None) -> str:
     return length_text(record.step.seqlen)
 
 
-def _pinned(steps: list[Step], gpus: int) -> str:
-    """Page-locked host memory of a node for a million tokens, from the longest step that fits."""
+def _on_host(steps: list[Step], gpus: int) -> str:
+    """Host memory of a node, at the longest step that fits."""
     if not steps:
         return MISSING
     step = max(steps, key=lambda each: each.seqlen)
     node = min(gpus, load_hardware(league().hardware).devices_per_node)
-    return f"{bytes_text(step.pinned_bytes * node)} at {length_text(step.seqlen)}"
+    return f"{bytes_text(step.host_bytes * node)} at {length_text(step.seqlen)}"
 
 
 def exactness(found: dict[str, Record], name: str) -> str:

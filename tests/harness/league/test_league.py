@@ -163,7 +163,7 @@ def test_a_script_that_fails_says_why(other: Callable[..., Task], tmp_path: Path
 
 def step(seqlen: int, reserved: int) -> Step:
     return Step(
-        seqlen=seqlen, allocated_bytes=reserved, reserved_bytes=reserved, pinned_bytes=0, attention=[], alive=[]
+        seqlen=seqlen, allocated_bytes=reserved, reserved_bytes=reserved, pinned_bytes=0, pageable_bytes=0, attention=[], alive=[]
     )  # fmt: skip
 
 

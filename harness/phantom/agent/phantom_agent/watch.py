@@ -82,6 +82,7 @@ class Watch:
             "stands_for": int(os.environ.get("PHANTOM_WORLD", "1")),
             "devices": [self.device(i) for i in range(torch.cuda.device_count()) if used(i)],
             "pinned_bytes": library.phantom_host_peak(),
+            "pageable_bytes": library.phantom_pageable_peak(),
             "launches": library.phantom_num_launches(),
             "matmuls": library.phantom_num_matmuls(),
             "matmul_flops": library.phantom_matmul_flops(),
