@@ -111,10 +111,15 @@ def made_anew(
 
 
 def without_gloo(backend: Any) -> str:
-    """The name of a backend with gloo replaced by PyTorch's fake backend."""
+    """The name of a backend with gloo replaced by PyTorch's fake backend.
+
+    The fake one is first, because PyTorch hands NCCL's options on to whatever it makes after it.
+    """
     name = str(backend).lower()
-    return (
-        "cpu:fake,cuda:nccl" if name in ("undefined", "none", "") else name.replace("gloo", "fake")
+    if name in ("undefined", "none", ""):
+        return "cpu:fake,cuda:nccl"
+    return ",".join(
+        sorted(name.replace("gloo", "fake").split(","), key=lambda part: "nccl" in part)
     )
 
 

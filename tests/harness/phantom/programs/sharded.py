@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
-dist.init_process_group("nccl")
+dist.init_process_group("cuda:nccl,cpu:gloo")
 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 config = LlamaConfig(
     hidden_size=512, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=8,
