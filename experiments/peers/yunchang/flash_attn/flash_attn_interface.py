@@ -39,20 +39,20 @@ def _flash_attn_forward(
 
 
 def _flash_attn_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, *rest: Any
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, *rest: Any
 ) -> None:
     """Write the gradients of `q`, `k` and `v` into the first three of `rest`: they, dropout, scale, causality, options."""
     *held, dropout, scale, causal = rest[:6]
     if q.is_cuda:
         state = torch.empty(2, dtype=torch.uint64, device=q.device)  # of dropout, not read without
         made = KERNELS._flash_attention_backward(
-            *(dout, q, k, v, out, softmax_lse, None, None, q.shape[1], k.shape[1]),
+            *(grad, q, k, v, out, softmax_lse, None, None, q.shape[1], k.shape[1]),
             *(dropout, causal, state, state),
             scale=scale,
         )
     else:
         wide = KERNELS._scaled_dot_product_flash_attention_for_cpu_backward(
-            *(dout.transpose(1, 2), q.transpose(1, 2), *_repeated(q, k, v)),
+            *(grad.transpose(1, 2), q.transpose(1, 2), *_repeated(q, k, v)),
             *(out.transpose(1, 2), softmax_lse, dropout, causal),
             scale=scale,
         )
