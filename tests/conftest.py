@@ -23,7 +23,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # TRL's trainers report that they 
 
 # A process that the fork server made (tests of the tests) forks its own ranks.
 CONTEXT = multiprocessing.get_context("fork" if multiprocessing.parent_process() else "forkserver")
-CONTEXT.set_forkserver_preload(["harness.processes.preload"])
+CONTEXT.set_forkserver_preload(["tests.warm"])
 PR_SET_PDEATHSIG = 1
 
 

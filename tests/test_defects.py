@@ -76,9 +76,10 @@ def _run_tests(package: str, tests: list[str], output: str, scratch: str) -> Non
     sys.path.insert(0, package)
     os.chdir(ROOT)
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-    # Unpickling this function has imported the packages without the defect.
-    for module in [m for m in sys.modules if m.partition(".")[0] in ("alst_impl", "harness")]:
-        del sys.modules[module]
+    # The packages without the defect have been imported, and with them what tests share.
+    for name, module in list(sys.modules.items()):
+        if Path(getattr(module, "__file__", None) or "/").is_relative_to(ROOT):
+            del sys.modules[name]
     import alst_impl
 
     assert alst_impl.__file__ == f"{package}/alst_impl/__init__.py"
