@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from phantoms import cell, missing, predicted
+from phantoms import cell, estimated, missing
 from training import (
     assert_same_gradients,
     assert_trains_as,
@@ -317,8 +317,9 @@ def test_a_forecast_plays_a_full_rank_or_none(settings: dict[str, Any], message:
 @pytest.mark.skipif(bool(missing()), reason=missing() or "all there")
 def test_a_full_rank_allocates_what_a_rank_of_alst_does() -> None:
     """To the byte: two groups of four, each with one sample."""
-    of_method = [
-        predicted(cell(method={"name": name, "sp": 4}, seqlen=16_384, world_size=8))
+    cells = (
+        cell(method={"name": name, "sp": 4}, seqlen=16_384, world_size=8)
         for name in ("alst", "flexsp")
-    ]
-    assert of_method[0].allocated_bytes == of_method[1].allocated_bytes
+    )
+    alst, flexsp = estimated(*cells)
+    assert alst.allocated_bytes == flexsp.allocated_bytes

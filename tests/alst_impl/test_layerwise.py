@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cores import attend
-from phantoms import cell, measured, missing, predicted
+from phantoms import cell, missing, predicted, stepped
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from training import config_of, corpus_of, ratio_and_cosine, run_steps
@@ -26,7 +26,6 @@ from alst_impl.ops.memory import float8
 from alst_impl.placement import Placement
 from harness.gate.verdict import TOLERANCES
 from harness.predict.depth import at_depth, structure
-from harness.records.record import RankMemory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -186,18 +185,16 @@ def test_host_memory_of_recomputed_layer_inputs() -> None:
     The device holds no more than before.
     """
 
-    def memory(**method: Any) -> RankMemory:
-        of = cell(
-            method={"name": "layerwise", "sp": 4, "stream": True, **method},
-            overrides={"num_hidden_layers": 9},
-            seqlen=8_192,
-            world_size=4,
-        )
-        readings = measured(of).readings
-        assert readings is not None
-        return readings.memory[0]
-
-    before, after = memory(), memory(every=3)
+    method = {"name": "layerwise", "sp": 4, "stream": True}
+    deep: dict[str, Any] = {
+        "overrides": {"num_hidden_layers": 9},
+        "seqlen": 8_192,
+        "world_size": 4,
+    }
+    cells = (cell(method={**method, **more}, **deep) for more in ({}, {"every": 3}))
+    before, after = (step.memory for step in stepped(*cells))
+    assert before is not None
+    assert after is not None
     inputs = 8_192 // 4 * 128 * 2
     assert before.host_peak_bytes - after.host_peak_bytes == (9 - (3 + 2)) * inputs
     train = cell(method="layerwise", seqlen=8_192, overrides={"num_hidden_layers": 9}).train

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from phantoms import NEEDED, cell, predicted
+from phantoms import NEEDED, cell, estimated, predicted
 
 from alst_impl.models import published
 from harness import __main__ as command_line
+from harness.cells.cell import Cell
 from harness.cells.hardware import FOLDER
-from harness.cells.prediction import Prediction
 
 pytestmark = NEEDED
 ROOT = Path(__file__).parents[2]
@@ -94,21 +94,17 @@ def printed(
     return capsys.readouterr().out
 
 
-def step(model: str, ranks: int, seqlen: int, **settings: Any) -> Prediction:
+def step(model: str, ranks: int, seqlen: int, **settings: Any) -> Cell:
     """A step of our method with states in host memory."""
-    method = {"name": "alst", "sp": ranks}
-    engine = {"name": "fsdp2", "offload": True}
-    return predicted(
-        cell(
-            **{
-                "model": model,
-                "method": method,
-                "engine": engine,
-                "world_size": ranks,
-                "seqlen": seqlen,
-                **settings,
-            }
-        )
+    return cell(
+        **{
+            "model": model,
+            "method": {"name": "alst", "sp": ranks},
+            "engine": {"name": "fsdp2", "offload": True},
+            "world_size": ranks,
+            "seqlen": seqlen,
+            **settings,
+        }
     )
 
 
@@ -119,7 +115,7 @@ def test_a_step_is_not_below_its_bound_and_has_the_update_of_the_host(
     model: str, ranks: int, seqlen: int
 ) -> None:
     """An 8B model at 1K waits for the host most of the time; a node updates at most 1e9 parameters per second."""
-    found = step(model, ranks, seqlen)
+    (found,) = estimated(step(model, ranks, seqlen))
     assert found.time is not None
     assert found.least_seconds_modelled is not None
     assert found.least_seconds_modelled <= found.time.low <= found.time.seconds
@@ -129,7 +125,8 @@ def test_a_step_is_not_below_its_bound_and_has_the_update_of_the_host(
 
 def test_a_mixture_computes_what_training_needs() -> None:
     """More than forward and backward of the routed experts, by recomputation, and less than all experts would take."""
-    found = step("tiny-qwen3-moe", 1, 4_096, overrides={"moe_intermediate_size": 1_024})
+    wide = {"moe_intermediate_size": 1_024}
+    (found,) = estimated(step("tiny-qwen3-moe", 1, 4_096, overrides=wide))
     assert found.cost is not None
     computed = found.cost.matmul_flops + found.cost.attention_flops
     assert 1.0 < computed / found.flops.model_causal < 1.6
@@ -192,6 +189,6 @@ def test_json_says_what_it_is_about(
 @pytest.mark.parametrize("seqlen", [1_024, 4_096])
 def test_a_slope_is_positive_where_a_tile_is_added(seqlen: int) -> None:
     """Two per cent more tokens take fewer bytes here, because one more tile makes each smaller."""
-    found = step("tiny-llama", 1, seqlen, method={"name": "layerwise"})
+    found = predicted(step("tiny-llama", 1, seqlen, method={"name": "layerwise"}))
     assert found.bytes_per_local_token is not None
     assert found.bytes_per_local_token > 0

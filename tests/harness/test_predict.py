@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from phantoms import NEEDED, cell, measured, predicted
+from phantoms import NEEDED, cell, estimated, measured, predicted
 
 from alst_impl.models import published
 from harness import __main__ as command_line
@@ -353,8 +353,9 @@ def test_a_length_of_documents_is_not_their_number(text: str, documents: Any) ->
 
 def test_packed_documents_take_less_time() -> None:
     """Attention of eight documents has an eighth of the pairs; the same holds for what training needs."""
-    whole = predicted(of(seqlen=16_384))
-    packed = predicted(of(seqlen=16_384, data={"documents": [2_048]}))
+    whole, packed = estimated(
+        of(seqlen=16_384), of(seqlen=16_384, data={"documents": [2_048]})
+    )
     assert whole.cost is not None
     assert packed.cost is not None
     assert packed.cost.attention_flops == pytest.approx(whole.cost.attention_flops / 8, rel=0.01)
@@ -387,7 +388,7 @@ def test_nothing_fits_where_a_margin_leaves_nothing(tmp_path: Path) -> None:
 
 def test_adapters_need_less_work_and_no_host_update_of_frozen_weights() -> None:
     """LoRA saves the weight gradients, and the host updates the adapters alone."""
-    whole, adapters = predicted(of()), predicted(of(lora={"rank": 4}))
+    whole, adapters = estimated(of(), of(lora={"rank": 4}))
     assert adapters.flops.model_causal < whole.flops.model_causal
     assert whole.time is not None
     assert adapters.time is not None

@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from phantoms import cell, measured, missing
+from phantoms import cell, missing, stepped
 
 from alst_impl.config import TrainConfig
 from alst_impl.models import published
@@ -163,10 +163,9 @@ def test_the_executor_holds_about_the_bytes_of_the_formula(slices: int) -> None:
         overrides={**narrow, "num_hidden_layers": 4, "vocab_size": 512},
         hardware="a100-80gb",
     )
-    readings = measured(of).readings
-    assert readings is not None
-    assert readings.num_parameters is not None
-    (memory,) = readings.memory
+    (readings,) = stepped(of, ranks=(0,))
+    memory = readings.memory
+    assert memory is not None
     assert memory.cuda is not None
     # Parameters and states are in the resting bytes. Gradients, two bytes each, appear in the first
     # backward.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from phantoms import NEEDED, cell, predicted
+from phantoms import NEEDED, cell, estimated
 
 from alst_impl.models import published
 from harness.cells.cell import Cell
@@ -26,10 +26,10 @@ def of(method: dict[str, Any], seqlen: int = 1_536, **overrides: Any) -> Cell:
     )
 
 
-def cost(asked: Cell) -> Cost:
-    """The counted work of a step."""
-    found = predicted(asked).cost
-    assert found is not None
+def costs(*asked: Cell) -> list[Cost]:
+    """The counted work of a step of each."""
+    found = [prediction.cost for prediction in estimated(*asked) if prediction.cost]
+    assert len(found) == len(asked)
     return found
 
 
@@ -57,7 +57,7 @@ def test_attention_runs_forward_again_unless_it_is_kept(
     asked = of(method, num_hidden_layers=8)
     train = asked.train
     shape = shape_of(published(train.model, train.overrides), structure(train).num_parameters)
-    found = cost(asked)
+    (found,) = costs(asked)
     part = 15 / 64 if method["name"] == "ring" else 1 / train.world_size
     expected = part * passes * attention_forward(shape, [train.seqlen])
     assert found.attention_flops == pytest.approx(expected, rel=1e-2)
@@ -70,11 +70,10 @@ def test_layer_inputs_go_to_the_host_and_come_back_once() -> None:
     once per head group.
     """
     inputs = 2 * 1_536 * 128 * 2
-    found = cost(of({"name": "layerwise"}))
+    found, streamed = costs(of({"name": "layerwise"}), of({"name": "layerwise", "stream": True}))
     assert found.host_out_bytes == inputs
     # Token ids, labels and positions are copied, too.
     assert inputs <= found.host_in_bytes <= inputs + 4 * 8 * 1_536
-    streamed = cost(of({"name": "layerwise", "stream": True}))
     assert streamed.host_in_bytes > 2 * 8 * inputs  # per head group, twice in attention
 
 
@@ -84,31 +83,31 @@ def test_products_with_experts_are_those_of_the_routed_tokens() -> None:
     The rest of the model is the same with one expert per token, so that the difference is that of one expert.
     """
     tokens, layers = 1_536, 2
-    found = [
-        cost(
-            cell(
-                model="tiny-qwen3-moe",
-                method="baseline",
-                seqlen=tokens,
-                overrides={"num_experts_per_tok": routed, "num_hidden_layers": layers},
-            )
-        ).matmul_flops
+    cells = [
+        cell(
+            model="tiny-qwen3-moe",
+            method="baseline",
+            seqlen=tokens,
+            overrides={"num_experts_per_tok": routed, "num_hidden_layers": layers},
+        )
         for routed in (1, 2)
     ]
+    one, two = (cost.matmul_flops for cost in costs(*cells))
     fields = published("tiny-qwen3-moe", {})
     expert = 3 * fields["hidden_size"] * fields["moe_intermediate_size"]
-    assert found[1] - found[0] == 4 * layers * tokens * 2 * expert
+    assert two - one == 4 * layers * tokens * 2 * expert
 
 
 def test_all_other_operators_are_counted_by_their_bytes_and_collectives_by_their_nodes() -> None:
     """Every token moves the same bytes, beside those of the parameters, in the same operators. Eight ranks are one
     node; sixteen are two.
     """
-    near, middle, far = (cost(of({"name": "baseline"}, n)) for n in (1_024, 2_048, 4_096))
+    longer = [of({"name": "baseline"}, n) for n in (1_024, 2_048, 4_096)]
+    wider = [of({"name": "ring", "cp": ranks}) for ranks in (8, 16)]
+    near, middle, far, within, across = costs(*longer, *wider)
     more = middle.pointwise_bytes - near.pointwise_bytes
     assert far.pointwise_bytes - middle.pointwise_bytes == 2 * more > 0
     assert near.launches == middle.launches == far.launches > 100
-    within, across = (cost(of({"name": "ring", "cp": ranks})) for ranks in (8, 16))
     assert within.network_bytes == 0
     assert within.link_bytes > 0
     assert across.network_bytes == across.link_bytes > 0

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from phantoms import NEEDED, cell, predicted
+from phantoms import NEEDED, cell, estimated
 
 from harness.cells.cell import make_cell
 from harness.records.metrics import value_of
@@ -97,10 +97,11 @@ def test_a_corpus_that_is_too_short_is_refused_in_its_record(tmp_path: Path) -> 
 def test_each_length_is_foreseen_by_its_own_cell() -> None:
     """The way out of the refusal. With as many tokens, short sequences take as many bytes and less work."""
     lengths = {8_192: 1, 1_024: 8}
-    whole, short = (
-        predicted(cell(method="baseline", engine="plain", seqlen=seqlen, batch_size=size))
+    cells = (
+        cell(method="baseline", engine="plain", seqlen=seqlen, batch_size=size)
         for seqlen, size in lengths.items()
     )
+    whole, short = estimated(*cells)
     assert short.allocated_bytes == whole.allocated_bytes
     assert short.cost is not None
     assert whole.cost is not None
