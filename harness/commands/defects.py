@@ -18,6 +18,7 @@ from harness.cells.cell import Cell, make_cell
 from harness.cells.experiment import load_experiment
 from harness.commands.matrix import CORRECTNESS, chosen
 from harness.commands.run import DEFAULT_RESULTS, truth_cache
+from harness.gate.verdict import ROUNDED
 from harness.judge.defects import Catch, Defect, plant, read_defects, text_of
 from harness.records import record
 from harness.records.record import Outcome
@@ -37,8 +38,9 @@ def defects(
 ) -> int:
     """Plant each defect of experiments/planted/defects.yaml by itself, and run cells until one fails.
 
-    The cells are those that tests run (`alst matrix --part covering`), in the order of the matrix, or one that the
-    defect names. The cell that caught each defect is written to experiments/planted/caught.csv. Exit code 0: all were caught; 1: one was not.
+    The cells are those that tests run (`alst matrix --part covering`), those of exact dtypes and few ranks first, or
+    one that the defect names. The cell that caught each defect is written to experiments/planted/caught.csv. Exit code
+    0: all were caught; 1: one was not.
 
     Example: alst defects
     """
@@ -77,8 +79,9 @@ def defects(
 
 
 def _trials(cache: Path) -> list[Trial]:
-    """The cells that tests run, with their truths."""
+    """The cells that tests run, with their truths. Those that fail soonest are first: no rounding to doubt, few ranks."""
     work = chosen(load_experiment(CORRECTNESS), "covering")
+    work.sort(key=lambda pair: (pair[1].train.dtype in ROUNDED, pair[1].num_processes))
     found = [truth for some in truths([cell for _, cell in work], cache) for truth in some]
     return [(row.label, cell, truth) for (row, cell), truth in zip(work, found, strict=True)]
 

@@ -144,6 +144,8 @@ class Supervisor:
         if self.job.sources is not None:
             sys.path.insert(0, self.job.sources)
             _forget(*(root.name for root in SOURCES))
+            with contextlib.suppress(Exception):  # each rank tries again and says what is wrong
+                importlib.import_module(self.job.entry.partition(":")[0])  # once for all ranks
         (self.scratch / "shared").mkdir(parents=True, mode=0o700)
         for index in ranks_here(self.job):
             reader, writer = FORK.Pipe(duplex=False)
