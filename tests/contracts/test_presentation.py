@@ -38,8 +38,9 @@ def test_metric_has_no_value_without_readings(metric: Metric) -> None:
 def test_figure_draws_the_sample_sweep(figure: str) -> None:
     """A figure handles failed, wrong and missing cells, and is identical when drawn again."""
     results = sweep()
-    assert pictures.png(draw(figure, results)).startswith(b"\x89PNG")
-    assert pictures.svg(draw(figure, results)) == pictures.svg(draw(figure, results))
+    drawn = pictures.svg(draw(figure, results))
+    assert "<svg" in drawn
+    assert drawn == pictures.svg(draw(figure, results))
 
 
 @pytest.mark.parametrize("figure", figures())

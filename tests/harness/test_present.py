@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -30,17 +31,41 @@ README = """<!-- begin: headline -->
 MEASURED = paths.REFERENCE / "measured.md"
 
 
-@pytest.fixture
-def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkout with an experiment of two measured cells."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("CI", raising=False)
+def measured() -> None:
+    """Makes this folder a checkout with an experiment of two measured cells."""
     record.write_text(paths.experiment("two"), YAML)
     record.write_text(paths.README, README)
     for method in ("baseline", "alst"):
         m = measurement(cell(method))
         record.write(paths.cells("two") / f"{m.cell.key}.json", m)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout with an experiment of two measured cells."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CI", raising=False)
+    measured()
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def promoted_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Such a checkout, whose records are reference records."""
+    folder = tmp_path_factory.mktemp("promoted")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.delenv("CI", raising=False)
+        measured()
+        present.reference("two")
+    return folder
+
+
+@pytest.fixture
+def promoted(checkout: Path, promoted_once: Path) -> Path:
+    """A copy of it."""
+    shutil.copytree(promoted_once, checkout, dirs_exist_ok=True)
+    return checkout
 
 
 def test_table_figures_and_report_appear(
@@ -66,9 +91,8 @@ def test_summary_says_where_the_report_is(
     assert "baseline (2 samples)" in shown
 
 
-def test_reference_renews_the_readme(checkout: Path) -> None:
+def test_reference_renews_the_readme(promoted: Path) -> None:
     """Promoted records are copied, drawn, and put into the README and its pages."""
-    present.reference("two")
     folder = paths.REFERENCE / "cpu" / "two"
     assert len(list(folder.glob("*.json"))) == 2
     assert (folder / "headline.png").is_file()
@@ -91,9 +115,8 @@ def test_part_of_an_experiment_leaves_no_empty_folder(checkout: Path) -> None:
     assert present.report(check=True) == 0
 
 
-def test_a_stale_page_fails_the_check(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stale_page_fails_the_check(promoted: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each is named, left as it is, and made anew when asked for."""
-    present.reference("two")
     written = {path_of(name): path_of(name).read_text() for name in pages()}
     assert len(written) >= 5
     for path, text in written.items():
@@ -106,16 +129,14 @@ def test_a_stale_page_fails_the_check(checkout: Path, capsys: pytest.CaptureFixt
     assert {path: path.read_text() for path in written} == written
 
 
-def test_a_missing_page_fails_the_check(checkout: Path) -> None:
+def test_a_missing_page_fails_the_check(promoted: Path) -> None:
     """A page that was removed is as stale as one that differs."""
-    present.reference("two")
     MEASURED.unlink()
     assert present.report(check=True) == 1
 
 
-def test_a_stale_figure_fails_the_check(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stale_figure_fails_the_check(promoted: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A figure of other records does not pass; its pixels may differ."""
-    present.reference("two")
     path = paths.REFERENCE / "cpu" / "two" / "headline.png"
     other = Results("two", "q", "s", ["headline"], {cell().key: cell()}, {})
     path.write_bytes(pictures.png(draw("headline", other)))

@@ -54,9 +54,15 @@ def html(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *results: Results) -> 
     return page(committed(*results))
 
 
-def test_report_loads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The page of a sweep, with its figures."""
+    with pytest.MonkeyPatch.context() as patch:
+        return html(tmp_path_factory.mktemp("report"), patch, sweep())
+
+
+def test_report_loads_nothing(text: str) -> None:
     """The page opens from disk: figures and the script of its tables are inside it."""
-    text = html(tmp_path, monkeypatch, sweep())
     parser = Loads()
     parser.feed(text)
     assert len(parser.urls) == 1 + len(sweep().figures)
@@ -64,18 +70,15 @@ def test_report_loads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert not re.search(r"url\(|@import", text)
 
 
-def test_report_shows_what_went_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_shows_what_went_wrong(text: str) -> None:
     """Failures and cells not measured are rows, and wrong gradients are named."""
-    results = sweep()
-    text = html(tmp_path, monkeypatch, results)
-    for word in ("host_oom", "not measured", "wrong_gradient", "lm_head.weight", results.question):
+    for word in ("host_oom", "not measured", "wrong_gradient", "lm_head.weight", sweep().question):
         assert word in text
 
 
 def test_report_escapes_what_records_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Text from outside is text, not markup."""
-    original = sweep()
-    results = Results("s", "<b>why</b>", "", ["headline"], original.cells, original.measurements)
+    results = replace(sweep(), question="<b>why</b>", figures=[])
     assert "<b>why</b>" not in html(tmp_path, monkeypatch, results)
 
 
@@ -84,7 +87,7 @@ def test_report_copes_with_few_records(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, results: list[Results]
 ) -> None:
     """All questions are there, and nothing says `None`."""
-    text = html(tmp_path, monkeypatch, *results)
+    text = html(tmp_path, monkeypatch, *(replace(each, figures=[]) for each in results))
     assert all(title in text for title, _ in QUESTIONS.values())
     assert "None" not in text
 
@@ -93,7 +96,9 @@ def test_questions_have_no_markup_of_other_pages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A name in backticks, as Markdown has it, is a name."""
-    text = html(tmp_path, monkeypatch, replace(sweep(), question="What does `alst` cost?"))
+    text = html(
+        tmp_path, monkeypatch, replace(sweep(), question="What does `alst` cost?", figures=[])
+    )
     assert "<h3>What does alst cost?</h3>" in text
 
 
