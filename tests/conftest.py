@@ -96,6 +96,13 @@ def _collect(processes: list[Any], pipes: list[Connection], timeout_s: float) ->
     return [values[rank] for rank in range(len(processes))]
 
 
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A folder that all workers of a test run share."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder if worker_id == "master" else folder.parent
+
+
 @pytest.fixture
 def ranks(tmp_path: Path) -> Ranks:
     """`ranks(world_size)(fn, *args)` calls `fn(rank, world_size, *args)` on every rank of a gloo group.
