@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from filelock import FileLock
 from rich.console import Console
 from training import assert_same_gradients, config_of, run_steps, truth_of
 
 from harness.cells import paths
 from harness.cells.cell import Cell
 from harness.cells.experiment import Experiment, load_experiment
-from harness.commands.matrix import run
+from harness.commands.matrix import Work, run
+from harness.commands.run import truth_cache
 from harness.gate.verdict import exceptions, judgement
 from harness.judge.defects import plant, read_defects
 from harness.records.families import committed
 from harness.records.record import Outcome
 from harness.run.measure import measure
+from harness.run.ranks import truths
 
 if TYPE_CHECKING:
     from conftest import Ranks
@@ -47,9 +51,28 @@ def experiment() -> Experiment:
     return load_experiment(EXPERIMENT)
 
 
+def cells_of(experiment: Experiment, models: Collection[str]) -> list[Work]:
+    """The rows of `models` in fp32, method by method."""
+    found = [
+        (row, cell)
+        for row, cell in experiment.matrix_cells()
+        if row.levels["model"] in models and row.levels["dtype"] == "float32"
+    ]
+    return sorted(found, key=lambda pair: pair[0].levels["method"])
+
+
+@pytest.fixture(scope="session")
+def prepared(shared: Path) -> Path:
+    """A folder of results with the truths of all `KINDS`: many in one process, once for all workers of a test run."""
+    cells = [cell for _, cell in cells_of(load_experiment(EXPERIMENT), KINDS.values())]
+    with FileLock(shared / "families.lock"):
+        assert all(truth for some in truths(cells, truth_cache(shared)) for truth in some)
+    return shared
+
+
 @pytest.mark.parametrize("model", KINDS.values(), ids=lambda model: model)
 def test_models_train_as_the_committed_table_says(
-    model: str, experiment: Experiment, tmp_path: Path
+    model: str, experiment: Experiment, prepared: Path
 ) -> None:
     """Every gradient is right, or the model is refused, as in the committed run."""
     said = {
@@ -58,12 +81,8 @@ def test_models_train_as_the_committed_table_says(
         if f.model == model and f.dtype == "float32"
     }
     assert said
-    work = [
-        (row, cell)
-        for row, cell in experiment.matrix_cells()
-        if row.levels["model"] == model and row.levels["dtype"] == "float32"
-    ]
-    done = list(run(Console(quiet=True), experiment, work, 1, force=False, results=tmp_path))
+    work = cells_of(experiment, [model])
+    done = list(run(Console(quiet=True), experiment, work, 1, force=True, results=prepared))
     found = {
         (row.levels["method"], row.levels["dtype"]): (m.outcome, judgement(m)) for row, m in done
     }
