@@ -106,7 +106,7 @@ def test_a_planted_leak_fails_and_names_its_line(tmp_path: Path) -> None:
             "engine": "fsdp2",
             "dtype": "bfloat16",
             "world_size": 8,
-            "seqlen": 1_600_000,
+            "seqlen": 400_000,
             "world": "phantom",
             "hardware": "h100-80gb",
             "simulation": {"search": False},
