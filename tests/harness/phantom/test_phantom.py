@@ -190,18 +190,18 @@ def test_a_launcher_starts_one_rank_for_all_or_each(
     options: dict[str, Any], ran: list[tuple[int, int, int]]
 ) -> None:
     """Each rank runs on its own device, and holds the same."""
-    command = [*LAUNCHER, str(PROGRAMS / "sharded.py")]
+    command = [*LAUNCHER, str(PROGRAMS / "launched.py")]
     result = run(command, "h100-80gb", gpus=2, limit_s=120, **options)
     assert result.verdict == "fits", result.reason
     assert [(p.rank, p.devices[0].device, p.stands_for) for p in result.processes] == ran
-    assert len({p.devices[0].allocated_bytes for p in result.processes}) == 1
+    assert {p.devices[0].allocated_bytes for p in result.processes} == {4 * 2**20}
 
 
 def test_a_launcher_of_another_number_of_ranks_is_refused(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """The message says which number it is."""
-    result = run([*LAUNCHER, str(PROGRAMS / "sharded.py")], "h100-80gb", gpus=4, limit_s=120)
+    result = run([*LAUNCHER, str(PROGRAMS / "launched.py")], "h100-80gb", gpus=4, limit_s=120)
     assert result.exit_code == 2
     assert "the launcher starts 2 ranks; use --gpus 2, not 4" in capfd.readouterr().err
 
