@@ -42,7 +42,7 @@ browser:  ## Install Chromium, in which the tests of the report open it
 
 test: $(STAMP)  ## The whole CPU test suite
 	mkdir -p results
-	pytest -n auto --junitxml=results/tests.xml
+	pytest -n auto --dist worksteal --junitxml=results/tests.xml
 
 update: $(STAMP)  ## Renew requirements.lock for Python 3.11 to 3.13, install it and run the tests
 	uv pip compile --quiet --upgrade --universal --python-version 3.11 --all-extras --no-emit-index-url --no-annotate \
