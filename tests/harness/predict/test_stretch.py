@@ -17,7 +17,7 @@ from harness.processes.jobs import Rank
 
 pytestmark = NEEDED
 
-LAYERS = 12
+LAYERS = 8
 
 
 def both(rank: Rank, payload: dict[str, Any]) -> dict[str, Any]:
