@@ -10,7 +10,7 @@ from phantoms import NEEDED, measured, torch_version
 from harness.cells import paths
 from harness.cells.cell import Cell, make_cell
 from harness.judge.compare import changes
-from harness.judge.defects import Defect, plant, read_defects
+from harness.judge.defects import plant, read_defects
 from harness.records import record
 from harness.records.record import Measurement, Outcome
 from harness.run.measure import measure
@@ -106,15 +106,13 @@ def test_a_planted_leak_fails_and_names_its_line(tmp_path: Path) -> None:
             "engine": "fsdp2",
             "dtype": "bfloat16",
             "world_size": 8,
-            "seqlen": 400_000,
+            "seqlen": 1_600_000,
             "world": "phantom",
             "hardware": "h100-80gb",
             "simulation": {"search": False},
         }
     )
-    before = measured(cell, plant(Defect(file="__init__.py", edits=[]), tmp_path / "sound"))
-    assert_unchanged(before, measured(cell))
-    leaky = measured(cell, plant(LEAK, tmp_path / "leaky"))
+    before, leaky = measured(cell), measured(cell, plant(LEAK, tmp_path))
     with pytest.raises(AssertionError) as failure:
         assert_unchanged(before, leaky)
     said = str(failure.value)

@@ -108,6 +108,14 @@ def test_parameters_and_optimizer_are_those_of_real_processes(ranks: Ranks) -> N
     assert at_rest == expected
 
 
+def test_a_copy_without_a_defect_changes_nothing(tmp_path: Path) -> None:
+    """Otherwise what a planted defect changes would prove nothing."""
+    copy = plant(Defect(file="__init__.py", edits=[]), tmp_path)
+    after = measure(cell(), Path("unused"), sources=copy)
+    assert after.outcome is Outcome.OK, after.detail
+    assert not changes({"it": measured()}, {"it": after})
+
+
 def test_a_leak_is_noticed_and_its_line_named(tmp_path: Path) -> None:
     """On the CUDA path: the last head exchange keeps some bytes per token alive."""
     edit = Edit(
