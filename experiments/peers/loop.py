@@ -37,12 +37,18 @@ def build(case: Case) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config, dtype=case.dtype)
 
 
-def shard(case: Case, model: PreTrainedModel, device: torch.device) -> None:
-    """Shard the weights over all ranks, layer by layer, and make those that are on the meta device. Collective."""
+def shard(
+    case: Case, model: PreTrainedModel, device: torch.device, *, ends_apart: bool = True
+) -> None:
+    """Shard the weights over all ranks, layer by layer, and make those that are on the meta device. Collective.
+
+    Embedding and head are units of their own with `ends_apart`; a library that reads the head's weight outside the
+    head's forward needs them in the unit of the model.
+    """
     options: dict[str, Any] = {}
     if case.states == "host":
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=not case.gated)
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()] if ends_apart else []
     for unit in [*model.model.layers, *ends, model]:
         fully_shard(unit, **options)
     if case.gated:
@@ -50,10 +56,8 @@ def shard(case: Case, model: PreTrainedModel, device: torch.device) -> None:
     model.to_empty(device="cpu" if case.states == "host" else device)
     with torch.no_grad():
         for module in model.modules():
-            if module._buffers:
-                module.to(
-                    device
-                )  # a host copy of weights has its buffers on the device all the same
+            if module._buffers:  # small, and on the device where weights are on the host, too
+                module.to(device)
                 model._init_weights(module)
         for weight in model.parameters():
             weight.zero_()

@@ -17,7 +17,7 @@ model = build(case)
 APPLY[model.config.model_type](model=model)
 model.gradient_checkpointing_enable()
 model.train()
-shard(case, model, device)
+shard(case, model, device, ends_apart=False)
 
 
 def losses(batches: list[Batch]) -> Iterator[Tensor]:
