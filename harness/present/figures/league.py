@@ -6,11 +6,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from harness.cells.league import OURS, league, peers
+from harness.cells.league import OURS, Task, league, peers
 from harness.cells.units import length_text
 from harness.present import drawing
-from harness.present.pages.league import GB, GIB, SHOWN, exactness, fitting, of_place
-from harness.records.league import Record, committed, committed_path
+from harness.present.pages.league import GB, GIB, SHOWN, fitting, of_place
+from harness.records.league import Record, Step, committed, committed_path
 from harness.records.published import look_up
 from harness.records.table import NOT_SIMULATED, Results
 
@@ -25,9 +25,9 @@ def of_records(found: dict[str, Record], source: str) -> Figure:
     model, gpus = SHOWN
     shown = {name: of_place(found, name, model, gpus) for name in peers()}
     shown = {name: of for name, of in shown.items() if fitting(*of)}
-    order = sorted(shown, key=lambda name: -max(s.seqlen for s in fitting(*shown[name])))
+    order = sorted(shown, key=lambda name: _rank(fitting(*shown[name])))
     figure = Figure(figsize=(11, 0.42 * max(len(order), 3) + 2.2), layout="constrained")
-    held, longest = figure.subplots(1, 2, sharey=True)
+    held, longest, gate = figure.subplots(1, 3, sharey=True, width_ratios=[4, 4, 3])
     for place, name in enumerate(order):
         lengths, search = shown[name]
         colour = drawing.WHEEL[0] if name in OURS else drawing.GREY
@@ -40,10 +40,15 @@ def of_records(found: dict[str, Record], source: str) -> Figure:
         for gib in _published(name, model, gpus):
             drawing.point(held, gib, place - 0.22, drawing.INK, "published")
         tokens = max(step.seqlen for step in fitting(lengths, search))
-        said = f"{length_text(tokens)}; {exactness(found, name)}"
+        at_least = "" if search and search.step else "at least "
+        said = f"{at_least}{length_text(tokens)}"
         drawing.point(longest, tokens, place, colour, "predicted", said)
-    held.set_xlabel(f"GiB of a GPU, allocated at {length_text(LENGTH)} tokens")
+        _judge(gate, found, name, place)
+    held.set_xlabel(f"GiB of a GPU, allocated at {length_text(LENGTH)}")
     held.set_xlim(left=0)
+    gate.set_xlabel("gradients, by case of the gate")
+    gate.set_xticks(range(len(CASES)), CASES, rotation=20)
+    gate.set_xlim(-0.6, len(CASES) - 0.4)
     _tokens_on(longest)
     held.set_yticks(range(len(order)), [peers()[name].title for name in order])
     held.set_ylim(len(order) - 0.4, -0.6)
@@ -58,6 +63,29 @@ def of_records(found: dict[str, Record], source: str) -> Figure:
         f"{model} on {gpus} x {league().hardware}: who holds how much, how long, and is it right"
     )
     return drawing.frame(figure, source, title, handles, NOTE)
+
+
+def _judge(axes: Axes, found: dict[str, Record], name: str, place: int) -> None:
+    """Write for each case whether a peer's gradients are right."""
+    for column, case in enumerate(CASES):
+        record = found.get(Task(peer=name, what="gate", case=case).key)
+        verdict = record.verdict if record else "not run"
+        axes.text(
+            column,
+            place,
+            verdict,
+            ha="center",
+            va="center",
+            fontsize=7.5,
+            color=INKS.get(verdict, drawing.FAINT),
+            bbox={"facecolor": "white", "linewidth": 0, "pad": 1},
+        )
+
+
+def _rank(steps: list[Step]) -> tuple[int, int]:
+    """Longest first, and of equally long ones that with fewest bytes."""
+    longest = max(steps, key=lambda step: step.seqlen)
+    return -longest.seqlen, longest.allocated_bytes
 
 
 def _published(name: str, model: str, gpus: int) -> list[float]:
@@ -75,13 +103,15 @@ def _tokens_on(axes: Axes) -> None:
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: length_text(value)))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("longest sequence that fits, tokens; gradients under the gate")
+    axes.set_xlabel("longest sequence, tokens")
 
 
 LENGTH = 2**20
+CASES = list(league().gate.cases)
+INKS = {"right": "#1a7f37", "wrong": "#b3261e"}
 NOTE = (
     "Every stack's own script and documented settings, on phantom devices: bf16 weights, AdamW with states on the device, one "
-    "sample, PyTorch's flash attention. Stacks that keep fp32 master weights hold more at rest. Gradients: cases out of plain, uneven "
-    "labels, packed documents and accumulation that are right in fp32 on CPU ranks."
+    "sample, PyTorch's flash attention. Stacks that keep fp32 master weights hold more at rest. Gradients: one step in fp32 on "
+    "CPU ranks against the stock model in fp64; one rank without labels, packed documents, accumulation."
 )
 """What the rows have in common."""

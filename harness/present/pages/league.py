@@ -137,12 +137,12 @@ def _on_host(steps: list[Step], gpus: int) -> str:
 
 def exactness(found: dict[str, Record], name: str) -> str:
     """Which cases of the gate a peer passes, in words."""
-    asked, peer = list(league().gate.cases), peers()[name]
+    asked = list(league().gate.cases)
     judged = {
         r.task.case: r for r in found.values() if r.task.what == "gate" and r.task.peer == name
     }
     if not judged:
-        return "not judged: " + peer.cannot.get("gate", "no record")
+        return "not judged"
     wrong = [case for case in asked if case in judged and judged[case].verdict == "wrong"]
     right = sum(r.verdict == "right" for r in judged.values())
     said = f"right in {right} of {len(asked)}"
@@ -162,8 +162,7 @@ def gate_grid(found: dict[str, Record]) -> Grid:
 def _judged(found: dict[str, Record], name: str, peer: Peer, case: str) -> str:
     record = found.get(Task(peer=name, what="gate", case=case).key)
     if record is None:
-        reason = peer.cannot.get(case) or peer.cannot.get("gate")
-        return f"not run: {reason}" if reason else MISSING
+        return "cannot" if {case, "gate"} & peer.cannot.keys() else MISSING
     gradient = record.gradient
     if gradient is None:
         return f"{record.verdict}: {record.reason}"
@@ -196,7 +195,7 @@ def _published(
     lengths, longest = of_place(found, name, claim.model, claim.gpus)
     at = lengths.get(claim.seqlen or 0)
     step = at.step if at is not None and at.verdict == "fits" else None
-    run = f"{claim.model}, {claim.gpus} GPUs"
+    run = f"{claim.model}, {claim.gpus} GPU{'s' if claim.gpus > 1 else ''}"
     run += f", {length_text(claim.seqlen)}" if claim.seqlen else ""
     for quantity, column in claim.columns.items():
         number = look_up(claim.table, claim.row, column)
