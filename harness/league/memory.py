@@ -20,8 +20,10 @@ UNIT = 256
 """Lengths of a search are multiples of this many tokens per rank."""
 PRECISION = 0.03
 """Relative width of the bracket at which a search ends."""
-ATTEMPTS = 8
+ATTEMPTS = 12
 """At most, of a search."""
+FIRST = 2**17
+"""Length that a search tries first where nothing is known."""
 LIMIT_S = 1500
 FULL = 0.97
 """Share of the device that a first guess fills."""
@@ -149,6 +151,8 @@ def longest(
             above, reason = seqlen, said
         else:
             return verdict, f"at {length_text(seqlen)} tokens: {said}", fits, above
+    if _next(task, known, above, unit) is not None:
+        return "no record", f"no end after {ATTEMPTS} lengths", fits, above
     if fits is None:
         return "does not fit", reason or "no length fits", None, above
     return "fits", reason, fits, above
@@ -159,7 +163,7 @@ def _next(task: Task, known: list[Step], above: int | None, unit: int) -> int | 
     low = known[-1].seqlen if known else 0
     guess = _crossing(task, known) if len(known) > 1 else None
     if above is None:
-        seqlen = max(guess or 2 * low, low * (1 + PRECISION), unit)
+        seqlen = max(guess or 2 * low, low * (1 + PRECISION)) if known else FIRST
         return _rounded(seqlen, low, unit)
     if above - low <= max(unit, PRECISION * low):
         return None

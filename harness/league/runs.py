@@ -16,8 +16,8 @@ from harness.records import league as records
 from harness.records.league import Record
 from harness.records.sources import library_fingerprint
 
-SHARED = ("case.py", "loop.py")
-"""Files that all scripts use."""
+SHARED = ("case", "loop")
+"""Modules beside the folders, which scripts import."""
 
 
 def run(task: Task, truths: Path) -> Record:
@@ -83,7 +83,9 @@ def code(peer: str) -> str:
     """Fingerprint of what decides a record: the peer's folder and version, and for our own methods this project."""
     folder = league.folder()
     digest = hashlib.sha256((version(peer) or "").encode())
-    shared = [folder / name for name in SHARED]
+    script = folder / peer / "train.py"
+    text = script.read_text() if script.is_file() else ""
+    shared = [folder / f"{name}.py" for name in SHARED if f"from {name} import" in text]
     for path in [*shared, *sorted((folder / peer).rglob("*"))]:
         if path.is_file() and path.suffix in (".py", ".yaml", ".txt") and path.name != "peer.yaml":
             digest.update(path.name.encode() + path.read_bytes())

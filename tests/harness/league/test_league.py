@@ -201,7 +201,7 @@ def test_a_search_that_cannot_run_says_at_which_length(monkeypatch: pytest.Monke
     task = Task(peer="alst", what="longest", model="qwen3-8b", gpus=1)
     verdict, reason, fits, _ = memory.longest(task, [], None)
     assert (verdict, fits) == ("cannot run", None)
-    assert "at 256 tokens: it broke" in reason
+    assert "at 128K tokens: it broke" in reason
 
 
 @pytest.mark.phantom
