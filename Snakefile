@@ -9,6 +9,7 @@ from pathlib import Path
 
 from harness.cells.experiment import load_experiment
 from harness.cells.league import tasks
+from harness.league.packages import inputs
 from harness.processes.launch import command, num_nodes
 from harness.records.sources import code_files
 from harness.processes.tied import unlock
@@ -210,10 +211,14 @@ rule report:
 
 
 rule task:
+    input:
+        lambda wildcards: inputs(tasks()[wildcards.key].peer) if LEAGUE else [],
     output:
         "results/league/{key}.json",
     log:
         "results/logs/league/{key}.log",
+    # Lengths before the search that starts from them.
+    priority: lambda w: -list(tasks()).index(w.key)
     params:
         alst=f"{TIED} {ALST}",
     message:

@@ -75,7 +75,8 @@ def train(
     `mean` is the loss of all ranks, from the sum over a rank's micro-batches.
     """
     torch.autograd.set_multithreading_enabled(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    # One parameter's temporaries at a time: those of all at once are the peak of short sequences.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, foreach=False)
     for _ in range(case.steps):
         batches = [
             {name: row[None] for name, row in each.items()} for each in case.rows(case.accumulation)

@@ -13,6 +13,9 @@ from pathlib import Path
 from harness.cells import league
 from harness.phantom.wheel import home, install, peers
 
+SHARED = ("case", "loop")
+"""Modules beside the folders, which scripts import."""
+
 
 def requirements(peer: str) -> Path | None:
     """The list of packages of `peer`; None if the environment has all."""
@@ -30,6 +33,22 @@ def overlay(peer: str) -> Path | None:
         return None
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
     return home() / f"peer-{peer}-{digest}"
+
+
+def scripts(peer: str) -> list[Path]:
+    """The files that decide what the script of `peer` does."""
+    folder = league.folder()
+    own = [p for p in sorted((folder / peer).rglob("*")) if p.suffix in (".py", ".yaml", ".txt")]
+    text = "".join(path.read_text() for path in own if path.suffix == ".py")
+    shared = [folder / f"{name}.py" for name in SHARED if f"from {name} import" in text]
+    return [*shared, *(path for path in own if path.name != "peer.yaml")]
+
+
+def inputs(peer: str) -> list[str]:
+    """`scripts`, and a file that the installation of the packages made: when they change, `peer` has to run again."""
+    folder = overlay(peer)
+    made = sorted(folder.glob("*.dist-info/RECORD"))[:1] if folder else []
+    return [str(path) for path in (*scripts(peer), *made)]
 
 
 def missing(peer: str) -> str | None:

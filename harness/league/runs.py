@@ -11,13 +11,10 @@ from pathlib import Path
 from harness.cells import league
 from harness.cells.league import OURS, Task
 from harness.league import gate, memory
-from harness.league.packages import missing, version
+from harness.league.packages import missing, scripts, version
 from harness.records import league as records
 from harness.records.league import Record
 from harness.records.sources import library_fingerprint
-
-SHARED = ("case", "loop")
-"""Modules beside the folders, which scripts import."""
 
 
 def run(task: Task, truths: Path) -> Record:
@@ -81,14 +78,9 @@ def _record(task: Task, verdict: records.Verdict, reason: str) -> Record:
 @cache
 def code(peer: str) -> str:
     """Fingerprint of what decides a record: the peer's folder and version, and for our own methods this project."""
-    folder = league.folder()
     digest = hashlib.sha256((version(peer) or "").encode())
-    script = folder / peer / "train.py"
-    text = script.read_text() if script.is_file() else ""
-    shared = [folder / f"{name}.py" for name in SHARED if f"from {name} import" in text]
-    for path in [*shared, *sorted((folder / peer).rglob("*"))]:
-        if path.is_file() and path.suffix in (".py", ".yaml", ".txt") and path.name != "peer.yaml":
-            digest.update(path.name.encode() + path.read_bytes())
+    for path in scripts(peer):
+        digest.update(path.name.encode() + path.read_bytes())
     if peer in OURS:
         digest.update(library_fingerprint().encode())
     return digest.hexdigest()[:16]
