@@ -31,6 +31,7 @@ model, _ = FastLanguageModel.from_pretrained(
     full_finetuning=True,
     use_gradient_checkpointing="unsloth",
     unsloth_tiled_mlp=True,
+    offload_embedding=False,
 )
 tokenizer = PreTrainedTokenizerFast(
     tokenizer_object=Tokenizer(WordLevel({END: 0}, END)), eos_token=END, pad_token=END
