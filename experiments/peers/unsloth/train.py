@@ -15,7 +15,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-END = "<end>"
+END, PAD = "<end>", "<pad>"
 case = read_case()
 if case.gated:
     refuse("Unsloth's kernels and its checkpointing need a GPU; on CPUs it runs other code")
@@ -23,8 +23,14 @@ if case.states == "host":
     os.environ["UNSLOTH_OFFLOAD_OPTIMIZER_STATE"] = "1"
 # By default it page-locks as much as this machine has free, which is not the machine asked about.
 os.environ["UNSLOTH_GC_PINNED_MAX_GB"] = "2048"
-model, _ = FastLanguageModel.from_pretrained(
+words = Tokenizer(WordLevel({END: 0, PAD: 1}, END))
+folder = os.environ["UNSLOTH_COMPILE_LOCATION"] + "/tokenizer"
+PreTrainedTokenizerFast(tokenizer_object=words, eos_token=END, pad_token=PAD).save_pretrained(
+    folder
+)
+model, tokenizer = FastLanguageModel.from_pretrained(
     case.model,
+    tokenizer_name=folder,
     max_seq_length=case.seqlen,
     dtype=case.dtype,
     load_in_4bit=False,
@@ -32,9 +38,6 @@ model, _ = FastLanguageModel.from_pretrained(
     use_gradient_checkpointing="unsloth",
     unsloth_tiled_mlp=True,
     offload_embedding=False,
-)
-tokenizer = PreTrainedTokenizerFast(
-    tokenizer_object=Tokenizer(WordLevel({END: 0}, END)), eos_token=END, pad_token=END
 )
 arguments = SFTConfig(
     output_dir="trained",
