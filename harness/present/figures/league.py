@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
@@ -21,7 +23,7 @@ def draw(_: Results) -> Figure:
 
 
 def of_records(found: dict[str, Record], source: str) -> Figure:
-    """A row per stack, most tokens first. `source` says where the records `found` are."""
+    """A row per stack, fewest bytes first. `source` says where the records `found` are."""
     model, gpus = SHOWN
     shown = {name: of_place(found, name, model, gpus) for name in peers()}
     shown = {name: of for name, of in shown.items() if fitting(*of)}
@@ -82,10 +84,10 @@ def _judge(axes: Axes, found: dict[str, Record], name: str, place: int) -> None:
         )
 
 
-def _rank(steps: list[Step]) -> tuple[int, int]:
-    """Longest first, and of equally long ones that with fewest bytes."""
-    longest = max(steps, key=lambda step: step.seqlen)
-    return -longest.seqlen, longest.allocated_bytes
+def _rank(steps: list[Step]) -> tuple[float, int]:
+    """Fewest bytes at the length of the figure first; where it does not fit, longest first."""
+    held = [step.allocated_bytes for step in steps if step.seqlen == LENGTH]
+    return min(held, default=math.inf), -max(step.seqlen for step in steps)
 
 
 def _published(name: str, model: str, gpus: int) -> list[float]:
