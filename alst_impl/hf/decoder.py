@@ -51,6 +51,11 @@ def run_layers(model: PreTrainedModel, shards: int, prepare: Prepare) -> None:
         run_as(layer, _Unread(tap, shards, prepare) if parts is None else _forward(prepare(parts)))
 
 
+def all_known(model: PreTrainedModel) -> bool:
+    """Whether the parts of all decoder layers are known, so that they read no hidden states but the layer's before."""
+    return all(known.read(layer) is not None for layer in hf.decoder_layers(model))
+
+
 def run_in_place(norm: nn.Module, size: int, offload: HostOffload) -> None:
     """Make `norm` run in tiles of at most `size` rows and overwrite its input. Changes the instance only."""
     stock = norm.forward

@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -178,6 +178,8 @@ class Tapped:
     """The larger one of the head dims of key and value, as a multiple of 8, which kernels ask for."""
     seen: list[Variant]
     """The variant that the layer passed last."""
+    prepare: ClassVar[None] = None
+    output_weight: ClassVar[None] = None
 
     @property
     def module(self) -> nn.Module:

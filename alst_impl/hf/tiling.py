@@ -13,7 +13,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, MoeModelOutput
 
 from alst_impl.hf import router
 from alst_impl.hf.instances import bound, set_forward
-from alst_impl.hf.structure import decoder_name, decoder_of, head_name, returned_values
+from alst_impl.hf.structure import (
+    decoder_layers,
+    decoder_name,
+    decoder_of,
+    head_name,
+    returned_values,
+)
 from alst_impl.ops.memory.loss import TokenLoss, tiled_loss
 from alst_impl.ops.memory.tiling import run_as, tiled
 from alst_impl.placement import Evidence
@@ -119,12 +125,18 @@ class _TiledLoss:
     tiles: Tiles
     evidence: Evidence
     overwrite: bool
+    release: bool
     adds_up: Callable[..., Any] | None = None
     """The loss function that was last checked to be a sum over tokens."""
 
 
 def tile_loss(
-    model: PreTrainedModel, tiles: Tiles, evidence: Evidence, *, overwrite: bool = False
+    model: PreTrainedModel,
+    tiles: Tiles,
+    evidence: Evidence,
+    *,
+    overwrite: bool = False,
+    release: bool = False,
 ) -> None:
     """Make `model(..., shift_labels=, num_items_in_batch=)` compute logits and loss in tiles.
 
@@ -132,10 +144,11 @@ def tile_loss(
     runs the class's forward with the decoder's output given. Without labels the model returns logits as
     usual. Head and loss function are looked up at each call, so both may be replaced later. The loss is
     computed inside the head's call, so an engine that gathers parameters around module calls gathers the head
-    once for all tiles. `overwrite` is as in `tiled_loss`.
+    once for all tiles. `overwrite` is as in `tiled_loss`. With `release`, the embeddings of tokens are freed once
+    the first decoder layer has run, though the model's forward still refers to them; they are NaN from then on.
     """
     head_name(model)  # refuses a model without a head now, not at the first step
-    vars(model)["tiled_loss"] = _TiledLoss(tiles, evidence, overwrite)
+    vars(model)["tiled_loss"] = _TiledLoss(tiles, evidence, overwrite, release)
     set_forward(model, _forward_with_tiled_loss)
 
 
@@ -158,14 +171,38 @@ def _forward_with_tiled_loss(
     if routers:
         router.start(model, shift_labels.device)
         kwargs["output_router_logits"] = False  # its logits are not kept
+    tiled: _TiledLoss = vars(model)["tiled_loss"]
+    # Embeddings that the caller gives are the caller's.
+    if tiled.release and not args and kwargs.get("inputs_embeds") is None:
+        _release_input(decoder_layers(model)[0])
     hidden = decoder_of(model)(*args, **kwargs).last_hidden_state
-    wanted = _LossOfHead(
-        _epilogue(model, name, head), shift_labels, count, vars(model)["tiled_loss"]
-    )
+    wanted = _LossOfHead(_epilogue(model, name, head), shift_labels, count, tiled)
     loss = head(hidden, wanted)
     if routers:
         loss = router.finish(model, loss, shift_labels, count, kwargs.get("layout"))
     return CausalLMOutputWithPast(loss=loss)
+
+
+def _release_input(layer: nn.Module) -> None:
+    """Free the memory of the hidden states that `layer` is next called with, once it has run: they become NaN."""
+    if not torch.is_grad_enabled():
+        return
+    given: list[Tensor] = []
+
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        handles[0].remove()
+        given.append(args[0] if args else kwargs["hidden_states"])
+
+    def release(*_: Any) -> None:
+        handles[1].remove()
+        x = given.pop()
+        x.data = x.new_full((), float("nan")).expand(x.shape)
+
+    # Engines hand a layer other tensors with the same memory, so the caller's are noted first.
+    handles = [
+        layer.register_forward_pre_hook(note, prepend=True, with_kwargs=True),
+        layer.register_forward_hook(release),
+    ]
 
 
 class _LossOfHead:

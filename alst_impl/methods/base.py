@@ -290,11 +290,11 @@ def check_rotary(fields: dict[str, Any], axis: str, parts: int, model: str) -> N
 
 
 def check_flash_by_name(config: TrainConfig, method: str) -> None:
-    """Raise `ValueError` unless attention is PyTorch's flash kernel, whose log-sum-exp `method` uses."""
-    if not load_core(config.attention).replaceable:
+    """Raise `ValueError` unless PyTorch's flash operators can run the attention, because `method` uses their log-sum-exp."""
+    if not load_core(config.attention).by_operator:
         raise ValueError(
-            f"method '{method}' calls PyTorch's flash kernel by name, but attention is "
-            f"'{config.attention}'; use sdpa or sdpa_flash"
+            f"method '{method}' calls PyTorch's flash operators, but attention is '{config.attention}'; use sdpa, "
+            "sdpa_flash, flash_attention_3 or flash_attention_4"
         )
 
 

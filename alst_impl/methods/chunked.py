@@ -114,6 +114,7 @@ class Chunked(Tiled):
                 )
         offload = HostOffload(placement, overlap=self.overlap) if self.offload else None
         core, pages = load_core(config.attention), []
+        core.activate()
 
         def paged() -> PagedAttention:
             pages.append(Pages(offload))

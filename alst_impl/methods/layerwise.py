@@ -30,7 +30,7 @@ SMALLEST_ROWS = 512
 
 
 class Layerwise(Method):
-    """Our method: exact (but for `eight_bits`), with about four full-length layer inputs at the peak of backward."""
+    """Our method: exact (but for `eight_bits`), with three to four full-length layer inputs at the peak of backward."""
 
     recomputes_layers: ClassVar[bool] = False
     knows: ClassVar[frozenset[str]] = frozenset(
@@ -121,6 +121,7 @@ class Layerwise(Method):
     ) -> None:
         from alst_impl import hf
         from alst_impl.hf import decoder
+        from alst_impl.ops.attention.cores.base import load_core
         from alst_impl.ops.layerwise.exchange import Exchange
         from alst_impl.ops.layerwise.known import Known
         from alst_impl.ops.layerwise.layer import Layerwise as Layer
@@ -128,6 +129,7 @@ class Layerwise(Method):
         from alst_impl.ops.memory.offload import HostOffload
         from alst_impl.ops.memory.segment import Segments
 
+        load_core(config.attention).activate()
         group = mesh["sp"].get_group() if self.sp > 1 else None
         evidence = placement.evidence
         rows = self.rows or max(model.config.hidden_size, SMALLEST_ROWS)
@@ -158,6 +160,8 @@ class Layerwise(Method):
 
         if self.sp > 1:
             hf.refuse_positions_of_shards(model)
+        # Layers on the device save their inputs there. With `stream`, the first layer overwrites the embeddings.
+        release = self.offload and not self.stream and decoder.all_known(model)
         decoder.run_layers(model, self.sp, prepared)
 
         def tiles(x: Tensor) -> int:
@@ -172,7 +176,8 @@ class Layerwise(Method):
                 decoder.run_in_place(norm, rows, offload)
             else:
                 hf.tile_module(norm, tiles, evidence)
-        hf.tile_loss(model, loss_tiles, evidence, overwrite=self.stream)
+        # Only the loss reads the hidden states, and no operation before it saves them.
+        hf.tile_loss(model, loss_tiles, evidence, overwrite=True, release=release)
 
     def checkpoint(self, model: PreTrainedModel, placement: Placement) -> None:
         """Nothing to do: layers already keep only their inputs."""

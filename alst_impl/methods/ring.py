@@ -94,5 +94,6 @@ class Ring(Tiled):
         from alst_impl.ops.attention.ring import RingAttention
 
         whole = load_core(config.attention)
+        whole.activate()
         core = RingAttention(placement.evidence, whole) if self.cp > 1 else whole
         self.attach(model, lambda: core, layouts(config)[0].shards, placement)

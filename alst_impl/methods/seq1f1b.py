@@ -120,6 +120,8 @@ class Seq1F1B(Method):
             hf.tile_loss(model, lambda x: -(-x.shape[1] // LOSS_ROWS), placement.evidence)
         hf.keep_stage(model, layers_of(stage, self.pp, len(layers)))
         core = load_core(config.attention)
+        if self.slices > 1:
+            core.activate()
         attentions = [SliceAttention(core) for _ in hf.attention_modules(model)]
         hf.use_attentions(model, attentions)
         ahead, back = links(mesh) if self.pp > 1 else (None, None)

@@ -293,7 +293,10 @@ def _check_simulation(cell: Cell) -> None:
     assert cell.simulation is not None
     simulation = cell.simulation
     if simulation.timed_as is not None:
-        load_core(simulation.timed_as)
+        kernel = Spec(name=simulation.timed_as)
+        load_core(kernel)
+        # The method has to be able to run the kernel that the time is about.
+        load_method(cell.train.method).check(cell.train.model_copy(update={"attention": kernel}))
     if not cell.traits.executes:
         asked = {
             "part": simulation.part != "step",

@@ -10,11 +10,13 @@ import pytest
 import torch
 from cores import attend
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from training import config_of
 
 from alst_impl.layout import Layout
-from alst_impl.ops.attention import tiles
-from alst_impl.ops.attention.cores.base import FlashAttention, Kernel, load_core
+from alst_impl.ops.attention import flash, fused, tiles
+from alst_impl.ops.attention.cores.base import FlashAttention, Kernel, load_core, sdpa
+from alst_impl.ops.attention.variant import Variant
 from alst_impl.plugin import names
 from alst_impl.step import check
 
@@ -266,3 +268,62 @@ def test_nothing_looks_ahead(window: int | None) -> None:
     after = attend(query, key, value, scale=1, window=window)
     assert torch.equal(after[:, :, :9], before[:, :, :9])
     assert not torch.equal(after[:, :, 9:], before[:, :, 9:])
+
+
+@pytest.mark.parametrize("tokens", [1, 17, 2 * 17, 3 * 17, 4 * 17, 9 * 17, 24 * 17])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 2), (6, 2), (5, 1)])
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_backward_of_some_heads_at_a_time_equals_the_explicit_mask(
+    monkeypatch: pytest.MonkeyPatch,
+    tokens: int,
+    heads: int,
+    kv_heads: int,
+    sinks: bool,
+    batch: int,
+) -> None:
+    """Parts of any size, also those that divide neither the heads nor the query heads of a kv head."""
+    monkeypatch.setattr(fused, "TOKENS", tokens)
+    tensors = qkv(17, batch, heads, kv_heads)
+    given = [torch.randn(heads, dtype=torch.float64, requires_grad=True)] if sinks else []
+    variant = Variant(0.7, sinks=given[0] if given else None)
+    expected = masked([*tensors, *given], None, None)
+    upstream = torch.randn_like(expected)
+    truth = torch.autograd.grad(expected, [*tensors, *given], upstream)
+    out = fused.attend(*tensors, variant)
+    found = torch.autograd.grad(out, [*tensors, *given], upstream)
+    for ours, theirs in zip([out, *found], [expected, *truth], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("tokens", "calls"), [(1, 4), (17, 4), (18, 2), (68, 1)])
+def test_long_attention_takes_its_backward_in_parts(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, calls: int
+) -> None:
+    """The kernel's backward runs once for as few heads as hold `TOKENS` tokens; short attention stays whole."""
+    monkeypatch.setattr(fused, "TOKENS", tokens)
+    heads_of: list[int] = []
+    whole = flash.CPU
+
+    def watched(grad: Tensor, *args: Any, **options: Any) -> flash.Grads:
+        heads_of.append(grad.shape[1])
+        return whole.gradients(grad, *args, **options)
+
+    monkeypatch.setattr(flash, "CPU", whole._replace(gradients=watched))
+    query, key, value = qkv(17, batch=1, heads=4, kv_heads=2)
+    sdpa(query, key, value, 0.7).sum().backward()
+    assert heads_of == ([] if calls == 1 else [4 // calls] * calls)
+
+
+def test_what_the_flash_kernel_does_not_compute_stays_with_pytorch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Values of another width than keys, and calls without gradients."""
+    monkeypatch.setattr(fused, "TOKENS", 1)
+    query, key, value = qkv(17)
+    assert fused.in_parts(query, key, value, 0.7)
+    assert not fused.in_parts(query, key, torch.cat([value, value], dim=3), 0.7)
+    with torch.no_grad():
+        assert not fused.in_parts(query, key, value, 0.7)
+    with sdpa_kernel(SDPBackend.MATH):
+        assert not fused.in_parts(query, key, value, 0.7)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from alst_impl.ops.memory.offload import HostOffload, HostTiles, checkpoint
+from alst_impl.ops.memory.parked import Parked
 from alst_impl.placement import Placement, no_evidence
 
 
@@ -136,6 +137,19 @@ def test_evaluation_offloads_nothing() -> None:
     with torch.no_grad():
         assert torch.equal(checkpoint(layer, x, HostOffload(placement)), layer(x))
     assert on_host == []
+
+
+@pytest.mark.parametrize("eight_bits", [False, True])
+def test_rows_on_the_host_are_read_in_any_order(eight_bits: bool) -> None:
+    """Also those that were on their way to the device when others were asked for."""
+    placement, _ = placed()
+    x = torch.randn(2, 23, 5, dtype=torch.float64)
+    parked = Parked(x, 6, HostOffload(placement), eight_bits=eight_bits)
+    tiles = [slice(start, min(start + 6, 23)) for start in range(0, 23, 6)]
+    for rows in [*tiles, tiles[0], tiles[2], tiles[1], *tiles]:
+        found = parked.tile(rows)
+        torch.testing.assert_close(found, x[:, rows], rtol=0.07 if eight_bits else 0, atol=1e-2)
+    assert torch.equal(parked.whole()[:, tiles[1]], parked.tile(tiles[1]))
 
 
 @pytest.mark.parametrize("tile_mib", [7, 32, 50, 80, 100, 300])

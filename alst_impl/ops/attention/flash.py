@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 
 from alst_impl.layout import Documents
-from alst_impl.ops.attention.variant import Variant
-from alst_impl.ops.autograd import apply
 from alst_impl.ops.memory.tiling import accumulation_dtype
 
 Rest = Sequence[Any]
@@ -310,27 +308,3 @@ def sinks_gradient(grad: Tensor, out: Tensor, logsumexp: Tensor, sinks: Tensor) 
     weight = (sinks.to(logsumexp.dtype)[:, None] - logsumexp).exp()
     along = (grad * out).sum(dim=-1, dtype=logsumexp.dtype)
     return -(weight * along).sum(dim=(0, 2)).to(sinks.dtype)
-
-
-class _WithSinks(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, scale: float, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor
-    ) -> Tensor:
-        out, logsumexp, ctx.rests = attend_with_logsumexp(query, key, value, scale=scale)
-        out, logsumexp = add_sinks(out, logsumexp, sinks)
-        ctx.scale = scale
-        ctx.save_for_backward(query, key, value, out, logsumexp, sinks)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, logsumexp, sinks = ctx.saved_tensors
-        (grad,) = grads
-        found = attend_backward(grad, query, key, value, out, logsumexp, ctx.rests, scale=ctx.scale)
-        return None, *found, sinks_gradient(grad, out, logsumexp, sinks)
-
-
-def attend_with_sinks(query: Tensor, key: Tensor, value: Tensor, variant: Variant) -> Tensor:
-    """query [B, H, S, D], key and value [B, K, S, D] -> [B, H, S, D], causal, with the sinks of `variant`."""
-    return apply(_WithSinks, variant.scale, query, key, value, variant.sinks)

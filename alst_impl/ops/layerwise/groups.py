@@ -15,10 +15,26 @@ from alst_impl.ops.attention.flash import Rest
 from alst_impl.ops.layerwise.attention import HeadAttention
 from alst_impl.ops.layerwise.exchange import Exchange
 from alst_impl.ops.layerwise.headgroups import HeadGroups
-from alst_impl.ops.layerwise.parts import Attended, Begun, Call, Decoder, Group, by_token
+from alst_impl.ops.layerwise.parts import (
+    Attended,
+    Begun,
+    Call,
+    Decoder,
+    Group,
+    Inputs,
+    by_token,
+)
 from alst_impl.ops.memory import tiling
 from alst_impl.ops.memory.offload import HostOffload
-from alst_impl.ops.memory.parked import DeviceSlots, HostSlots, Rows, Slots
+from alst_impl.ops.memory.parked import (
+    ByGroup,
+    DeviceSlots,
+    HostSlots,
+    Prepared,
+    Resident,
+    Rows,
+    Slots,
+)
 from alst_impl.ops.memory.tiling import accumulation_dtype
 
 
@@ -39,13 +55,25 @@ class GroupedAttention:
     """Keep the layer's input, attention's output and its gradient on the host, and fetch them by tile or head group.
     The layer's output overwrites its input, once that is on the host."""
 
-    def attend(self, x: Rows, call: Call) -> Attended:
-        """Attention of layer input x [B, s, E], one head group at a time. No graph."""
-        out = self.room(x)
+    def inputs(self, x: Rows, into: Tensor | None) -> Inputs:
+        """What is projected of the layer's input x [B, s, E]: `into`, after it has been written, or made of x by tile."""
+        prepare = self.decoder.prepare
+        if prepare is None:
+            return Inputs(x, wide=False)
+        if into is None:
+            return Inputs(Prepared(x, prepare), wide=False)
+        for rows in self.tiles(x.shape[1]):
+            into[:, rows] = prepare(x.tile(rows))
+        return Inputs(Resident(into), wide=True)
+
+    def attend(self, inputs: Inputs, call: Call) -> Attended:
+        """Attention of a layer's inputs, one head group at a time. No graph."""
+        x = inputs.rows
+        out = self.room(x, self.groups.num_groups, self.groups.heads)
         shape = self.groups.num_groups, x.shape[0], self.groups.heads, call.layout.padded
         logsumexp = x.like.new_empty(shape, dtype=accumulation_dtype(x.like))
         rests: list[Rest] = []
-        for each in self.by_group(x, call):
+        for each in self.by_group(inputs, call):
             attention = self.attention(each.group, call, x.shape[0])
             found, logsumexp[each.group], rests = attention.forward(
                 each.query, each.key, each.value
@@ -73,14 +101,14 @@ class GroupedAttention:
         self.exchange.to_sequence(x, room)
         slots.put(group, room)
 
-    def by_group(self, x: Rows, call: Call, *slots: Slots) -> Iterator[Group]:
+    def by_group(self, inputs: Inputs, call: Call, *slots: ByGroup) -> Iterator[Group]:
         """Yield attention's inputs for each head group, with whole sequences of this rank's heads.
 
-        Queries, keys and values are projected from x. `slots` [G, P, s, B, h, D] are in send order. A group's
+        Queries, keys and values are projected from a layer's inputs. `slots` [G, P, s, B, h, D] are in send order. A group's
         part of them must not be read afterwards, because its memory is reused.
         """
-        begun = self._begun(x, call, slots)
-        pair = x.like.new_empty(0)
+        begun = self._begun(inputs, call, slots)
+        pair = inputs.rows.like.new_empty(0)
         for each in _one_ahead(begun) if self.exchange.overlap else begun:
             if each.pair is not None:
                 pair = each.pair.arrive()
@@ -89,10 +117,10 @@ class GroupedAttention:
             yield Group(each.group, each.kv_group, each.query.arrive(), key, value, arrived)
             del key, value, arrived
             if each.last:
-                pair = x.like.new_empty(0)  # before the next kv group's is made
+                pair = pair.new_empty(0)  # before the next kv group's is made
             del each
 
-    def _begun(self, x: Rows, call: Call, slots: Sequence[Slots]) -> Iterator[Begun]:
+    def _begun(self, inputs: Inputs, call: Call, slots: Sequence[ByGroup]) -> Iterator[Begun]:
         """Start the exchanges of each group; keys and values only with the first group that shares them."""
         groups = self.groups
         shared = groups.num_groups // groups.num_kv_groups
@@ -100,10 +128,16 @@ class GroupedAttention:
             members = tiling.tile_bounds(shared, shared)
             for index, (member, _) in enumerate(members):
                 fresh, last = index == 0, index == len(members) - 1
-                yield self._begin(x, call, slots, kv_group * shared + member, fresh, last)
+                yield self._begin(inputs, call, slots, kv_group * shared + member, fresh, last)
 
     def _begin(
-        self, x: Rows, call: Call, slots: Sequence[Slots], group: int, fresh: bool, last: bool
+        self,
+        inputs: Inputs,
+        call: Call,
+        slots: Sequence[ByGroup],
+        group: int,
+        fresh: bool,
+        last: bool,
     ) -> Begun:
         """Start the exchanges of `group`. Sent tensors are freed before it returns, unless exchanges overlap."""
         kv_group, arriving = self.groups.kv_group(group), []
@@ -113,16 +147,16 @@ class GroupedAttention:
             arriving.append(self.exchange.start(sending, room))
             room = sending
             del sending
-        query, sent = self._project(x, call, group, kv_group if fresh else None)
+        query, sent = self._project(inputs, call, group, kv_group if fresh else None)
         pair = None if sent is None else self.exchange.start(sent)
         return Begun(group, kv_group, last, self.exchange.start(query, room), pair, arriving)
 
     def _project(
-        self, x: Rows, call: Call, group: int, kv_group: int | None
+        self, inputs: Inputs, call: Call, group: int, kv_group: int | None
     ) -> tuple[Tensor, Tensor | None]:
         """Queries of `group` [P, s, B, h, D]; keys and values of `kv_group`, concatenated: [P, s, B, 2 k, D]."""
-        decoder, groups = self.decoder, self.groups
-        batch, local, _ = x.shape
+        decoder, groups, x = self.decoder, self.groups, inputs.rows
+        batch, local, width = x.shape
         shape = groups.degree, local, batch
         query = x.like.new_empty(*shape, groups.heads, decoder.dim)
         sent = kv_heads = None
@@ -130,34 +164,36 @@ class GroupedAttention:
             sent = x.like.new_empty(*shape, 2 * groups.kv_heads, decoder.dim)
             kv_heads = groups.key_heads(kv_group)
         project = decoder.projection(groups.query_heads(group), kv_heads)
-        for rows in self.tiles(local):
+        features = query[0, 0].numel() + (0 if sent is None else sent[0, 0].numel())
+        times = width * batch // (groups.degree * features) if inputs.wide else 1
+        for rows in self.tiles(local, times):
             q, k, v = project(x.tile(rows), call.tile(rows))
             if sent is not None and k is not None and v is not None:
-                sent[:, rows, :, : groups.kv_heads] = self._in_send_order(k)
-                sent[:, rows, :, groups.kv_heads :] = self._in_send_order(v)
-            query[:, rows] = self._in_send_order(q)
+                sent[:, rows, :, : groups.kv_heads] = self.in_send_order(k)
+                sent[:, rows, :, groups.kv_heads :] = self.in_send_order(v)
+            query[:, rows] = self.in_send_order(q)
             del q, k, v
         return query, sent
 
-    def tiles(self, local: int) -> Iterator[slice]:
-        for start, stop in tiling.tile_bounds(local, -(-local // self.rows)):
+    def tiles(self, local: int, times: int = 1) -> Iterator[slice]:
+        """Tiles of `local` rows, each `times` as large as a tile of the layer."""
+        for start, stop in tiling.tile_bounds(local, -(-local // (self.rows * max(times, 1)))):
             yield slice(start, stop)
 
     def size(self, local: int) -> int:
         """Rows of a tile, if `local` rows are tiled; the last tile may be shorter."""
         return -(-local // -(-local // self.rows))
 
-    def room(self, x: Rows) -> Slots:
-        """Uninitialized slots in send order, a contiguous one for each group."""
-        groups = self.groups
+    def room(self, x: Rows, num_groups: int, heads: int) -> Slots:
+        """Uninitialized slots in send order, a contiguous one of `heads` heads for each of `num_groups` groups."""
         batch, local, _ = x.shape
-        shape = groups.num_groups, groups.degree, local, batch, groups.heads, self.decoder.dim
+        shape = num_groups, self.groups.degree, local, batch, heads, self.decoder.dim
         if self.stream:
             assert self.offload is not None, "tiles wait on the host"
             return HostSlots(torch.Size(shape), self.size(local), x.like.new_empty(0), self.offload)
         return DeviceSlots(x.like.new_empty(shape))
 
-    def _in_send_order(self, x: Tensor) -> Tensor:
+    def in_send_order(self, x: Tensor) -> Tensor:
         """[B, P h, s, D] -> [P, s, B, h, D]."""
         by_rank: Tensor = x.unflatten(1, (self.groups.degree, -1))
         return by_rank.permute(1, 3, 0, 2, 4)

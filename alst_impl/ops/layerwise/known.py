@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alst_impl.ops.attention.variant import Variant
-from alst_impl.ops.layerwise.parts import Call, Projection, by_token
+from alst_impl.ops.layerwise.parts import Call, Projection, by_token, pieces
 from alst_impl.ops.memory.parked import Rows, Slots
 from alst_impl.ops.memory.tiling import TokenWise
 
@@ -34,14 +33,9 @@ class Heads:
         starts = [self.first + head * self.dim for head in heads]
         bias: Tensor | None = self.linear.bias
         return (
-            self._rows(self.linear.weight, starts),
-            None if bias is None else self._rows(bias, starts),
+            pieces(self.linear.weight, starts, self.dim),
+            None if bias is None else pieces(bias, starts, self.dim),
         )
-
-    def _rows(self, x: Tensor, starts: list[int]) -> Tensor:
-        if starts == list(range(starts[0], starts[0] + len(starts) * self.dim, self.dim)):
-            return x[starts[0] : starts[0] + len(starts) * self.dim]
-        return torch.cat([x[start : start + self.dim] for start in starts])
 
     def split(self, x: Tensor) -> Tensor:
         """[B, s, n D] -> [B, n, s, D], with each head normalized if there is a norm."""
@@ -85,24 +79,34 @@ class Known:
         """D."""
         return self.query.dim
 
+    @property
+    def prepare(self) -> TokenWise:
+        """As `Decoder.prepare`."""
+        return self.before
+
+    @property
+    def output_weight(self) -> Tensor | None:
+        """As `Decoder.output_weight`."""
+        # An adapter or a quantized projection computes something else.
+        return self.output.weight if type(self.output) is nn.Linear else None
+
     def projection(self, heads: Sequence[int], kv_heads: Sequence[int] | None) -> Projection:
         """As `Decoder.projection`."""
         of_query = self.query.select(heads)
         if kv_heads is None:
 
             def queries(tile: Tensor, call: Call) -> tuple[Tensor, None, None]:
-                q = self.query.split(F.linear(self.before(tile), *of_query))
+                q = self.query.split(F.linear(tile, *of_query))
                 return self.rotate(q, q[:, :0], *_positions(call))[0], None, None
 
             return queries
         of_key, of_value = self.key.select(kv_heads), self.value.select(kv_heads)
 
         def all_three(tile: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-            hidden = self.before(tile)
-            q = self.query.split(F.linear(hidden, *of_query))
-            k = self.key.split(F.linear(hidden, *of_key))
+            q = self.query.split(F.linear(tile, *of_query))
+            k = self.key.split(F.linear(tile, *of_key))
             q, k = self.rotate(q, k, *_positions(call))
-            return q, k, self.value.split(F.linear(hidden, *of_value))
+            return q, k, self.value.split(F.linear(tile, *of_value))
 
         return all_three
 
@@ -128,6 +132,8 @@ class Known:
     ) -> tuple[Tensor, Tensor]:
         """As `Decoder.finish_with_graph`; the gradient of the residual is that of x."""
         residual = x.tile(rows) + self.output(attended)
+        if not residual.requires_grad:  # a frozen projection
+            residual.requires_grad_()
         return residual, residual + self.feed_forward(residual)
 
 

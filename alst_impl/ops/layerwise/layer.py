@@ -7,14 +7,16 @@ Backward starts from the layer's input x, the incoming gradient dY, and attentio
 recomputed:
 
 1. By tile: recompute what follows attention, and run its backward. dY becomes the gradient of the residual.
-   The gradient of attention's output goes to a separate buffer.
-2. By head group: project again and run attention's backward. dQ overwrites the group's output. dK and dV
-   overwrite the gradient of that output.
+2. By head group: project again and run attention's backward, with the gradient of its output, which is projected
+   from that of the residual. dQ overwrites the group's output. dK and dV go to a separate buffer.
+   Where the output projection is not known, the first pass writes the gradient of attention's output to a
+   separate buffer, and dK and dV overwrite that.
 3. By tile: run the backward of projections and norm, and add it to dY, which is then the gradient of x.
 
-The full-length tensors are x, dY and two buffers [S, H D], besides what one group needs. With `stream`, only
-dY is full-length, and the rest is on the host by tile. Weight gradients are summed over tiles in fp32 (or
-wider) and returned as one gradient per parameter.
+The full-length tensors are dY, what is projected of x, one buffer [S, H D] and another [S, 2 K D] (or a second
+[S, H D]), besides what one group needs. x is on the host; what is projected is its norm where that is known, so it
+is computed once for all groups. With `stream`, only dY is full-length, and the rest is on the host by tile. Weight
+gradients are summed over tiles in fp32 (or wider) and returned as one gradient per parameter.
 Legend: B batch, S sequence, s = S/P, P sequence-parallel degree, E hidden size, H query heads, K kv heads, D
 head dim, G head groups, h query and k kv heads of a group on one rank; send order as in `exchange`.
 """
@@ -30,7 +32,7 @@ from torch import Tensor, nn
 from alst_impl.ops.autograd import apply
 from alst_impl.ops.layerwise.backward import backward
 from alst_impl.ops.layerwise.groups import GroupedAttention
-from alst_impl.ops.layerwise.parts import Attended, Call
+from alst_impl.ops.layerwise.parts import Attended, Call, Inputs
 from alst_impl.ops.memory.parked import DeviceSlots, Parked, Resident, Rows
 from alst_impl.ops.memory.segment import Segment, Segments
 from alst_impl.ops.memory.tiling import parameters_of
@@ -72,6 +74,18 @@ class Layerwise(GroupedAttention):
             return Resident(x.detach())
         return Parked(x, self.size(x.shape[1]), self.offload, eight_bits=self.eight_bits)
 
+    def for_backward(self, x: Rows) -> tuple[Rows, Inputs]:
+        """The layer's input in backward, and what is projected of it.
+
+        An input on the host stays there if what is projected is not the input itself.
+        """
+        if self.stream or isinstance(x, Resident):
+            return x, self.inputs(x, None)
+        if self.decoder.prepare is None:
+            x = Resident(x.whole())
+            return x, self.inputs(x, None)
+        return x, self.inputs(x, x.like.new_empty(x.shape))
+
     def join(self, x: Tensor, call: Call) -> Segment | None:
         """Add the layer to its segment, which keeps x if the layer is its first. None without segments."""
         if self.segments is None:
@@ -83,16 +97,17 @@ class Layerwise(GroupedAttention):
             found: Tensor = out if isinstance(out, Tensor) else out[0]
             return found
 
-        return self.segments.join(x, again, self.keep, stays=not self.stream)
+        return self.segments.join(x, again, self.keep, stays=self.offload is None)
 
     def forward(self, x: Tensor, call: Call, into: Tensor | None = None) -> tuple[Tensor, Attended]:
         """The layer's output and attention's. `into`, if given, receives the layer's output and may be x itself."""
         self.placement.on_layer()
         resident = Resident(x)
-        attended = self.attend(resident, call)
+        y = torch.empty_like(x) if into is None else into
+        # The output's memory holds what is projected until attention is done.
+        attended = self.attend(self.inputs(resident, y if into is None else None), call)
         if self.offload is not None:
             self.offload.settle()
-        y = torch.empty_like(x) if into is None else into
         for rows in self.tiles(x.shape[1]):
             y[:, rows] = self.decoder.finish(resident, rows, attended.out, call.tile(rows))
             self.placement.evidence["tiles"] += 1
@@ -106,7 +121,7 @@ class _Layer(torch.autograd.Function):
     ) -> Tensor:
         ctx.layer, ctx.call = layer, call
         ctx.segment = layer.join(x, call)
-        in_tiles = ctx.segment is None and (layer.stream or layer.eight_bits)
+        in_tiles = ctx.segment is None and layer.offload is not None
         ctx.tiles = layer.keep(x) if in_tiles else None
         # `x.data`, so that autograd sees the output as a new tensor, which has not been saved.
         y, attended = layer.forward(x, call, into=x.data if layer.stream else None)
@@ -137,18 +152,14 @@ class _Layer(torch.autograd.Function):
             ctx.parked = None
         tiles = ctx.tiles if ctx.segment is None else ctx.segment.take()
         ctx.tiles = ctx.segment = None
-        x: Rows
-        if tiles is None:
-            x = Resident(kept.pop(0).detach())
-        else:
-            x = tiles if layer.stream else Resident(tiles.whole())
+        x, inputs = layer.for_backward(Resident(kept.pop(0).detach()) if tiles is None else tiles)
         del tiles
         if layer.keep_attention:
             logsumexp, *slots = kept
             attended = Attended(DeviceSlots(*slots) if slots else ctx.out, logsumexp, ctx.rests)
             ctx.out = None
         else:
-            attended = layer.attend(x, ctx.call)
+            attended = layer.attend(inputs, ctx.call)
         grad = grads[0].contiguous()
-        gradients = backward(layer, x, ctx.call, grad, attended)
+        gradients = backward(layer, x, inputs, ctx.call, grad, attended)
         return None, None, grad, *gradients

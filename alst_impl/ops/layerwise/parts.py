@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from alst_impl.layout import Layout
@@ -17,6 +18,7 @@ from alst_impl.ops.attention.variant import Variant
 from alst_impl.ops.layerwise.arguments import rows_of
 from alst_impl.ops.layerwise.exchange import Arriving
 from alst_impl.ops.memory.parked import Rows, Slots
+from alst_impl.ops.memory.tiling import TokenWise
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,20 @@ class Decoder(Protocol):
     def variant(self) -> Variant:
         """What attention computes. Known once something has been projected; its sinks have the graph of that."""
 
+    @property
+    def prepare(self) -> TokenWise | None:
+        """What a layer computes of its input before it projects, [B, s, E] -> [B, s, E]. None if that is not known."""
+
+    @property
+    def output_weight(self) -> Tensor | None:
+        """Weight [E, H D] of the output projection.
+
+        None if the layer does more between attention and the first tensor of `finish_with_graph` than to add a
+        linear projection.
+        """
+
     def projection(self, heads: Sequence[int], kv_heads: Sequence[int] | None) -> Projection:
-        """Projects a tile to the given heads, without a graph; to queries alone if there are no `kv_heads`."""
+        """Projects a prepared tile to the given heads, without a graph; to queries alone if there are no `kv_heads`."""
 
     def qkv(self, tile: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
         """Tile [B, s, E] -> query [B, H, s, D], key and value [B, K, s, D]. `call` is the tile's."""
@@ -77,6 +91,16 @@ class Decoder(Protocol):
         self, x: Rows, rows: slice, attended: Tensor, call: Call
     ) -> tuple[Tensor, Tensor]:
         """As `finish`, from `attended` [B, rows, H D]. Returns a tensor whose gradient is that of the rows of x, and y."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a layer projects to heads, again for each head group."""
+
+    rows: Rows
+    """Prepared, where the layer's `prepare` is known."""
+    wide: bool
+    """Whether a projection makes no more of a tile than the features of its heads, so that tiles may have more rows."""
 
 
 @dataclass(frozen=True)
@@ -123,3 +147,10 @@ def by_token(slots: Tensor) -> Tensor:
     """A tile [G, P, rows, B, h, D] -> [B, rows, H D], a copy."""
     # a rank's heads are adjacent: [G, P, s, B, h, D] -> [B, s, P, G, h, D]
     return slots.permute(3, 2, 1, 0, 4, 5).flatten(2).contiguous()
+
+
+def pieces(x: Tensor, starts: Sequence[int], size: int) -> Tensor:
+    """`size` rows of x from each of `starts` on, [len(starts) * size, ...]; a view if they are adjacent."""
+    if list(starts) == list(range(starts[0], starts[0] + len(starts) * size, size)):
+        return x[starts[0] : starts[0] + len(starts) * size]
+    return torch.cat([x[start : start + size] for start in starts])

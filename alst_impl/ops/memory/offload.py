@@ -126,12 +126,21 @@ class HostOffload:
     def fetch(self, kept: Kept) -> Coming:
         """Start copying `kept` to the device, after all copies that were started before."""
         x = torch.empty(kept.shape, dtype=kept.dtype, device=self._placement.device)
+        return self._coming(x, _pieces(x), kept.pieces)
+
+    @as_it_stands
+    def start(self, host: Tensor) -> Coming:
+        """Start copying to the device what `put` stored in `host`, after all copies that were started before."""
+        x = torch.empty(host.shape, dtype=host.dtype, device=self._placement.device)
+        return self._coming(x, [x], [host])
+
+    def _coming(self, x: Tensor, into: Sequence[Tensor], pieces: Sequence[Tensor]) -> Coming:
         if self._side is None:
-            self._copy(_pieces(x), kept.pieces)
+            self._copy(into, pieces)
             return Coming(x, None)
         self._side.wait_stream(torch.cuda.current_stream())  # which may still read what was here
         with torch.cuda.stream(self._side):
-            self._copy(_pieces(x), kept.pieces)
+            self._copy(into, pieces)
             return Coming(x, self._side.record_event())
 
     def room(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -207,6 +216,10 @@ class HostTiles:
     def get(self, start: int, shape: Sequence[int]) -> Tensor:
         """Copy the rows from `start` on to the device, as `shape`."""
         return self._offload.get(self.view(start, shape))
+
+    def fetch(self, start: int, shape: Sequence[int]) -> Coming:
+        """Start copying the rows from `start` on to the device, as `shape`."""
+        return self._offload.start(self.view(start, shape))
 
     def view(self, start: int, shape: Sequence[int]) -> Tensor:
         """The rows from `start` on, as a view of host memory."""

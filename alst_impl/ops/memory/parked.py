@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from alst_impl.ops.memory import float8, tiling
-from alst_impl.ops.memory.offload import HostOffload, HostTiles
+from alst_impl.ops.memory.offload import Coming, HostOffload, HostTiles
+from alst_impl.ops.memory.tiling import TokenWise
 
 
 class Rows(Protocol):
@@ -48,8 +49,27 @@ class Resident:
         return self.like
 
 
+class Prepared:
+    """Rows of another kind, computed anew from each tile."""
+
+    def __init__(self, rows: Rows, prepare: TokenWise) -> None:
+        self.shape, self.like = rows.shape, rows.like
+        self._rows, self._prepare = rows, prepare
+
+    def tile(self, rows: slice) -> Tensor:
+        """Computed on the device."""
+        return self._prepare(self._rows.tile(rows))
+
+    def whole(self) -> Tensor:
+        """All rows on the device."""
+        return self._prepare(self._rows.whole())
+
+
 class Parked:
-    """Rows on the host in tiles of `size` rows, which can be fetched any number of times."""
+    """Rows on the host in tiles of `size` rows, which can be fetched any number of times.
+
+    The tile after a fetched one is on its way to the device when it is asked for.
+    """
 
     def __init__(self, x: Tensor, size: int, offload: HostOffload, *, eight_bits: bool) -> None:
         self.shape, self.like = x.shape, x.new_empty(0)
@@ -63,19 +83,28 @@ class Parked:
                 self._parts, float8.pack(tile) if eight_bits else (tile,), strict=True
             ):
                 part.put(start, each)
+        self._ahead: tuple[slice, list[Coming]] | None = None
 
     def tile(self, rows: slice) -> Tensor:
         """A copy on the device."""
-        batch, local, width = self.shape
-        shape = batch, min(rows.stop, local) - rows.start
-        if not self._eight_bits:
-            return self._parts[0].get(rows.start, (*shape, width))
-        packed, scale = self._parts
-        return float8.unpack(
-            packed.get(rows.start, (*shape, width)),
-            scale.get(rows.start, (*shape, 1)),
-            self.like.dtype,
-        )
+        local = self.shape[1]
+        ahead, self._ahead = self._ahead, None
+        coming = ahead[1] if ahead is not None and ahead[0] == rows else self._fetch(rows)
+        stop = min(2 * rows.stop - rows.start, local)
+        if rows.stop < stop:
+            following = slice(rows.stop, stop)
+            self._ahead = following, self._fetch(following)
+        x, *scale = (each.wait() for each in coming)
+        return float8.unpack(x, scale[0], self.like.dtype) if self._eight_bits else x
+
+    def _fetch(self, rows: slice) -> list[Coming]:
+        batch, _, width = self.shape
+        widths = (width, 1) if self._eight_bits else (width,)
+        count = rows.stop - rows.start
+        return [
+            part.fetch(rows.start, (batch, count, w))
+            for part, w in zip(self._parts, widths, strict=True)
+        ]
 
     def whole(self) -> Tensor:
         """All rows on the device."""
@@ -88,14 +117,18 @@ class Parked:
         return tiling.tile_bounds(self.shape[1], -(-self.shape[1] // self._size))
 
 
-class Slots(Protocol):
-    """Heads of all tokens of this rank, accessed by group or by tile."""
+class ByGroup(Protocol):
+    """Heads of all tokens of this rank, read by group."""
 
     def group(self, group: int) -> Tensor:
         """The heads of `group`, [P, s, B, h, D].
 
-        The caller may overwrite them, if it writes the slot again before reading it.
+        The caller may overwrite them, if it does not read the group again, or writes its slot before.
         """
+
+
+class Slots(ByGroup, Protocol):
+    """Heads of all tokens of this rank, accessed by group or by tile."""
 
     def room(self, group: int) -> Tensor:
         """Memory [P, s, B, h, D] in which to write a group's heads before `put`."""

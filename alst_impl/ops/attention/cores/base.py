@@ -34,6 +34,8 @@ class Core(Frozen):
     """Whether it runs on a CPU."""
     replaceable: ClassVar[bool] = False
     """Whether PyTorch's flash kernel may be called in its place where there is no pattern."""
+    in_pytorch: ClassVar[str | None] = None
+    """Name under which PyTorch's flash operators run this kernel (`torch.nn.attention.activate_flash_attention_impl`)."""
     compiled: ClassVar[bool] = False
     """Whether PyTorch compiles its kernel, so that what watches PyTorch's operators does not see it."""
 
@@ -54,6 +56,24 @@ class Core(Frozen):
     def flash(self) -> bool:
         """Whether PyTorch's flash kernel may be called in its place, as methods do that need its log-sum-exp."""
         return self.replaceable and self.pattern is None
+
+    @property
+    def by_operator(self) -> bool:
+        """Whether PyTorch's flash operators can run it, as methods do that need its log-sum-exp."""
+        return self.replaceable or self.in_pytorch is not None
+
+    def activate(self) -> None:
+        """Have PyTorch's flash operators run this kernel, in the whole process. Raises `ValueError` if they cannot."""
+        from torch.nn import attention
+
+        missing = self.missing()
+        if missing:
+            raise ValueError(missing)
+        if (
+            self.in_pytorch is not None
+            and attention.current_flash_attention_impl() != self.in_pytorch
+        ):
+            attention.activate_flash_attention_impl(self.in_pytorch)
 
     def missing(self) -> str | None:
         """Error message if a package that the core needs is not installed; None if nothing is missing."""
@@ -141,10 +161,10 @@ class Kernel(Core):
             return self.causal(query, key, value, variant)
         if missing == {"window"}:
             return _windowed(query, key, value, variant)
-        from alst_impl.ops.attention import flash, tiles
+        from alst_impl.ops.attention import flash, fused, tiles
 
         if missing == {"sinks"} and flash.supports(query, value):
-            return flash.attend_with_sinks(query, key, value, variant)
+            return fused.attend(query, key, value, variant)
         return tiles.attend(query, key, value, variant)
 
 
@@ -231,9 +251,13 @@ class PackingKernel(Kernel):
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """PyTorch's causal attention, in the layout of `Kernel.causal`."""
+    """PyTorch's causal attention, in the layout of `Kernel.causal`. The flash kernel's backward takes long calls in parts."""
     import torch
 
+    from alst_impl.ops.attention import fused
+
+    if fused.in_parts(query, key, value, scale):
+        return fused.attend(query, key, value, Variant(scale))
     return torch.nn.functional.scaled_dot_product_attention(
         query, key, value, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
     )

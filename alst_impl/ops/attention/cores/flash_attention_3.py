@@ -11,4 +11,5 @@ class FlashAttention3(FlashAttention):
     """GPU only."""
 
     module: ClassVar[str] = "flash_attn_interface"
+    in_pytorch: ClassVar[str | None] = "FA3"
     source: ClassVar[str] = "FlashAttention-3, built from the folder hopper of flash-attention"

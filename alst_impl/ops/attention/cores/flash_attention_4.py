@@ -11,4 +11,5 @@ class FlashAttention4(FlashAttention):
     """GPU only."""
 
     module: ClassVar[str] = "flash_attn.cute"
+    in_pytorch: ClassVar[str | None] = "FA4"
     source: ClassVar[str] = "package flash-attn-4"
