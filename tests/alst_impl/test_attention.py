@@ -327,3 +327,26 @@ def test_what_the_flash_kernel_does_not_compute_stays_with_pytorch(
         assert not fused.in_parts(query, key, value, 0.7)
     with sdpa_kernel(SDPBackend.MATH):
         assert not fused.in_parts(query, key, value, 0.7)
+
+
+@pytest.mark.parametrize("name", CORES)
+def test_flash_operators_run_the_kernels_that_pytorch_knows(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """By PyTorch's names of them; PyTorch's own kernel is left as the user set it."""
+    core = CORES[name]
+    known = {"flash_attention_3": "FA3", "flash_attention_4": "FA4"}
+    assert core.by_operator == (name in {"sdpa", "sdpa_flash", *known})
+    assert set(known.values()) <= set(torch.nn.attention.list_flash_attention_impls())
+    asked: list[str] = []
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", asked.append)
+    monkeypatch.setattr(type(core), "missing", lambda _: None)
+    core.activate()
+    assert asked == ([known[name]] if name in known else [])
+
+
+@pytest.mark.parametrize("name", ["flash_attention_3", "flash_attention_4"])
+def test_a_kernel_that_is_not_installed_is_not_activated(name: str) -> None:
+    """The error names the package."""
+    with pytest.raises(ValueError, match="is not installed"):
+        CORES[name].activate()

@@ -265,6 +265,10 @@ def test_search_prints_the_agreed_keys(
         ("tiny-llama --seqlen 64 --documents 0", ["--documents 0", "such as 16"]),
         ("tiny-llama --seqlen 64 --lora many", ["--lora many", "such as 16"]),
         ("tiny-llama --seqlen 64 --kernel magic", ["magic", "sdpa"]),
+        (
+            "tiny-llama --seqlen 64 --method layerwise --kernel sdpa_cudnn",
+            ["'sdpa_cudnn'", "flash_attention_3"],
+        ),
         ("tiny-llama --seqlen 64 --pattern window:window=0", ["window = 0", "equal to 1"]),
         ("tiny-llama --seqlen 64 --pattern window:4", ["--pattern 4", "key=value"]),
         ("tiny-llama --seqlen 64 --pattern window:window=8", ["window=8", "use attention 'flex'"]),
