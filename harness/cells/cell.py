@@ -177,6 +177,13 @@ def make_cell(settings: dict[str, Any]) -> Cell:
     return cell
 
 
+def check_kernel(cell: Cell) -> None:
+    """Raise `ValueError` if the method of a forecast cannot run the kernel that its time is about."""
+    if cell.simulation is not None and cell.simulation.timed_as is not None:
+        kernel = Spec(name=cell.simulation.timed_as)
+        load_method(cell.train.method).check(cell.train.model_copy(update={"attention": kernel}))
+
+
 def host_memory_bytes(cell: Cell) -> float:
     """Host memory of one node; infinity if it is unknown."""
     assert cell.simulation is not None
@@ -293,10 +300,7 @@ def _check_simulation(cell: Cell) -> None:
     assert cell.simulation is not None
     simulation = cell.simulation
     if simulation.timed_as is not None:
-        kernel = Spec(name=simulation.timed_as)
-        load_core(kernel)
-        # The method has to be able to run the kernel that the time is about.
-        load_method(cell.train.method).check(cell.train.model_copy(update={"attention": kernel}))
+        load_core(simulation.timed_as)
     if not cell.traits.executes:
         asked = {
             "part": simulation.part != "step",

@@ -18,7 +18,7 @@ from alst_impl.engines.base import load_engine
 from alst_impl.methods.base import load_method
 from alst_impl.models import canonical, described, field
 from alst_impl.ops.attention.cores.base import load_core
-from harness.cells.cell import Cell, make_cell
+from harness.cells.cell import Cell, check_kernel, make_cell
 from harness.cells.hardware import is_file, row_name
 from harness.cells.units import bytes_value
 from harness.commands.options import core_spec, length, share
@@ -120,7 +120,7 @@ class Request:
         """
         attention = core_spec(self.kernel, self.pattern)
         runs = load_core(attention).flash or self.pattern is not None
-        return make_cell(
+        cell = make_cell(
             {
                 "model": canonical(self.model),
                 "method": {"name": method, "options": self._with_degrees(gpus, method, options)},
@@ -146,6 +146,8 @@ class Request:
                 },
             }
         )
+        check_kernel(cell)
+        return cell
 
     def assumed(self, cell: Cell, states: States | None) -> str:
         """The options of `cell`, defaults included, as they would be typed; those that are unset are left out."""

@@ -15,7 +15,7 @@ from typing import Any
 from alst_impl.config import TrainConfig
 from alst_impl.methods.base import divisors, layouts, step_samples
 from alst_impl.models import described, field
-from harness.cells.cell import Cell, host_memory_bytes, make_cell
+from harness.cells.cell import Cell, check_kernel, host_memory_bytes, make_cell
 from harness.cells.hardware import load_hardware
 from harness.cells.prediction import Plan, Planned, Prediction
 from harness.cells.units import length_text
@@ -226,7 +226,9 @@ def _family(cell: Cell, gpus: int, variant: Variant) -> list[Cell]:
         }
         same = cell.model_dump(exclude={"train", "warmup"})
         try:
-            found.append(make_cell({**cell.train.model_dump(), **same, **changed}))
+            made = make_cell({**cell.train.model_dump(), **same, **changed})
+            check_kernel(made)
+            found.append(made)
         except ValueError as error:
             refused = str(error)
     if not found:
