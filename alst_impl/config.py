@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
+from functools import cache
 from itertools import pairwise
-from typing import Annotated, Any, Literal, Self
+from types import UnionType
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 import numpy as np
 from pydantic import (
@@ -15,6 +17,8 @@ from pydantic import (
     Field,
     PlainSerializer,
     PositiveInt,
+    ValidationInfo,
+    field_validator,
     model_serializer,
     model_validator,
 )
@@ -25,6 +29,8 @@ Precision = DType | Literal["float8_e4m3fn"]
 LabelMask = Literal["none", "prefix", "rank", "border", "imbalance", "all"]
 
 
+MOST = 2**20
+"""No run has more ranks, or samples of a micro-batch, or micro-batches of a step."""
 TOO_LONG = 2**63
 """No length is as large: an index of 64 bits ends before it."""
 
@@ -57,10 +63,32 @@ Tokens = Annotated[int, BeforeValidator(_tokens), Field(gt=0, lt=TOO_LONG)]
 """A length in tokens, or text as `tokens` takes it."""
 
 
+@cache
+def _admits_bool(model: type[BaseModel], field: str | None) -> bool:
+    """Whether `field` of `model` may be a boolean."""
+    assert field is not None
+    kinds = [model.model_fields[field].annotation]
+    while kinds:
+        kind = kinds.pop()
+        if kind in (Any, bool):
+            return True
+        if get_origin(kind) in (UnionType, Union, Annotated):
+            kinds.extend(get_args(kind))
+    return False
+
+
 class Frozen(BaseModel):
     """Base of every configuration and record: immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def a_boolean_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # Otherwise pydantic takes `sp: yes` for 1.
+        if isinstance(value, bool) and not _admits_bool(cls, info.field_name):
+            raise ValueError("true and false are no value of it; write a number or a name")
+        return value
 
 
 class Spec(Frozen):
@@ -187,11 +215,11 @@ class TrainConfig(Frozen):
     """File in `alst_impl/engines/` and its options."""
     seqlen: Tokens
     """Tokens of one sample, before sharding. A source may cut it into shorter sequences."""
-    batch_size: int = Field(default=1, gt=0)
+    batch_size: int = Field(default=1, gt=0, le=MOST)
     """Samples per data-parallel rank and micro-batch."""
-    accumulation: int = Field(default=1, gt=0)
+    accumulation: int = Field(default=1, gt=0, le=MOST)
     """Micro-batches per optimizer step. If there are several, they hold unequal numbers of labels."""
-    world_size: int = Field(default=1, gt=0)
+    world_size: int = Field(default=1, gt=0, le=MOST)
     """Number of ranks."""
     dtype: DType = "float32"
     """Dtype of parameters and activations."""
@@ -210,7 +238,7 @@ class TrainConfig(Frozen):
     """The training data."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """The optimizer."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Seed of the initial weights and of the data."""
 
     @model_validator(mode="after")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shlex
 import sys
 from typing import Any
@@ -9,6 +11,8 @@ from typing import Any
 from alst_impl.extras import require
 
 EXTRA = "harness"
+CLOSED_PIPE = 141
+"""Exit code where nobody reads what is printed, as in `alst models | head -1`: that of SIGPIPE in a shell."""
 OWN = ("alst_impl", "harness")
 
 
@@ -18,6 +22,8 @@ def main() -> None:
         require("the command line", EXTRA, "pandas", "psutil", "rich", "typer", "yaml")
     except ValueError as error:
         sys.exit(_refuse(str(error)))
+    if sys.stdout is None:  # as after `>&-`; the next file to be opened would take its place
+        sys.exit(_refuse("output is closed; send it to a file, or to /dev/null"))
     sys.exit(_run())
 
 
@@ -27,7 +33,9 @@ def _run() -> Any:
     from harness.commands.app import app
 
     try:
-        return app(standalone_mode=False)
+        code = app(standalone_mode=False)
+        print(end="", flush=True)  # so that a full disk or a closed pipe is seen here
+        return code
     except typer.TyperException as error:
         # Its own `str` leaves out the option, and its message leaves out the value.
         message = getattr(error, "format_message", error.__str__)()
@@ -39,13 +47,26 @@ def _run() -> Any:
         if name in OWN:
             raise
         return _refuse(f"this command needs {name}: pip install 'alst-bench[{EXTRA}]'")
+    except BrokenPipeError:
+        _silence()
+        return CLOSED_PIPE
+    except OSError as error:
+        _silence()
+        named = f"{error.filename}: " if error.filename else "output: "
+        return _refuse(f"{named}{error.strerror}; name a place that can be read and written")
     except (typer.Abort, KeyboardInterrupt):
         print("alst: interrupted; finished cells are kept, the next run resumes", file=sys.stderr)
         return 130
 
 
+def _silence() -> None:
+    """Let the interpreter end without a word about output that nobody takes."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
 def _refuse(message: str) -> int:
-    print(f"alst: {' '.join(message.split())}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # where nobody can be told, the exit code is left
+        print(f"alst: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return 2
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Collection
-from contextlib import suppress
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alst_impl.config import LoraConfig, TrainConfig
 from alst_impl.extras import require
+from alst_impl.models.stored import check_weights
 from alst_impl.models.weights import Initializer, holders
 from alst_impl.plugin import nearest, squeezed
 
@@ -63,20 +64,66 @@ def published(model: str, overrides: dict[str, Any] | None = None) -> dict[str, 
             raise ValueError(
                 f"unknown model '{model}'; {near}, a path to a config.json, or a hub name that the local cache has"
             )
-    try:
-        config = json.loads(path.read_text())
-        model_type = config["model_type"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(
-            f"{path} is not a model configuration: no JSON object with a 'model_type'"
-        ) from None
+    config = _read(path)
+    model_type = config["model_type"]
     for key in overrides or {}:
         if key not in config:
             raise ValueError(
                 f"override '{key}' is not a field of model '{model}' ({model_type}); "
                 f"its fields are {', '.join(sorted(config))}"
             )
-    return {**config, **(overrides or {})}
+    fields = {**config, **(overrides or {})}
+    _check_sizes(model, fields)
+    if Path(model).is_dir() and model not in names():
+        check_weights(Path(model))
+    return fields
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+        named = isinstance(config["model_type"], str)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}; name a file that can be read") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        named = False
+    if not named:
+        raise ValueError(
+            f"{path} is not a model configuration: no JSON object with the name of a 'model_type'"
+        )
+    return config
+
+
+def _check_sizes(model: str, fields: dict[str, Any]) -> None:
+    """Raise `ValueError` for a size that no model has: transformers would build it for hours, or fail anywhere."""
+    for holder in (fields, fields.get("text_config")):
+        if not isinstance(holder, dict):
+            continue
+        for key in COUNTED:
+            value, most = holder.get(key), MOST_LAYERS if key in LAYERS else LARGEST
+            if value is None or isinstance(value, list | dict):
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+                raise ValueError(
+                    f"{key} = {value!r} in the configuration of model '{model}': must be a whole number from 1 to {most:,}"
+                )
+        heads, shared = (holder.get(f"num_{kind}_heads") for kind in ("attention", "key_value"))
+        if isinstance(heads, int) and isinstance(shared, int) and heads % shared:
+            raise ValueError(
+                f"num_attention_heads ({heads}) must be divisible by num_key_value_heads ({shared}) in the configuration "
+                f"of model '{model}'; use a divisor"
+            )
+
+
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
+"""Names of the number of layers in configurations."""
+COUNTED = (
+    *LAYERS,
+    *("hidden_size", "n_embd", "d_model", "intermediate_size", "head_dim", "vocab_size"),
+    *("num_attention_heads", "num_key_value_heads", "n_head", "max_position_embeddings"),
+)
+"""Fields that count something, by their usual names."""
+MOST_LAYERS, LARGEST = 1_024, 2**31 - 1
 
 
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -206,7 +253,6 @@ def hf_config(config: TrainConfig) -> PreTrainedConfig:
 
 def _configuration(model: str, fields: dict[str, Any]) -> PreTrainedConfig:
     """The configuration of `model` with all its `fields`."""
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoConfig
 
     fields = copy.deepcopy(fields)  # transformers keeps nested ones
@@ -216,12 +262,25 @@ def _configuration(model: str, fields: dict[str, Any]) -> PreTrainedConfig:
         raise ValueError(
             f"model '{model}': the installed transformers does not know model_type '{model_type}'"
         )
-    try:
+    with _telling(model, "refuses its configuration"):
         return AutoConfig.for_model(model_type, **fields)
+
+
+@contextmanager
+def _telling(model: str, what: str) -> Iterator[None]:
+    """Whatever transformers raises about a configuration, said in one line with `model`."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    kinds = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+    try:
+        yield
     except StrictDataclassError as error:
         said = " ".join(str(error).split())
+        raise ValueError(f"model '{model}': transformers {what}: {said}") from None
+    except kinds as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(
-            f"model '{model}': transformers refuses its configuration: {said}"
+            f"model '{model}': transformers {what}: {said}; mend its config.json"
         ) from None
 
 
@@ -232,12 +291,12 @@ def build(config: TrainConfig) -> tuple[PreTrainedModel, Initializer]:
 
     # transformers' grouped experts have no fp64 kernel; its eager loop does.
     experts = {"experts_implementation": "eager"} if config.dtype == "float64" else {}
+    stock = hf_config(config)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            hf_config(config),
-            dtype=getattr(torch, config.dtype),
-            **experts,
-        )
+        with _telling(config.model, "cannot build it"):
+            model = AutoModelForCausalLM.from_config(
+                stock, dtype=getattr(torch, config.dtype), **experts
+            )
         if config.lora is not None:
             add_adapters(model, config.lora)
     _to_meta(model)

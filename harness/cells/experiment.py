@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import ValidationError
 
 from alst_impl.config import Frozen
@@ -15,6 +15,7 @@ from alst_impl.plugin import explain
 from harness.cells import grid, paths
 from harness.cells.cell import Cell, make_cell
 from harness.cells.grid import Matrix, Row, merge
+from harness.cells.yamls import read_yaml
 
 Quantity = Literal[
     "longest_tokens",
@@ -27,6 +28,10 @@ Quantity = Literal[
 ]
 """Published quantities: longest sequence, its ratio to another run's, time of a step, time of another system over it,
 tokens of all ranks per second, device memory as NVML reads it, allocated memory as PyTorch's profiler reads it."""
+
+
+MOST_CELLS = 100_000
+"""Cells of all grids of an experiment together."""
 
 
 class Claim(Frozen):
@@ -148,11 +153,17 @@ class Experiment(Frozen):
 
     def _points(self) -> Iterator[tuple[dict[str, Any], Claim | None]]:
         """Settings and claim of every point of every grid."""
+        counts = [math.prod(map(len, sweep.axes.values())) for sweep in self.sweeps]
+        if sum(counts) > MOST_CELLS:
+            raise ValueError(f"{sum(counts):,} cells; sweep over at most {MOST_CELLS:,}")
         for sweep in self.sweeps:
             for values in itertools.product(*sweep.axes.values()):
                 settings = {**self.base, **sweep.base}
                 for field, value in zip(sweep.axes, values, strict=True):
-                    settings.update(value if field.startswith("_") else {field: value})
+                    group = field.startswith("_")
+                    if group and not isinstance(value, dict):
+                        raise ValueError(f"axis '{field}': {value!r} is no mapping of fields; write {{field: value}}")
+                    settings.update(value if group else {field: value})
                 claim = settings.pop("claim", None)
                 yield settings, None if claim is None else _claim(claim)
 
@@ -190,10 +201,7 @@ def read_experiment(path: Path) -> Experiment:
     path = paths.located(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such experiment; use one of {_known()}")
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    raw = read_yaml(path)
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: must be a mapping with 'question', 'source' and 'sweeps'")
     try:

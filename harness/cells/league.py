@@ -7,13 +7,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import yaml
 from pydantic import Field, ValidationError
 
 from alst_impl.config import Frozen, Tokens
 from alst_impl.plugin import explain
 from harness.cells import paths
 from harness.cells.units import length_text
+from harness.cells.yamls import read_yaml
 
 States = Literal["device", "host"]
 What = Literal["bytes", "longest", "gate"]
@@ -164,10 +164,6 @@ def _tasks(name: str, peer: Peer) -> Iterator[Task]:
 
 def _read(path: Path, kind: type[Data]) -> Data:
     try:
-        return kind.model_validate(yaml.safe_load(path.read_text()))
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        return kind.model_validate(read_yaml(path))
     except ValidationError as error:
         raise ValueError(explain(error, str(path), sorted(kind.model_fields))) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -90,8 +91,10 @@ def phantom(
     Examples: alst phantom -- python train.py; alst phantom --gpus 4 -- torchrun --nproc-per-node 4 train.py;
     alst phantom --gpus 64 --rank 0 -- python train.py; alst phantom --gpus 8 -- ./run.sh
     """
-    if limit_s <= 0:
-        raise ValueError(f"--limit {limit_s}: must be positive")
+    if not 0 < limit_s < math.inf:
+        raise ValueError(f"--limit {limit_s}: must be a positive number of seconds, such as 3600")
+    if not math.isfinite(outside_gib):
+        raise ValueError(f"--outside-gib {outside_gib}: must be a number of GiB, such as 1.5")
     if rank is not None and all_ranks:
         raise ValueError(f"--rank {rank} runs one rank, and --all-ranks all; leave one of them out")
     if rank is not None and Path(command[0]).name == "deepspeed":

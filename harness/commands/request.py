@@ -244,7 +244,10 @@ def _lora(text: str | None) -> dict[str, Any] | None:
         raise ValueError(
             f"--lora {text}: '{rank}' is no rank; write such as 16 or 16:q_proj,v_proj"
         )
-    return {"rank": int(rank), **({"targets": targets.split(",")} if targets else {})}
+    names = targets.split(",") if ":" in text else []
+    if not all(names):
+        raise ValueError(f"--lora {text}: a name is missing; write such as 16 or 16:q_proj,v_proj")
+    return {"rank": int(rank), **({"targets": names} if names else {})}
 
 
 def _documents(text: str) -> int | list[int]:

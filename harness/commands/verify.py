@@ -13,10 +13,10 @@ from psutil import virtual_memory
 from rich.console import Console
 from rich.table import Table
 
-from alst_impl.config import DType, LabelMask, Spec
+from alst_impl.config import DType, LabelMask, Spec, TrainConfig
 from alst_impl.layout import sizes
-from alst_impl.methods.base import layouts, load_method
-from alst_impl.models import canonical
+from alst_impl.methods.base import layouts, load_method, step_samples
+from alst_impl.models import canonical, described, field
 from harness.cells.cell import Cell, make_cell
 from harness.cells.units import bytes_text
 from harness.cells.worlds import TRAITS, World
@@ -27,7 +27,7 @@ from harness.commands.run import DEFAULT_RESULTS, truth_cache
 from harness.gate.verdict import exactness, same_mask
 from harness.records.record import Measurement, Outcome, Readings
 from harness.run.measure import measure
-from harness.run.ranks import probed
+from harness.run.ranks import probed, require_memory
 
 Pairs = list[str] | None
 Pattern = Annotated[
@@ -167,12 +167,28 @@ def _check(cell: Cell, degrees: dict[str, int], probes: bool) -> None:
             f"--probes runs on CPU ranks without a pipeline, not in world '{cell.world}' with pp "
             f"({degrees['pp']}); leave it out"
         )
+    require_memory(cell)
+    _check_size(cell.train)
+
+
+def _check_size(train: TrainConfig) -> None:
+    """Raise `ValueError` if this machine cannot hold the truth."""
     from harness.predict.depth import structure  # which imports torch
 
-    needed, held = 2 * FP64_BYTES * structure(cell.train).num_parameters, virtual_memory().total
+    held = virtual_memory().total
+    tokens = train.batch_size * train.seqlen
+    logits = 2 * FP64_BYTES * tokens * field(described(train.model, train.overrides), "vocab_size")
+    samples = FP64_BYTES * train.seqlen * step_samples(train)
+    if logits + samples > held:
+        raise ValueError(
+            f"--seqlen {train.seqlen} --batch {train.batch_size} --accumulation {train.accumulation}: the truth holds "
+            f"logits in fp64 and all samples, {bytes_text(logits + samples)}, and this machine has {bytes_text(held)}; take "
+            "fewer tokens"
+        )
+    needed = 2 * FP64_BYTES * structure(train).num_parameters
     if needed > held:
         raise ValueError(
-            f"--model {cell.train.model}: the truth holds weights and gradients in fp64, {bytes_text(needed)}, and this "
+            f"--model {train.model}: the truth holds weights and gradients in fp64, {bytes_text(needed)}, and this "
             f"machine has {bytes_text(held)}; take fewer layers of it, such as --override num_hidden_layers=2"
         )
 

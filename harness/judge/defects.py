@@ -11,13 +11,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from alst_impl.config import Frozen
 from alst_impl.plugin import explain
 from harness.cells import paths
 from harness.cells.paths import SOURCES
+from harness.cells.yamls import read_yaml
 
 
 class Edit(Frozen):
@@ -55,7 +55,7 @@ class Catch(Frozen):
 def read_defects(path: Path) -> dict[str, Defect]:
     """Every defect by name, at least one. Raises `ValueError` for a missing or malformed file."""
     path = paths.located(path)
-    raw = yaml.safe_load(path.read_text()) if path.is_file() else None
+    raw = read_yaml(path) if path.is_file() else None
     if not raw:
         raise ValueError(f"{path}: no defect to plant; run it in a checkout that has the file")
     try:

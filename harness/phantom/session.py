@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Literal
 
 import psutil
-import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
 from alst_impl.config import Frozen
 from alst_impl.plugin import explain
+from harness.cells.yamls import read_yaml
 from harness.phantom.load import device_of, environment
 
 SMALL = 16
@@ -149,11 +149,9 @@ def reviewed_sites(more: Path | None = None) -> list[Site]:
         if not path.is_file():
             raise ValueError(f"--sites {path}: no such file")
         try:
-            found += TypeAdapter(list[Site]).validate_python(yaml.safe_load(path.read_text()))
+            found += TypeAdapter(list[Site]).validate_python(read_yaml(path))
         except ValidationError as error:
             raise ValueError(explain(error, f"sites '{path}'", sorted(Site.model_fields))) from None
-        except yaml.YAMLError as error:
-            raise ValueError(f"sites '{path}': not YAML: {error}") from None
     return found
 
 

@@ -10,20 +10,17 @@ from torch import nn
 
 from alst_impl import hf
 from alst_impl.config import TrainConfig
-from alst_impl.models import build, published
-
-NUM_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
-"""Names of the number of layers in configurations."""
+from alst_impl.models import LAYERS, build, published
 
 
 def at_depth(config: TrainConfig, num_layers: int) -> TrainConfig:
     """The same run of a model with `num_layers` layers."""
     fields = published(config.model, config.overrides)
-    name = next((each for each in NUM_LAYERS if each in fields), None)
+    name = next((each for each in LAYERS if each in fields), None)
     if name is None:
         raise ValueError(
             f"the configuration of '{config.model}' ({fields['model_type']}) does not say how many layers it has, as "
-            f"{' or '.join(NUM_LAYERS)}; add it, or take the configuration of its text model"
+            f"{' or '.join(LAYERS)}; add it, or take the configuration of its text model"
         )
     # Lists with one entry per layer are truncated, too.
     cut = {

@@ -47,9 +47,7 @@ def emit(
             (made / SCRIPT).chmod(0o755)
             made.rename(folder)  # which fails if files have come there since
     except OSError as error:
-        raise ValueError(
-            f"--emit {folder}: {error.strerror}; name a new folder in one that can be written to"
-        ) from None
+        raise _unwritable(folder, error) from None
     return [folder / name for name in texts]
 
 
@@ -57,9 +55,19 @@ def check_emitted(train: TrainConfig, folder: Path) -> None:
     """Raise `ValueError` if `folder` exists, or no script there could make this run exactly."""
     if folder.exists():
         raise ValueError(f"--emit {folder}: exists already; name a new folder, or remove it")
+    try:
+        tempfile.TemporaryDirectory(dir=folder.absolute().parent).cleanup()
+    except OSError as error:
+        raise _unwritable(folder, error) from None
     engine = load_engine(train.engine)
     _check(train, engine)
     _check_dtypes(engine, list(build(train)[0].parameters()))
+
+
+def _unwritable(folder: Path, error: OSError) -> ValueError:
+    return ValueError(
+        f"--emit {folder}: {error.strerror}; name a new folder in one that can be written to"
+    )
 
 
 def _texts(train: TrainConfig, hardware: str, *, expandable_segments: bool) -> dict[str, str]:

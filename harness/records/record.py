@@ -260,6 +260,8 @@ def write(path: Path, measurement: Measurement) -> None:
 def read(path: Path) -> Measurement:
     """Read one record and settle its outcome. Raises `ValueError` naming the file if it is not a record."""
     try:
-        return settled(Measurement.model_validate_json(path.read_text()))
+        return settled(Measurement.model_validate_json(path.read_bytes()))
+    except OSError as error:
+        raise ValueError(f"{path} is not a record: {error.strerror}; remove it") from None
     except ValidationError as error:
         raise ValueError(explain(error, f"{path} is not a record", [])) from None

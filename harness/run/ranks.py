@@ -7,10 +7,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from psutil import virtual_memory
+
 from alst_impl.config import Frozen
 from alst_impl.engines.base import load_engine
 from alst_impl.methods.base import load_method
 from harness.cells.cell import Cell
+from harness.cells.units import bytes_text
 from harness.devices.machine import (
     rank_environment,
     require_attention,
@@ -31,6 +34,8 @@ UNWATCHED = "the process that reads the devices' memory ended before the run did
 """The ranks' own readings are complete, but another process may have used their devices."""
 TRUTHS_AT_ONCE = 16
 """Truths that one process computes, so that it imports torch once for all of them."""
+RANK_BYTES = 64 * 2**20
+"""What a rank on a CPU takes at least, beside what it shares with others."""
 DOUBTING = 4
 """How much longer the stock model may take with doubts, which are dozens of steps."""
 
@@ -56,6 +61,7 @@ def require_fit(cell: Cell, launch: Launch | None, *, allow_dirty: bool) -> list
         return []
     load_engine(cell.train.engine).require()
     load_method(cell.train.method).require()
+    require_memory(cell)
     if not cell.traits.gpus:
         return []
     devices = require_devices(cell, launch)
@@ -64,6 +70,16 @@ def require_fit(cell: Cell, launch: Launch | None, *, allow_dirty: bool) -> list
         require_clean(cell.label)
     require_cuda_build(cell.label)
     return devices
+
+
+def require_memory(cell: Cell) -> None:
+    """Raise `ValueError` if this machine cannot hold the processes of `cell`, whatever they train."""
+    held, needed = virtual_memory().total, RANK_BYTES * cell.num_processes
+    if needed > held and not cell.traits.gpus:
+        raise ValueError(
+            f"{cell.label}: {cell.num_processes:,} ranks are as many processes and take over {bytes_text(needed)}, and this "
+            f"machine has {bytes_text(held)}; use at most {held // RANK_BYTES} ranks"
+        )
 
 
 def truths(

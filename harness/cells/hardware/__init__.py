@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from alst_impl.config import Frozen
@@ -17,6 +16,7 @@ from harness.cells.units import (
     flops_value,
     written,
 )
+from harness.cells.yamls import read_yaml
 
 Bytes = Annotated[int, BeforeValidator(written(bytes_value)), Field(gt=0)]
 """Bytes, or a size such as `80GiB` or `1.9TB`."""
@@ -100,15 +100,16 @@ class Hardware(Frozen):
 
 def _read(path: Path) -> Hardware:
     """The row in the file at `path`. Raises `ValueError` naming the error in it."""
+    known = sorted(Hardware.model_fields)
     try:
-        return Hardware(**yaml.safe_load(path.read_text()))
-    except (ValidationError, yaml.YAMLError, TypeError, UnicodeDecodeError) as error:
-        known = sorted(Hardware.model_fields)
-        if isinstance(error, ValidationError):
-            raise ValueError(explain(error, f"hardware '{path}'", known)) from None
-        raise ValueError(
-            f"hardware '{path}': not a YAML mapping with keys {', '.join(known)}"
-        ) from None
+        raw = read_yaml(path)
+        if not isinstance(raw, dict):
+            raise ValueError(f"{path}: not a YAML mapping with keys {', '.join(known)}")
+        return Hardware.model_validate(raw)
+    except ValidationError as error:
+        raise ValueError(explain(error, f"hardware '{path}'", known)) from None
+    except ValueError as error:
+        raise ValueError(f"hardware {error}") from None
 
 
 FOLDER = Path(__file__).parent / "rows"

@@ -1,0 +1,31 @@
+"""Wrong input: one clear line with value, rule and way out, the documented exit code, and nothing written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from inputs import answer, contents, prepare
+
+from harness.records.fire import Case, inputs
+
+LEVELS = inputs()
+CASES = [(level, name) for level, kind in LEVELS.items() for name in kind.cases]
+ACCEPTED = {level: kind for level, kind in LEVELS.items() if kind.valid is not None}
+
+
+@pytest.mark.parametrize(("level", "name"), CASES, ids=[f"{level}: {n}" for level, n in CASES])
+def test_wrong_input_is_refused(level: str, name: str, tmp_path: Path) -> None:
+    """In one line that names the value, the rule and a way out; no traceback, and nothing is written."""
+    kind = LEVELS[level]
+    case = kind.cases[name]
+    prepare(tmp_path, kind, case)
+    before = contents(tmp_path)
+    found = answer(tmp_path, name, kind, case)
+    assert found.code == case.code, found
+    assert [line for line in found.err.splitlines() if "alst: " in line] == found.err.splitlines()
+    assert len(found.err.splitlines()) == bool(case.says), found.err
+    assert all(word in found.err for word in case.says), found.err
+    if case.shell is None:
+        assert not found.out
+        assert contents(tmp_path) == before
