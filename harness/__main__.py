@@ -11,8 +11,8 @@ from typing import Any
 from alst_impl.extras import require
 
 EXTRA = "harness"
-CLOSED_PIPE = 141
-"""Exit code where nobody reads what is printed, as in `alst models | head -1`: that of SIGPIPE in a shell."""
+CLOSED_PIPE = 1
+"""Exit code where nobody reads what is printed, as in `alst models | true`; rich ends so, too."""
 OWN = ("alst_impl", "harness")
 
 
@@ -33,9 +33,7 @@ def _run() -> Any:
     from harness.commands.app import app
 
     try:
-        code = app(standalone_mode=False)
-        print(end="", flush=True)  # so that a full disk or a closed pipe is seen here
-        return code
+        return _written(app(standalone_mode=False))
     except typer.TyperException as error:
         # Its own `str` leaves out the option, and its message leaves out the value.
         message = getattr(error, "format_message", error.__str__)()
@@ -47,21 +45,29 @@ def _run() -> Any:
         if name in OWN:
             raise
         return _refuse(f"this command needs {name}: pip install 'alst-bench[{EXTRA}]'")
-    except BrokenPipeError:
-        _silence()
-        return CLOSED_PIPE
     except OSError as error:
-        _silence()
-        named = f"{error.filename}: " if error.filename else "output: "
-        return _refuse(f"{named}{error.strerror}; name a place that can be read and written")
+        return _unwritten(error)
     except (typer.Abort, KeyboardInterrupt):
         print("alst: interrupted; finished cells are kept, the next run resumes", file=sys.stderr)
         return 130
 
 
-def _silence() -> None:
-    """Let the interpreter end without a word about output that nobody takes."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+def _written(code: Any) -> Any:
+    """`code`, once all output is written: a full disk or a closed pipe is seen here."""
+    print(end="", flush=True)
+    return code
+
+
+def _unwritten(error: OSError) -> int:
+    """The exit code where a file or the output cannot be read or written."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter tries once more as it ends
+    if isinstance(error, BrokenPipeError):
+        return CLOSED_PIPE
+    named = error.filename or "output"
+    return _refuse(f"{named}: {error.strerror or error}; name a place that can be read and written")
 
 
 def _refuse(message: str) -> int:

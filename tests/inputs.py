@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from harness.__main__ import main
@@ -24,7 +25,12 @@ from harness.records.fire import Case, Level
 
 ROOT = Path(__file__).parents[1]
 LIMIT_S = 20
+assert torch.__version__  # imported now, so that no command waits for it
 """Within which wrong input is answered."""
+
+
+class Late(BaseException):
+    """A command has not answered, whatever errors it expects."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +64,10 @@ def prepare(folder: Path, level: Level, case: Case) -> None:
 def _changed(level: Level, case: Case) -> str:
     """The level's valid document as `case` changes it."""
     valid = level.valid
-    document: Any = (
-        yaml.safe_load((ROOT / valid).read_text())
-        if isinstance(valid, str)
-        else json.loads(json.dumps(valid))
-    )
+    document: Any = json.loads(json.dumps(valid))
+    if isinstance(valid, str):
+        load = json.loads if valid.endswith(".json") else yaml.safe_load
+        document = load((ROOT / valid).read_text())
     for keys in [*case.set, *case.drop]:
         *outer, last = keys.split(".")
         holder = document
@@ -117,10 +122,10 @@ def _in_shell(folder: Path, case: Case) -> Answer:
 
 @contextlib.contextmanager
 def _limit() -> Iterator[None]:
-    """Raise `TimeoutError` where a command takes longer than `LIMIT_S`."""
+    """Raise `Late` where a command takes longer than `LIMIT_S`."""
 
     def late(*_: object) -> None:
-        raise TimeoutError(f"no answer within {LIMIT_S} s")
+        raise Late(f"no answer within {LIMIT_S} s")
 
     before = signal.signal(signal.SIGALRM, late)
     signal.alarm(LIMIT_S)
@@ -133,9 +138,11 @@ def _limit() -> Iterator[None]:
 
 def contents(folder: Path) -> dict[str, int | str]:
     """Everything in `folder`, by path: sizes of files, targets of links."""
-    return {
-        str(path.relative_to(folder)): (
-            os.readlink(path) if path.is_symlink() else path.stat().st_size if path.is_file() else "/"
-        )
-        for path in folder.rglob("*")
-    }
+    found: dict[str, int | str] = {}
+    for path in folder.rglob("*"):
+        name = str(path.relative_to(folder))
+        if path.is_symlink():
+            found[name] = str(path.readlink())
+        else:
+            found[name] = path.stat().st_size if path.is_file() else "/"
+    return found

@@ -11,7 +11,12 @@ from harness.records.fire import Case, inputs
 
 LEVELS = inputs()
 CASES = [(level, name) for level, kind in LEVELS.items() for name in kind.cases]
-ACCEPTED = {level: kind for level, kind in LEVELS.items() if kind.valid is not None}
+ACCEPTED = {
+    "experiments": "cells bad.yaml",
+    "hardware": "phantom --hardware bad.yaml -- true",
+    "records": "compare records records",
+}
+"""Level -> a command that soon answers to its valid document."""
 
 
 @pytest.mark.parametrize(("level", "name"), CASES, ids=[f"{level}: {n}" for level, n in CASES])
@@ -29,3 +34,25 @@ def test_wrong_input_is_refused(level: str, name: str, tmp_path: Path) -> None:
     if case.shell is None:
         assert not found.out
         assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("level", ACCEPTED)
+def test_the_valid_document_is_accepted(level: str, tmp_path: Path) -> None:
+    """Otherwise the refusals of what differs from it would prove nothing."""
+    valid = Case(says=[], run=ACCEPTED[level])
+    prepare(tmp_path, LEVELS[level], valid)
+    assert not answer(tmp_path, level, LEVELS[level], valid).err
+
+
+def test_every_level_that_users_write_is_there() -> None:
+    """With at least 150 inputs in all."""
+    assert len(CASES) >= 150
+    assert set(LEVELS) == {
+        "commands",
+        "configurations",
+        "environments",
+        "experiments",
+        "hardware",
+        "records",
+        "weights",
+    }

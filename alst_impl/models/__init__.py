@@ -65,14 +65,15 @@ def published(model: str, overrides: dict[str, Any] | None = None) -> dict[str, 
                 f"unknown model '{model}'; {near}, a path to a config.json, or a hub name that the local cache has"
             )
     config = _read(path)
-    model_type = config["model_type"]
     for key in overrides or {}:
         if key not in config:
             raise ValueError(
-                f"override '{key}' is not a field of model '{model}' ({model_type}); "
+                f"override '{key}' is not a field of model '{model}' ({config['model_type']}); "
                 f"its fields are {', '.join(sorted(config))}"
             )
     fields = {**config, **(overrides or {})}
+    if not isinstance(fields["model_type"], str):
+        raise ValueError(f"model_type = {fields['model_type']!r}: must be a name, such as llama")
     _check_sizes(model, fields)
     if Path(model).is_dir() and model not in names():
         check_weights(Path(model))

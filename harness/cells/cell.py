@@ -193,7 +193,8 @@ def host_memory_bytes(cell: Cell) -> float:
 
 def _defaults(settings: dict[str, Any]) -> dict[str, Any]:
     """Defaults that depend on the cell's world."""
-    traits = TRAITS.get(settings.get("world", "cpu"))
+    world = settings.get("world", "cpu")
+    traits = next((traits for name, traits in TRAITS.items() if name == world), None)
     if traits is None:
         return {}  # which is told when the cell is checked
     found: dict[str, Any] = {}

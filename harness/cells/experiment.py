@@ -162,7 +162,9 @@ class Experiment(Frozen):
                 for field, value in zip(sweep.axes, values, strict=True):
                     group = field.startswith("_")
                     if group and not isinstance(value, dict):
-                        raise ValueError(f"axis '{field}': {value!r} is no mapping of fields; write {{field: value}}")
+                        raise ValueError(
+                            f"axis '{field}': {value!r} is no mapping of fields; write {{field: value}}"
+                        )
                     settings.update(value if group else {field: value})
                 claim = settings.pop("claim", None)
                 yield settings, None if claim is None else _claim(claim)

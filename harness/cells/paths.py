@@ -6,6 +6,7 @@ the working directory has none.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 EXPERIMENTS = Path("experiments")
@@ -42,7 +43,11 @@ def experiments() -> list[Path]:
 
 
 def experiment(name: str) -> Path:
-    """The YAML of an experiment."""
+    """The YAML of an experiment. Raises `ValueError` for a name that would leave the folder."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ValueError(
+            f"'{name}' is no name of an experiment; use one of {', '.join(p.stem for p in experiments())}"
+        )
     return EXPERIMENTS / f"{name}.yaml"
 
 

@@ -23,7 +23,9 @@ def read_yaml(path: Path) -> Any:
         with path.open("rb") as file:
             text = file.read(LARGEST_BYTES + 1)
         if len(text) > LARGEST_BYTES:
-            raise ValueError(f"{path}: longer than {LARGEST_BYTES:,} bytes; no such file has as many")
+            raise ValueError(
+                f"{path}: longer than {LARGEST_BYTES:,} bytes; no such file has as many"
+            )
         return _parsed(path, text.decode())
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}; name a file that can be read") from None
@@ -42,7 +44,9 @@ def _parsed(path: Path, text: str) -> Any:
         if node is None:
             return None
         if _check(path, node, {}) > MOST_VALUES:
-            raise ValueError(f"{path}: its aliases stand for over {MOST_VALUES:,} values; use fewer")
+            raise ValueError(
+                f"{path}: its aliases stand for over {MOST_VALUES:,} values; use fewer"
+            )
         return loader.construct_document(node)
     finally:
         loader.dispose()

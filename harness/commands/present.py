@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from harness.cells import paths
+from harness.cells.hardware import load_hardware
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -278,7 +279,7 @@ def _note(name: str, reason: str, moved: list[str]) -> None:
 
 
 def _promote(results: Results, hardware: str) -> None:
-    folder = paths.REFERENCE / hardware / results.name
+    folder = paths.REFERENCE / load_hardware(hardware).name / results.name
     shutil.rmtree(folder, ignore_errors=True)
     for key, m in results.measurements.items():
         if m.cell.hardware == hardware:

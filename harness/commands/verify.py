@@ -236,6 +236,7 @@ def _offered(method: str, degrees: dict[str, int]) -> dict[str, int]:
 
 def _measure(cell: Cell, results: Path) -> Measurement:
     """Run the cell, with a live line on stderr."""
+    truth_cache(results).mkdir(parents=True, exist_ok=True)  # now, not after minutes
     with CellLine(Console(stderr=True), cell, 1, 1) as line:
         return measure(cell, truth_cache(results), line.hear)
 

@@ -8,7 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
+from pydantic import ConfigDict, ValidationError
 
 from alst_impl.config import Frozen
 from alst_impl.plugin import explain
@@ -142,7 +142,9 @@ class RankMemory(Frozen):
 
 
 class Readings(Frozen):
-    """Raw readings in SI base units; outer lists run over timed steps, inner ones over ranks."""
+    """Raw readings in SI base units; outer lists run over timed steps, inner ones over ranks. All are finite."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     step_s: list[list[float]]
     """Wall time of each timed step on each rank."""

@@ -53,8 +53,8 @@ class Hardware(Frozen):
     Bandwidths are peak, one direction, per accelerator; None where the hardware has no such link.
     """
 
-    name: str
-    """Name of the row, as cells use it."""
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the row, as cells use it and folders of records are called."""
     aliases: tuple[str, ...] = ()
     """Other names for it."""
     memory_bytes: Bytes
@@ -103,13 +103,14 @@ def _read(path: Path) -> Hardware:
     known = sorted(Hardware.model_fields)
     try:
         raw = read_yaml(path)
-        if not isinstance(raw, dict):
-            raise ValueError(f"{path}: not a YAML mapping with keys {', '.join(known)}")
+    except ValueError as error:
+        raise ValueError(f"hardware {error}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"hardware '{path}': not a YAML mapping with keys {', '.join(known)}")
+    try:
         return Hardware.model_validate(raw)
     except ValidationError as error:
         raise ValueError(explain(error, f"hardware '{path}'", known)) from None
-    except ValueError as error:
-        raise ValueError(f"hardware {error}") from None
 
 
 FOLDER = Path(__file__).parent / "rows"
