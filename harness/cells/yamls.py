@@ -47,9 +47,16 @@ def _parsed(path: Path, text: str) -> Any:
             raise ValueError(
                 f"{path}: its aliases stand for over {MOST_VALUES:,} values; use fewer"
             )
-        return loader.construct_document(node)
+        return _constructed(path, loader, node)
     finally:
         loader.dispose()
+
+
+def _constructed(path: Path, loader: yaml.SafeLoader, node: yaml.Node) -> Any:
+    try:
+        return loader.construct_document(node)
+    except ValueError as error:  # of a date such as 2024-13-45
+        raise ValueError(f"{path}: not YAML: {error}; quote the value") from None
 
 
 def _check(path: Path, node: yaml.Node, sizes: dict[int, int]) -> int:

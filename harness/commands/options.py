@@ -20,7 +20,11 @@ def parsed(pairs: list[str], flag: str = "--option") -> dict[str, Any]:
             raise ValueError(f"{flag} {pair}: write key=value, such as tile_mlp=false")
         try:
             options[key] = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (
+            yaml.YAMLError,
+            ValueError,
+            RecursionError,
+        ):  # ValueError: a date such as 2024-13-45
             raise ValueError(f"{flag} {pair}: the value is not YAML; quote it") from None
     return options
 
