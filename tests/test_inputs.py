@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import pytest
 from inputs import answer, contents, prepare
 
-from harness.records.fire import Case, inputs
+from harness.records.fire import Case, faults, inputs, strangers
 
 LEVELS = inputs()
+PROOFS = [*faults().values(), *strangers().values()]
 CASES = [(level, name) for level, kind in LEVELS.items() for name in kind.cases]
 ACCEPTED = {
     "experiments": "cells bad.yaml",
@@ -56,3 +58,13 @@ def test_every_level_that_users_write_is_there() -> None:
         "records",
         "weights",
     }
+
+
+@pytest.mark.parametrize(
+    "test", sorted({test for proof in PROOFS for test in proof.tests}), ids=str
+)
+def test_what_the_page_names_is_a_test(test: str) -> None:
+    """A fault or a stranger without a test is not on the page."""
+    file, _, name = test.partition("::")
+    tree = ast.parse((Path(__file__).parent / file).read_text())
+    assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}

@@ -34,10 +34,12 @@ def table(name: Name) -> None:
 
     Example: alst table cpu_sweep
     """
+    from harness.records.inert import inert
     from harness.records.record import write_text
     from harness.records.table import fresh, tidy
 
-    write_text(paths.table(name), tidy(fresh(paths.experiment(name))).to_csv(index=False))
+    found = tidy(fresh(paths.experiment(name)))
+    write_text(paths.table(name), found.map(inert).to_csv(index=False))
 
 
 def figures(

@@ -19,6 +19,12 @@ CRASHES = {"SIGSEGV": Outcome.ILLEGAL_ACCESS, "SIGBUS": Outcome.ILLEGAL_ACCESS}
 DEFECTS = ("SIGABRT", "SIGILL", "SIGFPE")
 """Signals that a program sends itself; all others come from outside."""
 
+ERRORS = {
+    "MemoryError": Outcome.HOST_OOM,
+    "NanLoss": Outcome.NAN_LOSS,
+    "KeyboardInterrupt": Outcome.KILLED,
+}
+"""Exceptions whose class alone says how the cell ended."""
 HOST_OOM = ("can't allocate memory", "cannot allocate memory", "std::bad_alloc")
 PINNED = ("pin_memory", "_new_piece", "cudahostalloc")
 """Names in the trace of a failed allocation of pinned host memory, which CUDA reports as its own out-of-memory."""
@@ -30,6 +36,8 @@ GPU_OOM = (
     "cuda failure 'out of memory'",
     "cuda failure 2 'out of memory'",
 )
+DISK = ("no space left on device", "disk quota exceeded", "file too large")
+"""A full disk says nothing of the cell: once there is room, the next run measures it."""
 ILLEGAL_ACCESS = (
     "illegal memory access",
     "misaligned address",
@@ -116,10 +124,8 @@ def classify(ending: Ending) -> tuple[Outcome, str | None]:
         outcome = _signal_outcome(ending)
         # Output of a rank before SIGKILL does not explain why it was killed.
         return outcome, f"{where}: {ending.error}" if outcome is Outcome.KILLED else line
-    if ending.error == "MemoryError":
-        return Outcome.HOST_OOM, line
-    if ending.error == "NanLoss":
-        return Outcome.NAN_LOSS, line
+    if ending.error in ERRORS:
+        return ERRORS[ending.error], line
     if ending.error == "Unable":
         return Outcome.REFUSED, ending.message
     if _refusal(ending):
@@ -150,6 +156,8 @@ def _named(text: str) -> Outcome | None:
         return Outcome.HOST_OOM if pinned else Outcome.GPU_OOM
     if any(sign in text for sign in HOST_OOM):
         return Outcome.HOST_OOM
+    if any(sign in text for sign in DISK):
+        return Outcome.KILLED
     if any(sign in text for sign in COMM_TIMEOUT):
         return Outcome.COMM_TIMEOUT
     return None

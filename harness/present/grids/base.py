@@ -15,6 +15,7 @@ from typing import Any
 import pandas as pd
 
 from harness.cells.units import ratio_text
+from harness.records.inert import inert
 
 MISSING = "–"
 
@@ -60,7 +61,8 @@ class Grid:
         named = any(self.records)
         records = [[record or ""] for record in self.records] if named else [[] for _ in self.rows]
         writer.writerow([*self.headings, *["record"] * named])
-        writer.writerows([*row, *record] for row, record in zip(self.rows, records, strict=True))
+        rows = ([*row, *record] for row, record in zip(self.rows, records, strict=True))
+        writer.writerows(map(inert, row) for row in rows)
         return stream.getvalue()
 
 

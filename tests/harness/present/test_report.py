@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from samples import cell, cuda_measurement, gpu_sweep, measurement, searched, sweep
+from samples import cell, cuda_measurement, failure, gpu_sweep, measurement, searched, sweep
 
 from harness.cells import paths
 from harness.cells.experiment import load_experiment
@@ -25,7 +25,7 @@ from harness.present.kinds import question_of
 from harness.present.lengths import together
 from harness.present.pages.base import Committed, Kept, load_with
 from harness.present.report import QUESTIONS, order, page, section
-from harness.records.record import write, write_text
+from harness.records.record import Outcome, write, write_text
 from harness.records.table import Results, duels, fresh, tidy, wide
 
 ROOT = Path(__file__).parents[3]
@@ -79,7 +79,13 @@ def test_report_shows_what_went_wrong(text: str) -> None:
 def test_report_escapes_what_records_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Text from outside is text, not markup."""
     results = replace(sweep(), question="<b>why</b>", figures=[])
-    assert "<b>why</b>" not in html(tmp_path, monkeypatch, results)
+    failed = cell()
+    said = failure(failed, Outcome.HOST_OOM).model_copy(update={"detail": "<script>x</script>"})
+    results = replace(results, cells={failed.key: failed}, measurements={failed.key: said})
+    text = html(tmp_path, monkeypatch, results)
+    assert "<b>why</b>" not in text
+    assert "<script>x</script>" not in text
+    assert "&lt;script&gt;x&lt;/script&gt;" in text
 
 
 @pytest.mark.parametrize("results", [[], [sweep()], [gpu_sweep()], [sweep(), gpu_sweep()]], ids=len)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import select
+import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -17,7 +20,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from harness.processes.client import submit
+from harness.cells.paths import SOURCES
+from harness.processes.client import _socket_path, submit
 from harness.processes.jobs import Rank, runtime_folder
 
 Payload = dict[str, Any]
@@ -150,23 +154,27 @@ def test_timeout_ends_the_tree() -> None:
     assert all_gone(watch.family)
 
 
-def test_killed_supervisor_leaves_nothing() -> None:
+ENDS = pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+
+
+@ENDS
+def test_killed_supervisor_leaves_nothing(end: signal.Signals) -> None:
     """If the process that supervises the ranks dies, the ranks end, too."""
     watch = Watch()
 
     def listener(event: dict[str, Any]) -> None:
         watch(event)
         if watch.doing.count("asleep") == 2:
-            watch.family[0].kill()
+            watch.family[0].send_signal(end)
 
     ending = submit(entry(sleep), {}, 2, 60, listener)
     assert ending.how == "lost"
     assert all_gone(watch.family)
 
 
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
+@ENDS
 def test_client_that_leaves_ends_the_tree(end: signal.Signals) -> None:
-    """Ctrl-C and a killed client end the ranks."""
+    """Ctrl-C and a client that is ended end the ranks."""
     program = (
         "from harness.processes.client import submit\n"
         f"submit({entry(sleep)!r}, {{}}, 2, 60, lambda e: print(e.get('pids', ''), flush=True))"
@@ -204,6 +212,130 @@ def test_killed_server_is_replaced(own_server: Path) -> None:
     server.kill()
     server.wait(10)
     assert submit(entry(add_up), {"more": 1}, 1, 60).results == [1]
+
+
+@ENDS
+def test_a_server_that_ends_takes_its_job_along(own_server: Path, end: signal.Signals) -> None:
+    """The client is told that the job is lost, its ranks end, and the next job starts a new server."""
+    watch = Watch()
+
+    def listener(event: dict[str, Any]) -> None:
+        watch(event)
+        if watch.doing == ["asleep"]:
+            for server in servers(own_server):
+                server.send_signal(end)
+
+    assert submit(entry(sleep), {}, 1, 60, listener).how == "lost"
+    assert all_gone(watch.family)
+    assert submit(entry(add_up), {"more": 1}, 1, 60).results == [1]
+
+
+def leave_early(rank: Rank, payload: Payload) -> None:
+    """Rank 1 ends without a result and without an error; its peer waits for it."""
+    join(rank)
+    if rank.index == 1:
+        os._exit(0)
+    dist.barrier()
+
+
+def test_a_rank_that_leaves_early_is_the_cause() -> None:
+    """An exit code of 0 without a result is a failure."""
+    ending = submit(entry(leave_early), {}, 2, 60)
+    assert (ending.how, ending.rank, ending.error) == ("error", 1, "exit code 0")
+
+
+def interrupt_itself(rank: Rank, payload: Payload) -> None:
+    """Ctrl-C reaches the rank."""
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+
+
+def test_an_interrupted_rank_ends_the_job() -> None:
+    """As an error of that rank."""
+    ending = submit(entry(interrupt_itself), {}, 1, 60)
+    assert (ending.how, ending.error) == ("error", "KeyboardInterrupt")
+
+
+def give_back(rank: Rank, payload: Payload) -> int:
+    """Nothing but the payload."""
+    return int(payload["number"])
+
+
+def test_300_quick_jobs_in_a_row_leave_nothing(own_server: Path) -> None:
+    """All results are right; then the server holds as many files and processes as before."""
+
+    def held() -> tuple[int, int, int]:
+        (server,) = servers(own_server)
+        return server.num_fds(), len(server.children()), len(list(own_server.glob("job-*")))
+
+    assert submit(entry(give_back), {"number": 0}, 1, 60).results == [0]
+    for number in range(300):
+        assert submit(entry(give_back), {"number": number}, 1, 60).results == [number]
+    _, (_, children, folders) = eventually(lambda: held()[1:] == (0, 0)), held()
+    assert (children, folders) == (0, 0)
+    assert held()[0] < 50
+
+
+def eventually(holds: Callable[[], bool], patience_s: float = 15) -> bool:
+    """Whether `holds` within `patience_s`: the server takes leave of its last child once a second."""
+    deadline = time.monotonic() + patience_s
+    while not holds() and time.monotonic() < deadline:
+        select.select([], [], [], 0.05)
+    return holds()
+
+
+def test_a_file_in_the_place_of_the_socket_is_replaced(own_server: Path) -> None:
+    """Whatever it is: nobody listens there."""
+    _socket_path("cpu").write_text("no socket")
+    assert submit(entry(add_up), {"more": 1}, 1, 60).results == [1]
+    assert stat.S_IMODE(own_server.stat().st_mode) == 0o700, "no other user can enter"
+    assert own_server.stat().st_uid == os.getuid()
+
+
+THEIRS = """
+import harness
+from harness.processes.client import submit
+
+def where(rank, payload):
+    return harness.__file__
+
+if __name__ == "__main__":
+    print(submit("theirs:where", {}, 1, 60).results[0])
+"""
+
+
+def test_a_server_of_another_checkout_is_left_alone(own_server: Path, tmp_path: Path) -> None:
+    """Each checkout's jobs run its own code, and neither ends the other's server."""
+    assert submit(entry(add_up), {"more": 1}, 1, 60).results == [1]
+    (ours,) = servers(own_server)
+    for package in SOURCES:
+        shutil.copytree(package, tmp_path / package.name, ignore=shutil.ignore_patterns("*.pyc"))
+    shutil.copytree(SOURCES[0].parent / "experiments", tmp_path / "experiments")
+    (tmp_path / "theirs.py").write_text(THEIRS)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "TMPDIR": tempfile.gettempdir()}
+    done = subprocess.run(
+        [sys.executable, "theirs.py"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == str(tmp_path / "harness" / "__init__.py")
+    assert len(servers(own_server)) == 2
+    assert submit(entry(add_up), {"more": 2}, 1, 60).results == [2]
+    assert ours.is_running()
+
+
+def test_a_folder_that_is_a_link_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Another user of the temporary folder may have made it."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "mine").mkdir(mode=0o700)
+    (tmp_path / f"alst-{os.getuid()}").symlink_to(tmp_path / "mine")
+    with pytest.raises(ValueError, match="open to other users"):
+        runtime_folder()
 
 
 def test_folder_of_others_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

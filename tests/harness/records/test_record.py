@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,21 @@ def test_failed_write_leaves_the_old_record(
     monkeypatch.setattr(record.os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         record.write(path, MEASUREMENT.model_copy(update={"detail": "other"}))
+    assert record.read(path) == MEASUREMENT
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_leaves_the_old_record(tmp_path: Path) -> None:
+    """Here a limit of 100 bytes for a file."""
+    path = tmp_path / "record.json"
+    record.write(path, MEASUREMENT)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            record.write(path, MEASUREMENT.model_copy(update={"detail": "other"}))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert record.read(path) == MEASUREMENT
     assert list(tmp_path.iterdir()) == [path]
 

@@ -212,6 +212,8 @@ def test_real_failures_are_told_apart(function: Any, outcome: Outcome) -> None:
         (Ending(how="signal", rank=0, error="SIGABRT", message="std::bad_alloc"), Outcome.HOST_OOM),
         (Ending(how="error", rank=0, error="MemoryError"), Outcome.HOST_OOM),
         (Ending(how="error", rank=0, error="NanLoss"), Outcome.NAN_LOSS),
+        (Ending(how="error", rank=0, error="KeyboardInterrupt"), Outcome.KILLED),
+        (Ending(how="error", rank=0, error="OSError", message=os.strerror(28)), Outcome.KILLED),
         (Ending(how="error", rank=0, error="Unable", message="no bfloat16"), Outcome.REFUSED),
         (Ending(how="lost"), Outcome.KILLED),
         (Ending(how="lost", error="ImportError"), Outcome.SETUP_ERROR),
