@@ -13,7 +13,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from harness.processes.jobs import Accelerator, Ending, Job, fingerprint, runtime_folder
+from harness.processes.jobs import (
+    Accelerator,
+    Ending,
+    Job,
+    end_session,
+    fingerprint,
+    runtime_folder,
+)
 
 ATTEMPTS = 3
 SOCKET_PATH_BYTES = 103
@@ -55,7 +62,7 @@ def submit(
 
     `more` are other fields of `Job`, such as the environment of the ranks.
 
-    `listener` is called with `{"event": "started", "pids": [...]}` and
+    `listener` is called with `{"event": "started", "pids": [...], "session": leader}` and
     `{"event": "progress", "rank": r, "doing": text}`. All ranks end if this call raises an exception,
     Ctrl-C included, or if this process dies.
     """
@@ -69,7 +76,7 @@ def submit(
         **more,
     )
     for _ in range(ATTEMPTS):
-        started = False
+        session: int | None = None
         try:
             connection = _connect(accelerator)
         except ServerError as error:
@@ -78,11 +85,12 @@ def submit(
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 connection.sendall(job.model_dump_json().encode() + b"\n")
             for event in _events(connection):
-                started = True
                 if event["event"] == "end":
                     return Ending(**event["ending"])
+                session = event.get("session", session)
                 listener(event)
-        if started:
+        if session is not None:
+            end_session(session)  # a killed server leaves what its ranks had started
             return Ending(how="lost", message="the process that watched the ranks was ended")
         # The server was shutting down and closed its queue: ask its successor.
     return Ending(how="lost", message=f"no fork server would stay; see {runtime_folder()}/*.log")

@@ -156,10 +156,8 @@ class Supervisor:
             writer.close()  # before the next fork, else the pipe stays open when this rank dies
             self.processes[index] = process
             self.pipes[reader] = index
-        _tell(
-            self.client,
-            {"event": "started", "pids": [process.pid for process in self.processes.values()]},
-        )
+        pids = [process.pid for process in self.processes.values()]
+        _tell(self.client, {"event": "started", "pids": pids, "session": os.getpid()})
 
     def _hear(self, pipe: Connection) -> None:
         """Receive one message of a rank, or record its death."""
@@ -293,9 +291,11 @@ def _preload(accelerator: Accelerator) -> Ending | None:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove the files that killed servers and supervisors left in `folder`."""
+    """Remove the files and end the processes that killed servers and supervisors left in `folder`."""
     for scratch in folder.glob("job-*"):
-        if not psutil.pid_exists(int(scratch.name.removeprefix("job-"))):
+        supervisor = int(scratch.name.removeprefix("job-"))
+        if not psutil.pid_exists(supervisor):
+            end_session(supervisor)  # what its ranks had started, if its client has ended, too
             shutil.rmtree(scratch, ignore_errors=True)
     for path in folder.glob("*.sock"):
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
