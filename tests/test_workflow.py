@@ -110,8 +110,19 @@ sweeps: [{axes: {method: [baseline]}}]
 """
 
 
-def test_a_killed_sweep_ends_all_jobs_and_the_next_one_resumes(tmp_path: Path) -> None:
-    """SIGKILL ends the parent of Snakemake: no job remains, and the lock does not block the next run."""
+@pytest.mark.parametrize(
+    ("whom", "end"),
+    [
+        ("parent", signal.SIGKILL),
+        ("snakemake", signal.SIGKILL),
+        ("snakemake", signal.SIGTERM),
+        ("snakemake", signal.SIGINT),
+    ],
+)
+def test_a_killed_sweep_ends_all_jobs_and_the_next_one_resumes(
+    tmp_path: Path, whom: str, end: signal.Signals
+) -> None:
+    """A signal ends Snakemake or its parent: no job remains, and no lock blocks the next run."""
     for folder in ("harness", "profiles"):
         (tmp_path / folder).symlink_to(ROOT / folder)
     (tmp_path / "experiments").mkdir()
@@ -130,11 +141,13 @@ def test_a_killed_sweep_ends_all_jobs_and_the_next_one_resumes(tmp_path: Path) -
         time.sleep(0.01)
     started = psutil.Process(shell.pid).children(recursive=True)
     assert len(started) >= 2, "Snakemake and the cell"
-    os.kill(shell.pid, signal.SIGKILL)
-    shell.wait()
-    _, alive = psutil.wait_procs(started, timeout=10)
+    (first,) = psutil.Process(shell.pid).children()
+    os.kill(shell.pid if whom == "parent" else first.pid, end)
+    shell.wait(60)
+    _, alive = psutil.wait_procs(started, timeout=30)
     assert not alive
-    assert list((tmp_path / ".snakemake" / "locks").iterdir()), "Snakemake had locked the folder"
+    if end is signal.SIGKILL:
+        assert list((tmp_path / ".snakemake" / "locks").iterdir()), "it had locked the folder"
 
     done = snakemake("--cleanup-shadow", *asked, folder=tmp_path)  # takes the lock, runs nothing
     assert done.returncode == 0, done.stderr
