@@ -205,7 +205,7 @@ def test_attention_that_runs_several_times_in_a_pass_is_refused(ranks: Ranks, fa
             r"chunk \(68\) is more than the 67 of 67 tokens .*; use a chunk up to 67",
         ),
         ({"chunk": 40, "sp": 2}, {"world_size": 2}, r"chunk \(40\) .*; use a chunk up to 33"),
-        ({"chunk": 9}, {"attention": "flex"}, "'chunked' calls PyTorch's flash kernel by name"),
+        ({"chunk": 9}, {"attention": "flex"}, "'chunked' calls PyTorch's flash operators"),
         (
             {"chunk": 9},
             {"engine": {"name": "plain", "update_in_backward": True}},

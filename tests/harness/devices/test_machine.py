@@ -216,18 +216,21 @@ def test_a_device_without_a_row_is_refused() -> None:
             ["PyTorch's own attention kernels", "use attention 'sdpa_flash'"],
         ),
         ({"world": "cpu", "expandable_segments": True}, ["expandable_segments", "leave it out"]),
-        ({"method": "layerwise", "attention": "sdpa_cudnn"}, ["layerwise", "use sdpa or"]),
+        (
+            {"method": "layerwise", "attention": "sdpa_cudnn"},
+            ["layerwise", "use sdpa, sdpa_flash, flash_attention_3 or"],
+        ),
         (
             {
                 "method": {"name": "ring", "cp": 2},
                 "world_size": 2,
-                "attention": "flash_attention_3",
+                "attention": "flash_attention_2",
             },
-            ["ring", "use sdpa or"],
+            ["ring", "use sdpa, sdpa_flash"],
         ),
         (
             {"method": "seq1f1b", "engine": "plain", "attention": "sdpa_cudnn"},
-            ["seq1f1b", "use sdpa or"],
+            ["seq1f1b", "use sdpa, sdpa_flash"],
         ),
         (
             {"method": "deepspeed_alst", "engine": "zero", "attention": "sdpa_flash"},

@@ -65,15 +65,15 @@ def test_attention_runs_forward_again_unless_it_is_kept(
     assert found.matmul_flops > 3.4 * linear_forward(shape, train.seqlen) / train.world_size
 
 
-def test_layer_inputs_go_to_the_host_and_come_back_once() -> None:
-    """Two inputs of [tokens, 128] in bf16 are copied each way. With streaming, they also come back
-    once per head group.
+def test_layer_inputs_go_to_the_host_once_and_come_back_by_tile() -> None:
+    """Two inputs of [tokens, 128] in bf16. They come back for their norm, for what follows attention, and for what
+    precedes it; with streaming once per head group.
     """
     inputs = 2 * 1_536 * 128 * 2
     found, streamed = costs(of({"name": "layerwise"}), of({"name": "layerwise", "stream": True}))
     assert found.host_out_bytes == inputs
     # Token ids, labels and positions are copied, too.
-    assert inputs <= found.host_in_bytes <= inputs + 4 * 8 * 1_536
+    assert 3 * inputs <= found.host_in_bytes <= 3 * inputs + 4 * 8 * 1_536
     assert streamed.host_in_bytes > 2 * 8 * inputs  # per head group, twice in attention
 
 
