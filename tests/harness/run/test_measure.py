@@ -147,12 +147,13 @@ def test_timeout_is_a_record(tmp_path: Path) -> None:
     assert "did not end in time" in str(measured.detail)
 
 
-def test_error_in_a_rank_is_a_record(tmp_path: Path) -> None:
-    """What transformers or an engine refuses becomes one line with the rank."""
+def test_what_transformers_cannot_build_is_a_record(tmp_path: Path) -> None:
+    """It is refused in one line, with the model and the value."""
     measured = measure(cell_of(overrides={"hidden_act": "no-such"}), tmp_path)
-    assert measured.outcome is Outcome.SETUP_ERROR
+    assert measured.outcome is Outcome.REFUSED
     assert "no-such" in str(measured.detail)
-    assert "rank" in str(measured.detail)
+    assert "tiny-llama" in str(measured.detail)
+    assert "\n" not in str(measured.detail)
 
 
 def test_diverging_run_is_a_record(tmp_path: Path) -> None:
