@@ -44,8 +44,13 @@ def both(rank: Rank, payload: dict[str, Any]) -> dict[str, Any]:
 
 
 def _by_line(holdings: list[Holding]) -> list[tuple[str, int, int]]:
-    """Line, bytes and number of tensors of each holding with a line."""
-    return [(h.operator + (h.location or h.category), h.nbytes, h.count) for h in holdings]
+    """Line, bytes and number of tensors, summed over the categories of a line; by category where none is known."""
+    sums: dict[str, tuple[int, int]] = {}
+    for h in holdings:
+        line = h.operator + (h.location or h.category)
+        nbytes, count = sums.get(line, (0, 0))
+        sums[line] = nbytes + h.nbytes, count + h.count
+    return [(line, *both) for line, both in sums.items()]
 
 
 def ran(body: str, of: Cell) -> dict[str, Any]:
