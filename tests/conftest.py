@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import datetime as dt
+import faulthandler
 import importlib
 import multiprocessing
 import os
@@ -44,6 +45,8 @@ def _rank(
 ) -> None:
     """Body of one rank: joins the group, calls `fn`, and always leaves the group."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    # A rank that hangs says where, just before it is given up.
+    faulthandler.dump_traceback_later(timeout_s - 5)
     # Variables that launchers set for ranks; DeepSpeed reads them.
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     import torch.distributed as dist

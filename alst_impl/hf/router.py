@@ -10,6 +10,7 @@ Legend: T tokens of a router's call, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,14 +89,23 @@ def use_router_loss(model: PreTrainedModel) -> None:
             module.register_forward_hook(_count)
 
 
-def check_unchanged(model: PreTrainedModel) -> None:
-    """Raise `ValueError` if the configuration asks for another router loss than it did at `use_router_loss`."""
+def check_batch(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for a router loss that cannot be exact: its configuration changed, or `batch` is padded.
+
+    `batch` is a collator's, with an `attention_mask` [B, S] or without.
+    """
     state: _RouterLoss | None = vars(model).get("router_loss")
     found, asked = None if state is None else state.configured, _configured(model)
     if found != asked:
         raise ValueError(
             f"output_router_logits and router_aux_loss_coef became {asked}, but were {found} at enable(); set both in "
             "model.config before it (TRL's SFTTrainer turns a router loss on, by its option router_aux_loss_coef)"
+        )
+    mask = batch.get("attention_mask")
+    if state is not None and mask is not None and not bool(mask.all()):
+        raise ValueError(
+            "a router loss (output_router_logits) counts every token of a batch, but attention_mask has padding; use "
+            "samples of one length, or packed ones"
         )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from alst_impl.data import Batch
 from alst_impl.layout import IGNORE_INDEX, Documents, Layout
@@ -75,7 +76,16 @@ def shifted(labels: Tensor) -> Tensor:
     return torch.nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:].contiguous()
 
 
-def check_rows(name: str, tokens: Tensor, rows: int | None) -> None:
+def check_tokens(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for an id or a label, int64 [B, S] each, that is not a token of the model. Local."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    labels = batch["labels"][:, 1:]  # nothing predicts the first token
+    counted = labels.masked_fill(labels == IGNORE_INDEX, 0)
+    _check_rows("input_ids", batch["input_ids"], getattr(embedding, "num_embeddings", None))
+    _check_rows("labels", counted, getattr(head, "out_features", None))
+
+
+def _check_rows(name: str, tokens: Tensor, rows: int | None) -> None:
     """Raise `ValueError` if one of `tokens`, int64 of any shape, is not among the model's `rows`, if these are known.
 
     One rank would fail inside the model, and the others would wait for it.

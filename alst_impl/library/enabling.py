@@ -45,22 +45,7 @@ def enable(
     The saved model is a stock model, and other models of the process are untouched. Raises `ValueError` for a
     model or a setting that cannot be exact, naming the part.
     """
-    inner = _inside(model)
-    adapters = getattr(model, "active_peft_config", None)
-    if getattr(adapters, "is_prompt_learning", False):
-        raise ValueError(
-            f"peft's {type(adapters).__name__} puts tokens of its own before each input, so each shard would begin with "
-            "them; use LoRA or another method that changes layers"
-        )
-    if not isinstance(inner, PreTrainedModel):
-        raise ValueError(
-            f"{type(inner).__name__} is not a transformers model; call enable(model) before DDP, fully_shard, "
-            "DeepSpeed or torch.compile wraps it"
-        )
-    if "guard" in vars(inner):
-        raise ValueError(f"{type(inner).__name__} is enabled already; build another model")
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction ({reduction!r}) must be 'mean' or 'sum'")
+    inner = _plain(model, reduction)
     spec = Spec(name=method, options=options)
     setting, mesh = settle(inner, mesh, spec, {"attention": attention, "checkpoint": checkpoint})
     if setting.shards > 1:
@@ -108,6 +93,27 @@ def _refuse_dropped_weights(model: PreTrainedModel) -> None:
                     f"peft's {type(adapters).__name__} drops parts of weights ({name}={value}) for all tokens at once, but "
                     f"each rank would drop others; set {name} to 0"
                 )
+
+
+def _plain(model: torch.nn.Module, reduction: str) -> PreTrainedModel:
+    """The model inside peft's wrapper. Raises `ValueError` for what `enable` does not take."""
+    inner = _inside(model)
+    adapters = getattr(model, "active_peft_config", None)
+    if getattr(adapters, "is_prompt_learning", False):
+        raise ValueError(
+            f"peft's {type(adapters).__name__} puts tokens of its own before each input, so each shard would begin with "
+            "them; use LoRA or another method that changes layers"
+        )
+    if not isinstance(inner, PreTrainedModel):
+        raise ValueError(
+            f"{type(inner).__name__} is not a transformers model; call enable(model) before DDP, fully_shard, "
+            "DeepSpeed or torch.compile wraps it"
+        )
+    if "guard" in vars(inner):
+        raise ValueError(f"{type(inner).__name__} is enabled already; build another model")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction ({reduction!r}) must be 'mean' or 'sum'")
+    return inner
 
 
 def _inside(model: torch.nn.Module) -> torch.nn.Module:

@@ -20,7 +20,7 @@ from alst_impl import safeguards
 from alst_impl.data import Batch
 from alst_impl.hf import router
 from alst_impl.layout import IGNORE_INDEX
-from alst_impl.library.batches import check_rows, labels_of, read, shifted
+from alst_impl.library.batches import check_tokens, labels_of, read, shifted
 from alst_impl.library.guard import Guard, Reduction, Shard, part_names, stock_forward
 from alst_impl.library.setting import SHARED, Setting
 from alst_impl.placement import Evidence
@@ -74,14 +74,14 @@ class LongSequence:
         try:
             whole = read(batch)
             self._setting.check_layout(whole.layout)
-            self._check_router_loss(batch)
-            self._check_rows(batch)
+            router.check_batch(self.model, batch)
+            check_tokens(self.model, batch)
         except ValueError as error:
             refusal = error
         num_labels, drawn = self._agreed(whole, num_items, refusal)
         assert whole is not None, "a refusal was raised"
         declared = num_labels if num_items is None else int(num_items)
-        self._expect(num_labels, declared)
+        _expect(self._guard, self.model, num_labels, declared)
         layout = self._setting.method.layout(whole.layout.length)
         group = self._setting.group_of(dist.get_rank())
         named = f"{drawn}/{group}" if self.shards > 1 else None  # alone, a rank draws as without us
@@ -129,22 +129,6 @@ class LongSequence:
         total = torch.tensor(valid, dtype=torch.int64, device=self.device)
         dist.all_reduce(total)
         return (total // self.shards).sum()  # whose ranks hold the same samples
-
-    def _check_rows(self, batch: Mapping[str, Any]) -> None:
-        embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
-        labels = batch["labels"][:, 1:]  # nothing predicts the first token
-        counted = labels.masked_fill(labels == IGNORE_INDEX, 0)
-        check_rows("input_ids", batch["input_ids"], getattr(embedding, "num_embeddings", None))
-        check_rows("labels", counted, getattr(head, "out_features", None))
-
-    def _check_router_loss(self, batch: Mapping[str, Any]) -> None:
-        mask = batch.get("attention_mask")
-        router.check_unchanged(self.model)
-        if "router_loss" in vars(self.model) and mask is not None and not bool(mask.all()):
-            raise ValueError(
-                "a router loss (output_router_logits) counts every token of a batch, but attention_mask has padding; use "
-                "samples of one length, or packed ones"
-            )
 
     def reduce_loss(self, loss: Tensor) -> float:
         """The mean loss over all valid labels of all ranks, for logs. Collective, and waits for the device.
@@ -271,13 +255,14 @@ class LongSequence:
             )
         return int(labels) // self.shards, int(drawn)  # whose ranks hold the same samples
 
-    def _expect(self, num_labels: int, declared: int) -> None:
-        if not torch.is_grad_enabled():
-            return
-        labels, parameters = self._guard.labels, list(self.model.parameters())
-        if not safeguards.is_sharded(self.model) and all(p.grad is None for p in parameters):
-            labels.forget()  # gradients were dropped, as a scaler does after an overflow
-        labels.expect(num_labels, declared)
+
+def _expect(guard: Guard, model: PreTrainedModel, num_labels: int, declared: int) -> None:
+    """Tell `guard` of a micro-batch with `num_labels` of `declared` labels, if gradients are computed."""
+    if not torch.is_grad_enabled():
+        return
+    if not safeguards.is_sharded(model) and all(p.grad is None for p in model.parameters()):
+        guard.labels.forget()  # gradients were dropped, as a scaler does after an overflow
+    guard.labels.expect(num_labels, declared)
 
 
 def _differ(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -33,35 +33,8 @@ LOGITS_TILE_BYTES = 2**30
 """Size of the fp32 logits of one loss tile (arXiv:2506.13996, section 3.1.2)."""
 
 
-class Method(Frozen):
-    """A training method; its options are its fields."""
-
-    recomputes_layers: ClassVar[bool] = True
-    """Whether each layer runs two forwards and one backward per step, as in published runs."""
-
-    knows: ClassVar[frozenset[str]] = frozenset()
-    """Features of models (`alst_impl.models.FEATURES`) that the method computes exactly, if it shards sequences."""
-
-    def attends(self, pattern: Pattern) -> bool:
-        """Whether the method computes attention with `pattern` exactly."""
-        return False
-
-    def replaces_core(self, seqlen: int) -> bool:
-        """Whether calls of PyTorch's flash kernel stand in the core's place for samples of `seqlen` tokens."""
-        return False
-
-    def require(self) -> None:
-        """Raise `ValueError`, naming the extra, if a package that `apply` needs is not installed."""
-
-    def check(self, config: TrainConfig) -> None:
-        """Raise `ValueError` for settings that cannot work. The message gives the values, the rule and the fix."""
-
-    def check_played(self, config: TrainConfig) -> None:
-        """Raise `ValueError` unless one rank shows the bytes of the fullest, as in a run that executes one for all."""
-
-    def period(self) -> int:
-        """Number of layers per checkpoint segment."""
-        return 1
+class Sharing(Frozen):
+    """Who holds which tokens of which samples. By default each rank holds whole samples of its own."""
 
     def layout(self, length: int) -> Layout:
         """Layout of samples of `length` tokens over the ranks that share them."""
@@ -100,6 +73,37 @@ class Method(Frozen):
     def heaviest_rank(self, world_size: int) -> int:
         """The rank with the highest memory use; a run that executes one rank for all executes this one."""
         return 0
+
+
+class Method(Sharing):
+    """A training method; its options are its fields."""
+
+    recomputes_layers: ClassVar[bool] = True
+    """Whether each layer runs two forwards and one backward per step, as in published runs."""
+
+    knows: ClassVar[frozenset[str]] = frozenset()
+    """Features of models (`alst_impl.models.FEATURES`) that the method computes exactly, if it shards sequences."""
+
+    def attends(self, pattern: Pattern) -> bool:
+        """Whether the method computes attention with `pattern` exactly."""
+        return False
+
+    def replaces_core(self, seqlen: int) -> bool:
+        """Whether calls of PyTorch's flash kernel stand in the core's place for samples of `seqlen` tokens."""
+        return False
+
+    def require(self) -> None:
+        """Raise `ValueError`, naming the extra, if a package that `apply` needs is not installed."""
+
+    def check(self, config: TrainConfig) -> None:
+        """Raise `ValueError` for settings that cannot work. The message gives the values, the rule and the fix."""
+
+    def check_played(self, config: TrainConfig) -> None:
+        """Raise `ValueError` unless one rank shows the bytes of the fullest, as in a run that executes one for all."""
+
+    def period(self) -> int:
+        """Number of layers per checkpoint segment."""
+        return 1
 
     def apply(
         self, model: PreTrainedModel, config: TrainConfig, mesh: DeviceMesh, placement: Placement

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from torch.distributed import DeviceMesh
     from transformers import PreTrainedModel
 
-    from alst_impl.placement import Placement
+    from alst_impl.ops.memory.offload import HostOffload
+    from alst_impl.placement import Evidence, Placement
 
 LOSS_ROWS = 2048
 """Maximum tokens of a loss tile: 1 GiB of fp32 logits with a vocabulary of 128K."""
@@ -163,6 +164,20 @@ class Layerwise(Method):
         # Layers on the device save their inputs there. With `stream`, the first layer overwrites the embeddings.
         release = self.offload and not self.stream and decoder.all_known(model)
         decoder.run_layers(model, self.sp, prepared)
+        self._tile_the_rest(model, rows, offload, evidence, release=release)
+
+    def _tile_the_rest(
+        self,
+        model: PreTrainedModel,
+        rows: int,
+        offload: HostOffload | None,
+        evidence: Evidence,
+        *,
+        release: bool,
+    ) -> None:
+        """Tile what comes after the layers, the final norms and the loss, by `rows` tokens."""
+        from alst_impl import hf
+        from alst_impl.hf import decoder
 
         def tiles(x: Tensor) -> int:
             return -(-x.shape[1] // rows)

@@ -25,6 +25,7 @@ from harness.commands.tables import show
 if TYPE_CHECKING:
     from harness.judge.claims import Evidence
     from harness.records.record import Measurement
+    from harness.records.table import Results
 
 Folder = Annotated[Path, typer.Argument(help="A folder with records, at any depth.")]
 
@@ -78,15 +79,7 @@ def claims(
         print(json.dumps([each.model_dump(mode="json") for each in found + derived], indent=1))
     else:
         _print_claims(found, derived)
-    old = [m.cell.label for each in judged for m in each.measurements.values() if stale(m)]
-    if old:
-        print(
-            f"alst: {len(old)} records are of other code; --run makes them again",
-            file=sys.stderr,
-        )
-    absent = [each.id for each in of_cells if each.verdict is Verdict.NOT_MEASURED]
-    if absent:
-        print(f"alst: {len(absent)} claims have no record: {', '.join(absent)}", file=sys.stderr)
+    _print_gaps(judged, of_cells)
     moved = [
         change
         for kept, here in made
@@ -95,6 +88,22 @@ def claims(
     for change in moved:
         print(f"alst: {change}", file=sys.stderr)
     return 1 if any(change.worse for change in moved) else 0
+
+
+def _print_gaps(judged: list[Results], found: list[Evidence]) -> None:
+    """Say which records are of other code, and which claims have none."""
+    from harness.judge.claims import Verdict
+    from harness.run.measure import stale
+
+    old = [m.cell.label for each in judged for m in each.measurements.values() if stale(m)]
+    if old:
+        print(
+            f"alst: {len(old)} records are of other code; --run makes them again",
+            file=sys.stderr,
+        )
+    absent = [each.id for each in found if each.verdict is Verdict.NOT_MEASURED]
+    if absent:
+        print(f"alst: {len(absent)} claims have no record: {', '.join(absent)}", file=sys.stderr)
 
 
 def _nothing(count: int, results: Path) -> str:

@@ -83,13 +83,18 @@ def plan(
         _print(console, cell, found)
         console.print(request.assumed(cell, states), highlight=False)
     if emit is not None and found.rows:
-        expandable = bool(cell.expandable_segments)
-        files = emitted(found.rows[0].train, cell.hardware, emit, expandable_segments=expandable)
-        print(f"alst: wrote {', '.join(map(str, files))}", file=sys.stderr)
+        _emit(cell, found.rows[0], emit)
     if found.reason:
         print(f"alst: {found.reason} ({found.limit})", file=sys.stderr)
         return 1
     return 0
+
+
+def _emit(cell: Cell, row: Planned, folder: Path) -> None:
+    """Write a training script for `row` to `folder`, and say what was written."""
+    expandable = bool(cell.expandable_segments)
+    files = emitted(row.train, cell.hardware, folder, expandable_segments=expandable)
+    print(f"alst: wrote {', '.join(map(str, files))}", file=sys.stderr)
 
 
 def _print(console: Console, cell: Cell, found: Plan) -> None:

@@ -211,8 +211,8 @@ def run(
 
     A launcher in it starts that rank alone (by default 0), or `all_ranks`. With `hollow_host`, large float tensors
     on the host are never written; with None, the command starts again like that once it takes half of this machine's
-    free memory. `output` and `errors` are descriptors of files for what it prints. `on_progress(seconds, bytes)` is called a few times a second with the memory in use on the fullest
-    device. Raises `ValueError` if the command cannot be started.
+    free memory. `output` and `errors` are descriptors of files for what it prints. `on_progress(seconds, bytes)` is
+    called a few times a second with the memory in use on the fullest device. Raises `ValueError` if the command cannot be started.
     """
     from harness.cells.hardware import load_hardware
 
@@ -231,17 +231,13 @@ def run(
         begin = time.monotonic()
         with session_folder() as folder:
             (folder / "sites.json").write_text(listed)
-            surroundings = {
-                **environment(folder, device, told),
-                **({"PHANTOM_HOLLOW_HOST": "1"} if hollow else {}),
-            }
+            surroundings = environment(folder, device, told)
+            if hollow:
+                surroundings["PHANTOM_HOLLOW_HOST"] = "1"
             ended = follow(
                 command, surroundings, folder, limit_s, host_bytes, (output, errors), on_progress
             )
-            processes = [
-                Process(**json.loads(p.read_text())) for p in sorted(folder.glob("process-*.json"))
-            ]
-        processes.sort(key=lambda process: process.rank)
+            processes = _processes(folder)
         verdict, reason = judge(ended, processes, limit_s)
         return Result(
             verdict=verdict, reason=reason, command=list(command), hardware=hardware, gpus=gpus, rank=rank,
@@ -255,6 +251,13 @@ def run(
     except HostMemory as error:
         print(f"alst phantom: {error}; once more with --hollow-host", file=sys.stderr)
         return once(True, math.inf)
+
+
+def _processes(folder: Path) -> list[Process]:
+    """What the processes of a session left in its `folder`, by rank."""
+    files = sorted(folder.glob("process-*.json"))
+    found = [Process(**json.loads(file.read_text())) for file in files]
+    return sorted(found, key=lambda process: process.rank)
 
 
 def follow(
