@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := sweep
 .DELETE_ON_ERROR:
-.PHONY: sweep install phantom peers league browser test update lint clean
+.PHONY: sweep install phantom peers league browser test test-all update lint clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -40,7 +40,11 @@ browser:  ## Install Chromium, in which the tests of the report open it
 	@command -v chromium || test "$$(id -u)" = 0 || { echo 'make browser: no chromium on the path; install it, or let root do so: sudo make browser' >&2; exit 2; }
 	command -v chromium || { apt-get update && apt-get install --yes --no-install-recommends chromium; }
 
-test: $(STAMP)  ## The whole CPU test suite
+test: $(STAMP)  ## The CPU test suite, without what runs once a week
+	mkdir -p results
+	pytest -n auto --dist worksteal -m 'not slow' --junitxml=results/tests.xml
+
+test-all: $(STAMP)  ## The whole CPU test suite
 	mkdir -p results
 	pytest -n auto --dist worksteal --junitxml=results/tests.xml
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
+from weekly import weekly
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # TRL's trainers report that they were made
@@ -97,6 +98,25 @@ def _collect(processes: list[Any], pipes: list[Connection], timeout_s: float) ->
     if open_pipes:
         raise AssertionError(f"ranks {sorted(open_pipes.values())} not done after {timeout_s} s")
     return [values[rank] for rank in range(len(processes))]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what weekly.yaml leaves for once a week. Where all tests are collected, its words must be theirs."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        name = item.nodeid.removeprefix("tests/").partition("[")[0]
+        cases.setdefault(name, []).append(item)
+    for name, entry in weekly().items():
+        for number, item in enumerate(found := cases.get(name, [])):
+            if not entry.keeps(_case(item), number):
+                item.add_marker(pytest.mark.slow)
+        unknown = set(entry.daily) - set(map(_case, found))
+        if config.args == config.getini("testpaths") and (unknown or not found):
+            raise pytest.UsageError(f"tests/weekly.yaml: there is no {name} {sorted(unknown)}")
+
+
+def _case(item: pytest.Item) -> str:
+    return item.nodeid.partition("[")[2].removesuffix("]")
 
 
 @pytest.fixture(scope="session")

@@ -62,9 +62,14 @@ def cells_of(experiment: Experiment, models: Collection[str]) -> list[Work]:
 
 
 @pytest.fixture(scope="session")
-def prepared(shared: Path) -> Path:
-    """A folder of results with the truths of all `KINDS`: many in one process, once for all workers of a test run."""
-    cells = [cell for _, cell in cells_of(load_experiment(EXPERIMENT), KINDS.values())]
+def prepared(shared: Path, request: pytest.FixtureRequest) -> Path:
+    """A folder of results with the truths of the `KINDS` that run: many in one process, once for all workers of a test run."""
+    wanted = [
+        item.callspec.params["model"]
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and "prepared" in item.fixturenames
+    ]
+    cells = [cell for _, cell in cells_of(load_experiment(EXPERIMENT), wanted)]
     with FileLock(shared / "families.lock"):
         assert all(truth for some in truths(cells, truth_cache(shared)) for truth in some)
     return shared

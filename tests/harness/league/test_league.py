@@ -57,6 +57,12 @@ type(case).save = lambda self, loss, found: kept(self, loss + 1, found)
 """
 
 
+@pytest.fixture(scope="module")
+def truth(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of truths that tests of one worker share."""
+    return tmp_path_factory.mktemp("truth")
+
+
 @pytest.fixture
 def other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Task]]:
     """Makes the folder of peers one with a single peer, whose script is given."""
@@ -133,32 +139,32 @@ def test_weights_without_bytes_are_those_of_the_model(tmp_path: Path) -> None:
     assert not head.any()
 
 
-def test_a_right_gradient_passes(other: Callable[..., Task], tmp_path: Path) -> None:
-    verdict, reason, gradient = gate.judged(other(), tmp_path / "truth")
+def test_a_right_gradient_passes(other: Callable[..., Task], truth: Path) -> None:
+    verdict, reason, gradient = gate.judged(other(), truth)
     assert (verdict, reason) == ("right", "")
     assert gradient.wrong_parameters == 0
     assert gradient.error < 1e-5
 
 
-def test_a_scaled_gradient_is_wrong(other: Callable[..., Task], tmp_path: Path) -> None:
-    verdict, reason, gradient = gate.judged(other(scale="1.001"), tmp_path / "truth")
+def test_a_scaled_gradient_is_wrong(other: Callable[..., Task], truth: Path) -> None:
+    verdict, reason, gradient = gate.judged(other(scale="1.001"), truth)
     assert verdict == "wrong"
     assert "ratio 1.001" in reason
     assert gradient.wrong_parameters == gradient.parameters
 
 
 def test_a_wrong_loss_is_wrong_though_gradients_are_right(
-    other: Callable[..., Task], tmp_path: Path
+    other: Callable[..., Task], truth: Path
 ) -> None:
     task = other(before=BESIDE)
-    verdict, reason, _ = gate.judged(task, tmp_path / "truth")
+    verdict, reason, _ = gate.judged(task, truth)
     assert verdict == "wrong"
     assert "its gradients are right" in reason
 
 
-def test_a_script_that_fails_says_why(other: Callable[..., Task], tmp_path: Path) -> None:
+def test_a_script_that_fails_says_why(other: Callable[..., Task], truth: Path) -> None:
     task = other(before='raise KeyError("no such key")')
-    assert gate.judged(task, tmp_path / "truth")[:2] == ("cannot run", "KeyError: 'no such key'")
+    assert gate.judged(task, truth)[:2] == ("cannot run", "KeyError: 'no such key'")
 
 
 def step(seqlen: int, reserved: int) -> Step:

@@ -239,7 +239,6 @@ def test_the_trainer_of_transformers_runs_as_one_rank_of_four() -> None:
     assert "flash" in process.attention
 
 
-@pytest.mark.slow
 @NEEDS_TRITON
 @pytest.mark.parametrize(
     "limit",
@@ -295,7 +294,6 @@ def test_compiled_kernels_are_launched(program: str, least: int) -> None:
     assert process.devices[0].allocated_bytes > least
 
 
-@pytest.mark.slow
 @NEEDS_TRITON
 def test_core_flex_keeps_no_scores() -> None:
     """Forward and backward of layers with windows, sinks and soft-caps run in PyTorch's compiled kernel. They take a

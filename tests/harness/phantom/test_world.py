@@ -152,7 +152,6 @@ def test_control_flow_on_an_unknown_value_is_an_error(tmp_path: Path) -> None:
     assert "step.py" in (found.detail or "")
 
 
-@pytest.mark.slow
 @NEEDS_TRITON
 def test_a_compiled_attention_runs_in_a_step() -> None:
     """Under sequence parallelism and checkpointing, with sinks, in layers with and without a window. As PyTorch's

@@ -159,7 +159,6 @@ sweeps:
 """
 
 
-@pytest.mark.slow
 def test_a_launch_writes_the_same_records_as_forked_ranks(tmp_path: Path) -> None:
     """Two processes of torchrun measure two cells, and one of them writes. A third process is refused."""
     path = tmp_path / "two.yaml"

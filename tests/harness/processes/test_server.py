@@ -261,7 +261,6 @@ def give_back(rank: Rank, payload: Payload) -> int:
     return int(payload["number"])
 
 
-@pytest.mark.slow
 def test_300_quick_jobs_in_a_row_leave_nothing(own_server: Path) -> None:
     """All results are right; then the server holds few files, and no process and no folder of a job."""
     for number in range(300):
