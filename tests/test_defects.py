@@ -1,14 +1,16 @@
 """The suite detects every planted defect: the cell or the tests that should catch it fail.
 
-A defect is an edit of `alst_impl`'s source in a copy. Ranks, or a forked process that runs tests, import the copy.
+A defect is an edit of the source in a copy. Ranks, or a forked process that runs tests, import the copy.
 """
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -22,7 +24,6 @@ from harness.records.record import Outcome
 from harness.run.measure import measure
 
 ROOT = Path(__file__).parent.parent
-TESTS = "tests/alst_impl/"
 CONTEXT = multiprocessing.get_context("forkserver")
 RAN = 100
 """Added to pytest's exit code, so that a crash of the process is not taken for a failed test."""
@@ -80,9 +81,8 @@ def _run_tests(package: str, tests: list[str], output: str, scratch: str) -> Non
         path = Path(getattr(module, "__file__", None) or "/")
         if any(path.is_relative_to(folder) for folder in own):
             del sys.modules[name]
-    import alst_impl
-
-    assert alst_impl.__file__ == f"{package}/alst_impl/__init__.py"
+    for name in (folder.name for folder in Path(package).iterdir() if not folder.is_symlink()):
+        assert importlib.import_module(name).__file__ == f"{package}/{name}/__init__.py"
     options = ["-q", "--assert=plain", "-p", "no:cacheprovider", f"--basetemp={scratch}"]
     options += ["-W", "ignore"]  # forked ranks inherit the filter, and libraries warn
     code = pytest.main([*tests, *options])
@@ -93,7 +93,7 @@ def _run_tests(package: str, tests: list[str], output: str, scratch: str) -> Non
 def run_tests(tmp_path: Path, defect: Defect) -> str:
     """Run the defect's tests on a copy with the defect. Returns "passed" or "failed"."""
     package, output = plant(defect, tmp_path / "package"), tmp_path / "output"
-    tests = [TESTS + test for test in defect.tests]
+    tests = [f"tests/{defect.package}/{test}" for test in defect.tests]
     arguments = (str(package), tests, str(output), str(tmp_path / "scratch"))
     process = CONTEXT.Process(target=_run_tests, args=arguments)
     process.start()
@@ -105,10 +105,13 @@ def run_tests(tmp_path: Path, defect: Defect) -> str:
     return outcomes[process.exitcode]
 
 
-def test_the_chosen_tests_pass_without_a_defect(tmp_path: Path) -> None:
+@pytest.mark.parametrize("package", ["alst_impl", "harness"])
+def test_the_chosen_tests_pass_without_a_defect(
+    package: Literal["alst_impl", "harness"], tmp_path: Path
+) -> None:
     """Otherwise their failures would prove nothing."""
-    tests = sorted({test for defect in TESTED.values() for test in defect.tests})
-    whole = Defect(file="__init__.py", edits=[], tests=tests)
+    tests = {test for d in TESTED.values() if d.package == package for test in d.tests}
+    whole = Defect(package=package, file="__init__.py", edits=[], tests=sorted(tests))
     assert run_tests(tmp_path, whole) == "passed", (tmp_path / "output").read_text()
 
 

@@ -1,4 +1,4 @@
-"""Planted defects: edits of `alst_impl`, and the cell of the correctness matrix that catches each.
+"""Planted defects: edits of `alst_impl` or of what judges it, and the cell of the correctness matrix that catches each.
 
 Imports no torch.
 """
@@ -9,9 +9,9 @@ import csv
 import io
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 
 from alst_impl.config import Frozen
 from alst_impl.plugin import explain
@@ -29,15 +29,23 @@ class Edit(Frozen):
 
 
 class Defect(Frozen):
-    """Edits of one file of `alst_impl`."""
+    """Edits of one file."""
 
+    package: Literal["alst_impl", "harness"] = "alst_impl"
+    """Where the file is. What the harness gets wrong, tests catch: a cell judges `alst_impl` alone."""
     file: str
-    """Path below `alst_impl/`."""
+    """Path below the package."""
     edits: list[Edit]
     cell: dict[str, Any] | None = None
     """Settings of a cell that catches it, if none of the matrix can."""
     tests: list[str] = []
-    """Tests below `tests/alst_impl/` that catch it, if no gradient does."""
+    """Tests below `tests/`, in the folder of the package, that catch it, if no gradient does."""
+
+    @model_validator(mode="after")
+    def _harness_is_left_to_tests(self) -> Self:
+        if self.package == "harness" and not self.tests:
+            raise ValueError("a defect of the harness has no cell that catches it; name tests")
+        return self
 
 
 class Catch(Frozen):
@@ -65,15 +73,17 @@ def read_defects(path: Path) -> dict[str, Defect]:
 
 
 def plant(defect: Defect, folder: Path) -> Path:
-    """Copy `alst_impl` to `folder` and plant the defect there. Raises `ValueError` if the text to edit is gone.
+    """Copy `alst_impl` to `folder`, and the harness if the defect is there, and plant the defect.
 
-    Returns `folder`.
+    Returns `folder`. Raises `ValueError` if the text to edit is gone.
     """
-    implementation = SOURCES[0]
-    shutil.copytree(
-        implementation, folder / implementation.name, ignore=shutil.ignore_patterns("__pycache__")
-    )
-    path = folder / implementation.name / defect.file
+    for package in SOURCES:
+        if package.name in {"alst_impl", defect.package}:
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(package, folder / package.name, ignore=ignored)
+    if defect.package == "harness":  # which finds its tables beside it
+        (folder / paths.EXPERIMENTS).symlink_to(paths.HOME.resolve() / paths.EXPERIMENTS)
+    path = folder / defect.package / defect.file
     source = path.read_text()
     for edit in defect.edits:
         if source.count(edit.old) != 1:
