@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import difflib
 import hashlib
-import importlib
+import importlib.util
 import multiprocessing
 import os
 import random
@@ -29,21 +29,27 @@ from typing import Annotated, Literal
 
 import pytest
 import typer
-from cosmic_ray.ast import ast_nodes, get_ast
-from cosmic_ray.mutating import mutate_code
-from cosmic_ray.plugins import get_operator, operator_names
 
 from harness.records import mutants, record
 from harness.records.mutants import Campaign, Judged, Mutant, Trial, count, gaps
 from harness.records.provenance import checkout
 
-ROOT = Path(__file__).parents[2]
+try:
+    from cosmic_ray.ast import ast_nodes, get_ast
+    from cosmic_ray.mutating import mutate_code
+    from cosmic_ray.plugins import get_operator, operator_names
+except ImportError:
+    sys.exit("mutate.py needs cosmic-ray, which is not installed; pip install 'cosmic-ray>=8.3,<9'")
+
+ROOT = Path(__file__).resolve().parents[2]
 FRESH = Path("results") / "mutants.json"
 CONTEXT = multiprocessing.get_context("fork")
 FACTOR = 5
 """How many times as long as without a mutant tests may run."""
 LEAST_LIMIT_S = 90.0
 """The shortest time that they may."""
+ELSEWHERE = 99
+"""Exit code of a fork that would not import the copy."""
 Place = tuple[str, int]
 """Name of an operator, and an occurrence."""
 
@@ -125,7 +131,7 @@ def copied() -> Iterator[Path]:
             if (ROOT / name).is_file():
                 (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / name, Path(folder) / name)
-        yield Path(folder)
+        yield Path(folder).resolve()
 
 
 def sample(source: str, module: str, of: Campaign) -> list[Mutant]:
@@ -235,6 +241,7 @@ def run_tests(copy: Path, tests: list[str], limit_s: float | None) -> int | None
         process.start()
         try:
             process.join(limit_s)
+            assert process.exitcode != ELSEWHERE, "it would test code without the mutant"
             return process.exitcode
         finally:
             assert process.pid is not None, "it was started"
@@ -259,6 +266,10 @@ def _pytest(copy: Path, tests: list[str], scratch: str) -> None:
         ):
             del sys.modules[name]
     sys.path[:] = [str(copy), *(path for path in sys.path if Path(path).resolve() != ROOT)]
+    for package in ("alst_impl", "harness"):
+        found = importlib.util.find_spec(package)
+        if found is None or found.origin != f"{copy}/{package}/__init__.py":
+            os._exit(ELSEWHERE)
     os.chdir(copy)
     options = ["-x", "-q", "--assert=plain", "-p", "no:cacheprovider", "-W", "ignore"]
     options += ["-m", "not phantom and not slow"]

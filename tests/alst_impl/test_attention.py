@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.attention.varlen
 from cores import attend
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from training import config_of
 
@@ -206,6 +208,34 @@ def test_a_named_kernel_runs_or_fails() -> None:
     assert torch.equal(named, chosen)
     with pytest.raises(RuntimeError):
         attend(*tensors, scale=0.7, backend="sdpa_cudnn")
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4, 8])
+def test_packed_documents_take_one_call_of_pytorchs_kernel(
+    monkeypatch: pytest.MonkeyPatch, kv_heads: int
+) -> None:
+    """It is told of grouped heads where there are such, also where there are as many as a head is wide."""
+    calls: list[list[int]] = []
+
+    def one(*heads: Tensor, **options: Any) -> Tensor:
+        q, k, v = (x.transpose(0, 1)[None] for x in heads)  # [S, H, D] -> [1, H, S, D]
+        found = functional.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
+        return found[0].transpose(0, 1)
+
+    def varlen(*given: Any, window_size: tuple[int, int], **options: Any) -> Tensor:
+        *packed, offsets, of_keys, longest, of_key = given
+        calls.append(offsets.diff().tolist())
+        assert calls[-1] == of_keys.diff().tolist()
+        assert longest == of_key == max(calls[-1])
+        assert window_size == (-1, 0)
+        parts = zip(*(x.split(calls[-1]) for x in packed), strict=True)
+        return torch.cat([one(*part, **options) for part in parts])
+
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen)
+    tensors = [x.detach() for x in qkv(17, heads=8, kv_heads=kv_heads)]
+    out = attend(*tensors, scale=0.7, documents=DOCUMENTS, backend="sdpa_flash")
+    torch.testing.assert_close(out, masked(tensors, None, DOCUMENTS), rtol=1e-11, atol=1e-12)
+    assert calls == [[length for sample in DOCUMENTS for length in sample]]
 
 
 def test_a_configuration_names_a_core_by_its_file() -> None:

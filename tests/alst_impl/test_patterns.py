@@ -418,6 +418,15 @@ def test_a_kernel_without_patterns_refuses_one() -> None:
         load_core(spec)
 
 
+@pytest.mark.parametrize("name", ["sdpa", "flex"])
+def test_a_kernel_with_patterns_takes_one(name: str) -> None:
+    """As the refusal of the others says."""
+    spec = Spec(name=name, options={"pattern": PATTERNS[1]})
+    pattern = load_core(spec).pattern
+    assert pattern is not None
+    assert pattern.text == "window (window=7)"
+
+
 def test_attention_without_options_is_written_as_its_name() -> None:
     """As before it could have options, so that keys of cells and files of runs stay valid."""
     plain = config_of(attention={"name": "sdpa"})
