@@ -55,7 +55,7 @@ class Mutant(Frozen):
         """The lines that it removes and adds, each as one line without indentation."""
         found = [line for line in self.diff.splitlines() if not line.startswith(("---", "+++"))]
         old, new = ([ln[1:].strip() for ln in found if ln.startswith(mark)] for mark in "-+")
-        return " ".join(old), " ".join(new)
+        return " ".join(filter(None, old)), " ".join(filter(None, new))
 
 
 class Trial(Frozen):

@@ -352,6 +352,7 @@ def test_what_the_flash_kernel_does_not_compute_stays_with_pytorch(
     monkeypatch.setattr(fused, "TOKENS", 1)
     query, key, value = qkv(17)
     assert fused.in_parts(query, key, value, 0.7)
+    assert fused.in_parts(*qkv(2), 0.7)  # as many tokens as kv heads
     assert not fused.in_parts(query, key, torch.cat([value, value], dim=3), 0.7)
     with torch.no_grad():
         assert not fused.in_parts(query, key, value, 0.7)

@@ -217,11 +217,14 @@ def test_flex_has_the_same_mask(options: dict[str, Any], documents: Documents | 
 
 @named
 @pytest.mark.parametrize("block", [4, 16, 32])
-@pytest.mark.parametrize("samples", [((ODD,),), ((70, 1, 78), (ODD,))])
+@pytest.mark.parametrize("samples", [((ODD,),), ((70, 1, 78), (ODD,)), ((33, ODD - 33),)])
 def test_flex_visits_the_blocks_that_are_seen(
     options: dict[str, Any], block: int, samples: flex.Samples
 ) -> None:
-    """Each block with a key that some query sees is listed once, and as whole only if all queries see all its keys."""
+    """Each block with a key that some query sees is listed once, and as whole only if all queries see all its keys.
+
+    A document may begin with the second key of a block.
+    """
     for sample, found in enumerate(samples):
         mask = torch.block_diag(*(dense(options, n).double() for n in found)).bool()
         part, whole = (
