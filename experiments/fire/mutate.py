@@ -71,6 +71,7 @@ def main(
 
     Example: python experiments/fire/mutate.py --per-module 2 --only ops/memory
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # leaves nothing
     table = mutants.judged(ROOT / mutants.TABLE)
     begun = _begun(to, seed, per_module)
     trials = begun.trials
@@ -87,18 +88,19 @@ def _tried(begun: Campaign, table: dict[str, Judged], only: list[str]) -> Iterat
     """After each mutant, the trials of the sample that were made, in its order."""
     importlib.import_module("harness.processes.preload")  # libraries, for all forks
     before = {_name(trial.mutant): trial for trial in begun.trials}
-    made = dict(before)
+    made = {name: trial for name, trial in before.items() if trial.mutant.module in table}
+    place = {module: index for index, module in enumerate(table)}
     with copied() as copy:
-        drawn = [
-            mutant
-            for module in table
-            for mutant in sample((copy / module).read_text(), module, begun)
-        ]
-        for mutant in drawn:
-            if any(part in mutant.module for part in only):
+        for module in (m for m in table if any(part in m for part in only)):
+            drawn = sample((copy / module).read_text(), module, begun)
+            made = {n: t for n, t in made.items() if t.mutant.module != module or t.mutant in drawn}
+            for mutant in drawn:
                 name = _name(mutant)
-                made[name] = _trial(copy, mutant, table[mutant.module], before.get(name))
-                yield [made[name] for name in map(_name, drawn) if name in made]
+                made[name] = _trial(copy, mutant, table[module], before.get(name))
+                yield sorted(
+                    made.values(),
+                    key=lambda t: (place[t.mutant.module], t.mutant.line, _name(t.mutant)),
+                )
 
 
 def _begun(path: Path, seed: int, per_module: int) -> Campaign:

@@ -144,6 +144,16 @@ def test_attention_in_chunks_is_attention(
         torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-11)
 
 
+def test_chunks_of_the_model_end_in_every_sample() -> None:
+    """Also where there are more samples than dims of a head."""
+    torch.manual_seed(0)
+    shapes = [(3, heads, 48, 2) for heads in (4, 2, 2)]
+    leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    found = in_chunks(*leaves, Variant(0.4, chunk=10), Layout(48, passes=6), offload=False)
+    expected = dense(*leaves, Variant(0.4), ((10, 10, 10, 10, 8),))
+    torch.testing.assert_close(torch.cat(found, dim=2), expected, rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize(
     "settings",
     [

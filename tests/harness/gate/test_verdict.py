@@ -15,7 +15,7 @@ from training import config_of, run_steps
 
 from alst_impl.config import DataConfig, DType, Spec, TrainConfig
 from alst_impl.models import materialize, published
-from harness.gate.gradients import compare
+from harness.gate.gradients import compare, compare_update, stock_change
 from harness.gate.truth import gradients_of
 from harness.gate.truths import Truth, samples_of
 from harness.gate.verdict import EPSILON, broken_promises, explain_failure, known_factor
@@ -169,7 +169,21 @@ def test_missing_gradient_counts_as_zero(truth: Path) -> None:
     """A parameter without a gradient fails if the true gradient is not zero."""
     gate = compare({"zero": torch.zeros(3)}, 2.0, Truth(exact=str(truth)), TRAIN)
     assert not gate.passed
-    assert gate.worst.ratio == 0.0
+    assert (gate.worst.ratio, gate.worst.cosine) == (0.0, 0.0)
+
+
+def test_an_update_is_that_of_the_optimizer_on_the_true_gradients(truth: Path) -> None:
+    """Weights that stay fail, and are named unless a gradient, which is the cause, was wrong already."""
+    held, before = Truth(exact=str(truth)), {"a": torch.ones(6), "zero": torch.ones(3)}
+    change = stock_change(before, ours(), TRAIN.optimizer)
+    after = {name: (before[name].double() + change[name]).float() for name in before}
+    right, wrong = (compare(ours(scale), 2.0, held, TRAIN) for scale in (1.0, 4.0))
+    assert compare_update(right, before, after, held, TRAIN).passed
+    failed = compare_update(right, before, before, held, TRAIN)
+    assert not failed.passed
+    assert failed.wrong_update in failed.updates
+    assert compare_update(right, before, after, held, TRAIN).wrong_update is None
+    assert compare_update(wrong, before, before, held, TRAIN).wrong_update is None
 
 
 def test_wrong_loss_fails(truth: Path) -> None:
