@@ -113,3 +113,13 @@ def test_a_choice_that_rounding_cannot_turn_is_no_doubt(
     assert pairs
     assert all(float(apart) <= 2 * float(rounded) for apart, rounded in pairs)
     assert "truth|" not in " ".join(truth.doubts(*routed, torch.float64))
+
+
+@pytest.mark.parametrize(("error", "ties"), [(0.9, 0), (1.1, 1)])
+def test_scores_that_are_masked_are_no_rounding(error: float, ties: int) -> None:
+    """Two scores are a tie if rounding of either can turn their order; what is masked differs by nothing."""
+    free, forced = (truth._Choices(None) for _ in range(2))
+    scores = torch.tensor([[3.0, 1.0, -torch.inf]], dtype=torch.float64)
+    free.scores, forced.scores = [scores], [scores + torch.tensor([0.0, error, 0.0])]
+    free.taken, free.where = [torch.tensor([[0]])], ["router"]
+    assert len(truth._ties(free, forced)) == ties

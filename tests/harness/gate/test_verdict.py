@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import Ranks
 from safetensors.torch import save_file
+from samples import cell, measurement
 from torch import Tensor
 from training import config_of, run_steps
 
@@ -17,8 +18,15 @@ from alst_impl.config import DataConfig, DType, Spec, TrainConfig
 from alst_impl.models import materialize, published
 from harness.gate.gradients import compare, compare_update, stock_change
 from harness.gate.truth import gradients_of
-from harness.gate.truths import Truth, samples_of
-from harness.gate.verdict import EPSILON, broken_promises, explain_failure, known_factor
+from harness.gate.truths import Truth, corpus_of, pattern_of, samples_of
+from harness.gate.verdict import (
+    EPSILON,
+    broken_promises,
+    explain_failure,
+    known_factor,
+    outcome_line,
+)
+from harness.records.record import Outcome
 
 
 def test_epsilons_are_those_of_the_dtypes() -> None:
@@ -184,6 +192,25 @@ def test_an_update_is_that_of_the_optimizer_on_the_true_gradients(truth: Path) -
     assert failed.wrong_update in failed.updates
     assert compare_update(right, before, after, held, TRAIN).wrong_update is None
     assert compare_update(wrong, before, before, held, TRAIN).wrong_update is None
+
+
+def test_what_the_truth_is_computed_from() -> None:
+    """Samples of unequal labels only where micro-batches accumulate; a pattern with all of its options."""
+    assert not corpus_of(TRAIN).uneven
+    assert corpus_of(TRAIN.model_copy(update={"accumulation": 2})).uneven
+    assert pattern_of(TRAIN) is None
+    attention = Spec(name="sdpa", options={"pattern": {"name": "window", "window": 7}})
+    found = pattern_of(TRAIN.model_copy(update={"attention": attention}))
+    assert found == {"name": "window", "window": 7, "dilation": 1, "global_tokens": 0}
+
+
+def test_a_record_that_failed_says_why() -> None:
+    """Whatever its gate says of gradients; one without a gate, too."""
+    kept = measurement(cell("alst", 2))
+    assert outcome_line(kept).startswith("passed")
+    failed = kept.model_copy(update={"outcome": Outcome.WRONG_GRADIENT, "detail": "ratio 2"})
+    assert outcome_line(failed) == "wrong_gradient: ratio 2"
+    assert outcome_line(failed.model_copy(update={"readings": None})) == "wrong_gradient: ratio 2"
 
 
 def test_wrong_loss_fails(truth: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from samples import cell, claim
+from samples import cell, claim, measurement
 from samples import searched as simulated
 
 from harness.cells import paths
@@ -112,6 +112,11 @@ def test_a_number_counts_within_every_bound_that_holds_it(
     assert (*found.within.values(), found.longer, found.refuted) == counted
     assert list(found.within) == [0.03, 0.05, 0.10]
     assert (found.judged, found.absent, found.fitted) == (1, 0, 0)
+
+
+@pytest.mark.parametrize(("error", "missed"), [(0.10, False), (-0.10, False), (0.11, True)])
+def test_a_number_at_the_bound_is_not_missed(error: float, missed: bool) -> None:
+    assert claim(0.0).model_copy(update={"error": error}).missed == missed
 
 
 def test_fitted_and_absent_numbers_count_nowhere_else() -> None:
@@ -304,6 +309,14 @@ def test_one_byte_per_token_is_noticed(checkout: Measurement) -> None:
     """The slope is compared as well as the length."""
     (change,) = moved(checkout, simulated(checkout.cell, slope=101.0))
     assert (change.quantity, change.worse) == ("bytes_per_local_token", True)
+
+
+def test_bytes_of_a_run_that_ended_otherwise_are_not_compared() -> None:
+    """Only its outcome is."""
+    killed = measurement(peak=2).model_copy(update={"outcome": record.Outcome.KILLED})
+    (change,) = moved(measurement(), killed)
+    assert (change.quantity, change.worse) == ("outcome", True)
+    assert [each.quantity for each in moved(measurement(), measurement(peak=2))] == ["peak_bytes"]
 
 
 def test_lines_that_moved_within_a_file_are_not_growth() -> None:
