@@ -38,6 +38,13 @@ def test_a_cell_and_its_twin_are_compared_phase_by_phase() -> None:
     assert len([t for t in twins(gpu_sweep()) if t.cell.train.method.name == "baseline"]) == 5
 
 
+def test_an_error_is_relative_to_the_measured_number() -> None:
+    """It is positive where the prediction is larger."""
+    (twin, *_) = twins(gpu_sweep())
+    assert twin.model_copy(update={"measured": 4.0, "predicted": 5.0}).error == 0.25
+    assert twin.model_copy(update={"measured": 4.0, "predicted": 3.0}).error == -0.25
+
+
 @pytest.mark.parametrize("more", [8, -8])
 def test_a_few_bytes_are_a_miss(more: int) -> None:
     """More and fewer bytes are a miss, in every phase that differs."""
