@@ -62,6 +62,7 @@ def _mutants(campaign: Campaign | None) -> dict[str, Any] | None:
         "campaign": campaign,
         "found": found,
         "noticed": _noticed(found),
+        "modules": f"{len({trial.mutant.module for trial in campaign.trials})} of {len(table)}",
         "counts": Grid(["folder", *heads], rows),
         "same": same,
         "gaps": [trial.mutant for trial in mutants.gaps(campaign.trials, table)],
