@@ -12,6 +12,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from alst_impl.ops.memory import offload as offload_module
 from alst_impl.ops.memory.offload import HostOffload, HostTiles, checkpoint
 from alst_impl.ops.memory.parked import Parked
 from alst_impl.placement import Placement, no_evidence
@@ -191,3 +192,20 @@ def test_a_value_that_nobody_uses_gets_no_gradient() -> None:
     assert x.grad is not None
     assert x.grad.tolist() == [2, 2]
     assert extra.grad is None or not extra.grad.any()
+
+
+def test_a_large_tensor_is_kept_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes back as it was; the last piece is the remainder."""
+    monkeypatch.setattr(offload_module, "PIECE_BYTES", 256)
+    placement, on_host = placed()
+    x, host = torch.randn(10, 15), HostOffload(placement)
+    assert torch.equal(host.fetch(host.keep(x)).wait(), x)
+    assert [piece.numel() for piece in on_host] == [64, 64, 22]
+
+
+def test_a_piece_of_tiles_is_at_most_eight_times_as_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nine of these tiles would fill a power of two better than one does, but then a piece would be too large."""
+    monkeypatch.setattr(offload_module, "PIECE_BYTES", 1024)
+    placement, on_host = placed()
+    HostTiles(HostOffload(placement), rows=18, size=1, width=448, dtype=torch.float32)
+    assert [piece.numel() for piece in on_host] == [448] * 18

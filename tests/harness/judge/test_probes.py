@@ -101,6 +101,15 @@ def _do_not_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hf, "tile_module", lambda *_: None)
 
 
+def _see_no_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = probes._Rows.__init__
+
+    def of_few(self: Any, widths: set[int], hidden_size: int) -> None:
+        made(self, {min(widths)}, hidden_size)
+
+    monkeypatch.setattr(probes._Rows, "__init__", of_few)
+
+
 def _do_not_shard(monkeypatch: pytest.MonkeyPatch) -> None:
     # Attention would refuse such a batch.
     monkeypatch.setattr(ulysses, "reached", lambda layout, *_: layout)
@@ -127,6 +136,7 @@ DEFECTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
     "packed documents see each other": (_forget_documents, "packed documents"),
     "attention looks ahead": (_see_the_future, "causality"),
     "modules are not tiled": (_do_not_tile, "tiles"),
+    "a tiled module did not run": (_see_no_logits, "tiles"),
     "the sequence is not sharded": (_do_not_shard, "shard length"),
     "every rank has the first shard": (_give_every_rank_the_first_shard, "token streams"),
     "every rank has the same sample": (_give_every_rank_one_sample, "token streams"),
