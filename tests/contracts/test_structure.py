@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(f for package in ("alst_impl", "harness") for f in (ROOT / package).rglob("*.py"))
-TREES = {str(f.relative_to(ROOT)): ast.parse(f.read_text()) for f in FILES}
+TREES = {str(f.relative_to(ROOT)): ast.parse(f.read_text(), type_comments=True) for f in FILES}
 
 LINES_OF_MODULE = 400
 LINES_OF_FUNCTION = 60
@@ -70,5 +70,5 @@ def test_worlds_are_compared_by_name_only_in_their_own_package() -> None:
 
 
 def test_few_types_are_ignored() -> None:
-    marks = sum(f.read_text().count("# type: ignore") for f in FILES)
-    assert marks <= IGNORED_TYPES
+    """Places where mypy is told to look away, as Python's parser finds them."""
+    assert sum(len(tree.type_ignores) for tree in TREES.values()) <= IGNORED_TYPES
