@@ -146,6 +146,11 @@ class StepLabels:
             loss.register_hook(reached)
 
     @property
+    def backwards(self) -> int:
+        """Number of backwards of this step."""
+        return len(self._scales)
+
+    @property
     def complete(self) -> bool:
         """Whether the micro-batches so far hold as many labels as declared."""
         return self._seen == self._declared

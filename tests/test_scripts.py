@@ -98,7 +98,10 @@ def run_script(rank: int, world_size: int, name: str, rate: float | None, argv: 
 
 
 TRAINERS = ("trainer.py", "packed.py")
-ENGINES = ("bare.py", "ddp.py", "fsdp2.py", "zero3.py", "accelerated.py", *TRAINERS)
+ENGINES = (
+    *("bare.py", "chunks.py", "ddp.py", "fsdp2.py", "zero3.py", "accelerated.py"),
+    *TRAINERS,
+)
 
 
 @pytest.mark.parametrize("world_size", [2, 4], ids=["sp2", "dp2-sp2"])

@@ -30,7 +30,8 @@ def enable(
 
     `model` is a causal model of transformers, or peft's wrapper of one. `options` are the fields of the
     `method`: `enable(model, sp=2)` shares each sample between two ranks, `enable(model, method="ring", cp=2)`
-    too. Methods are `alst`, `layerwise`, `ring` and `usp`, the files in `alst_impl/methods/`. With a `mesh` of
+    too. Methods are `alst`, `chunked`, `layerwise`, `ring` and `usp`, the files in `alst_impl/methods/`; a sample that
+    `chunked` cuts takes several calls of the model, see `LongSequence.chunks`. With a `mesh` of
     all ranks the sizes of its axes `dp`, `cp` and `sp` decide; without one, `enable` makes it, which is
     collective.
 

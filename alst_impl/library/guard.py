@@ -30,8 +30,12 @@ Reduction = Literal["mean", "sum"]
 class Shard:
     """What `shard` passes to the model's forward beside tensors, in a class that engines pass on unchanged."""
 
-    def __init__(self, num_labels: int, num_items: int, divisor: Tensor, layout: Layout) -> None:
-        self.num_labels, self.num_items, self.divisor = num_labels, num_items, divisor
+    def __init__(
+        self, num_labels: int, num_items: int, divisor: Tensor | None, layout: Layout
+    ) -> None:
+        self.num_labels, self.num_items = num_labels, num_items
+        self.divisor = divisor
+        """The loss is divided by it, int64 scalar; None for a forward without a loss."""
         self.layout = layout
 
 
@@ -111,9 +115,12 @@ def _forward(model: PreTrainedModel, *args: Any, shard: Shard | None = None, **k
     _check_engine(made)
     if not shard.layout.trivial:
         kwargs["layout"] = shard.layout
-    whole_loss = _whole_loss(model) if made.whole_loss else nullcontext()
-    of_rank = draws.of_rank(shard.layout, shard.divisor.device)
+    of_rank = draws.of_rank(shard.layout, kwargs["input_ids"].device)
     noise = _noise_of_whole(model, shard.layout)
+    if shard.divisor is None:
+        with noise, hf.noting_layout(model, shard.layout), of_rank:
+            return made.inner(*args, **kwargs)
+    whole_loss = _whole_loss(model) if made.whole_loss else nullcontext()
     with whole_loss, noise, hf.noting_layout(model, shard.layout), of_rank:
         output = made.inner(*args, **kwargs, num_items_in_batch=shard.divisor)
     output.loss = output.loss * made.scale
@@ -156,7 +163,8 @@ def _noise_of_whole(model: PreTrainedModel, layout: Layout) -> Iterator[None]:
     if alpha is None:
         yield
         return
-    embedding.neftune_noise_alpha = alpha * (layout.local / layout.length) ** 0.5
+    tokens = layout.local if layout.part is None else layout.local // layout.part.count
+    embedding.neftune_noise_alpha = alpha * (tokens / layout.length) ** 0.5
     try:
         yield
     finally:

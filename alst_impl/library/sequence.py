@@ -66,32 +66,60 @@ class LongSequence:
         Masks of dropout follow from a number that it draws from each rank's generator (`alst_impl.ops.draws`).
 
         Raises `ValueError` on all ranks if the batch cannot be sharded exactly, if ranks that share a sample hold
-        different ones, if `num_items` is wrong for the step, if parameters differ between ranks, or if the
-        engine combines gradients otherwise.
+        different ones, if `num_items` is wrong for the step, if parameters differ between ranks, if the
+        engine combines gradients otherwise, or if the method cuts the samples into `chunks`.
         """
-        self._check_model()
-        refusal, whole = None, None
-        try:
-            whole = read(batch)
-            self._setting.check_layout(whole.layout)
-            router.check_batch(self.model, batch)
-            check_tokens(self.model, batch)
-        except ValueError as error:
-            refusal = error
-        num_labels, drawn = self._agreed(whole, num_items, refusal)
-        assert whole is not None, "a refusal was raised"
-        declared = num_labels if num_items is None else int(num_items)
-        _expect(self._guard, self.model, num_labels, declared)
-        layout = self._setting.method.layout(whole.layout.length)
-        group = self._setting.group_of(dist.get_rank())
-        named = f"{drawn}/{group}" if self.shards > 1 else None  # alone, a rank draws as without us
-        layout = replace(layout, mesh=self.mesh, draws=named)
-        local = self._setting.method.shard(whole, layout).to(self.device)
-        divisor = torch.tensor(max(declared, 1), device=self.device)
-        inputs = local.model_inputs()
-        inputs.pop("layout", None)
-        told = Shard(num_labels, declared, divisor, local.layout)
-        return {**inputs, "use_cache": False, "shard": told}
+        local, num_labels, declared = self._cut(batch, num_items, limit=1)
+        return _inputs(local, Shard(num_labels, declared, self._divisor(declared), local.layout))
+
+    def chunks(
+        self,
+        model: torch.nn.Module,
+        batch: Mapping[str, Any],
+        *,
+        num_items: Tensor | int | None = None,
+    ) -> Iterator[dict[str, Any]]:
+        """As `shard`, for one chunk of the samples after another; for methods without chunks, once. Collective.
+
+            for inputs in alst.chunks(model, batch, num_items=alst.count(batches)):
+                model(**inputs).loss.backward()
+
+        `model` is what the loop calls: the model, or an engine's wrapper. The first iteration calls it without gradients for
+        the keys and values of all chunks but the last. Losses of the chunks add up to that of the batch.
+
+        Samples have as many chunks on all ranks, those of the longest sample.
+
+        Raises `ValueError` as `shard` does, if a chunk's backward did not run before the next chunk, or under
+        DeepSpeed, which counts backwards.
+        """
+        local, num_labels, declared = self._cut(batch, num_items, limit=None)
+        method, divisor = self._setting.method, self._divisor(declared)
+        *earlier, last = method.chunks(local)
+        if earlier and safeguards.is_deepspeed(self.model):
+            raise ValueError(
+                f"DeepSpeed counts backward passes, but this batch has one for each of {len(earlier) + 1} chunks; use "
+                "fully_shard or DDP, or a chunk as long as the samples"
+            )
+        if not torch.is_grad_enabled():
+            with method.leaving(self.model):
+                for chunk in (*earlier, last):
+                    yield _inputs(chunk, Shard(0, declared, divisor, chunk.layout))
+            return
+        with method.leaving(self.model) as arguments, torch.no_grad():
+            for chunk in earlier:
+                inputs = _inputs(chunk, Shard(0, declared, None, chunk.layout))
+                del inputs["labels"], inputs["shift_labels"]
+                model(**inputs, **arguments)
+        for chunk in (last, *reversed(earlier)):
+            labels, before = self._guard.labels, self._guard.labels.backwards
+            # A step without its last backward has too few labels.
+            counted = 0 if chunk.layout.part and chunk.layout.part.index else num_labels
+            yield _inputs(chunk, Shard(counted, declared, divisor, chunk.layout))
+            if labels.backwards != before + 1:
+                raise ValueError(
+                    f"{labels.backwards - before} backward passes ran for a chunk, but each chunk has exactly one before "
+                    "the next: for inputs in alst.chunks(model, batch): model(**inputs).loss.backward()"
+                )
 
     def sampler(
         self,
@@ -178,6 +206,47 @@ class LongSequence:
         """Number of ranks that share each sample."""
         return self._setting.shards
 
+    def _cut(
+        self, batch: Mapping[str, Any], num_items: Tensor | int | None, limit: int | None
+    ) -> tuple[Batch, int, int]:
+        """This rank's shard of `batch`, its valid labels on all ranks, and those of the step. Collective.
+
+        `limit` is the number of chunks that the samples may have; None if any.
+        """
+        self._check_model()
+        refusal, whole, passes = None, None, 1
+        try:
+            whole = read(batch)
+            self._setting.check_layout(whole.layout)
+            router.check_batch(self.model, batch)
+            check_tokens(self.model, batch)
+            passes = self._setting.passes(whole.layout.length, limit)
+        except ValueError as error:
+            refusal = error
+        num_labels, drawn = self._agreed(whole, num_items, refusal)
+        assert whole is not None, "a refusal was raised"
+        declared = num_labels if num_items is None else int(num_items)
+        _expect(self._guard, self.model, num_labels, declared)
+        layout = self._setting.method.layout(whole.layout.length)
+        if self._setting.method.longest_chunk():
+            # Engines wait for each other in every pass.
+            most = torch.tensor(passes, device=self.device)
+            dist.all_reduce(most, dist.ReduceOp.MAX)
+            layout = replace(layout, passes=int(most))
+        group = self._setting.group_of(dist.get_rank())
+        named = f"{drawn}/{group}" if self._draws else None
+        layout = replace(layout, mesh=self.mesh, draws=named)
+        local = self._setting.method.shard(whole, layout).to(self.device)
+        return local, num_labels, declared
+
+    @property
+    def _draws(self) -> bool:
+        """Whether masks of dropout have streams of their own; otherwise a rank draws as without us."""
+        return self.shards > 1 or self._setting.method.longest_chunk() is not None
+
+    def _divisor(self, declared: int) -> Tensor:
+        return torch.tensor(max(declared, 1), device=self.device)
+
     @property
     def _averaged(self) -> int:
         """Number of ranks that gradients are averaged over; 1 if they are summed."""
@@ -227,7 +296,7 @@ class LongSequence:
         fingerprint = safeguards.fingerprint(parameter).to(self.device).view(1)
         apart, counts = _differ(torch.cat([fingerprint, declared]), None).tolist()
         # All ranks raise, so none waits for another.
-        drawn = int(torch.randint(DRAWN, ())) if self.shards > 1 else 0
+        drawn = int(torch.randint(DRAWN, ())) if self._draws else 0
         told = sample.new_tensor([int(valid), refusal is not None, drawn, 0])
         told[3:] = other
         dist.all_reduce(told)
@@ -254,6 +323,13 @@ class LongSequence:
                 "which counts over all ranks"
             )
         return int(labels) // self.shards, int(drawn)  # whose ranks hold the same samples
+
+
+def _inputs(local: Batch, told: Shard) -> dict[str, Any]:
+    """Keyword arguments of the model for the shard, or the chunk of it, `local`."""
+    inputs = local.model_inputs()
+    inputs.pop("layout", None)
+    return {**inputs, "use_cache": False, "shard": told}
 
 
 def _expect(guard: Guard, model: PreTrainedModel, num_labels: int, declared: int) -> None:

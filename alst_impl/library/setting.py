@@ -71,6 +71,16 @@ class Setting:
         """The group of global rank `rank`."""
         return next(index for index, group in enumerate(self.ranks) if rank in group)
 
+    def passes(self, length: int, limit: int | None) -> int:
+        """Number of chunks of samples of `length` tokens. Raises `ValueError` if it is above `limit`. Local."""
+        found = self.method.layout(length).passes
+        if limit is not None and found > limit:
+            raise ValueError(
+                f"method '{self.name}' cuts samples of {length} tokens into {found} chunks, each with a call of the model; "
+                f"loop over alst.chunks(model, batch), or use a chunk of {length} tokens"
+            )
+        return found
+
     def check_layout(self, layout: Layout) -> None:
         """Raise `ValueError` if the method cannot compute whole samples of `layout` exactly. Local."""
         documents = max(map(len, layout.documents), default=1) if layout.documents else 1
@@ -78,7 +88,9 @@ class Setting:
         if key in self._checked:
             return
         data = DataConfig(documents=documents)
-        config = self.config.model_copy(update={"seqlen": layout.length, "data": data})
+        # Unlike a run, a loop may have samples that are shorter than a chunk: they run in one pass.
+        seqlen = max(layout.length, self.method.longest_chunk() or 1)
+        config = self.config.model_copy(update={"seqlen": seqlen, "data": data})
         self._model.check(self.method, config)
         self._checked.add(key)
 
@@ -103,10 +115,12 @@ def settle(
     method = load_method(spec)
     described = _Described(type(model).__name__, model.config.to_json_string(use_diff=False))
     shards = method.layout(1).shards
+    chunk = method.longest_chunk()
     asked = TrainConfig(
         model=described.name,
         method=spec,
-        seqlen=4 * shards,  # enough for any order of the tokens; batches are checked as they come
+        # Enough for any order of the tokens, and for two chunks; batches are checked as they come.
+        seqlen=4 * shards if chunk is None else 2 * chunk,
         world_size=dist.get_world_size(),
         dtype=_dtype(model),
         lora=LoraConfig(rank=1) if _has_adapters(model) else None,
@@ -123,15 +137,16 @@ def settle(
 
 def _check_calls_the_model(method: Method, name: str) -> None:
     """Raise `ValueError` for a method that a user's loop cannot run by calling the model."""
+    schedule = () if method.longest_chunk() else ("forward_backward", "micro_step", "loss")
     own = [
         hook
-        for hook in ("forward_backward", "micro_step", "loss", "shard", "mpu")
+        for hook in (*schedule, "shard", "mpu")
         if getattr(type(method), hook) is not getattr(Method, hook)
     ]
     if own or method.layout(1).pp > 1:
         raise ValueError(
             f"method '{name}' runs its own schedule or loss, but a loop calls the model; use method 'alst', "
-            "'layerwise', 'ring' or 'usp', or `alst run` for the others"
+            "'chunked', 'layerwise', 'ring' or 'usp', or `alst run` for the others"
         )
 
 

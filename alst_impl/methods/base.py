@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,7 +19,7 @@ from alst_impl.sources.base import load_source
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
-    from torch import Tensor
+    from torch import Tensor, nn
     from torch.distributed import DeviceMesh
     from transformers import PreTrainedModel
 
@@ -69,6 +70,14 @@ class Sharing(Frozen):
     def shard(self, batch: Batch, layout: Layout) -> Batch:
         """This rank's shard of the whole `batch`. Collective for stacks that shard batches themselves."""
         return layout.cut(batch)
+
+    def longest_chunk(self) -> int | None:
+        """Tokens of the longest sample that runs in one pass; None if every sample does."""
+        return None
+
+    def chunks(self, batch: Batch) -> list[Batch]:
+        """The parts of this rank's shard that run one after another, in order. Each has a backward, the last first."""
+        return [batch]
 
     def heaviest_rank(self, world_size: int) -> int:
         """The rank with the highest memory use; a run that executes one rank for all executes this one."""
@@ -130,6 +139,13 @@ class Method(Sharing):
     def mpu(self) -> ModuleType | None:
         """Parallel state for engines that take one (Megatron's mpu protocol), or None."""
         return None
+
+    def leaving(self, model: nn.Module) -> AbstractContextManager[dict[str, Any]]:
+        """Context of forwards without labels over all chunks of a sample but the last, in order, before its backwards.
+
+        Yields further arguments of these forwards.
+        """
+        return nullcontext({})
 
     def forward_backward(self, runtime: Runtime, batches: list[Batch], num_valid: Tensor) -> Tensor:
         """Forward and backward of all micro-batches of a step, after announcing their number to the engine.

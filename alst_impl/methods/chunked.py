@@ -22,7 +22,7 @@ from alst_impl.methods.base import Tiled, check_flash_by_name, check_rotary, che
 from alst_impl.models import described
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
     from torch.distributed import DeviceMesh
     from transformers import PreTrainedModel
 
@@ -57,8 +57,11 @@ class Chunked(Tiled):
     def replaces_core(self, seqlen: int) -> bool:
         return self.layout(seqlen).passes > 1
 
+    def longest_chunk(self) -> int:
+        return self.sp * (self.chunk or TOKENS)
+
     def layout(self, length: int) -> Layout:
-        passes = -(-length // (self.sp * (self.chunk or TOKENS)))
+        passes = -(-length // self.longest_chunk())
         return Layout(length, sp=self.sp, passes=passes)
 
     def check(self, config: TrainConfig) -> None:
@@ -123,6 +126,22 @@ class Chunked(Tiled):
         self.attach(model, paged, layouts(config)[0].shards, placement)
         vars(model)["chunked"] = _State(pages, hf.without_logits(model))
 
+    def chunks(self, batch: Batch) -> list[Batch]:
+        return chunks(batch)
+
+    @contextmanager
+    def leaving(self, model: nn.Module) -> Iterator[dict[str, Any]]:
+        """Context in which chunks of a sample leave their pages, in place of those of the sample before."""
+        state = _state(model)
+        for pages in state.pages:
+            pages.clear()
+            pages.leaving = True
+        try:
+            yield state.without_logits
+        finally:
+            for pages in state.pages:
+                pages.leaving = False
+
     def forward_backward(self, runtime: Runtime, batches: list[Batch], num_valid: Tensor) -> Tensor:
         import torch
 
@@ -130,9 +149,7 @@ class Chunked(Tiled):
         runtime.start_step(sum(map(len, samples)))
         total = torch.zeros((), device=num_valid.device)
         for sample in samples:
-            with _pages_left(runtime):
-                for batch in sample[:-1]:
-                    self._leave_page(runtime, batch)
+            self._leave_pages(runtime, sample[:-1])
             for batch in reversed(sample):
                 total = total + self.micro_step(runtime, batch, num_valid)
         return total
@@ -147,42 +164,26 @@ class Chunked(Tiled):
         losses = []
         for batch in batches:
             *earlier, last = chunks(batch)
-            with _pages_left(runtime):
+            with self.leaving(runtime.module):
                 losses += [runtime.forward(chunk, num_valid) for chunk in earlier]
             losses.append(runtime.forward(last, num_valid))
-        _clear(runtime)
+        for pages in _state(runtime.module).pages:
+            pages.clear()
         return torch.stack(losses).sum()
 
-    @staticmethod
-    def _leave_page(runtime: Runtime, batch: Batch) -> None:
-        """Forward of a chunk for its keys and values alone. Collective."""
+    def _leave_pages(self, runtime: Runtime, batches: list[Batch]) -> None:
+        """Forward of the chunks `batches` for their keys and values alone. Collective."""
         import torch
 
         from alst_impl.ops import draws
 
         runtime.placement.on_phase("forward")
-        inputs: dict[str, Any] = batch.model_inputs()
-        del inputs["labels"], inputs["shift_labels"]
-        inputs |= _state(runtime).without_logits
-        with torch.no_grad(), draws.of_rank(batch.layout, batch.input_ids.device):
-            runtime.module(**inputs, use_cache=False)
-
-
-def _clear(runtime: Runtime) -> None:
-    """Drop the pages of the sample before."""
-    for pages in _state(runtime).pages:
-        pages.clear()
-
-
-@contextmanager
-def _pages_left(runtime: Runtime) -> Iterator[None]:
-    """Context in which chunks of a sample leave their pages, in place of those of the sample before."""
-    _clear(runtime)
-    for pages in _state(runtime).pages:
-        pages.leaving = True
-    yield
-    for pages in _state(runtime).pages:
-        pages.leaving = False
+        with self.leaving(runtime.module) as without_logits, torch.no_grad():
+            for batch in batches:
+                inputs: dict[str, Any] = batch.model_inputs()
+                del inputs["labels"], inputs["shift_labels"]
+                with draws.of_rank(batch.layout, batch.input_ids.device):
+                    runtime.module(**inputs, **without_logits, use_cache=False)
 
 
 @dataclass(frozen=True)
@@ -194,9 +195,9 @@ class _State:
     without_logits: dict[str, Any]
 
 
-def _state(runtime: Runtime) -> _State:
-    module: Any = runtime.module
-    state: _State = module.chunked
+def _state(model: Any) -> _State:
+    """What `Chunked.apply` left in `model`, which may be inside the wrapper of an engine."""
+    state: _State = model.chunked
     return state
 
 

@@ -69,10 +69,13 @@ def train(
     device: torch.device,
     losses: Callable[[list[Batch]], Iterable[Tensor]],
     mean: Callable[[Tensor], float] = float,
+    *,
+    reduce_each: bool = False,
 ) -> None:
-    """Train `case.steps` steps with AdamW. `losses` gives the loss of each micro-batch of a step in turn.
+    """Train `case.steps` steps with AdamW. `losses` gives the loss of each backward of a step in turn.
 
-    `mean` is the loss of all ranks, from the sum over a rank's micro-batches.
+    `mean` is the loss of all ranks, from the sum over a rank's backwards. Gradients are reduced once a step if it has
+    one backward for each micro-batch, and in every backward with `reduce_each`.
     """
     torch.autograd.set_multithreading_enabled(False)
     # One parameter's temporaries at a time: those of all at once are the peak of short sequences.
@@ -83,7 +86,7 @@ def train(
         ]
         total = torch.zeros((), device=device)
         for number, loss in enumerate(losses(batches), start=1):
-            if case.states == "device":
+            if case.states == "device" and not reduce_each:
                 model.set_requires_gradient_sync(number == len(batches))
             loss.backward()
             total += loss.detach()

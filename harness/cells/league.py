@@ -18,7 +18,7 @@ from harness.cells.yamls import read_yaml
 States = Literal["device", "host"]
 What = Literal["bytes", "longest", "gate"]
 Data = TypeVar("Data", bound=Frozen)
-OURS = ("alst", "layerwise")
+OURS = ("alst", "chunked", "layerwise")
 """Rows of this project's own methods, which are run as those of others are."""
 
 

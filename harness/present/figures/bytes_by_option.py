@@ -44,6 +44,9 @@ def draw(results: Results) -> Figure:
     methods = list(dict.fromkeys(train.method.name for _, train, _, _ in rows))
     colours = drawing.palette(methods)
     figure = Figure(figsize=(14, 0.9 + 0.36 * max(len(rows), 3)), layout="constrained")
+    if not rows:
+        drawing.say(figure.subplots(), NOT_SIMULATED)
+        return drawing.frame(figure, results, "What a token costs", [], NOTE)
     panels = figure.subplots(1, len(PANELS), sharey=True)
     for column, (axes, name) in enumerate(zip(panels, PANELS, strict=True)):
         for place, (_, train, numbers, fits) in enumerate(rows):
@@ -56,14 +59,10 @@ def draw(results: Results) -> Figure:
         axes.set_yticks(range(len(rows)), [label for label, _, _, _ in rows])
         axes.set_xlabel(name)
         axes.set_xlim(left=0)
-    if not rows:
-        drawing.say(panels[0], NOT_SIMULATED)
     handles = [drawing.handle(name, colours[name], "predicted") for name in methods]
     where = {f"{length_text(t.seqlen)} tokens on {t.world_size} GPU" for _, t, _, _ in rows}
     model = "".join(sorted({t.model for _, t, _, _ in rows}))
-    title = (
-        f"What a token costs: {model}, {'; '.join(sorted(where))}" if rows else "What a token costs"
-    )
+    title = f"What a token costs: {model}, {'; '.join(sorted(where))}"
     return drawing.frame(figure, results, title, handles, NOTE)
 
 

@@ -151,3 +151,12 @@ def test_loss_parity_shows_the_runs_that_it_names() -> None:
     colours = {line.get_color() for axes in drawn.axes for line in axes.get_lines()}
     assert {line.get_color() for line in drawn.legends[0].get_lines()} <= colours
     assert len(drawn.axes) == 4
+
+
+def test_a_figure_of_steps_says_so_where_there_are_only_searches() -> None:
+    """Bytes by option come from single steps: without any, one frame says that none was simulated."""
+    of = cell("alst", 1, world="phantom", engine="fsdp2", hardware="h100-80gb")
+    (axes,) = draw(
+        "bytes_by_option", Results("n", "q", "s", [], {of.key: of}, {of.key: searched(of)})
+    ).axes
+    assert [text.get_text() for text in axes.texts] == ["not simulated"]
