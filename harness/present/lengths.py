@@ -20,7 +20,7 @@ MODEL = "llama3.1-8b"
 HARDWARE = "h100-80gb"
 """Lengths of cards with less memory stand in their own experiments."""
 
-METHODS = ("alst", "layerwise")
+METHODS = ("alst", "chunked", "layerwise")
 """Methods of this project whose lengths stand beside published ones."""
 
 

@@ -110,19 +110,22 @@ def test_the_numbers_add_up() -> None:
 
 
 def test_few_layers_give_the_bytes_per_token() -> None:
-    """For 16 layers, the slope from runs with two and four layers equals the slope from full runs."""
-    deep = {"overrides": {"num_hidden_layers": 16}, "seqlen": 16_384}
+    """For 8 layers, the slope from runs with two and four layers equals the slope from full runs."""
+    deep = {"overrides": {"num_hidden_layers": 8}, "seqlen": 4_096}
     slope = predicted(of(**deep)).bytes_per_local_token
-    near, far = (predicted(of(**{**deep, "seqlen": n})).allocated_bytes for n in (16_384, 16_710))
+    near, far = (predicted(of(**{**deep, "seqlen": n})).allocated_bytes for n in (4_096, 4_176))
     assert slope is not None
-    assert slope == pytest.approx((far - near) / (326 / 2), abs=0.01)
+    assert slope == pytest.approx((far - near) / (80 / 2), abs=0.01)
 
 
 def test_search_ends_on_the_limit(tmp_path: Path) -> None:
     """The longest length fits, the shortest failing one does not, and search and prediction name the same limit."""
-    wide = {"model": "llama3.1-8b", "overrides": {"num_hidden_layers": 1}}
-    hardware = written(tmp_path, small(60 * GIB, host=16 * GIB))
-    found = longest(of(hardware, seqlen=200_000, simulation={"search": True}, **wide))
+    wide = {
+        "model": "llama3.1-8b",
+        "overrides": {"num_hidden_layers": 1, "vocab_size": 4_096},
+    }
+    hardware = written(tmp_path, small(20 * GIB, host=5 * GIB))
+    found = longest(of(hardware, seqlen=50_000, simulation={"search": True}, **wide))
     assert 0 < found.longest_tokens < found.shortest_failing_tokens
     gap = found.shortest_failing_tokens - found.longest_tokens
     assert gap <= max(0.015 * found.shortest_failing_tokens, 2 * 256)
@@ -222,9 +225,10 @@ def test_search_prints_the_agreed_keys(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """Prints one JSON object. The hardware is a user's row."""
-    hardware = written(tmp_path, small(60 * GIB, host=10**13))
+    hardware = written(tmp_path, small(10 * GIB, host=10**13))
     model = tmp_path / "wide.json"
-    model.write_text(json.dumps({**published("llama3.1-8b"), "num_hidden_layers": 1}))
+    fields = {**published("llama3.1-8b"), "num_hidden_layers": 1, "vocab_size": 4_096}
+    model.write_text(json.dumps(fields))
     arguments = ["--gpus", "2", "--hardware", hardware, "--margin", "0", "--json"]
     assert not run(monkeypatch, "search", str(model), *arguments)
     answer = json.loads(capsys.readouterr().out)

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from alst_impl.layout import AXES
+from alst_impl.ops.attention.cores.base import load_core
 from harness.cells.cell import Cell
 from harness.cells.prediction import Simulated
 from harness.cells.units import LIMITS, bytes_text, length_text
@@ -18,7 +19,15 @@ from harness.present.figures.base import simulated
 from harness.records.table import NOT_SIMULATED, Results
 
 Rows = dict[str, tuple[Cell, Simulated]]
-"""By method: its cell and what was read."""
+"""By method and pattern: its cell and what was read."""
+
+
+def _name(cell: Cell) -> str:
+    """Method, and what its attention leaves out."""
+    pattern = load_core(cell.train.attention).pattern
+    return (
+        cell.train.method.name if pattern is None else f"{cell.train.method.name}, {pattern.name}"
+    )
 
 
 def _by_gpus(results: Results) -> dict[int, Rows]:
@@ -26,7 +35,7 @@ def _by_gpus(results: Results) -> dict[int, Rows]:
     found: dict[int, Rows] = {}
     for cell, s in simulated(results):
         if s.search and s.prediction:
-            found.setdefault(cell.train.world_size, {})[cell.train.method.name] = cell, s
+            found.setdefault(cell.train.world_size, {})[_name(cell)] = cell, s
     return dict(sorted(found.items()))
 
 
@@ -78,7 +87,7 @@ PANELS = (
 def draw(results: Results) -> Figure:
     """A row of panels per number of GPUs, a column for lengths and one for bytes per token."""
     by_gpus = _by_gpus(results)
-    order = list(dict.fromkeys(c.train.method.name for c in results.cells.values()))
+    order = list(dict.fromkeys(map(_name, results.cells.values())))
     colours = drawing.palette(order)
     heights = [0.26 * len(rows) + 0.4 for rows in by_gpus.values()] or [1.2]
     figure = Figure(figsize=(10, 1.4 + sum(heights)), layout="constrained")

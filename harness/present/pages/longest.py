@@ -39,11 +39,9 @@ def _row(each: Length) -> list[str]:
 
 def summary(c: Committed) -> list[tuple[str, str]]:
     """The length of each of our methods by number of GPUs, without options."""
-    found = predicted(k.results for k in c.forecasts)
-    return [
-        (f"tokens, Llama-8B, `{method}`, `--margin 0`, predicted", _by_gpus(sizes))
-        for method, sizes in plain(found).items()
-    ]
+    found = plain(predicted(k.results for k in c.forecasts))
+    lengths = [f"`{method}` {_by_gpus(sizes)}" for method, sizes in found.items()]
+    return [("tokens, Llama-8B, `--margin 0`, predicted", "; ".join(lengths))]
 
 
 def _by_gpus(sizes: dict[int, Length]) -> str:

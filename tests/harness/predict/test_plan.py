@@ -62,8 +62,8 @@ def test_the_fastest_is_first_and_the_longest_is_there(
     """With room, states stay on the GPUs and no sample is shared. Every row is of the asked batch, leaves the margin
     and beats the rows before it in length. The rows are of several methods.
     """
-    hardware = row(tmp_path, 8 * GIB)
-    found = rows(monkeypatch, capsys, "--seqlen", "20_000", "--gpus", "2", "--hardware", hardware)
+    hardware = row(tmp_path, GIB)
+    found = rows(monkeypatch, capsys, "--seqlen", "4_000", "--gpus", "2", "--hardware", hardware)
     assert "fastest" in found[0]["best"]
     assert "longest" in found[-1]["best"]
     assert (found[0]["sp"], found[0]["dp"]) == (1, 2)

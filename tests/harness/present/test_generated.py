@@ -162,6 +162,7 @@ def test_of_each_method_the_plain_and_the_longest_exact_length_are_shown() -> No
     assert short == [5_000_000, 6_000_000, 9_000_000]
     assert {m: [e.tokens for e in s.values()] for m, s in plain(found).items()} == {
         "alst": [5_000_000],
+        "chunked": [],
         "layerwise": [6_000_000],
     }
 
