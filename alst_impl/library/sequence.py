@@ -101,11 +101,11 @@ class LongSequence:
                 "fully_shard or DDP, or a chunk as long as the samples"
             )
         if not torch.is_grad_enabled():
-            with method.leaving(self.model):
+            with method.leaving(self.model, keep=False):
                 for chunk in (*earlier, last):
                     yield _inputs(chunk, Shard(0, declared, divisor, chunk.layout))
             return
-        with method.leaving(self.model) as arguments, torch.no_grad():
+        with method.leaving(self.model, keep=True) as arguments, torch.no_grad():
             for chunk in earlier:
                 inputs = _inputs(chunk, Shard(0, declared, None, chunk.layout))
                 del inputs["labels"], inputs["shift_labels"]

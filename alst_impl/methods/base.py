@@ -140,10 +140,10 @@ class Method(Sharing):
         """Parallel state for engines that take one (Megatron's mpu protocol), or None."""
         return None
 
-    def leaving(self, model: nn.Module) -> AbstractContextManager[dict[str, Any]]:
-        """Context of forwards without labels over all chunks of a sample but the last, in order, before its backwards.
+    def leaving(self, model: nn.Module, *, keep: bool) -> AbstractContextManager[dict[str, Any]]:
+        """Context of forwards over chunks of a sample in order, without gradients, each of which leaves what later chunks need.
 
-        Yields further arguments of these forwards.
+        With `keep` that stays for the backwards of the sample. Yields further arguments of forwards without labels.
         """
         return nullcontext({})
 

@@ -130,7 +130,7 @@ class Chunked(Tiled):
         return chunks(batch)
 
     @contextmanager
-    def leaving(self, model: nn.Module) -> Iterator[dict[str, Any]]:
+    def leaving(self, model: nn.Module, *, keep: bool) -> Iterator[dict[str, Any]]:
         """Context in which chunks of a sample leave their pages, in place of those of the sample before."""
         state = _state(model)
         for pages in state.pages:
@@ -141,6 +141,8 @@ class Chunked(Tiled):
         finally:
             for pages in state.pages:
                 pages.leaving = False
+                if not keep:
+                    pages.clear()
 
     def forward_backward(self, runtime: Runtime, batches: list[Batch], num_valid: Tensor) -> Tensor:
         import torch
@@ -163,12 +165,8 @@ class Chunked(Tiled):
 
         losses = []
         for batch in batches:
-            *earlier, last = chunks(batch)
-            with self.leaving(runtime.module):
-                losses += [runtime.forward(chunk, num_valid) for chunk in earlier]
-            losses.append(runtime.forward(last, num_valid))
-        for pages in _state(runtime.module).pages:
-            pages.clear()
+            with self.leaving(runtime.module, keep=False):
+                losses += [runtime.forward(chunk, num_valid) for chunk in chunks(batch)]
         return torch.stack(losses).sum()
 
     def _leave_pages(self, runtime: Runtime, batches: list[Batch]) -> None:
@@ -178,7 +176,7 @@ class Chunked(Tiled):
         from alst_impl.ops import draws
 
         runtime.placement.on_phase("forward")
-        with self.leaving(runtime.module) as without_logits, torch.no_grad():
+        with self.leaving(runtime.module, keep=True) as without_logits, torch.no_grad():
             for batch in batches:
                 inputs: dict[str, Any] = batch.model_inputs()
                 del inputs["labels"], inputs["shift_labels"]

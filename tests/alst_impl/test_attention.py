@@ -17,7 +17,13 @@ from training import config_of
 
 from alst_impl.layout import Layout
 from alst_impl.ops.attention import flash, fused, tiles
-from alst_impl.ops.attention.cores.base import FlashAttention, Kernel, load_core, sdpa
+from alst_impl.ops.attention.cores.base import (
+    FlashAttention,
+    Kernel,
+    each_document,
+    load_core,
+    sdpa,
+)
 from alst_impl.ops.attention.variant import Variant
 from alst_impl.plugin import names
 from alst_impl.step import check
@@ -381,3 +387,17 @@ def test_a_kernel_that_is_not_installed_is_not_activated(name: str) -> None:
     """The error names the package."""
     with pytest.raises(ValueError, match="is not installed"):
         CORES[name].activate()
+
+
+def test_a_single_document_is_not_copied() -> None:
+    """Its output is what the kernel made, which backward keeps already."""
+    x = torch.ones(1, 2, 5, 4)
+    made: list[Tensor] = []
+
+    def next_to(query: Tensor, *_: object) -> Tensor:
+        made.append(query + 1)
+        return made[-1]
+
+    assert each_document(next_to, x, x, x, Variant(scale=1.0), [[5]]) is made[0]
+    two = each_document(next_to, x, x, x, Variant(scale=1.0), [[2, 3]])
+    assert torch.equal(two, torch.cat(made[1:], dim=2))

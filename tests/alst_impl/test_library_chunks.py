@@ -77,6 +77,10 @@ def loop(rank: int, world_size: int, engine: str, options: dict[str, Any]) -> No
             for chunk in alst.chunks(model, batch, num_items=count)
         ]
     assert alst.reduce_loss(sum(parts)) == pytest.approx(loss)
+    if options.get("method") == "chunked":
+        assert not any(pages.pairs for pages in alst.model.chunked.pages), (
+            "host memory is free again"
+        )
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -177,14 +177,19 @@ def each_document(
     documents: Documents,
 ) -> Tensor:
     """`attend` of one document after the other, for samples [B, H, S, D] of `documents`."""
-    import torch
-
     samples = []
     for index, lengths in enumerate(documents):
         sample = [x[index : index + 1].split(list(lengths), dim=2) for x in (query, key, value)]
         parts = [attend(q, k, v, variant) for q, k, v in zip(*sample, strict=True)]
-        samples.append(torch.cat(parts, dim=2))
-    return torch.cat(samples)
+        samples.append(_joined(parts, dim=2))
+    return _joined(samples, dim=0)
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    """`parts` along `dim`; a single one as it is, because `torch.cat` would copy it beside what its backward keeps."""
+    import torch
+
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
 
 
 def _windowed(query: Tensor, key: Tensor, value: Tensor, variant: Variant) -> Tensor:
