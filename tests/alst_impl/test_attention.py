@@ -389,6 +389,14 @@ def test_a_kernel_that_is_not_installed_is_not_activated(name: str) -> None:
         CORES[name].activate()
 
 
+def test_gradients_of_a_single_head_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is nothing to put together, so those of the kernel are returned as they are."""
+    x, logsumexp = torch.ones(1, 1, 2 * fused.TOKENS, 1), torch.ones(1, 1, 2 * fused.TOKENS)
+    found = (x + 1, x + 2, x + 3)
+    monkeypatch.setattr(fused.flash, "attend_backward", lambda *_, **__: found)
+    assert fused.gradients(x, x, x, x, x, logsumexp, [], scale=1.0) is found
+
+
 def test_a_single_document_is_not_copied() -> None:
     """Its output is what the kernel made, which backward keeps already."""
     x = torch.ones(1, 2, 5, 4)

@@ -85,10 +85,14 @@ def gradients(
     scale: float,
 ) -> Grads:
     """As `flash.attend_backward` of whole samples, some heads at a time; sums over query heads are in fp32 (or wider)."""
+    if len(divided := list(_parts(query, key))) == len(divided[0][1]) == 1:
+        return flash.attend_backward(
+            grad, query, key, value, out, logsumexp, rests, scale=scale
+        )  # nothing to put together, so no gradient is held twice
     wide = accumulation_dtype(query)
     of_query = torch.empty_like(query)
     of_pair: tuple[Tensor, Tensor] | None = None
-    for kv_heads, parts in _parts(query, key):
+    for kv_heads, parts in divided:
         sums: list[Tensor] = []
         for heads in parts:
             of_heads, *found = flash.attend_backward(

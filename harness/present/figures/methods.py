@@ -51,8 +51,9 @@ def _length(cell: Cell, s: Simulated) -> tuple[float, str]:
 def _cost(_: Cell, s: Simulated) -> tuple[float, str]:
     """Bytes of one more token of a rank."""
     assert s.prediction is not None
-    slope = s.prediction.bytes_per_local_token or 1
-    return slope, bytes_text(slope)
+    # Where a token costs nothing, rounding of two lengths may even give less than that.
+    slope = max(s.prediction.bytes_per_local_token or 0, 0)
+    return max(slope, 1), bytes_text(slope)
 
 
 def _any_fits(_: Cell, s: Simulated) -> bool:

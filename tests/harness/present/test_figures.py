@@ -153,6 +153,18 @@ def test_loss_parity_shows_the_runs_that_it_names() -> None:
     assert len(drawn.axes) == 4
 
 
+def test_a_token_that_costs_nothing_has_its_place() -> None:
+    """Two lengths may differ by less than nothing, by rounding; the axis is logarithmic."""
+    of = cell("chunked", 1, world="phantom", engine="fsdp2", hardware="h100-80gb")
+    m = searched(of)
+    assert m.simulated is not None
+    assert m.simulated.prediction is not None
+    less = m.simulated.prediction.model_copy(update={"bytes_per_local_token": -90.0})
+    m = m.model_copy(update={"simulated": m.simulated.model_copy(update={"prediction": less})})
+    drawn = draw("methods", Results("n", "q", "s", [], {of.key: of}, {of.key: m}))
+    assert "0 B" in [text.get_text() for text in drawn.axes[1].texts]
+
+
 def test_a_figure_of_steps_says_so_where_there_are_only_searches() -> None:
     """Bytes by option come from single steps: without any, one frame says that none was simulated."""
     of = cell("alst", 1, world="phantom", engine="fsdp2", hardware="h100-80gb")
