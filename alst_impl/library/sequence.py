@@ -70,7 +70,7 @@ class LongSequence:
         engine combines gradients otherwise, or if the method cuts the samples into `chunks`.
         """
         local, num_labels, declared = self._cut(batch, num_items, limit=1)
-        return _inputs(local, Shard(num_labels, declared, self._divisor(declared), local.layout))
+        return _inputs(local, Shard(num_labels, declared, _divisor(local, declared), local.layout))
 
     def chunks(
         self,
@@ -93,7 +93,7 @@ class LongSequence:
         DeepSpeed, which counts backwards.
         """
         local, num_labels, declared = self._cut(batch, num_items, limit=None)
-        method, divisor = self._setting.method, self._divisor(declared)
+        method, divisor = self._setting.method, _divisor(local, declared)
         *earlier, last = method.chunks(local)
         if earlier and safeguards.is_deepspeed(self.model):
             raise ValueError(
@@ -234,18 +234,10 @@ class LongSequence:
             dist.all_reduce(most, dist.ReduceOp.MAX)
             layout = replace(layout, passes=int(most))
         group = self._setting.group_of(dist.get_rank())
-        named = f"{drawn}/{group}" if self._draws else None
+        named = f"{drawn}/{group}" if self._setting.draws else None
         layout = replace(layout, mesh=self.mesh, draws=named)
         local = self._setting.method.shard(whole, layout).to(self.device)
         return local, num_labels, declared
-
-    @property
-    def _draws(self) -> bool:
-        """Whether masks of dropout have streams of their own; otherwise a rank draws as without us."""
-        return self.shards > 1 or self._setting.method.longest_chunk() is not None
-
-    def _divisor(self, declared: int) -> Tensor:
-        return torch.tensor(max(declared, 1), device=self.device)
 
     @property
     def _averaged(self) -> int:
@@ -296,7 +288,7 @@ class LongSequence:
         fingerprint = safeguards.fingerprint(parameter).to(self.device).view(1)
         apart, counts = _differ(torch.cat([fingerprint, declared]), None).tolist()
         # All ranks raise, so none waits for another.
-        drawn = int(torch.randint(DRAWN, ())) if self._draws else 0
+        drawn = int(torch.randint(DRAWN, ())) if self._setting.draws else 0
         told = sample.new_tensor([int(valid), refusal is not None, drawn, 0])
         told[3:] = other
         dist.all_reduce(told)
@@ -323,6 +315,11 @@ class LongSequence:
                 "which counts over all ranks"
             )
         return int(labels) // self.shards, int(drawn)  # whose ranks hold the same samples
+
+
+def _divisor(local: Batch, declared: int) -> Tensor:
+    """What the losses of a step with `declared` labels are divided by."""
+    return torch.tensor(max(declared, 1), device=local.input_ids.device)
 
 
 def _inputs(local: Batch, told: Shard) -> dict[str, Any]:

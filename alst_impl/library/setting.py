@@ -67,6 +67,11 @@ class Setting:
         """Ranks that share each sample."""
         return len(self.ranks[0])
 
+    @property
+    def draws(self) -> bool:
+        """Whether masks of dropout have streams of their own; otherwise a rank draws as without us."""
+        return self.shards > 1 or self.method.longest_chunk() is not None
+
     def group_of(self, rank: int) -> int:
         """The group of global rank `rank`."""
         return next(index for index, group in enumerate(self.ranks) if rank in group)
