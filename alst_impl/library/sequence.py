@@ -110,16 +110,16 @@ class LongSequence:
                 inputs = _inputs(chunk, Shard(0, declared, None, chunk.layout))
                 del inputs["labels"], inputs["shift_labels"]
                 model(**inputs, **arguments)
-        for chunk in (last, *reversed(earlier)):
-            labels, before = self._guard.labels, self._guard.labels.backwards
+        labels, before = self._guard.labels, self._guard.labels.backwards
+        for number, chunk in enumerate((last, *reversed(earlier))):
+            if labels.backwards != before + number:
+                raise ValueError(
+                    f"{labels.backwards - before} backward passes ran for chunks up to {number}, but each chunk has exactly one "
+                    "before the next: for inputs in alst.chunks(model, batch): model(**inputs).loss.backward()"
+                )
             # A step without its last backward has too few labels.
             counted = 0 if chunk.layout.part and chunk.layout.part.index else num_labels
             yield _inputs(chunk, Shard(counted, declared, divisor, chunk.layout))
-            if labels.backwards != before + 1:
-                raise ValueError(
-                    f"{labels.backwards - before} backward passes ran for a chunk, but each chunk has exactly one before "
-                    "the next: for inputs in alst.chunks(model, batch): model(**inputs).loss.backward()"
-                )
 
     def sampler(
         self,

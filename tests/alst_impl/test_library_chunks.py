@@ -124,6 +124,21 @@ def test_packed_documents_are_kept_apart(ranks: Ranks) -> None:
     ranks(1)(one_rank)
 
 
+def step_inside(rank: int, world_size: int) -> None:
+    """Body of a rank: the optimizer steps in the loop, after the only chunk."""
+    alst = alst_impl.enable(stock_model(), sp=2)
+    optimizer = sgd(alst.model)
+    for inputs in alst.chunks(alst.model, batches()[0]):
+        alst.model(**inputs).loss.backward()
+        alst.reduce_gradients()
+        optimizer.step()
+
+
+def test_the_optimizer_may_step_after_the_last_chunk(ranks: Ranks) -> None:
+    """A loop of one chunk looks like one over samples."""
+    ranks(2)(step_inside)
+
+
 def unequal(rank: int, world_size: int) -> None:
     """Body of a rank: the sample of one group is shorter than a chunk, and that of the other has three."""
     batch = {name: x[:1] for name, x in batches()[0].items()}
@@ -176,7 +191,7 @@ def deepspeed(alst: Any) -> None:
 
 
 MISTAKES = {
-    "no-backward": (no_backward, "0 backward passes ran for a chunk"),
+    "no-backward": (no_backward, "0 backward passes ran for chunks up to 1"),
     "one-chunk": (one_chunk, "hold 0 labels"),
     "shard": (shard, r"cuts samples of 21 tokens into 3 chunks.*alst\.chunks\(model, batch\)"),
     "deepspeed": (deepspeed, "DeepSpeed counts backward passes"),
